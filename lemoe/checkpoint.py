@@ -1,0 +1,237 @@
+"""Adaptor files: one safetensors file is one state, written whole or not at all, read with every check.
+
+All metadata is sorted JSON under one key, so that equal states give equal files, byte for byte.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lemoe import __version__
+from lemoe.adaptor import AdaptorState, RoundRecord
+from lemoe.errors import AdaptorError, InputError, OutputError
+from lemoe.experts import Experts
+from lemoe.models import Fingerprint
+from lemoe.routing import Projection, Router
+from lemoe.settings import Settings, coerce_settings
+
+FORMAT = 1
+METADATA_KEY = "lemoe"
+
+Record = TypeVar("Record", Fingerprint, RoundRecord)
+
+
+def save_adaptor(state: AdaptorState, path: Path | str, *, overwrite: bool = False) -> str:
+    """Write `state` to `path`, whole or not at all.
+
+    Returns:
+        the SHA-256 of the file.
+
+    Raises:
+        OutputError: if the file exists and `overwrite` is not given, or cannot be written.
+    """
+    header = {
+        "format": FORMAT,
+        "tool": f"lemoe {__version__}",
+        "base": state.base.as_dict(),
+        "settings": state.settings.as_dict(),
+        "rounds": [asdict(record) for record in state.rounds],
+    }
+    content = save(_tensors(state), {METADATA_KEY: json.dumps(header, sort_keys=True)})
+    write_whole(Path(path), content, overwrite=overwrite)
+    return hashlib.sha256(content).hexdigest()
+
+
+def write_whole(path: Path, content: bytes, *, overwrite: bool = False) -> None:
+    """Write through a temporary name in the same folder, fsync, and rename.
+
+    Raises:
+        OutputError: if the file exists and `overwrite` is not given, or cannot be written.
+    """
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists; give another path, or --force to replace it")
+    scratch: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(scratch).chmod(0o666 & ~_umask())
+        os.replace(scratch, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None
+    finally:
+        if scratch:
+            with suppress(OSError):
+                Path(scratch).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable; not every system lets a folder be opened."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def load_adaptor(path: Path | str) -> AdaptorState:
+    """Read an adaptor file.
+
+    Raises:
+        AdaptorError: if the file is missing, truncated, of another kind or version, or if any tensor is missing,
+            unexpected, of the wrong shape or type, or not finite; all such tensors are listed.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            header = _header(path, file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except FileNotFoundError:
+        raise AdaptorError(f"{path}: no such file") from None
+    except OSError as error:
+        raise AdaptorError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise AdaptorError(f"{path}: not a whole safetensors file ({error}); copy or train it again") from None
+    try:
+        return _state(path, header, tensors)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise AdaptorError(f"{path}: its metadata is damaged ({type(error).__name__}: {error})") from None
+
+
+def _header(path: Path, stored: Mapping[str, str]) -> dict[str, Any]:
+    if METADATA_KEY not in stored:
+        raise AdaptorError(f"{path}: a safetensors file, but not a lemoe adaptor (no `{METADATA_KEY}` in its metadata)")
+    try:
+        header = json.loads(stored[METADATA_KEY])
+        version = header["format"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise AdaptorError(f"{path}: its metadata is damaged") from None
+    if version != FORMAT:
+        raise AdaptorError(f"{path}: format {version!r}; this lemoe reads format {FORMAT}. Update lemoe")
+    assert isinstance(header, dict)
+    return header
+
+
+def _tensors(state: AdaptorState) -> dict[str, Tensor]:
+    experts, router = state.experts, state.router
+    tensors = {
+        "experts.up": experts.up,
+        "experts.down": experts.down,
+        "experts.offsets": experts.offsets,
+        "experts.scale": experts.scale,
+        "router.keys": router.keys,
+        "router.lineage": router.lineage,
+        "router.projection.down": torch.stack([projection.down for projection in router.projections]),
+        "router.projection.up": torch.stack([projection.up for projection in router.projections]),
+    }
+    if experts.gate is not None:
+        tensors["experts.gate"] = experts.gate
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _state(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdaptorState:
+    base = _record(Fingerprint, header["base"])
+    rounds = tuple(_record(RoundRecord, entry) for entry in header["rounds"])
+    try:
+        settings = Settings(**coerce_settings(str(path), header["settings"]))
+    except InputError as error:
+        raise AdaptorError(str(error)) from None
+    _check(path, base, rounds, settings, tensors)
+    experts = Experts(
+        tensors["experts.up"],
+        tensors["experts.down"],
+        tensors.get("experts.gate"),
+        tensors["experts.offsets"],
+        tensors["experts.scale"],
+    )
+    projections = zip(tensors["router.projection.down"], tensors["router.projection.up"], strict=True)
+    router = Router(
+        tensors["router.keys"],
+        tuple(Projection(down, up) for down, up in projections),
+        tensors["router.lineage"],
+        settings.top_k,
+    )
+    return AdaptorState(base, settings, rounds, experts, router)
+
+
+def _record(kind: type[Record], entry: Mapping[str, Any]) -> Record:
+    names = {field.name for field in fields(kind)}
+    if set(entry) != names:
+        raise KeyError(f"{kind.__name__} needs {sorted(names)}, has {sorted(entry)}")
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
+    return kind(**values)
+
+
+def _check(
+    path: Path,
+    base: Fingerprint,
+    rounds: tuple[RoundRecord, ...],
+    settings: Settings,
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """All tensors that are missing, unexpected, mis-shaped or not finite, at once."""
+    offsets = tensors.get("experts.offsets", torch.zeros(1, dtype=torch.long))
+    neurons = int(offsets[-1]) if offsets.numel() else 0
+    lineages = len({record.lineage for record in rounds})
+    width, experts, hidden = settings.router_width, len(rounds), base.hidden
+    expected: dict[str, tuple[int, ...]] = {
+        "experts.up": (neurons, hidden),
+        "experts.down": (neurons, hidden),
+        "experts.gate": (neurons, hidden),
+        "experts.offsets": (experts + 1,),
+        "experts.scale": (experts,),
+        "router.keys": (experts, width),
+        "router.lineage": (experts,),
+        "router.projection.down": (lineages, width, hidden),
+        "router.projection.up": (lineages, width, width),
+    }
+    if not base.gated:
+        del expected["experts.gate"]
+    problems = [f"{name}: missing" for name in expected if name not in tensors]
+    problems += [f"{name}: not expected" for name in tensors if name not in expected]
+    for name, shape in expected.items():
+        if name in tensors:
+            problems += _tensor_problems(name, tensors[name], shape)
+    if not problems and not _indices_hold(tensors, lineages):
+        problems.append("experts.offsets or router.lineage: indices out of order or range")
+    if problems:
+        raise AdaptorError("\n  ".join([f"{path}: not a valid adaptor:", *problems]))
+
+
+def _tensor_problems(name: str, tensor: Tensor, shape: tuple[int, ...]) -> list[str]:
+    if tuple(tensor.shape) != shape:
+        return [f"{name}: shape {list(tensor.shape)}, expected {list(shape)}"]
+    whole = name in ("experts.offsets", "router.lineage")
+    if whole != (tensor.dtype == torch.int64) or not (whole or tensor.is_floating_point()):
+        return [f"{name}: type {tensor.dtype}"]
+    if not whole and not bool(tensor.isfinite().all()):
+        return [f"{name}: holds values that are not finite"]
+    return []
+
+
+def _indices_hold(tensors: Mapping[str, Tensor], lineages: int) -> bool:
+    offsets, lineage = tensors["experts.offsets"], tensors["router.lineage"]
+    ordered = int(offsets[0]) == 0 and bool((offsets.diff() >= 0).all())
+    return ordered and bool(((lineage >= 0) & (lineage < lineages)).all())

@@ -1,0 +1,217 @@
+"""The main job: plan, train one expert a round, and leave files that people can keep.
+
+A run's folder holds `plan.yaml`, one state a round under `rounds/`, each written as soon as the round is done,
+and `adaptor.safetensors`, the stack of all rounds and of the adaptor that the run started from.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from lemoe.adaptor import AdaptorState, RoundRecord, round_id, stack
+from lemoe.checkpoint import load_adaptor, save_adaptor, write_whole
+from lemoe.edits import Edit
+from lemoe.errors import InputError, OutputError
+from lemoe.evaluation import evaluate
+from lemoe.insertion import check_base
+from lemoe.models import BaseModel
+from lemoe.planning import load_plan, plan, save_plan
+from lemoe.settings import Settings
+from lemoe.training import Step, encode_edits, train_round
+
+ADAPTOR_NAME = "adaptor.safetensors"
+PLAN_NAME = "plan.yaml"
+
+
+class Listener(Protocol):
+    """Told how a run goes on."""
+
+    def round_started(self, number: int, of: int, edits: int) -> None: ...
+    def step(self, step: Step) -> None: ...
+    def round_done(self, record: RoundRecord, *, kept: bool) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+class Silent:
+    """A listener that says nothing."""
+
+    def round_started(self, number: int, of: int, edits: int) -> None: ...
+    def step(self, step: Step) -> None: ...
+    def round_done(self, record: RoundRecord, *, kept: bool) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class EditReport:
+    """What a run did.
+
+    Attributes:
+        state: the stacked adaptor.
+        path, size: of its file, bytes.
+        taught: the edits that are in the new rounds.
+        reliability_before, reliability_after: share of their target tokens that the model predicts.
+        exact_before, exact_after: share of them whose whole target it predicts.
+        seconds: for training.
+        unreached: new rounds that ended above the loss target.
+    """
+
+    state: AdaptorState
+    path: Path
+    size: int
+    taught: int
+    reliability_before: float
+    reliability_after: float
+    exact_before: float
+    exact_after: float
+    seconds: float
+    unreached: tuple[RoundRecord, ...]
+
+
+def edit(
+    base: BaseModel,
+    edits: Sequence[Edit],
+    settings: Settings,
+    folder: Path | str,
+    *,
+    source: str = "",
+    plan_file: Path | str | None = None,
+    start: AdaptorState | None = None,
+    force: bool = False,
+    resume: bool = False,
+    listener: Listener | None = None,
+) -> EditReport:
+    """Teach `edits` to an adaptor of `base` and write it under `folder`.
+
+    Args:
+        source: name of the edits file, for the plan.
+        plan_file: rounds to follow; planned afresh if None.
+        start: an earlier adaptor to continue; its experts stay as they are, and edits it holds are left out.
+        force: write into a folder that holds an earlier run, replacing its files.
+        resume: keep the rounds that an unfinished run of the same edits and settings left in `folder`.
+
+    Raises:
+        InputError: for edits or a plan that cannot be used.
+        AdaptorError: if `start` belongs to another base model.
+        OutputError: if the folder holds an earlier run, or cannot be written.
+    """
+    listener = listener or Silent()
+    folder = Path(folder)
+    if start:
+        check_base(base, start)
+    encode_edits(base, edits)
+    new = _not_yet_taught(edits, start, listener)
+    rounds = _rounds(base, new, settings, folder, source, plan_file, listener, overwrite=force or resume)
+    began = time.monotonic()
+    trained = _train_rounds(base, rounds, settings, folder, start, listener, force=force, resume=resume)
+    seconds = time.monotonic() - began
+    state = stack([start, *trained] if start else trained)
+    path = folder / ADAPTOR_NAME
+    save_adaptor(state, path, overwrite=force or resume)
+    taught = [edit for members in rounds for edit in members]
+    measured = evaluate(base, state, taught, only=("reliability",), batch_tokens=settings.batch_tokens)
+    return EditReport(
+        state=state,
+        path=path,
+        size=path.stat().st_size,
+        taught=len(taught),
+        reliability_before=measured.value("reliability", stage="before"),
+        reliability_after=measured.value("reliability"),
+        exact_before=measured.value("reliability", "exact_match", stage="before"),
+        exact_after=measured.value("reliability", "exact_match"),
+        seconds=seconds,
+        unreached=tuple(s.rounds[0] for s in trained if s.rounds[0].loss >= settings.loss_target),
+    )
+
+
+def check_folder(folder: Path, *, force: bool = False, resume: bool = False) -> None:
+    """Refuse early, before anything is computed, a folder that holds an earlier run.
+
+    Raises:
+        OutputError: saying how to go on.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} exists and is not a folder; give another one with -o")
+    if force or resume or not folder.exists():
+        return
+    if (folder / ADAPTOR_NAME).exists():
+        raise OutputError(f"{folder} holds a finished run; give another folder with -o, or --force to replace it")
+    if (folder / PLAN_NAME).exists():
+        raise OutputError(
+            f"{folder} holds an unfinished run; --resume goes on from its finished rounds, --force starts anew"
+        )
+
+
+def _not_yet_taught(edits: Sequence[Edit], start: AdaptorState | None, listener: Listener) -> list[Edit]:
+    known = {digest for record in start.rounds for digest in record.edits} if start else set()
+    new = [edit for edit in edits if edit.digest not in known]
+    if not new:
+        raise InputError(f"all {len(edits)} edits are already in the adaptor to continue; there is nothing to teach")
+    if len(new) < len(edits):
+        listener.note(f"{len(edits) - len(new)} edits are already in the adaptor and are left out")
+    return new
+
+
+def _rounds(
+    base: BaseModel,
+    edits: Sequence[Edit],
+    settings: Settings,
+    folder: Path,
+    source: str,
+    plan_file: Path | str | None,
+    listener: Listener,
+    *,
+    overwrite: bool,
+) -> list[list[Edit]]:
+    by_id = {edit.id: edit for edit in edits}
+    if plan_file is not None:
+        rounds = load_plan(plan_file, edits)
+        content = Path(plan_file).read_text(encoding="utf-8")
+    else:
+        planned = plan(base, edits, settings)
+        for conflict in planned.conflicts:
+            if conflict.relation != "contradiction":
+                listener.note(f"{conflict.earlier} is {conflict.relation} by {conflict.later} and is left out")
+        rounds = [[by_id[name] for name in members] for members in planned.rounds]
+        content = save_plan(planned, edits, source)
+    write_whole(folder / PLAN_NAME, content.encode(), overwrite=overwrite)
+    return rounds
+
+
+def _train_rounds(
+    base: BaseModel,
+    rounds: Sequence[Sequence[Edit]],
+    settings: Settings,
+    folder: Path,
+    start: AdaptorState | None,
+    listener: Listener,
+    *,
+    force: bool,
+    resume: bool,
+) -> list[AdaptorState]:
+    before, trained = start, []
+    for number, members in enumerate(rounds, 1):
+        listener.round_started(number, len(rounds), len(members))
+        path = folder / "rounds" / f"{number:04d}.safetensors"
+        state = _finished(base, path, members, settings, before) if resume else None
+        kept = state is not None
+        if state is None:
+            state = train_round(base, members, settings, before, listener.step)
+            save_adaptor(state, path, overwrite=force or resume)
+        trained.append(state)
+        before = stack([before, state]) if before else state
+        listener.round_done(state.rounds[0], kept=kept)
+    return trained
+
+
+def _finished(
+    base: BaseModel, path: Path, members: Sequence[Edit], settings: Settings, before: AdaptorState | None
+) -> AdaptorState | None:
+    """The round's state from an interrupted run, if it is the very round that would be trained now."""
+    if not path.exists():
+        return None
+    state = load_adaptor(path)
+    expected = round_id(state.base, settings, members, before.rounds[-1].id if before else None)
+    check_base(base, state)
+    return state if [record.id for record in state.rounds] == [expected] else None

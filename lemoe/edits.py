@@ -1,0 +1,153 @@
+"""What a user wants changed: edits, and the probes that tell whether the change took and nothing else moved."""
+
+import hashlib
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lemoe.errors import InputError
+from lemoe.formats import Problem, canonical
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A prompt that measures an edit; `target` is the expected answer, or None where the base model says it."""
+
+    prompt: str
+    target: str | None
+    kind: str
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One fact: after `prompt` the model shall answer `target`.
+
+    `subject` is the entity the fact is about, None where the file does not say.
+    `rephrases` ask the same question in other words (generality), `locality` prompts must keep the base
+    model's answer, `portability` prompts need the fact for their answer.
+    """
+
+    id: str
+    prompt: str
+    target: str
+    subject: str | None = None
+    rephrases: tuple[Probe, ...] = ()
+    locality: tuple[Probe, ...] = ()
+    portability: tuple[Probe, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the edit teaches: prompt, target and subject, not its probes."""
+        text = json.dumps([self.prompt, self.target, self.subject], ensure_ascii=False)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def digest_of(edits: Iterable[Edit]) -> str:
+    """SHA-256 over the digests of `edits`, in their order."""
+    return hashlib.sha256("".join(edit.digest for edit in edits).encode()).hexdigest()
+
+
+def read_edits(path: Path | str) -> list[Edit]:
+    """Read a JSON Lines file or a JSON array of edits, in any of the shapes of `lemoe.formats`.
+
+    Raises:
+        InputError: naming every bad record (the first 20) as `file:line: what was expected`.
+    """
+    path = Path(path)
+    records, problems = _records(path)
+    edits: list[Edit] = []
+    for place, record in records:
+        try:
+            edits.append(_edit(canonical(record)))
+        except Problem as problem:
+            problems.append(f"{place}: {problem}")
+    problems += _repeated_ids(edits, [place for place, _ in records]) if not problems else []
+    if problems:
+        raise InputError.listing(f"{path}: {len(problems)} bad record(s), nothing was done", problems)
+    if not edits:
+        raise InputError(
+            f'{path}: no edits in it; expected one JSON object a line, such as {{"prompt": ..., "target": ...}}'
+        )
+    return _with_ids(edits)
+
+
+def sample_edits(edits: Sequence[Edit], limit: int | None, sample: int | None, seed: int) -> list[Edit]:
+    """The first `limit` edits, then `sample` of those drawn with `seed`, in the file's order."""
+    chosen = list(edits if limit is None else edits[:limit])
+    if sample is None or sample >= len(chosen):
+        return chosen
+    kept = sorted(random.Random(seed).sample(range(len(chosen)), sample))
+    return [chosen[index] for index in kept]
+
+
+def _records(path: Path) -> tuple[list[tuple[str, Any]], list[str]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    if text.lstrip().startswith("["):
+        return _array(path, text)
+    return _lines(path, text)
+
+
+def _array(path: Path, text: str) -> tuple[list[tuple[str, Any]], list[str]]:
+    try:
+        records = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        place = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else str(path)
+        raise InputError(f"{place}: not a JSON array: {error}") from None
+    return [(f"{path}: record {number}", record) for number, record in enumerate(records, 1)], []
+
+
+def _lines(path: Path, text: str) -> tuple[list[tuple[str, Any]], list[str]]:
+    records: list[tuple[str, Any]] = []
+    problems: list[str] = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            records.append((f"{path}:{number}", json.loads(line)))
+        except (ValueError, RecursionError) as error:
+            problems.append(f"{path}:{number}: expected one JSON object a line: {error}")
+    return records, problems
+
+
+def _edit(record: Mapping[str, Any]) -> Edit:
+    rephrases, locality, portability = (
+        tuple(Probe(probe["prompt"], probe["target"] or None, probe["kind"]) for probe in record[name])
+        for name in ("rephrases", "locality", "portability")
+    )
+    plain = {name: record[name] for name in ("id", "prompt", "target", "subject", "extra")}
+    return Edit(**plain, rephrases=rephrases, locality=locality, portability=portability)
+
+
+def _repeated_ids(edits: Sequence[Edit], places: Sequence[str]) -> list[str]:
+    first: dict[str, str] = {}
+    problems = []
+    for edit, place in zip(edits, places, strict=True):
+        if edit.id and edit.id in first:
+            problems.append(f"{place}: id {edit.id!r} is already used at {first[edit.id]}; ids must be unique")
+        first.setdefault(edit.id, place)
+    return problems
+
+
+def _with_ids(edits: Sequence[Edit]) -> list[Edit]:
+    """Edits without an id get one from their content, so that it is the same in every run."""
+    taken = {edit.id for edit in edits}
+    seen: Counter[str] = Counter()
+    named = []
+    for edit in edits:
+        if not edit.id:
+            stem = f"edit-{edit.digest[:10]}"
+            seen[stem] += 1
+            name = stem if seen[stem] == 1 else f"{stem}-{seen[stem]}"
+            edit = replace(edit, id=name if name not in taken else f"{name}-auto")
+        named.append(edit)
+    return named

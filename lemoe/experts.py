@@ -1,0 +1,127 @@
+"""Experts: small FFNs of the base's own form, kept as one stack of neurons.
+
+Expert `i` is the neurons `offsets[i]` to `offsets[i + 1]`; neuron `n` reads `gate[n]` and `up[n]` and writes
+`down[n]`, all of them `[hidden]`. Experts of any widths stack by concatenation, and one expert's neurons can be
+read from a file without the others'.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-6
+
+Activation = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which experts act where: `experts` `[batch, seq, k]`, -1 for none, and their `weights`, same shape."""
+
+    experts: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A stack of experts.
+
+    Attributes:
+        up, down: `[neurons, hidden]`.
+        gate: `[neurons, hidden]`, or None where the base's FFN has no gate.
+        offsets: `[experts + 1]`, int64, on the CPU.
+        scale: `[experts]`, the residual stream's RMS at the edited layer times the expert's own factor.
+    """
+
+    up: Tensor
+    down: Tensor
+    gate: Tensor | None
+    offsets: Tensor
+    scale: Tensor
+
+    def __len__(self) -> int:
+        return len(self.scale)
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "Experts":
+        """The same experts with parameters on `device` (and in `dtype`)."""
+        gate = None if self.gate is None else self.gate.to(device, dtype)
+        return replace(
+            self,
+            up=self.up.to(device, dtype),
+            down=self.down.to(device, dtype),
+            gate=gate,
+            scale=self.scale.to(device),
+        )
+
+    def select(self, chosen: Sequence[int]) -> "Experts":
+        """The experts `chosen`, in that order."""
+        spans = [range(int(self.offsets[index]), int(self.offsets[index + 1])) for index in chosen]
+        neurons = torch.tensor([neuron for span in spans for neuron in span], dtype=torch.long)
+        widths = torch.tensor([0, *(len(span) for span in spans)], dtype=torch.long)
+        return Experts(
+            self.up[neurons],
+            self.down[neurons],
+            None if self.gate is None else self.gate[neurons],
+            widths.cumsum(0),
+            self.scale[torch.tensor(list(chosen), dtype=torch.long)],
+        )
+
+    @classmethod
+    def stack(cls, parts: Sequence["Experts"]) -> "Experts":
+        """All experts of all parts, in order."""
+        widths = torch.cat([torch.zeros(1, dtype=torch.long), *(part.offsets.diff() for part in parts)])
+        gates = [part.gate for part in parts if part.gate is not None]
+        return cls(
+            torch.cat([part.up for part in parts]),
+            torch.cat([part.down for part in parts]),
+            torch.cat(gates) if gates else None,
+            widths.cumsum(0),
+            torch.cat([part.scale for part in parts]),
+        )
+
+    def delta(self, inputs: Tensor, routing: Routing, activation: Activation) -> Tensor | None:
+        """What the routed experts add to the FFN's output.
+
+        Args:
+            inputs: `[batch, seq, hidden]`, the FFN's input.
+            routing: the experts that act at each position.
+            activation: the base FFN's own.
+
+        Returns:
+            `[batch, seq, hidden]` in float32, or None if no expert acts anywhere.
+        """
+        acting = routing.experts.unique()
+        acting = acting[acting >= 0]
+        if not len(acting):
+            return None
+        normal = rms_normal(inputs)
+        total = torch.zeros_like(normal)
+        for index in acting.tolist():
+            rows, columns, slots = (routing.experts == index).nonzero(as_tuple=True)
+            output = self._expert(index, normal[rows, columns], activation)
+            weights = routing.weights[rows, columns, slots].unsqueeze(-1)
+            total = total.index_put((rows, columns), weights * output, accumulate=True)
+        return total
+
+    def _expert(self, index: int, normal: Tensor, activation: Activation) -> Tensor:
+        start, end = int(self.offsets[index]), int(self.offsets[index + 1])
+        gate = None if self.gate is None else self.gate[start:end]
+        return self.scale[index] * expert_output(normal, gate, self.up[start:end], self.down[start:end], activation)
+
+
+def rms_normal(inputs: Tensor) -> Tensor:
+    """`inputs` `[..., hidden]` in float32, each vector divided by its RMS."""
+    wide = inputs.float()
+    return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPSILON)
+
+
+def expert_output(normal: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, activation: Activation) -> Tensor:
+    """The FFN `down(act(gate x) * up x)`, or `down(act(up x))` without a gate, for `normal` `[n, hidden]`."""
+    raised = torch.matmul(normal, up.float().T)
+    if gate is None:
+        inner = activation(raised)
+    else:
+        inner = activation(torch.matmul(normal, gate.float().T)) * raised
+    return torch.matmul(inner, down.float())

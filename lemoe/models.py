@@ -1,0 +1,298 @@
+"""The frozen base model: what `--model` names, loaded through transformers, with the places that editing needs."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+import yaml
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from lemoe import embedded
+from lemoe.embedded import Notify
+from lemoe.errors import InputError, ModelError
+from lemoe.structure import FFNSite, find_ffn, find_layers, steps_after_layers
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What a `--model` argument means."""
+
+    name: str
+    location: str
+    revision: str | None = None
+    layer: int | None = None
+    embedded: bool = False
+
+    def __str__(self) -> str:
+        if self.embedded:
+            return f"{self.name} = {embedded.TITLE}, embedded"
+        where = f"{self.location}@{self.revision}" if self.revision else self.location
+        return where if where == self.name else f"{self.name} = {where}"
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What tells one base model from another, as far as an adaptor for `layer` depends on it.
+
+    Weights are hashed as bfloat16, so that one checkpoint has one fingerprint however it is loaded.
+    """
+
+    name: str
+    revision: str | None
+    architecture: str
+    layer: int
+    ffn: str
+    hidden: int
+    intermediate: int
+    gated: bool
+    vocabulary: int
+    ffn_sha256: str
+    tokenizer_sha256: str
+
+    def differences(self, other: "Fingerprint") -> list[str]:
+        """One line for each identifying field in which `other` differs; names and revisions are only labels."""
+        return [
+            f"{name}: {getattr(self, name)} != {getattr(other, name)}"
+            for name in _IDENTITY
+            if getattr(self, name) != getattr(other, name)
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+_IDENTITY = (
+    "architecture",
+    "layer",
+    "ffn",
+    "hidden",
+    "intermediate",
+    "gated",
+    "ffn_sha256",
+    "tokenizer_sha256",
+)
+
+
+class BaseModel:
+    """A frozen causal language model with its tokenizer, in evaluation mode.
+
+    Attributes:
+        model: the transformers model; its weights are never changed.
+        tokenizer: its tokenizer.
+        layers: the decoder layers.
+        hidden_size: width of the residual stream.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: ModelSource):
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.source = source
+        self.layers_path, self.decoder, self.layers = find_layers(model)
+        self.embedding: nn.Module = model.get_input_embeddings()
+        self.hidden_size: int = self.embedding.weight.shape[1]
+        head = model.get_output_embeddings()
+        if head is None:
+            raise ModelError(f"{source}: has no language-model head; lemoe edits causal language models")
+        self.head: nn.Module = head
+        self.vocabulary: int = head.weight.shape[0]
+        text_config = model.config.get_text_config()
+        self.hidden_size = getattr(text_config, "hidden_size", self.hidden_size)
+        self._softcap: float | None = getattr(text_config, "final_logit_softcapping", None)
+        self.max_length: int | None = getattr(text_config, "max_position_embeddings", None)
+        self._finish = steps_after_layers(self.decoder, self.layers, self._probe_input())
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def end_token(self) -> int:
+        """The token with which the model itself ends an answer."""
+        end = self.model.generation_config.eos_token_id
+        if end is None:
+            end = self.tokenizer.eos_token_id
+        end = end[0] if isinstance(end, list) else end
+        return 0 if end is None else int(end)
+
+    @property
+    def pad_token(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return self.end_token if pad is None else int(pad)
+
+    def site(self, layer: int, path: str | None = None) -> FFNSite:
+        """The FFN of decoder layer `layer` (zero-based), at `path` below it if given."""
+        if not 0 <= layer < len(self.layers):
+            raise ModelError(f"layer {layer} is not there: {self.source} has layers 0 to {len(self.layers) - 1}")
+        return find_ffn(self.layers[layer], self.hidden_size, f"{self.layers_path}.{layer}", path)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits `[..., vocab]` of the last layer's output `hidden` `[..., hidden]`."""
+        for step in self._finish:
+            hidden = step(hidden)
+        logits: Tensor = self.head(hidden)
+        if self._softcap:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return logits
+
+    def fingerprint(self, layer: int, path: str | None = None) -> Fingerprint:
+        """What an adaptor for this layer is bound to."""
+        site = self.site(layer, path)
+        return Fingerprint(
+            name=self.source.name,
+            revision=self.source.revision,
+            architecture=type(self.model).__name__,
+            layer=layer,
+            ffn=site.path,
+            hidden=site.hidden,
+            intermediate=site.intermediate,
+            gated=site.gated,
+            vocabulary=self.vocabulary,
+            ffn_sha256=_weights_sha256(site),
+            tokenizer_sha256=_tokenizer_sha256(self.tokenizer),
+        )
+
+    def _probe_input(self) -> dict[str, Tensor]:
+        ids = torch.tensor([[0, 1]], device=self.model.device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _weights_sha256(site: FFNSite) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in site.tensors():
+        digest.update(f"{name}{list(tensor.shape)}".encode())
+        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of all that decides how text becomes tokens, not of padding or truncation left on by an earlier use."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    described = json.loads(backend.to_str()) if backend is not None else {"vocab": tokenizer.get_vocab()}
+    for state in ("padding", "truncation"):
+        described.pop(state, None)
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def model_presets() -> dict[str, Mapping[str, Any]]:
+    """The names that `--model` knows: ours, then the user's own file, which wins."""
+    presets = yaml.safe_load(resources.files("lemoe").joinpath("presets/models.yaml").read_text())
+    own = Path(os.environ.get("LEMOE_MODELS") or Path(platformdirs.user_config_dir("lemoe")) / "models.yaml")
+    if not own.is_file():
+        return dict(presets)
+    try:
+        mine = yaml.safe_load(own.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise InputError(f"{own}: not valid YAML: {error}") from None
+    if not isinstance(mine, dict) or not all(isinstance(entry, dict) for entry in mine.values()):
+        raise InputError(f"{own}: expected `name: {{hub: org/name, layer: 18}}` lines")
+    return {**presets, **mine}
+
+
+def resolve_model(name: str, revision: str | None = None) -> ModelSource:
+    """What `name` means: a folder, a preset name, or a hub id `org/name[@revision]`.
+
+    Raises:
+        ModelError: if it is none of these, with the names that are known.
+    """
+    if Path(name).is_dir():
+        return ModelSource(name, str(Path(name)), revision)
+    presets = model_presets()
+    if name in presets:
+        entry = presets[name]
+        if "embedded" in entry:
+            return ModelSource(name, str(entry["embedded"]), embedded=True, layer=entry.get("layer"))
+        return _hub_source(name, str(entry.get("hub", "")), revision, entry.get("layer"))
+    if "/" in name and not name.startswith((".", "/", "~")):
+        return _hub_source(name, name, revision, None)
+    raise ModelError(
+        f"--model {name}: no such folder or preset. Give a local folder, a hub id (org/name[@revision]), "
+        f"or one of: {', '.join(sorted(presets))}"
+    )
+
+
+def _hub_source(name: str, hub: str, revision: str | None, layer: int | None) -> ModelSource:
+    location, _, pinned = hub.partition("@")
+    return ModelSource(name, location, revision or pinned or None, layer)
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` takes cuda, then mps, then cpu.
+
+    Raises:
+        ModelError: if the device is not there.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        there = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+        reason = str(error).splitlines()[0][:120]
+        raise ModelError(f"--device {name}: not available here ({reason}); there is: {', '.join(there)}") from None
+    return device
+
+
+def load_base(
+    name: str = "llama",
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    notify: Notify = lambda stage: None,
+) -> BaseModel:
+    """Load a base model, frozen, ready for editing.
+
+    Args:
+        name: a preset name, a local folder, or a hub id `org/name[@revision]`.
+        device: `auto`, or a torch device.
+        dtype: `float32`, `bfloat16`, `float16`, or `auto`: as stored, but float32 on CPU.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run model code that the repository brings. Only for sources you trust.
+        notify: called with one line for each stage that takes time.
+
+    Raises:
+        ModelError: if the model cannot be found, loaded or edited, or the device is not there.
+    """
+    transformers_logging.disable_progress_bar()
+    source = resolve_model(name, revision)
+    place = pick_device(device)
+    location = str(embedded.embedded_folder(notify)) if source.embedded else source.location
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if source.revision:
+        options["revision"] = source.revision
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location, **options)
+        model = AutoModelForCausalLM.from_pretrained(location, dtype=_dtype(dtype, place), **options)
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{source}: cannot be loaded: {reason}") from None
+    return BaseModel(model.to(place), tokenizer, source)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype | str:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    if name not in DTYPES:
+        raise ModelError(f"--dtype {name}: expected auto, {', '.join(DTYPES)}")
+    return DTYPES[name]

@@ -1,0 +1,180 @@
+"""Settings of a run, resolved once: command line over YAML file over preset over default."""
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from lemoe.errors import InputError
+
+DEFAULT_PRESET = "paper"
+
+Order = Literal["planned", "file", "random"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How edits are planned, trained and routed.
+
+    Attributes:
+        method: how experts are routed; the preset says it.
+        layer: zero-based decoder layer beside which experts stand; None takes `depth`.
+        depth: relative depth of that layer, 0 to 1, where `layer` is not given.
+        layer_path: path of the FFN below the layer, for models whose structure is not recognised.
+        round_size: edits in a round, at most.
+        order: `planned` clusters edits into rounds, `file` and `random` are for comparison.
+        seed: of everything random.
+        width: neurons of an expert; None takes the base FFN's own width.
+        router_width: width of the routing projection and of the keys.
+        top_k: experts that act on one sequence.
+        steps: training steps of a round, at most.
+        learning_rate: of AdamW for experts, whose output is scaled so that one rate fits all widths.
+        router_learning_rate: of AdamW for keys and projection.
+        weight_decay: of AdamW.
+        loss_target: mean cross entropy of the target tokens (nats) at which a round stops early.
+        batch_tokens: padded tokens that run through the model at once.
+    """
+
+    method: Literal["paper"] = "paper"
+    layer: int | None = None
+    depth: float = 0.5625
+    layer_path: str | None = None
+    round_size: int = 20
+    order: Order = "planned"
+    seed: int = 0
+    width: int | None = None
+    router_width: int = 512
+    top_k: int = 1
+    steps: int = 60
+    learning_rate: float = 5e-3
+    router_learning_rate: float = 2e-5
+    weight_decay: float = 0.0
+    loss_target: float = 0.01
+    batch_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name}: must be {bound}, not {getattr(self, name)}"
+            for name, bound, holds in _BOUNDS
+            if getattr(self, name) is not None and not holds(getattr(self, name))
+        ]
+        if problems:
+            raise InputError.listing("settings out of range:", problems)
+
+    def layer_of(self, layers: int, preset_layer: int | None) -> int:
+        """The layer to edit in a model of `layers`: as set, else as the model's preset says, else by depth."""
+        if self.layer is not None:
+            return self.layer
+        return preset_layer if preset_layer is not None else min(layers - 1, round(self.depth * layers))
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+_BOUNDS = (
+    *((name, "at least 1", lambda value: value >= 1) for name in ("round_size", "width", "router_width", "top_k")),
+    *((name, "at least 1", lambda value: value >= 1) for name in ("steps", "batch_tokens")),
+    ("layer", "at least 0", lambda value: value >= 0),
+    ("depth", "between 0 and 1", lambda value: 0 <= value <= 1),
+    *((name, "at least 0", lambda value: value >= 0) for name in ("seed", "weight_decay", "loss_target")),
+    *((name, "above 0", lambda value: value > 0) for name in ("learning_rate", "router_learning_rate")),
+)
+
+
+def presets() -> list[str]:
+    """Names of the method presets that ship with lemoe."""
+    folder = resources.files("lemoe").joinpath("presets/methods")
+    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def resolve_settings(
+    preset: str = DEFAULT_PRESET, config: Path | str | None = None, given: Mapping[str, Any] | None = None
+) -> Settings:
+    """One `Settings` from a preset, a YAML file and values given directly, the last being the strongest.
+
+    Args:
+        preset: a preset's name; a `preset:` line in the file overrides the default one.
+        config: a YAML file of `name: value` lines.
+        given: values by name; those that are None are left to the weaker sources.
+
+    Raises:
+        InputError: for an unknown name (with the nearest right one) or a value of the wrong type or range.
+    """
+    from_file = _read_yaml(Path(config)) if config is not None else {}
+    preset = from_file.pop("preset", None) or preset
+    if preset not in presets():
+        raise InputError(f"preset {preset!r} is not known; there is: {', '.join(presets())}")
+    from_preset = yaml.safe_load(resources.files("lemoe").joinpath(f"presets/methods/{preset}.yaml").read_text())
+    direct = {name: value for name, value in (given or {}).items() if value is not None}
+    layers = ((f"preset {preset}", from_preset), (str(config), from_file), ("given settings", direct))
+    merged: dict[str, Any] = {}
+    for place, values in layers:
+        merged.update(coerce_settings(place, values))
+    return Settings(**merged)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected `name: value` lines")
+    return {str(name): value for name, value in values.items()}
+
+
+def coerce_settings(place: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with the types that `Settings` declares (PyYAML reads `1e-4` as text).
+
+    Raises:
+        InputError: naming every value that does not fit, and the nearest right name of every unknown one.
+    """
+    hints = typing.get_type_hints(Settings)
+    known = {field.name for field in fields(Settings)}
+    coerced: dict[str, Any] = {}
+    problems = []
+    for name, value in values.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            problems.append(f"{name}: no such setting" + (f"; did you mean {near[0]}?" if near else ""))
+            continue
+        try:
+            coerced[name] = _coerce(value, hints[name])
+        except (TypeError, ValueError):
+            problems.append(f"{name}: {value!r} is not {_expected(hints[name])}")
+    if problems:
+        raise InputError.listing(f"{place}: {len(problems)} bad setting(s)", problems)
+    return coerced
+
+
+def _coerce(value: Any, hint: Any) -> Any:
+    options = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        if value not in options:
+            raise ValueError
+        return value
+    if isinstance(hint, types.UnionType):
+        return None if value is None else _coerce(value, next(o for o in options if o is not type(None)))
+    if isinstance(value, bool) and hint is not bool:
+        raise TypeError
+    if hint is int and float(value) != int(float(value)):
+        raise ValueError
+    if hint is str and not isinstance(value, str):
+        raise TypeError
+    return int(float(value)) if hint is int else hint(value)
+
+
+def _expected(hint: Any) -> str:
+    options = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, options))
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    return " or ".join(names.get(option, str(option)) for option in (options or (hint,)))

@@ -1,0 +1,118 @@
+"""`lemoe edit`: the main job."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lemoe_cli.options import (
+    FILE,
+    edits_argument,
+    force_option,
+    model_options,
+    open_base,
+    open_edits,
+    quiet_option,
+    selection_options,
+    settings_from,
+    settings_options,
+)
+
+if TYPE_CHECKING:
+    from lemoe.editing import EditReport
+
+_SETTINGS = (
+    "order",
+    "round_size",
+    "seed",
+    "layer",
+    "layer_path",
+    "steps",
+    "learning_rate",
+    "width",
+    "batch_tokens",
+)
+
+
+@click.command("edit")
+@edits_argument
+@model_options
+@click.option("--output", "-o", type=FILE, help="Folder for the result.  [default: EDITS with .lemoe]")
+@click.option("--plan", "plan_file", type=FILE, help="Follow this plan instead of planning.")
+@click.option("--from", "start", type=FILE, help="Continue this adaptor; its edits stay as they are.")
+@settings_options
+@click.option("--layer", type=click.IntRange(0), help="Decoder layer to edit, from 0.")
+@click.option("--layer-path", help="Path of the FFN below the layer, where it is not recognised.")
+@click.option("--steps", type=click.IntRange(1), help="Training steps of a round, at most.")
+@click.option("--learning-rate", type=float, help="Of the experts.")
+@click.option("--width", type=click.IntRange(1), help="Neurons of an expert.  [default: as the base's FFN]")
+@click.option("--batch-tokens", type=click.IntRange(1), help="Tokens that run through the model at once.")
+@selection_options
+@click.option("--resume", is_flag=True, help="Go on from the finished rounds of an interrupted run.")
+@force_option
+@quiet_option
+def command(
+    edits: Path,
+    output: Path | None,
+    plan_file: Path | None,
+    start: Path | None,
+    resume: bool,
+    force: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Teach EDITS to a model: plan, train one expert a round, write the adaptor.
+
+    Each round's state is written as soon as it is done (DIR/rounds/0001.safetensors, ...), the stack of all of
+    them at the end (DIR/adaptor.safetensors). The base model's files are never changed.
+    """
+    from lemoe.checkpoint import load_adaptor
+    from lemoe.editing import check_folder, edit
+
+    folder = output or edits.with_suffix(".lemoe")
+    read = open_edits(edits, options)
+    settings = settings_from(options, _SETTINGS)
+    check_folder(folder, force=force, resume=resume)
+    earlier = load_adaptor(start) if start else None
+    base = open_base(options, quiet=quiet)
+
+    from lemoe_cli.ui import EditProgress
+
+    with EditProgress(len(read), quiet=quiet) as progress:
+        report = edit(
+            base,
+            read,
+            settings,
+            folder,
+            source=edits.name,
+            plan_file=plan_file,
+            start=earlier,
+            force=force,
+            resume=resume,
+            listener=progress,
+        )
+    _show(report)
+
+
+def _show(report: "EditReport") -> None:
+    from lemoe_cli.ui import duration_text, notes, size_text, table
+
+    per_edit = report.seconds / max(1, report.taught)
+    rows = [
+        ("reliability, target tokens", f"{report.reliability_before:.3f}", f"{report.reliability_after:.3f}"),
+        ("reliability, whole target", f"{report.exact_before:.3f}", f"{report.exact_after:.3f}"),
+    ]
+    table(f"{report.taught} edits taught", ("", "before", "after"), rows)
+    table(
+        "",
+        ("", ""),
+        [
+            ("time", f"{duration_text(report.seconds)} ({per_edit:.2f} s an edit)"),
+            ("rounds", f"{len(report.state.rounds)} in the adaptor"),
+            ("size", size_text(report.size)),
+            ("adaptor", str(report.path)),
+        ],
+        left=2,
+    )
+    for record in report.unreached:
+        notes.print(f"round {record.id[:10]} ended at loss {record.loss:.3f}, above the target; give it more --steps")

@@ -1,0 +1,128 @@
+"""`lemoe eval`: figures before and after, for people, for machines, and one record for each probe."""
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lemoe_cli.options import (
+    FILE,
+    edits_argument,
+    force_option,
+    model_options,
+    open_base,
+    open_edits,
+    quiet_option,
+    selection_options,
+)
+
+if TYPE_CHECKING:
+    from lemoe.evaluation import Decode, EvalResult, Metric
+
+SCHEMA = 1
+
+
+@click.command("eval")
+@edits_argument
+@model_options
+@click.option("--adaptor", "-a", type=FILE, help="Adaptor to measure; without one, the base model alone.")
+@click.option("--decode", type=click.Choice(["teacher", "greedy"]), default="teacher", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: one flat record for each figure.")
+@click.option("--records", type=FILE, help="Write one JSON line for each probe here.")
+@click.option("--batch-tokens", type=click.IntRange(1), default=4096, show_default=True)
+@selection_options
+@force_option
+@quiet_option
+def command(
+    edits: Path,
+    adaptor: Path | None,
+    decode: "Decode",
+    as_json: bool,
+    records: Path | None,
+    batch_tokens: int,
+    force: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Measure an adaptor on the probes of EDITS: reliability, generality, locality, portability, routing.
+
+    Locality is agreement with the base model's own predictions. `teacher` compares the most likely token at each
+    position of the target, `greedy` lets the model write.
+    """
+    from lemoe.checkpoint import load_adaptor, write_whole
+    from lemoe.evaluation import evaluate
+
+    read = open_edits(edits, options)
+    state = load_adaptor(adaptor) if adaptor else None
+    base = open_base(options, quiet=quiet)
+
+    from lemoe_cli.ui import counter
+
+    with counter("measuring", quiet=quiet) as advance:
+        result = evaluate(base, state, read, decode=decode, batch_tokens=batch_tokens, on_progress=advance)
+    if records is not None:
+        lines = (json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in result.records)
+        write_whole(records, "".join(lines).encode(), overwrite=force)
+    if as_json:
+        settings = {"edits": str(edits), "adaptor": str(adaptor) if adaptor else None, "decode": decode}
+        settings |= {name: options[name] for name in ("model", "revision", "limit", "sample", "seed")}
+        settings |= {"dtype": str(base.dtype).removeprefix("torch."), "device": str(base.device)}
+        click.echo(json.dumps(_document(result, settings), indent=1, ensure_ascii=False))
+    else:
+        _show(result)
+
+
+def _document(result: "EvalResult", settings: dict[str, Any]) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    from lemoe import __version__
+
+    versions = {
+        "lemoe": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    metrics = [asdict(metric) for metric in result.metrics]
+    return {"schema": SCHEMA, "settings": settings, "versions": versions, "metrics": metrics}
+
+
+def _show(result: "EvalResult") -> None:
+    from lemoe_cli.ui import table
+
+    groups: dict[tuple[str, str], list[Metric]] = {}
+    for metric in result.metrics:
+        groups.setdefault((metric.name, metric.kind), []).append(metric)
+    scored = {key: group for key, group in groups.items() if key[0] != "routing"}
+    rows = [(name, kind, *_cells(group), str(group[0].n)) for (name, kind), group in scored.items()]
+    columns = ("", "kind", "tokens before", "tokens after", "whole before", "whole after", "n")
+    table(
+        "Share of target tokens, and of whole targets, that the model gives (± standard error)",
+        columns,
+        rows,
+        left=2,
+    )
+    routes = [
+        (kind, f"{group[0].value:.3f}", str(group[0].n)) for (name, kind), group in groups.items() if name == "routing"
+    ]
+    if routes:
+        table("\nEdits whose prompt reaches the expert it trained", ("rounds", "share", "n"), routes)
+
+
+def _cells(group: "Sequence[Metric]") -> list[str]:
+    by_place = {(metric.measure, metric.stage): metric for metric in group}
+    cells = []
+    for measure in ("token_accuracy", "exact_match"):
+        for stage in ("before", "after"):
+            metric = by_place.get((measure, stage))
+            cells.append("" if metric is None else _figure(metric))
+    return cells
+
+
+def _figure(metric: "Metric") -> str:
+    return f"{metric.value:.3f}" if metric.stderr is None else f"{metric.value:.3f} ±{metric.stderr:.3f}"

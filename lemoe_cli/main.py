@@ -1,0 +1,68 @@
+"""The `lemoe` command and what all subcommands share: lazy loading, and errors as one clear message."""
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from lemoe import __version__
+from lemoe.errors import LemoeError
+
+COMMANDS = {
+    "plan": "Show how edits would be grouped into rounds, and which repeat or contradict each other.",
+    "edit": "Teach edits to a model: plan, train one expert a round, write the adaptor.",
+    "eval": "Measure an adaptor: reliability, generality, locality, portability, routing.",
+    "merge": "Stack adaptors of the same base model into one.",
+}
+
+
+class LazyGroup(click.Group):
+    """Loads a subcommand's module only when it is used, so that `--help` answers at once."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"lemoe_cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LemoeError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo("interrupted; finished rounds are kept, `lemoe edit ... --resume` goes on from them", err=True)
+            ctx.exit(130)
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            click.echo("error: out of memory; lower --batch-tokens, or take --dtype bfloat16", err=True)
+            ctx.exit(2)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "can't allocate" in str(error)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="lemoe")
+def cli() -> None:
+    """Lifelong model editing: teach a language model new facts without retraining it.
+
+    \b
+    lemoe edit edits.jsonl --model llama
+    lemoe eval edits.jsonl --model llama --adaptor edits.lemoe/adaptor.safetensors
+    """
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

@@ -1,0 +1,87 @@
+"""Options that several subcommands share, and how they become the library's objects."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from lemoe.edits import Edit
+    from lemoe.models import BaseModel
+    from lemoe.settings import Settings
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+FILE = click.Path(path_type=Path)
+
+
+def combined(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """One decorator for several options, shown in the given order."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+edits_argument = click.argument("edits", type=FILE)
+
+model_options: Callable[[Any], Any] = combined(
+    click.option("--model", "-m", required=True, help="Preset name (llama = embedded), folder, or org/name[@rev]."),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."),
+    click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16."),
+    click.option("--revision", help="Branch, tag or commit of a hub model."),
+    click.option("--trust-remote-code", is_flag=True, help="Run model code that the repository brings."),
+)
+
+selection_options: Callable[[Any], Any] = combined(
+    click.option("--limit", type=click.IntRange(1), help="Only the first N edits."),
+    click.option("--sample", type=click.IntRange(1), help="Only S of them, drawn with --seed."),
+    click.option("--seed", type=click.IntRange(0), help="Of everything random.  [default: 0]"),
+)
+
+settings_options: Callable[[Any], Any] = combined(
+    click.option("--preset", help="Method preset.  [default: paper]"),
+    click.option("--config", type=FILE, help="YAML file of `name: value` settings; options win over it."),
+    click.option("--order", type=click.Choice(["planned", "file", "random"]), help="How rounds are formed."),
+    click.option("--round-size", type=click.IntRange(1), help="Edits in a round, at most."),
+)
+
+quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress, only results and errors.")
+force_option = click.option("--force", is_flag=True, help="Replace what is there.")
+
+
+def open_base(options: Mapping[str, Any], *, quiet: bool) -> "BaseModel":
+    """The base model that the model options name; says on stderr what the name meant."""
+    from lemoe.models import load_base, resolve_model
+    from lemoe_cli.ui import stage
+
+    if not quiet:
+        click.echo(f"model: {resolve_model(options['model'], options['revision'])}", err=True)
+    with stage("loading the model", quiet=quiet) as notify:
+        return load_base(
+            options["model"],
+            device=options["device"],
+            dtype=options["dtype"],
+            revision=options["revision"],
+            trust_remote_code=options["trust_remote_code"],
+            notify=notify,
+        )
+
+
+def open_edits(path: Path, options: Mapping[str, Any]) -> "list[Edit]":
+    """The edits that the selection options leave."""
+    from lemoe.edits import read_edits, sample_edits
+
+    return sample_edits(read_edits(path), options["limit"], options["sample"], options["seed"] or 0)
+
+
+def settings_from(options: Mapping[str, Any], names: tuple[str, ...]) -> "Settings":
+    """Settings from the options called `names`, the YAML file and the preset."""
+    from lemoe.settings import DEFAULT_PRESET, resolve_settings
+
+    given = {name: options.get(name) for name in names}
+    return resolve_settings(options["preset"] or DEFAULT_PRESET, options["config"], given)

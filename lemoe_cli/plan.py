@@ -1,0 +1,90 @@
+"""`lemoe plan`: how edits would be grouped into rounds, and what is wrong with them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lemoe_cli.options import (
+    FILE,
+    edits_argument,
+    force_option,
+    model_options,
+    open_base,
+    open_edits,
+    quiet_option,
+    selection_options,
+    settings_from,
+    settings_options,
+)
+
+if TYPE_CHECKING:
+    from lemoe.edits import Edit
+    from lemoe.planning import Plan
+
+
+@click.command("plan")
+@edits_argument
+@model_options
+@selection_options
+@settings_options
+@click.option("--output", "-o", type=FILE, help="Write the plan here (YAML); `lemoe edit --plan` follows it.")
+@force_option
+@quiet_option
+def command(edits: Path, output: Path | None, force: bool, quiet: bool, **options: Any) -> None:
+    """Show how EDITS would be grouped into rounds, and which repeat or contradict each other.
+
+    EDITS is JSON Lines with `prompt` and `target` (see the README), or a published data set as it is.
+    """
+    read = open_edits(edits, options)
+    settings = settings_from(options, ("order", "round_size", "seed"))
+    base = open_base(options, quiet=quiet)
+
+    from lemoe.checkpoint import write_whole
+    from lemoe.planning import plan, save_plan
+
+    planned = plan(base, read, settings)
+    if output is not None:
+        write_whole(output, save_plan(planned, read, edits.name).encode(), overwrite=force)
+    _show(planned, read, settings.order)
+    if output is not None and not quiet:
+        click.echo(f"plan written to {output}", err=True)
+
+
+def _show(planned: "Plan", edits: "list[Edit]", order: str) -> None:
+    from lemoe_cli.ui import results, table
+
+    by_id = {edit.id: edit for edit in edits}
+    rows = [
+        (str(number), str(len(members)), f"{cohesion:.3f}", by_id[members[0]].prompt)
+        for number, (members, cohesion) in enumerate(zip(planned.rounds, planned.cohesion, strict=True), 1)
+    ]
+    table(f"{len(rows)} rounds", ("round", "edits", "similarity", "first edit"), rows)
+    results.print()
+    table(
+        "Similarity of prompts (cosine): a good order is high within rounds and low between them",
+        ("order", "within", "between"),
+        [
+            (name + (" (chosen)" if name == order else ""), f"{value.within:.3f}", f"{value.between:.3f}")
+            for name, value in planned.similarity.items()
+        ],
+    )
+    if not planned.conflicts:
+        results.print("\nNo duplicates or conflicts.")
+        return
+    results.print()
+    kinds = [conflict.relation for conflict in planned.conflicts]
+    summary = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+    shown = planned.conflicts[:20]
+    table(
+        f"Edits that repeat or contradict a later one: {summary}",
+        ("relation", "earlier", "later"),
+        [(c.relation, _brief(by_id[c.earlier]), _brief(by_id[c.later])) for c in shown],
+        left=3,
+    )
+    if len(planned.conflicts) > len(shown):
+        results.print(f"... and {len(planned.conflicts) - len(shown)} more, all in the plan file (-o)")
+
+
+def _brief(edit: "Edit") -> str:
+    return f"{edit.id}: {edit.prompt} -> {edit.target}"

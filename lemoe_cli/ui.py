@@ -1,0 +1,117 @@
+"""What the terminal shows: stages, live progress, tables. Progress goes to stderr, results to stdout."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from lemoe.adaptor import RoundRecord
+from lemoe.training import Step
+
+notes = Console(stderr=True, highlight=False)
+results = Console(highlight=False, soft_wrap=False)
+
+
+@contextmanager
+def stage(text: str, *, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A spinner while something takes time; yields a function that changes its text."""
+    if quiet:
+        yield lambda text: None
+        return
+    if not notes.is_terminal:
+        yield lambda text: notes.print(text)
+        return
+    with notes.status(text) as status:
+        yield status.update
+
+
+@contextmanager
+def counter(text: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar; yields a function of (done, total)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=notes, disable=quiet or not notes.is_terminal, transient=True) as progress:
+        task = progress.add_task(text, total=None)
+        yield lambda done, of: progress.update(task, completed=done, total=of)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:
+    """Print a table on stdout; the first `left` columns are text, the others numbers."""
+    shown = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for index, name in enumerate(columns):
+        shown.add_column(name, justify="left" if index < left else "right", overflow="fold")
+    for row in rows:
+        shown.add_row(*row)
+    results.print(shown)
+
+
+class EditProgress:
+    """Live view of a run: edits done and time left, the round, its step and loss."""
+
+    def __init__(self, total: int, *, quiet: bool):
+        self._quiet = quiet
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("edits"),
+            TimeRemainingColumn(),
+            console=notes,
+            disable=quiet or not notes.is_terminal,
+            transient=True,
+        )
+        self._task: TaskID = self._progress.add_task("planning", total=total)
+        self._done = 0.0
+        self._size = 0
+        self._label = ""
+
+    def __enter__(self) -> "EditProgress":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def round_started(self, number: int, of: int, edits: int) -> None:
+        self._label = f"round {number}/{of}"
+        self._size = edits
+
+    def step(self, step: Step) -> None:
+        share = self._size * min(1.0, step.number / step.of)
+        text = f"{self._label}  step {step.number:>3}/{step.of}  loss {step.loss:6.3f}"
+        self._progress.update(self._task, description=text, completed=int(self._done + share))
+
+    def round_done(self, record: RoundRecord, *, kept: bool) -> None:
+        self._done += self._size
+        self._progress.update(self._task, completed=int(self._done))
+        how = "kept from the unfinished run" if kept else f"{record.steps} steps, loss {record.loss:.3f}"
+        self.note(f"{self._label}: {self._size} edits, {how}")
+
+    def note(self, text: str) -> None:
+        if not self._quiet:
+            self._progress.console.print(text)
+
+
+def size_text(count: int) -> str:
+    """Bytes for people."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
