@@ -73,15 +73,6 @@ class InsertedAdaptor:
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
-    def answer(self, prompt: str, max_new_tokens: int = 32) -> str:
-        """The edited model's greedy continuation of `prompt`."""
-        encoded = self.base.tokenizer(prompt, return_tensors="pt").to(self.base.device)
-        ids = self.base.model.generate(
-            **encoded, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=self.base.pad_token
-        )
-        answer: str = self.base.tokenizer.decode(ids[0, encoded.input_ids.shape[1] :], skip_special_tokens=True)
-        return answer
-
     @contextmanager
     def prompts(self, columns: Tensor | int) -> Iterator[None]:
         """While open, forward passes that start a sequence take their first `columns` columns as its prompt.

@@ -290,6 +290,14 @@ def load_base(
     return BaseModel(model.to(place), tokenizer, source)
 
 
+def answer(base: BaseModel, prompt: str, max_new_tokens: int = 32) -> str:
+    """The model's greedy continuation of `prompt`, edited if an adaptor is inserted."""
+    inputs = base.tokenizer(prompt, return_tensors="pt").to(base.device)
+    ids = base.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=base.pad_token)
+    text: str = base.tokenizer.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    return text
+
+
 def _dtype(name: str, device: torch.device) -> torch.dtype | str:
     if name == "auto":
         return torch.float32 if device.type == "cpu" else "auto"

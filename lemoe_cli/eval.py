@@ -93,16 +93,18 @@ def _document(result: "EvalResult", settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _show(result: "EvalResult") -> None:
-    from lemoe_cli.ui import table
+    from lemoe_cli.ui import results, table
 
     groups: dict[tuple[str, str], list[Metric]] = {}
     for metric in result.metrics:
         groups.setdefault((metric.name, metric.kind), []).append(metric)
     scored = {key: group for key, group in groups.items() if key[0] != "routing"}
-    rows = [(name, kind, *_cells(group), str(group[0].n)) for (name, kind), group in scored.items()]
-    columns = ("", "kind", "tokens before", "tokens after", "whole before", "whole after", "n")
+    rows = [
+        (name if kind == "all" else "", kind, *_cells(group), str(group[0].n)) for (name, kind), group in scored.items()
+    ]
+    columns = ("", "kind", "tokens\nbefore", "\nafter", "whole\nbefore", "\nafter", "n")
     table(
-        "Share of target tokens, and of whole targets, that the model gives (± standard error)",
+        "Share of target tokens, and of whole targets, given (± standard error)",
         columns,
         rows,
         left=2,
@@ -111,7 +113,8 @@ def _show(result: "EvalResult") -> None:
         (kind, f"{group[0].value:.3f}", str(group[0].n)) for (name, kind), group in groups.items() if name == "routing"
     ]
     if routes:
-        table("\nEdits whose prompt reaches the expert it trained", ("rounds", "share", "n"), routes)
+        results.print()
+        table("Share of edits whose prompt reaches the expert that it trained", ("rounds", "share", "n"), routes)
 
 
 def _cells(group: "Sequence[Metric]") -> list[str]:
@@ -120,9 +123,11 @@ def _cells(group: "Sequence[Metric]") -> list[str]:
     for measure in ("token_accuracy", "exact_match"):
         for stage in ("before", "after"):
             metric = by_place.get((measure, stage))
-            cells.append("" if metric is None else _figure(metric))
+            cells.append("" if metric is None else _figure(metric, spread=stage == "after"))
     return cells
 
 
-def _figure(metric: "Metric") -> str:
-    return f"{metric.value:.3f}" if metric.stderr is None else f"{metric.value:.3f} ±{metric.stderr:.3f}"
+def _figure(metric: "Metric", *, spread: bool) -> str:
+    if metric.stderr is None or not spread:
+        return f"{metric.value:.3f}"
+    return f"{metric.value:.3f} ±{metric.stderr:.3f}".replace("±0.", "±.")

@@ -59,10 +59,10 @@ def _show(planned: "Plan", edits: "list[Edit]", order: str) -> None:
         (str(number), str(len(members)), f"{cohesion:.3f}", by_id[members[0]].prompt)
         for number, (members, cohesion) in enumerate(zip(planned.rounds, planned.cohesion, strict=True), 1)
     ]
-    table(f"{len(rows)} rounds", ("round", "edits", "similarity", "first edit"), rows)
+    table(f"{len(rows)} rounds", ("round", "edits", "similarity", "first edit"), rows, left=4)
     results.print()
     table(
-        "Similarity of prompts (cosine): a good order is high within rounds and low between them",
+        "Similarity of prompts (cosine); a good order is high within rounds, low between",
         ("order", "within", "between"),
         [
             (name + (" (chosen)" if name == order else ""), f"{value.within:.3f}", f"{value.between:.3f}")

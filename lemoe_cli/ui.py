@@ -43,7 +43,9 @@ def counter(text: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:
     """Print a table on stdout; the first `left` columns are text, the others numbers."""
-    shown = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    if title:
+        results.print(title, style="bold")
+    shown = Table(box=None, pad_edge=False, show_header=any(columns))
     for index, name in enumerate(columns):
         shown.add_column(name, justify="left" if index < left else "right", overflow="fold")
     for row in rows:
