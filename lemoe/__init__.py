@@ -4,7 +4,7 @@ import lemoe
 
 base = lemoe.load_base("llama")
 edited = lemoe.insert(base, "edits.lemoe/adaptor.safetensors")
-print(edited.answer("The Eiffel Tower is located in the city of"))
+print(lemoe.answer(base, "The Eiffel Tower is located in the city of"))
 edited.remove()
 """
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lemoe.errors import LemoeError
     from lemoe.evaluation import evaluate
     from lemoe.insertion import InsertedAdaptor, insert
-    from lemoe.models import BaseModel, load_base
+    from lemoe.models import BaseModel, answer, load_base
     from lemoe.planning import Plan, plan
     from lemoe.settings import Settings, resolve_settings
     from lemoe.training import train_round
@@ -35,6 +35,7 @@ _HOMES = {
     "Plan": "planning",
     "Probe": "edits",
     "Settings": "settings",
+    "answer": "models",
     "edit": "editing",
     "evaluate": "evaluation",
     "insert": "insertion",
@@ -58,6 +59,7 @@ __all__ = [
     "Probe",
     "Settings",
     "__version__",
+    "answer",
     "edit",
     "evaluate",
     "insert",
