@@ -189,13 +189,14 @@ def _probe(item: Any, key: str, kind: str, answer: str | None) -> dict[str, Any]
 
 def _answer(record: Record, key: str) -> str:
     """The answer to a probe; data sets leave some blank, which is no reason to refuse the edit."""
-    return "" if record[key] == "" else _text(record, key)
+    blank = isinstance(record[key], str) and not record[key].strip()
+    return "" if blank else _text(record, key)
 
 
 def _paired(record: Record, prompt_key: str, target_key: str, kind: str) -> list[dict[str, Any]]:
     if record.get(prompt_key) is None:
         return []
-    target = _text(record, target_key) if record.get(target_key) is not None else None
+    target = _answer(record, target_key) if record.get(target_key) is not None else None
     return [{"prompt": _text(record, prompt_key), "target": target, "kind": kind}]
 
 

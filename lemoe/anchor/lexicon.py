@@ -1,0 +1,149 @@
+"""What a word weighs and means, from the tokenizer and the input embeddings alone.
+
+Nothing here depends on which edits are stored: that is what keeps an edit's route where it is when others arrive.
+"""
+
+import math
+import re
+
+import numpy
+from numpy.typing import NDArray
+
+from lemoe.anchor.words import fold, stem
+from lemoe.models import BaseModel
+
+RELATION_UNIT = 1.6
+RELATION_POWER = 4.0  # steep, so that "the name of" does not outweigh "mother"
+
+Vector = NDArray[numpy.float32]
+
+
+class Lexicon:
+    """Cached look-ups for one base model."""
+
+    def __init__(self, base: BaseModel):
+        self._tokenizer = base.tokenizer
+        self._special = frozenset(base.tokenizer.all_special_ids)
+        self._decode_byte = _byte_alphabet() if "Ġ" in base.tokenizer.get_vocab() else None
+        self._vectors = _without_common_direction(base.embedding.weight.detach().float().cpu().numpy())
+        self._ids: dict[str, list[int]] = {}
+        self._rarity: dict[str, float] = {}
+        self._relation: dict[str, float] = {}
+        self._vector: dict[str, Vector] = {}
+        self._piece: dict[int, bytes] = {}
+        self._stem: dict[str, str] = {}
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of a token; a special token reads as a space."""
+        if token not in self._piece:
+            self._piece[token] = self._read_piece(token)
+        return self._piece[token]
+
+    def _read_piece(self, token: int) -> bytes:
+        text = None if token in self._special else self._tokenizer.convert_ids_to_tokens(token)
+        if text is None:
+            return b" "
+        if self._decode_byte is not None:
+            return bytes(self._decode_byte.get(char, 32) for char in text)
+        if byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", text):
+            return bytes([int(byte[1], 16)])
+        return text.replace("▁", " ").encode("utf-8", "replace")
+
+    def stem(self, word: str) -> str:
+        if word not in self._stem:
+            self._stem[word] = stem(word)
+        return self._stem[word]
+
+    def rarity(self, word: str) -> float:
+        """`log(1 + id / 200)` of the rarest token (ids grow with rarity), plus one for each further token."""
+        if word not in self._rarity:
+            ids = self._tokens(word)
+            self._rarity[word] = max(math.log1p(token / 200) for token in ids) + len(ids) - 1 if ids else 0.0
+        return self._rarity[word]
+
+    def relation_weight(self, word: str) -> float:
+        """How much a word tells of what is asked about a subject."""
+        if word not in self._relation:
+            self._relation[word] = (self.rarity(word) / RELATION_UNIT) ** RELATION_POWER
+        return self._relation[word]
+
+    def vector(self, word: str) -> Vector:
+        """Unit vector `[hidden]`: the mean of the word's token embeddings without their common direction."""
+        if word not in self._vector:
+            ids = self._tokens(word)
+            mean = self._vectors[ids].mean(0) if ids else numpy.zeros(self._vectors.shape[1], numpy.float32)
+            self._vector[word] = mean / (numpy.linalg.norm(mean) + 1e-9)
+        return self._vector[word]
+
+    def _tokens(self, word: str) -> list[int]:
+        if word not in self._ids:
+            self._ids[word] = self._tokenizer(" " + word, add_special_tokens=False).input_ids
+        return self._ids[word]
+
+
+def _without_common_direction(embeddings: Vector) -> Vector:
+    centred = embeddings - embeddings.mean(0)
+    common = numpy.linalg.eigh(centred.T @ centred)[1][:, -1]
+    cleaned: Vector = (centred - numpy.outer(centred @ common, common)).astype(numpy.float32)
+    return cleaned
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters with which byte-level tokenizers write bytes."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    shifted = [byte for byte in range(256) if byte not in plain]
+    alphabet = {chr(byte): byte for byte in plain}
+    return alphabet | {chr(256 + place): byte for place, byte in enumerate(shifted)}
+
+
+_LINKS = frozenset("of the de von van der la le du da di del and in al bin dos y for on to a".split())
+_OPENERS = frozenset(
+    "what which who whom whose when where how why in on the at by is was of to from a an for did does during".split()
+)
+_NAME_RARITY = 3.0  # a run of capitalised words lighter than this is no name
+_WRITTEN_WORD = re.compile(r"[^\W_]+(?:[.'’\-&][^\W_]+)*\.?")
+
+
+def infer_subject(text: str, lexicon: Lexicon) -> str:
+    """The subject of a prompt that names none: its heaviest run of capitalised words, or else the whole prompt."""
+    runs = _capitalised_runs(text)
+    weigh = {run: sum(lexicon.rarity(fold(word.rstrip("."))) for word in run[2]) for run in runs}
+    best = max(runs, key=lambda run: weigh[run], default=None)
+    if best is None or weigh[best] < _NAME_RARITY:
+        return text.strip()
+    return re.sub(r"['’]s?$", "", text[best[0] : best[1]].rstrip("."))
+
+
+Run = tuple[int, int, tuple[str, ...]]  # start, end, its capitalised words
+
+
+def _capitalised_runs(text: str) -> list[Run]:
+    """Runs of capitalised or numeric words, link words inside allowed."""
+    runs: list[Run] = []
+    current: list[tuple[int, int, str | None]] = []  # start, end, the word or None for a link
+
+    def close() -> None:
+        while current and current[-1][2] is None:
+            current.pop()
+        if current:
+            runs.append((current[0][0], current[-1][1], tuple(word for *_, word in current if word)))
+        current.clear()
+
+    end = 0
+    for number, found in enumerate(_WRITTEN_WORD.finditer(text)):
+        gap, end, word = text[end : found.start()], found.end(), found.group()
+        core = word.rstrip(".")
+        capital = core[:1].isdigit() or any(char.isupper() for char in core)
+        if any(char in '?!;:\n"' for char in gap) or ("," in gap and not capital):
+            close()
+        opens = number == 0 or any(char in ".?!\n" for char in gap)
+        if capital and not (opens and core.lower() in _OPENERS):
+            current.append((found.start(), end, word))
+        elif current and core.lower() in _LINKS and sum(word is None for *_, word in current[-2:]) < 2:
+            current.append((found.start(), end, None))
+        else:
+            close()
+        if word.endswith(".") and len(core) > 3:
+            close()
+    close()
+    return runs

@@ -1,0 +1,142 @@
+"""From token ids to words and sentences, one token at a time, so that a route never depends on what comes later."""
+
+import re
+import unicodedata
+from dataclasses import dataclass
+
+_LETTERS = str.maketrans(
+    {"ł": "l", "ø": "o", "đ": "d", "ı": "i", "æ": "ae", "œ": "oe", "ß": "ss", "’": "'", "ʼ": "'", "ʻ": "'"}
+)
+_ENDINGS = (("ies", "y"), ("ied", "y"), ("ing", ""), ("ed", ""), ("es", "e"), ("s", ""))
+_ABBREVIATIONS = frozenset("dr mr mrs ms st jr sr prof rev capt lt col gen no mt ft sgt".split())
+_ROMAN = re.compile(r"^(?=[ivxl])(l?x{0,3})(ix|iv|v?i{0,3})$")
+
+
+def fold(text: str) -> str:
+    """Casefold and strip diacritics."""
+    text = unicodedata.normalize("NFKD", text.casefold().translate(_LETTERS))
+    return text if text.isascii() else "".join(c for c in text if not unicodedata.combining(c))
+
+
+def stem(word: str) -> str:
+    """A light stemmer for plurals, -ed and -ing; short words and words with digits pass through."""
+    if len(word) <= 3 or not word.isalpha():
+        return word
+    for ending, replacement in _ENDINGS:
+        kept = len(word) - len(ending)
+        if word.endswith(ending) and kept >= 3 and not (ending == "s" and word[-2] in "sui"):
+            word = word[:kept] + replacement
+            break
+    if len(word) > 3 and word[-1] == word[-2] and word[-1] not in "lsz":
+        word = word[:-1]
+    return word[:-1] if len(word) > 4 and word.endswith("e") else word
+
+
+def split_words(text: str) -> list[str]:
+    """The folded words of a text: runs of letters and digits."""
+    return re.findall(r"[^\W_]+", fold(text))
+
+
+def rigid(word: str) -> bool:
+    """Whether a subject's word must be met exactly: numbers, and Roman numerals of two letters or more."""
+    return any(c.isdigit() for c in word) or (len(word) > 1 and _ROMAN.match(word) is not None)
+
+
+def one_edit_apart(first: str, second: str) -> bool:
+    """Edit distance at most one."""
+    if len(first) > len(second):
+        first, second = second, first
+    if len(second) - len(first) > 1:
+        return False
+    same = 0
+    while same < len(first) and first[same] == second[same]:
+        same += 1
+    rest = first[same + 1 :] if len(first) == len(second) else first[same:]
+    return rest == second[same + 1 :]
+
+
+@dataclass(slots=True)
+class Word:
+    """A folded word; `capital`: it began with a capital or a digit; `first`: it began its sentence."""
+
+    text: str
+    capital: bool
+    first: bool
+
+
+class Reader:
+    """The words of the sentence being read; the last one may still grow.
+
+    A newline ends a sentence, and so does `.`, `?` or `!` before a space and a capital (after `?` and `!`, before any
+    word), which is known only when the next word starts. Initials and a few abbreviations do not.
+    """
+
+    def __init__(self) -> None:
+        self.words: list[Word] = []
+        self.growing = False
+        self._bytes = b""
+        self._stop = 0  # 0: none, 1: a stop was read, 2: a stop and space
+        self._hard = False  # the stop was none that abbreviations use
+
+    def copy(self) -> "Reader":
+        other = Reader()
+        other.words = [Word(w.text, w.capital, w.first) for w in self.words]
+        other.growing, other._bytes = self.growing, self._bytes
+        other._stop, other._hard = self._stop, self._hard
+        return other
+
+    def push(self, piece: bytes) -> bool:
+        """Read one token's bytes; returns whether a new sentence began with it."""
+        fresh = False
+        for char in self._decoded(piece):
+            if char.isalnum():
+                fresh |= self._letter(char)
+            elif not (unicodedata.combining(char) and self.growing):
+                self._other(char)
+        return fresh
+
+    def _decoded(self, piece: bytes) -> str:
+        """Whole characters; the bytes of an unfinished one wait for the next token."""
+        self._bytes += piece
+        try:
+            text = self._bytes.decode("utf-8")
+            self._bytes = b""
+        except UnicodeDecodeError as error:
+            if len(self._bytes) - error.start < 4:
+                text = self._bytes[: error.start].decode("utf-8", "ignore")
+                self._bytes = self._bytes[error.start :]
+            else:
+                text = self._bytes.decode("utf-8", "replace")
+                self._bytes = b""
+        return text
+
+    def _letter(self, char: str) -> bool:
+        capital = char.isupper() or char.isdigit()
+        fresh = self._stop == 2 and not self.growing and (capital or self._hard)
+        if fresh:
+            self.words = []
+        if self.growing:
+            self.words[-1].text += fold(char)
+        else:
+            self.words.append(Word(fold(char), capital, not self.words))
+            self.growing = True
+        self._stop = 0
+        return fresh
+
+    def _other(self, char: str) -> None:
+        if char in ".?!。？！":
+            abbreviation = char == "." and self._abbreviated()
+            self._stop, self._hard = (0, False) if abbreviation else (1, char != ".")
+        elif char == "\n":
+            self._stop, self._hard = 2, True
+        elif char.isspace():
+            self._stop = 2 if self._stop else 0
+        elif char not in "\"')]}”’" and self._stop == 1:
+            self._stop = 0
+        self.growing = False
+
+    def _abbreviated(self) -> bool:
+        if not self.growing:
+            return False
+        word = self.words[-1]
+        return len(word.text) == 1 or (word.capital and word.text in _ABBREVIATIONS)
