@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from lemoe.errors import LemoeError
     from lemoe.evaluation import evaluate
     from lemoe.insertion import InsertedAdaptor, insert
+    from lemoe.methods import train_round
     from lemoe.models import BaseModel, answer, load_base
     from lemoe.planning import Plan, plan
     from lemoe.settings import Settings, resolve_settings
-    from lemoe.training import train_round
 
 _HOMES = {
     "AdaptorState": "adaptor",
@@ -46,7 +46,7 @@ _HOMES = {
     "resolve_settings": "settings",
     "save_adaptor": "checkpoint",
     "stack": "adaptor",
-    "train_round": "training",
+    "train_round": "methods",
 }
 
 __all__ = [

@@ -4,30 +4,31 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-import torch
+from itertools import accumulate
 
 from lemoe.edits import Edit, digest_of
 from lemoe.errors import AdaptorError
 from lemoe.experts import Experts
 from lemoe.models import Fingerprint
-from lemoe.routing import Router, stack_routers
+from lemoe.routing import Lineage, Router
 from lemoe.settings import Settings
 
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """Where one expert came from.
+    """Where a round's experts came from.
 
     Attributes:
         id: hash of what the round was trained on and with; equal rounds have equal ids.
         lineage: id of the first round of the run that this round continues.
         depth: its place in that lineage, from 1.
         parent: id of the round before, whose experts were frozen while this one was trained; None for the first.
+        experts: how many it has: one for the round, or one for each edit.
         edits: digest of each edit it holds.
         edits_sha256: hash over those.
         seed: of the run.
         loss: mean cross entropy (nats) of its target tokens when training ended.
+        end_loss: the same of the token that ends each answer; None where endings are not taught.
         steps: training steps it took.
         routed: how many of its edits took the route to its own expert when training ended.
     """
@@ -36,10 +37,12 @@ class RoundRecord:
     lineage: str
     depth: int
     parent: str | None
+    experts: int
     edits: tuple[str, ...]
     edits_sha256: str
     seed: int
     loss: float
+    end_loss: float | None
     steps: int
     routed: int
 
@@ -52,7 +55,7 @@ def round_id(base: Fingerprint, settings: Settings, edits: Sequence[Edit], paren
 
 @dataclass(frozen=True)
 class AdaptorState:
-    """Everything an adaptor file holds: one expert and one record for each round, and the router over them."""
+    """Everything an adaptor file holds: the record of each round, its experts end to end, and their router."""
 
     base: Fingerprint
     settings: Settings
@@ -61,15 +64,35 @@ class AdaptorState:
     router: Router
 
     @property
-    def lineages(self) -> dict[str, int]:
-        """Each lineage with its depth, in the order of the router's projections."""
-        depths: dict[str, int] = {}
-        for record in self.rounds:
-            depths[record.lineage] = max(record.depth, depths.get(record.lineage, 0))
-        return depths
+    def lineages(self) -> list[Lineage]:
+        """Where each expert's round stands in its lineage."""
+        return [Lineage(record.lineage, record.depth) for record in self.rounds for _ in range(record.experts)]
 
-    def to(self, device: torch.device) -> "AdaptorState":
-        return replace(self, experts=self.experts.to(device), router=self.router.to(device))
+    @property
+    def homes(self) -> dict[str, frozenset[int]]:
+        """The experts that each edit, by digest, was taught to."""
+        homes: dict[str, frozenset[int]] = {}
+        for record, experts in zip(self.rounds, self._spans(), strict=True):
+            own = zip(experts, record.edits, strict=True) if record.experts == len(record.edits) else None
+            for expert, digest in own or ((experts[0], digest) for digest in record.edits):
+                homes[digest] = homes.get(digest, frozenset()) | {expert}
+        return homes
+
+    def _spans(self) -> list[range]:
+        """The experts of each round."""
+        ends = list(accumulate(record.experts for record in self.rounds))
+        return [range(end - record.experts, end) for end, record in zip(ends, self.rounds, strict=True)]
+
+    def only(self, rounds: Sequence[int]) -> "AdaptorState":
+        """The state with the rounds at these places alone."""
+        spans = self._spans()
+        experts = [expert for place in rounds for expert in spans[place]]
+        return replace(
+            self,
+            rounds=tuple(self.rounds[place] for place in rounds),
+            experts=self.experts.select(experts),
+            router=self.router.select(experts),
+        )
 
 
 def stack(states: Sequence[AdaptorState]) -> AdaptorState:
@@ -92,7 +115,7 @@ def stack(states: Sequence[AdaptorState]) -> AdaptorState:
         states[0],
         rounds=tuple(record for part in parts for record in part.rounds),
         experts=Experts.stack([part.experts for part in parts]),
-        router=stack_routers([(part.router, part.lineages) for part in parts]),
+        router=type(parts[0].router).stack([(part.router, part.lineages) for part in parts]),
     )
 
 
@@ -102,24 +125,11 @@ def _without_repeats(states: Sequence[AdaptorState]) -> list[AdaptorState]:
     for state in states:
         kept = [index for index, record in enumerate(state.rounds) if record.id not in seen]
         seen.update(record.id for record in state.rounds)
-        parts.append(state if len(kept) == len(state.rounds) else _only(state, kept))
+        parts.append(state if len(kept) == len(state.rounds) else state.only(kept))
     return [part for part in parts if part.rounds]
 
 
-def _only(state: AdaptorState, kept: Sequence[int]) -> AdaptorState:
-    rounds = tuple(state.rounds[index] for index in kept)
-    names = list(state.lineages)
-    used = list(dict.fromkeys(record.lineage for record in rounds))
-    router = replace(
-        state.router,
-        keys=state.router.keys[list(kept)],
-        projections=tuple(state.router.projections[names.index(name)] for name in used),
-        lineage=torch.tensor([used.index(record.lineage) for record in rounds], dtype=torch.long),
-    )
-    return replace(state, rounds=rounds, experts=state.experts.select(kept), router=router)
-
-
-_COMPATIBLE_SETTINGS = ("method", "top_k", "router_width")
+_COMPATIBLE_SETTINGS = ("method", "top_k", "router_width", "gate_conflict", "gate_slack")
 
 
 def _differences(first: AdaptorState, other: AdaptorState) -> list[str]:

@@ -22,8 +22,9 @@ from lemoe import __version__
 from lemoe.adaptor import AdaptorState, RoundRecord
 from lemoe.errors import AdaptorError, InputError, OutputError
 from lemoe.experts import Experts
+from lemoe.methods import ROUTERS
 from lemoe.models import Fingerprint
-from lemoe.routing import Projection, Router
+from lemoe.routing import Lineage, offsets_hold
 from lemoe.settings import Settings, coerce_settings
 
 FORMAT = 1
@@ -135,16 +136,13 @@ def _header(path: Path, stored: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _tensors(state: AdaptorState) -> dict[str, Tensor]:
-    experts, router = state.experts, state.router
+    experts = state.experts
     tensors = {
         "experts.up": experts.up,
         "experts.down": experts.down,
         "experts.offsets": experts.offsets,
         "experts.scale": experts.scale,
-        "router.keys": router.keys,
-        "router.lineage": router.lineage,
-        "router.projection.down": torch.stack([projection.down for projection in router.projections]),
-        "router.projection.up": torch.stack([projection.up for projection in router.projections]),
+        **state.router.tensors(),
     }
     if experts.gate is not None:
         tensors["experts.gate"] = experts.gate
@@ -166,13 +164,7 @@ def _state(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor])
         tensors["experts.offsets"],
         tensors["experts.scale"],
     )
-    projections = zip(tensors["router.projection.down"], tensors["router.projection.up"], strict=True)
-    router = Router(
-        tensors["router.keys"],
-        tuple(Projection(down, up) for down, up in projections),
-        tensors["router.lineage"],
-        settings.top_k,
-    )
+    router = ROUTERS[settings.method].from_tensors(settings, tensors)
     return AdaptorState(base, settings, rounds, experts, router)
 
 
@@ -185,53 +177,36 @@ def _record(kind: type[Record], entry: Mapping[str, Any]) -> Record:
 
 
 def _check(
-    path: Path,
-    base: Fingerprint,
-    rounds: tuple[RoundRecord, ...],
-    settings: Settings,
-    tensors: Mapping[str, Tensor],
+    path: Path, base: Fingerprint, rounds: tuple[RoundRecord, ...], settings: Settings, tensors: Mapping[str, Tensor]
 ) -> None:
     """All tensors that are missing, unexpected, mis-shaped or not finite, at once."""
     offsets = tensors.get("experts.offsets", torch.zeros(1, dtype=torch.long))
-    neurons = int(offsets[-1]) if offsets.numel() else 0
-    lineages = len({record.lineage for record in rounds})
-    width, experts, hidden = settings.router_width, len(rounds), base.hidden
-    expected: dict[str, tuple[int, ...]] = {
-        "experts.up": (neurons, hidden),
-        "experts.down": (neurons, hidden),
-        "experts.gate": (neurons, hidden),
-        "experts.offsets": (experts + 1,),
-        "experts.scale": (experts,),
-        "router.keys": (experts, width),
-        "router.lineage": (experts,),
-        "router.projection.down": (lineages, width, hidden),
-        "router.projection.up": (lineages, width, width),
+    neurons = int(offsets.flatten()[-1]) if offsets.numel() else 0
+    lineages = [Lineage(record.lineage, record.depth) for record in rounds for _ in range(record.experts)]
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
+        "experts.up": ((neurons, base.hidden), None),
+        "experts.down": ((neurons, base.hidden), None),
+        "experts.offsets": ((len(lineages) + 1,), torch.int64),
+        "experts.scale": ((len(lineages),), None),
+        **({"experts.gate": ((neurons, base.hidden), None)} if base.gated else {}),
+        **ROUTERS[settings.method].expected(settings, base.hidden, lineages, tensors),
     }
-    if not base.gated:
-        del expected["experts.gate"]
     problems = [f"{name}: missing" for name in expected if name not in tensors]
     problems += [f"{name}: not expected" for name in tensors if name not in expected]
-    for name, shape in expected.items():
+    for name, (shape, dtype) in expected.items():
         if name in tensors:
-            problems += _tensor_problems(name, tensors[name], shape)
-    if not problems and not _indices_hold(tensors, lineages):
-        problems.append("experts.offsets or router.lineage: indices out of order or range")
+            problems += _tensor_problems(name, tensors[name], shape, dtype)
+    if not problems and not offsets_hold(offsets, neurons):
+        problems.append("experts.offsets: out of order")
     if problems:
         raise AdaptorError("\n  ".join([f"{path}: not a valid adaptor:", *problems]))
 
 
-def _tensor_problems(name: str, tensor: Tensor, shape: tuple[int, ...]) -> list[str]:
+def _tensor_problems(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> list[str]:
     if tuple(tensor.shape) != shape:
         return [f"{name}: shape {list(tensor.shape)}, expected {list(shape)}"]
-    whole = name in ("experts.offsets", "router.lineage")
-    if whole != (tensor.dtype == torch.int64) or not (whole or tensor.is_floating_point()):
-        return [f"{name}: type {tensor.dtype}"]
-    if not whole and not bool(tensor.isfinite().all()):
+    if not (tensor.is_floating_point() if dtype is None else tensor.dtype == dtype):
+        return [f"{name}: type {tensor.dtype}, expected {dtype or 'floating point'}"]
+    if dtype is None and not bool(tensor.isfinite().all()):
         return [f"{name}: holds values that are not finite"]
     return []
-
-
-def _indices_hold(tensors: Mapping[str, Tensor], lineages: int) -> bool:
-    offsets, lineage = tensors["experts.offsets"], tensors["router.lineage"]
-    ordered = int(offsets[0]) == 0 and bool((offsets.diff() >= 0).all())
-    return ordered and bool(((lineage >= 0) & (lineage < lineages)).all())

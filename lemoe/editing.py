@@ -16,10 +16,11 @@ from lemoe.edits import Edit
 from lemoe.errors import InputError, OutputError
 from lemoe.evaluation import evaluate
 from lemoe.insertion import check_base
+from lemoe.methods import train_round
 from lemoe.models import BaseModel
 from lemoe.planning import load_plan, plan, save_plan
 from lemoe.settings import Settings
-from lemoe.training import Step, encode_edits, train_round
+from lemoe.training import Step, encode_edits
 
 ADAPTOR_NAME = "adaptor.safetensors"
 PLAN_NAME = "plan.yaml"

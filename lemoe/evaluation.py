@@ -18,8 +18,10 @@ from lemoe.edits import Edit, Probe
 from lemoe.frozen import FrozenBatch, freeze
 from lemoe.insertion import InsertedAdaptor
 from lemoe.models import BaseModel
+from lemoe.routing import Explanation
 from lemoe.tokens import Batch, Passage, encode_all, length_buckets
-from lemoe.training import pooled_prompts
+
+UNROUTED = Explanation(-1, 0.0, scope="subject")
 
 Decode = Literal["teacher", "greedy"]
 
@@ -42,7 +44,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Record:
-    """One probe: what was expected, what the model gave before and after, and the expert that its prompt reached.
+    """One probe: what was expected, what the model gave before and after, and why its prompt took its route.
 
     `before` and `after` hold the most likely token at each target position (teacher) or what was written (greedy).
     """
@@ -56,8 +58,7 @@ class Record:
     after: str
     token_accuracy_before: float
     token_accuracy_after: float
-    expert: int
-    weight: float
+    route: Explanation
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,11 @@ class Item:
 
 @dataclass(frozen=True)
 class Answers:
-    """Predicted token ids of one item, and the expert its prompt reached with the gate's weight."""
+    """Predicted token ids of one item, and the route of its prompt."""
 
     before: tuple[int, ...]
     after: tuple[int, ...]
-    expert: int
-    weight: float
+    route: Explanation
 
 
 OnProgress = Callable[[int, int], None]
@@ -178,26 +178,25 @@ def _teacher(base: BaseModel, state: AdaptorState | None, passages: list[Passage
         for rows in length_buckets([len(passage) for passage in passages], batch_tokens):
             batch = Batch.of(passages, rows, base.pad_token, base.device)
             if adaptor is None:
-                frozen = freeze(base, layer, batch)
+                frozen = freeze(base, base.site(layer), layer, batch)
                 before = after = base.logits(frozen.base_hidden).argmax(-1)
-                routes = [(-1, 0.0)] * len(rows)
+                routes = [UNROUTED] * len(rows)
             else:
                 with adaptor.bypassed():
-                    frozen = freeze(base, layer, batch)
+                    frozen = freeze(base, adaptor.site, layer, batch)
                 before = base.logits(frozen.base_hidden).argmax(-1)
-                with adaptor.replaying(pooled_prompts(frozen), frozen.hidden.shape[1]) as routing:
-                    after = base.logits(frozen.replay()).argmax(-1)
-                routes = list(zip(routing.experts[:, 0, 0].tolist(), routing.weights[:, 0, 0].tolist(), strict=True))
+                after = base.logits(frozen.replay(adaptor.delta_for(frozen))).argmax(-1)
+                routes = adaptor.router.explain([passages[row].prompt for row in rows])
             yield rows, _split(frozen, before, after, routes)
     finally:
         if adaptor:
             adaptor.remove()
 
 
-def _split(frozen: FrozenBatch, before: Tensor, after: Tensor, routes: Sequence[tuple[int, float]]) -> list[Answers]:
+def _split(frozen: FrozenBatch, before: Tensor, after: Tensor, routes: Sequence[Explanation]) -> list[Answers]:
     counts = torch.bincount(frozen.batch.target_rows, minlength=len(frozen.batch.rows)).tolist()
     pairs = zip(before.split(counts), after.split(counts), routes, strict=True)
-    return [Answers(tuple(b.tolist()), tuple(a.tolist()), expert, weight) for b, a, (expert, weight) in pairs]
+    return [Answers(tuple(b.tolist()), tuple(a.tolist()), route) for b, a, route in pairs]
 
 
 def _greedy(base: BaseModel, state: AdaptorState | None, passages: list[Passage], batch_tokens: int) -> Answered:
@@ -206,13 +205,13 @@ def _greedy(base: BaseModel, state: AdaptorState | None, passages: list[Passage]
         longest = max(len(passage.target) for passage in chosen)
         before = _clipped(_generate(base, chosen, longest), chosen)
         if state is None:
-            yield rows, [Answers(answer, answer, -1, 0.0) for answer in before]
+            yield rows, [Answers(answer, answer, UNROUTED) for answer in before]
             continue
         with InsertedAdaptor(base, state) as adaptor:
             after = _clipped(_generate(base, chosen, longest), chosen)
-            routes = adaptor.routes([passage.prompt for passage in chosen])
+            routes = adaptor.router.explain([passage.prompt for passage in chosen])
         triples = zip(before, after, routes, strict=True)
-        yield rows, [Answers(b, a, expert, weight) for b, a, (expert, weight) in triples]
+        yield rows, [Answers(b, a, route) for b, a, route in triples]
 
 
 def _write(base: BaseModel, passages: list[Passage], tokens: int, batch_tokens: int) -> list[tuple[int, ...]]:
@@ -275,8 +274,7 @@ def _record(base: BaseModel, edits: Sequence[Edit], item: Item, answer: Answers)
         after=base.tokenizer.decode(answer.after),
         token_accuracy_before=token_accuracy(answer.before, expected),
         token_accuracy_after=token_accuracy(answer.after, expected),
-        expert=answer.expert,
-        weight=answer.weight,
+        route=answer.route,
     )
 
 
@@ -299,20 +297,19 @@ def _metrics(items: Sequence[Item], answers: Sequence[Answers], decode: Decode, 
 def _routing(
     state: AdaptorState, edits: Sequence[Edit], items: Sequence[Item], answers: Sequence[Answers]
 ) -> list[Metric]:
-    """Routing consistency: does an edit's own prompt, now, reach the expert of the round that it was trained in?"""
-    home = {digest: index for index, record in enumerate(state.rounds) for digest in record.edits}
+    """Routing consistency: does an edit's own prompt, now, reach the expert that it was taught to?"""
+    homes = state.homes
+    rounds = {digest: place for place, record in enumerate(state.rounds, 1) for digest in record.edits}
     hits: dict[int, list[float]] = {}
     for item, answer in zip(items, answers, strict=True):
-        expert = home.get(edits[item.edit].digest)
-        if item.name == "reliability" and expert is not None:
-            hits.setdefault(expert, []).append(float(answer.expert == expert))
+        digest = edits[item.edit].digest
+        if item.name == "reliability" and digest in homes:
+            hits.setdefault(rounds[digest], []).append(float(answer.route.expert in homes[digest]))
     if not hits:
         return []
     everything = [hit for group in hits.values() for hit in group]
-    rounds = [
-        _mean("routing", f"round {index + 1}", "agreement", "route", "after", hits[index]) for index in sorted(hits)
-    ]
-    return [_mean("routing", "all", "agreement", "route", "after", everything), *rounds]
+    each = [_mean("routing", f"round {place}", "agreement", "route", "after", hits[place]) for place in sorted(hits)]
+    return [_mean("routing", "all", "agreement", "route", "after", everything), *each]
 
 
 def _mean(name: str, kind: str, measure: str, decode: str, stage: str, scores: Sequence[float]) -> Metric:

@@ -11,17 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lemoe.routing import Routing
+
 EPSILON = 1e-6
 
 Activation = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Routing:
-    """Which experts act where: `experts` `[batch, seq, k]`, -1 for none, and their `weights`, same shape."""
-
-    experts: Tensor
-    weights: Tensor
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,18 @@
 """What never changes while editing is computed once: the pass through the layers below the edited one.
 
-A forward pass over a batch records the input of the edited layer and the arguments (masks, rotary angles) with
-which each layer from there on was called. Replaying those layers from the recorded input then costs only the
-layers above the edit, and the head runs at target positions alone (design note: "Cost").
+A forward pass over a batch records the edited layer's FFN input and output, and the arguments (masks, rotary angles)
+with which each layer above was called. Replaying those layers from the output plus the experts' delta then costs only
+what lies above the edit, and the head runs at target positions alone.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lemoe.models import BaseModel
 from lemoe.structure import FFNSite
@@ -38,55 +39,112 @@ class LayerCall:
 class FrozenBatch:
     """A batch after the frozen pass.
 
+    What the edited FFN gives is added to the residual stream, so that the edited layer's new output is its old one
+    plus the experts' delta: that layer need not run again either.
+
     Attributes:
         batch: what was run.
-        hidden: `[batch, seq, hidden]`, the input of the edited layer.
-        calls: the layers from the edited one on, ready to be replayed.
+        inputs: `[batch, seq, hidden]`, the input of the edited FFN.
+        output: `[batch, seq, hidden]`, the output of the edited layer.
+        calls: the layers above it, ready to be replayed.
         base_hidden: `[targets, hidden]`, the base model's last hidden states at the target positions.
         embeddings: `[batch, seq, hidden]`, the output of the embedding layer.
     """
 
     batch: Batch
-    hidden: Tensor
+    inputs: Tensor
+    output: Tensor
     calls: tuple[LayerCall, ...]
     base_hidden: Tensor
     embeddings: Tensor
 
-    def replay(self) -> Tensor:
-        """Last hidden states `[targets, hidden]` at the target positions, through whatever stands beside the FFN."""
-        hidden = self.hidden
+    def replay(self, delta: Tensor | None) -> Tensor:
+        """Last hidden states `[targets, hidden]` at the target positions, with `delta` `[batch, seq, hidden]` added."""
+        if delta is None:
+            return self.base_hidden
+        hidden = self.output + delta.to(self.output.dtype)
         for call in self.calls:
             hidden = call(hidden)
         return hidden[self.batch.target_rows, self.batch.target_columns]
 
+    def take(self, rows: Tensor) -> "FrozenBatch":
+        """The frozen batch of some of its passages, `rows` `[n]` in ascending order."""
+        size = len(self.batch.ids)
+        batch, targets = self.batch.take(rows)
+        calls = tuple(
+            LayerCall(call.layer, _take(call.args, rows, size), _take(call.kwargs, rows, size)) for call in self.calls
+        )
+        return FrozenBatch(
+            batch, self.inputs[rows], self.output[rows], calls, self.base_hidden[targets], self.embeddings[rows]
+        )
+
+
+def _take(value: Any, rows: Tensor, size: int) -> Any:
+    """`rows` of every tensor with a batch dimension of `size` inside nested arguments."""
+    if isinstance(value, Tensor):
+        return value[rows] if value.dim() and value.shape[0] == size > 1 else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_take(item, rows, size) for item in value)
+    if isinstance(value, dict):
+        return {name: _take(item, rows, size) for name, item in value.items()}
+    return value
+
+
+class _Enough(Exception):
+    """Leaves a forward pass early; never seen outside."""
+
 
 @torch.no_grad()
-def freeze(base: BaseModel, layer: int, batch: Batch) -> FrozenBatch:
+def freeze(base: BaseModel, site: FFNSite, layer: int, batch: Batch) -> FrozenBatch:
     """Run the base model once over `batch` and keep what replaying from `layer` needs."""
-    inputs: list[Tensor] = []
     calls: list[LayerCall] = []
     seen: dict[str, Tensor] = {}
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden, *rest = args if args else (kwargs.pop("hidden_states"),)
-        inputs.append(hidden)
-        calls.append(LayerCall(module, tuple(rest), kwargs))
+        rest = args[1:] if args else ()
+        calls.append(LayerCall(module, rest, {k: v for k, v in kwargs.items() if k != "hidden_states"}))
 
-    def last(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen["last"] = output[0] if isinstance(output, tuple) else output
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            seen[name] = output[0] if isinstance(output, tuple) else output
 
-    def embedded(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        seen["embeddings"] = output
+        return hook
 
-    handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in base.layers[layer:]]
-    handles += [base.layers[-1].register_forward_hook(last), base.embedding.register_forward_hook(embedded)]
+    handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in base.layers[layer + 1 :]]
+    handles += [
+        site.entry.register_forward_pre_hook(lambda module, args: seen.update(inputs=args[0])),
+        base.layers[layer].register_forward_hook(keep("output")),
+        base.layers[-1].register_forward_hook(keep("last")),
+        base.embedding.register_forward_hook(keep("embeddings")),
+    ]
+    _run(base, batch, handles)
+    output = seen["output"]
+    base_hidden = seen["last"][batch.target_rows, batch.target_columns]
+    return FrozenBatch(
+        batch, seen["inputs"].reshape(output.shape), output, tuple(calls), base_hidden, seen["embeddings"]
+    )
+
+
+@torch.no_grad()
+def ffn_inputs(base: BaseModel, site: FFNSite, batch: Batch) -> Tensor:
+    """`[batch, seq, hidden]`, the input of the FFN at `site`; nothing above it runs."""
+    seen: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0])
+        raise _Enough
+
+    with suppress(_Enough):
+        _run(base, batch, [site.entry.register_forward_pre_hook(stop)])
+    return seen[0].reshape(*batch.ids.shape, -1)
+
+
+def _run(base: BaseModel, batch: Batch, handles: Sequence[RemovableHandle]) -> None:
     try:
         base.decoder(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    base_hidden = seen["last"][batch.target_rows, batch.target_columns]
-    return FrozenBatch(batch, inputs[0], tuple(calls), base_hidden, seen["embeddings"])
 
 
 @contextmanager
@@ -129,14 +187,9 @@ def residual_scale(base: BaseModel, layer: int) -> float:
 
     The text is fixed so that the scale depends on the base model alone and rounds stay independent.
     """
-    encoded = [tuple(base.tokenizer(text).input_ids) for text in CALIBRATION]
     levels = []
-    for ids in encoded:
-        if not ids:
-            continue
-        tokens = torch.tensor([ids], device=base.device)
-        none = torch.zeros(0, dtype=torch.long, device=base.device)
-        batch = Batch((0,), tokens, torch.ones_like(tokens), none, none, none, none)
-        hidden = freeze(base, layer, batch).hidden.float()
-        levels.append(hidden.pow(2).mean(-1).sqrt().flatten())
+    for text in CALIBRATION:
+        ids = torch.tensor([base.tokenizer(text).input_ids or [base.end_token]], device=base.device)
+        hidden = base.model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states[layer]
+        levels.append(hidden.float().pow(2).mean(-1).sqrt().flatten())
     return float(torch.cat(levels).median())

@@ -6,7 +6,7 @@ The route of a sequence travels in the model's own key/value cache, as one more 
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,13 @@ from transformers.cache_utils import Cache, DynamicLayer
 from lemoe.adaptor import AdaptorState
 from lemoe.checkpoint import load_adaptor
 from lemoe.errors import AdaptorError
-from lemoe.experts import Routing
-from lemoe.frozen import beside
+from lemoe.frozen import FrozenBatch, beside
 from lemoe.models import BaseModel
-from lemoe.routing import pool
+from lemoe.routing import Routing, Sequences
 
 
 class RouteMemory(DynamicLayer):
-    """The route of each position so far: experts as keys, weights as values, `[batch, 1, seq, k]`."""
+    """What the router remembers of each position so far, `[batch, 1, seq, k]`, as one more layer of the KV cache."""
 
     @classmethod
     def of(cls, cache: Cache | None) -> "RouteMemory | None":
@@ -35,8 +34,14 @@ class RouteMemory(DynamicLayer):
 class InsertedAdaptor:
     """An adaptor state at work in a base model.
 
-    A sequence is routed once, by its prompt: the tokens of the forward pass that starts it. `generate` marks the
-    prompt itself; for a forward pass over prompt and answer together, say where the prompt ends with `prompts`.
+    Preset `anchor` reads tokens as they come and needs no prompt boundary. Preset `paper` routes a sequence once, by
+    its prompt: the tokens of the forward pass that starts it. `generate` marks the prompt itself; for a forward pass
+    over prompt and answer together, say where the prompt ends with `prompts`.
+
+    Attributes:
+        state: the adaptor.
+        site: the FFN that it stands beside.
+        router: its router at work; `router.explain` tells why a prompt takes its route.
     """
 
     def __init__(self, base: BaseModel, state: AdaptorState):
@@ -47,10 +52,13 @@ class InsertedAdaptor:
         """
         check_base(base, state)
         self.base = base
-        self.state = state.to(base.device)
-        self._site = base.site(state.base.layer, state.settings.layer_path)
+        self.state = state
+        self.router = state.router.live(base, state.settings)
+        self._experts = state.experts.to(base.device)
+        self.site = base.site(state.base.layer, state.settings.layer_path)
         self._signature = inspect.signature(base.decoder.forward)
         self._routing: Routing | None = None
+        self._memory: Tensor | None = None
         self._prompt_columns: Tensor | int | None = None
         self._bypass = False
         self._inserted = ExitStack()
@@ -60,7 +68,7 @@ class InsertedAdaptor:
         )
         for hook in hooks:
             self._inserted.callback(hook.remove)
-        self._inserted.enter_context(beside(self._site, self._delta))
+        self._inserted.enter_context(beside(self.site, self._delta))
         self._inserted.enter_context(_wrapped_generate(base.model, self._generate))
 
     def remove(self) -> None:
@@ -95,25 +103,15 @@ class InsertedAdaptor:
         finally:
             self._bypass = False
 
-    @contextmanager
-    def replaying(self, pooled: Tensor, length: int) -> Iterator[Routing]:
-        """While open, replayed layers take the routes of pooled prompts `[batch, hidden]` at all `length` positions."""
-        self._routing = self.state.router.route(pooled, length)
-        try:
-            yield self._routing
-        finally:
-            self._routing = None
-
     @torch.no_grad()
-    def routes(self, prompts: Sequence[Sequence[int]]) -> list[tuple[int, float]]:
-        """The expert that acts most on each prompt (token ids), with its weight."""
-        routes = []
-        for prompt in prompts:
-            embeddings = self.base.embedding(torch.tensor([list(prompt)], device=self.base.device))
-            mask = torch.ones(embeddings.shape[:2], device=self.base.device)
-            routing = self.state.router.route(pool(embeddings, mask), 1)
-            routes.append((int(routing.experts[0, 0, 0]), float(routing.weights[0, 0, 0])))
-        return routes
+    def delta_for(self, frozen: FrozenBatch) -> Tensor | None:
+        """What the experts add to the edited layer's output, `[batch, seq, hidden]`; None if none act."""
+        batch = frozen.batch
+        columns = torch.arange(batch.ids.shape[1], device=batch.ids.device)
+        mask = batch.mask.bool()
+        prompt = mask & (columns < batch.prompt_lengths.unsqueeze(1))
+        routing, _ = self.router.route(Sequences(batch.ids, None, mask, prompt))
+        return self._experts.delta(frozen.inputs, routing, self.site.activation)
 
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
@@ -126,31 +124,24 @@ class InsertedAdaptor:
         if self._bypass:
             return
         call = self._signature.bind_partial(*args, **kwargs).arguments
-        cache = call.get("past_key_values")
-        memory = RouteMemory.of(cache)
-        if memory is not None and memory.get_seq_length():
-            length = _first(call.get("input_ids"), call.get("inputs_embeds")).shape[1]
-            last_experts, last_weights = memory.keys[:, 0, -1:], memory.values[:, 0, -1:]
-            self._routing = Routing(last_experts.expand(-1, length, -1), last_weights.expand(-1, length, -1))
-        else:
-            self._routing = self._route(call)
-
-    def _route(self, call: dict[str, Any]) -> Routing:
+        stored = RouteMemory.of(call.get("past_key_values"))
+        memory = stored.keys if stored is not None and stored.get_seq_length() else None
         ids, embeddings = call.get("input_ids"), call.get("inputs_embeds")
-        if embeddings is None:
-            embeddings = self.base.embedding(ids)
-        mask = _prompt_mask(embeddings, call.get("attention_mask"), self._prompt_columns)
-        return self.state.router.route(pool(embeddings, mask), embeddings.shape[1])
+        given = embeddings if ids is None else ids
+        assert given is not None, "transformers calls a decoder with ids or embeddings"
+        mask = _token_mask(given, call.get("attention_mask"))
+        prompt = mask & _prompt_columns(given, self._prompt_columns)
+        self._routing, self._memory = self.router.route(Sequences(ids, embeddings, mask, prompt, memory))
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         cache = getattr(output, "past_key_values", None)
-        if self._bypass or not isinstance(cache, Cache) or self._routing is None:
+        if self._bypass or not isinstance(cache, Cache) or self._memory is None:
             return
-        memory = RouteMemory.of(cache)
-        if memory is None:
-            memory = RouteMemory()
-            cache.layers.append(memory)
-        memory.update(self._routing.experts.unsqueeze(1), self._routing.weights.unsqueeze(1))
+        stored = RouteMemory.of(cache)
+        if stored is None:
+            stored = RouteMemory()
+            cache.layers.append(stored)
+        stored.update(self._memory, self._memory[..., :0])
 
     def _delta(self, inputs: Tensor) -> Tensor | None:
         if self._bypass:
@@ -158,7 +149,7 @@ class InsertedAdaptor:
         if self._routing is None:
             raise AdaptorError("the edited layer was called outside a forward pass of the model")
         shaped = inputs.reshape(*self._routing.experts.shape[:2], inputs.shape[-1])  # OPT flattens batch and sequence
-        change = self.state.experts.delta(shaped, self._routing, self._site.activation)
+        change = self._experts.delta(shaped, self._routing, self.site.activation)
         return None if change is None else change.reshape(inputs.shape)
 
 
@@ -186,20 +177,20 @@ def check_base(base: BaseModel, state: AdaptorState) -> None:
         )
 
 
-def _prompt_mask(embeddings: Tensor, attention_mask: Tensor | None, columns: Tensor | int | None) -> Tensor:
-    """`[batch, seq]`: which positions are tokens of the prompt, neither padding nor answer."""
-    batch, length = embeddings.shape[:2]
-    mask = torch.ones((batch, length), dtype=torch.bool, device=embeddings.device)
+def _token_mask(given: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """`[batch, seq]`: which of the new positions are tokens, not padding."""
+    batch, length = given.shape[:2]
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-        mask &= attention_mask[:, -length:].bool()
-    if columns is not None:
-        ends = torch.as_tensor(columns, device=embeddings.device).reshape(-1, 1)
-        mask &= torch.arange(length, device=embeddings.device) < ends
-    return mask
+        return attention_mask[:, -length:].bool()
+    return torch.ones((batch, length), dtype=torch.bool, device=given.device)
 
 
-def _first(*tensors: Tensor | None) -> Tensor:
-    return next(tensor for tensor in tensors if tensor is not None)
+def _prompt_columns(given: Tensor, columns: Tensor | int | None) -> Tensor:
+    """`[batch or 1, seq]`: which of the new positions are the prompt's."""
+    places = torch.arange(given.shape[1], device=given.device).unsqueeze(0)
+    if columns is None:
+        return places >= 0
+    return places < torch.as_tensor(columns, device=given.device).reshape(-1, 1)
 
 
 @contextmanager

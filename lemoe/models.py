@@ -99,12 +99,12 @@ class BaseModel:
         self.tokenizer = tokenizer
         self.source = source
         self.layers_path, self.decoder, self.layers = find_layers(model)
-        self.embedding: nn.Module = model.get_input_embeddings()
+        self.embedding: nn.Embedding = model.get_input_embeddings()
         self.hidden_size: int = self.embedding.weight.shape[1]
         head = model.get_output_embeddings()
         if head is None:
             raise ModelError(f"{source}: has no language-model head; lemoe edits causal language models")
-        self.head: nn.Module = head
+        self.head: nn.Linear = head
         self.vocabulary: int = head.weight.shape[0]
         text_config = model.config.get_text_config()
         self.hidden_size = getattr(text_config, "hidden_size", self.hidden_size)
@@ -144,12 +144,16 @@ class BaseModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[..., vocab]` of the last layer's output `hidden` `[..., hidden]`."""
-        for step in self._finish:
-            hidden = step(hidden)
-        logits: Tensor = self.head(hidden)
+        logits: Tensor = self.head(self.finish(hidden))
         if self._softcap:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """What the head reads, `[..., width]`, of the last layer's output `hidden` `[..., hidden]`."""
+        for step in self._finish:
+            hidden = step(hidden)
+        return hidden
 
     def fingerprint(self, layer: int, path: str | None = None) -> Fingerprint:
         """What an adaptor for this layer is bound to."""

@@ -1,111 +1,133 @@
-"""KV anchor routing: which expert acts on a sequence, by the same rule in training and in use (paper, 3.2).
+"""What every way of routing has in common: a stored part that stacks and saves, and a live part that decides."""
 
-The value of a sequence is the mean of the embedding layer's output over its prompt, sent through a trained
-projection; each expert has a key, and the gate is the softmax over the products of keys and value, of which the
-top k act. One decision holds for the whole sequence.
-"""
-
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from lemoe.experts import EPSILON, Routing
+if TYPE_CHECKING:
+    from lemoe.models import BaseModel
+    from lemoe.settings import Settings
 
+Scope = Literal["in", "subject", "relation"]
 
-@dataclass(frozen=True)
-class Projection:
-    """`W_up(SiLU(W_down e))`: `down` `[width, hidden]`, `up` `[width, width]`."""
-
-    down: Tensor
-    up: Tensor
-
-    @classmethod
-    def new(cls, hidden: int, width: int, generator: torch.Generator) -> "Projection":
-        """A random projection that keeps the scale of its input."""
-        down = torch.randn(width, hidden, generator=generator) / hidden**0.5
-        up = torch.randn(width, width, generator=generator) / (width / 2) ** 0.5
-        return cls(down, up)
-
-    def __call__(self, embedded: Tensor) -> Tensor:
-        """Values `[batch, width]` of pooled prompts `[batch, hidden]`."""
-        return functional.silu(embedded @ self.down.T) @ self.up.T
+Self = TypeVar("Self", bound="Router")
 
 
 @dataclass(frozen=True)
-class Router:
-    """Keys of all experts, and the projection under which each key was trained.
+class Routing:
+    """Which experts act where: `experts` `[batch, seq, k]`, -1 for none, and their `weights`, same shape."""
+
+    experts: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a prompt took its route, read at its last token.
 
     Attributes:
-        keys: `[experts, width]`.
-        projections: one for each lineage (a run and its continuations); adaptors merged from several runs keep
-            one each, since a key means something under its own projection only.
-        lineage: `[experts]`, int64, index into `projections`.
-        top_k: experts that act on one sequence.
+        expert: the expert that acts, -1 for none.
+        weight: its weight.
+        scope: `in`; or why no expert acts: no edit's `subject` was mentioned, or another `relation` is asked of one.
+        nearest: the expert that acts or came nearest, -1 if none did.
+        coverage: share of the nearest edit's subject that was read, 0 to 1.
+        conflict: how far what is asked differs from what the nearest edit asks; 0 is not at all.
+        fit: how much of what is asked the two share, 0 to 2.
     """
 
-    keys: Tensor
-    projections: tuple[Projection, ...]
-    lineage: Tensor
-    top_k: int
+    expert: int
+    weight: float = 1.0
+    scope: Scope = "in"
+    nearest: int = -1
+    coverage: float = 1.0
+    conflict: float = 0.0
+    fit: float = 0.0
 
-    def to(self, device: torch.device) -> "Router":
-        moved = tuple(Projection(p.down.to(device), p.up.to(device)) for p in self.projections)
-        return replace(self, keys=self.keys.to(device), projections=moved, lineage=self.lineage.to(device))
 
-    def gate(self, pooled: Tensor) -> Tensor:
-        """The softmax gate `[batch, experts]` of pooled prompts `[batch, hidden]`.
+@dataclass(frozen=True)
+class Lineage:
+    """Where a round stands among the rounds that trained one another's router; see `RoundRecord`."""
 
-        Values and keys are compared by direction: prompts pool to vectors so alike that otherwise the longest key
-        would win them all.
+    name: str
+    depth: int
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What a router may look at.
+
+    Attributes:
+        ids: `[batch, seq]`, or None if the model was called with embeddings.
+        embeddings: `[batch, seq, hidden]`, or None if the model was called with ids.
+        mask: `[batch, seq]`, bool; False on padding.
+        prompt: `[batch, seq]`, bool; tokens of the prompt, where its end is known, else all tokens.
+        memory: `[batch, 1, past, k]`, what the router returned for the tokens before these, or None at the start.
+    """
+
+    ids: Tensor | None
+    embeddings: Tensor | None
+    mask: Tensor
+    prompt: Tensor
+    memory: Tensor | None = None
+
+
+class LiveRouter(ABC):
+    """A router at work in one base model."""
+
+    @abstractmethod
+    def route(self, sequences: Sequences) -> tuple[Routing, Tensor]:
+        """The routes of new tokens, and their memory `[batch, 1, seq, k]`, which travels in the KV cache."""
+
+    @abstractmethod
+    def explain(self, prompts: Sequence[Sequence[int]]) -> list[Explanation]:
+        """Why each prompt (token ids) takes its route."""
+
+
+class Router(ABC):
+    """The stored part: whatever decides routes, as tensors. Entry `i` belongs to expert `i`."""
+
+    method: ClassVar[str]
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a file must hold, by name."""
+
+    @classmethod
+    @abstractmethod
+    def expected(
+        cls, settings: "Settings", hidden: int, lineages: Sequence[Lineage], tensors: Mapping[str, Tensor]
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+        """Shape and type (None: floating point) of each tensor of a file, one `lineages` entry for each expert."""
+
+    @classmethod
+    @abstractmethod
+    def from_tensors(cls: type[Self], settings: "Settings", tensors: Mapping[str, Tensor]) -> Self:
+        """The router of a file whose shapes hold.
+
+        Raises:
+            ValueError: if indices are out of order or range.
         """
-        values = torch.stack([unit_rms(projection(pooled)) for projection in self.projections])
-        scores = torch.einsum("ebk,ek->be", values[self.lineage], unit_rms(self.keys)) / self.keys.shape[1] ** 0.5
-        return scores.softmax(-1)
 
-    def route(self, pooled: Tensor, length: int) -> Routing:
-        """The route of each sequence, the same at each of its `length` positions."""
-        weights, experts = self.gate(pooled).topk(min(self.top_k, len(self.keys)))
-        shape = (len(pooled), length, experts.shape[-1])
-        return Routing(experts.unsqueeze(1).expand(shape), weights.unsqueeze(1).expand(shape))
+    @abstractmethod
+    def select(self: Self, experts: Sequence[int]) -> Self:
+        """The router for these experts alone."""
 
+    @classmethod
+    @abstractmethod
+    def stack(cls: type[Self], parts: "Sequence[tuple[Self, Sequence[Lineage]]]") -> Self:
+        """One router for the experts of all parts, in order; each part with the lineage of each of its experts."""
 
-def pool(embeddings: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `embeddings` `[batch, seq, hidden]` over the prompt (`mask` `[batch, seq]`), divided by its RMS.
-
-    The paper pools without normalising; embeddings differ in size by an order of magnitude between families, and
-    the projection's learning rate would have to follow.
-    """
-    weight = mask.unsqueeze(-1).float()
-    mean = (embeddings.float() * weight).sum(1) / weight.sum(1).clamp(min=1)
-    return unit_rms(mean)
+    @abstractmethod
+    def live(self, base: "BaseModel", settings: "Settings") -> LiveRouter:
+        """The router at work in `base`."""
 
 
-def unit_rms(vectors: Tensor) -> Tensor:
-    """`vectors` `[..., width]`, each divided by its RMS."""
-    return vectors * torch.rsqrt(vectors.pow(2).mean(-1, keepdim=True) + EPSILON)
-
-
-def stack_routers(parts: Sequence[tuple[Router, Mapping[str, int]]]) -> Router:
-    """One router with the keys of all parts, in order.
-
-    Args:
-        parts: each router with the depth of each of its lineages (name -> rounds that trained its projection), in
-            the order of its projections. Of two projections of one lineage the deeper is the newer, and serves
-            all of the lineage's keys.
-    """
-    newest: dict[str, tuple[int, Projection]] = {}
-    for router, depths in parts:
-        for (name, depth), projection in zip(depths.items(), router.projections, strict=True):
-            if name not in newest or newest[name][0] < depth:
-                newest[name] = (depth, projection)
-    position = {name: index for index, name in enumerate(newest)}
-    lineage = [position[list(depths)[int(owner)]] for router, depths in parts for owner in router.lineage]
-    return Router(
-        torch.cat([router.keys for router, _ in parts]),
-        tuple(projection for _, projection in newest.values()),
-        torch.tensor(lineage, dtype=torch.long),
-        parts[0][0].top_k,
+def offsets_hold(offsets: Tensor, total: int) -> bool:
+    """Whether `offsets` starts at 0, never falls, and ends at `total`."""
+    return (
+        bool(len(offsets)) and int(offsets[0]) == 0 and int(offsets[-1]) == total and bool((offsets.diff() >= 0).all())
     )

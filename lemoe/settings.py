@@ -13,7 +13,7 @@ import yaml
 
 from lemoe.errors import InputError
 
-DEFAULT_PRESET = "paper"
+DEFAULT_PRESET = "anchor"
 
 Order = Literal["planned", "file", "random"]
 
@@ -30,18 +30,27 @@ class Settings:
         round_size: edits in a round, at most.
         order: `planned` clusters edits into rounds, `file` and `random` are for comparison.
         seed: of everything random.
-        width: neurons of an expert; None takes the base FFN's own width.
+        width: neurons of an expert: one a round (`paper`; None takes the base FFN's own width), or one an edit
+            (`anchor`; None takes 4).
         router_width: width of the routing projection and of the keys.
         top_k: experts that act on one sequence.
         steps: training steps of a round, at most.
+        retries: how often edits that missed their target are trained on, for half as many steps.
         learning_rate: of AdamW for experts, whose output is scaled so that one rate fits all widths.
         router_learning_rate: of AdamW for keys and projection.
         weight_decay: of AdamW.
         loss_target: mean cross entropy of the target tokens (nats) at which a round stops early.
+        noise: standard deviation of the noise on an expert's input, of RMS 1, while it is trained.
+        variants: rewordings of each prompt to train on, made from the edits' own words.
+        train_rephrases: train on the edits' own rephrases too; their generality is then no longer a measurement.
+        negatives: other questions about an edit's subject, made from the edit file, that keep the base's answer.
+        negative_weight: of the squared expert output on those.
+        gate_conflict: how far a question may differ from an edit's and still be the same; 0 is strict.
+        gate_slack: tokens that an open gate stays open beyond the target's length.
         batch_tokens: padded tokens that run through the model at once.
     """
 
-    method: Literal["paper"] = "paper"
+    method: Literal["anchor", "paper"] = "anchor"
     layer: int | None = None
     depth: float = 0.5625
     layer_path: str | None = None
@@ -56,6 +65,14 @@ class Settings:
     router_learning_rate: float = 2e-5
     weight_decay: float = 0.0
     loss_target: float = 0.01
+    retries: int = 3
+    noise: float = 0.0
+    variants: int = 0
+    train_rephrases: bool = False
+    negatives: int = 0
+    negative_weight: float = 0.0
+    gate_conflict: float = 3.5
+    gate_slack: int = 16
     batch_tokens: int = 2048
 
     def __post_init__(self) -> None:
@@ -77,12 +94,24 @@ class Settings:
         return asdict(self)
 
 
+_NOT_NEGATIVE = (
+    "seed",
+    "weight_decay",
+    "loss_target",
+    "retries",
+    "noise",
+    "variants",
+    "negatives",
+    "negative_weight",
+    "gate_conflict",
+    "gate_slack",
+)
 _BOUNDS = (
     *((name, "at least 1", lambda value: value >= 1) for name in ("round_size", "width", "router_width", "top_k")),
     *((name, "at least 1", lambda value: value >= 1) for name in ("steps", "batch_tokens")),
     ("layer", "at least 0", lambda value: value >= 0),
     ("depth", "between 0 and 1", lambda value: 0 <= value <= 1),
-    *((name, "at least 0", lambda value: value >= 0) for name in ("seed", "weight_decay", "loss_target")),
+    *((name, "at least 0", lambda value: value >= 0) for name in _NOT_NEGATIVE),
     *((name, "above 0", lambda value: value > 0) for name in ("learning_rate", "router_learning_rate")),
 )
 

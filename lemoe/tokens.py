@@ -109,6 +109,20 @@ class Batch:
         tensors = (ids, mask, lengths, target_rows, target_columns, labels)
         return cls(tuple(rows), *(tensor.to(device) for tensor in tensors))
 
+    def take(self, chosen: Tensor) -> "tuple[Batch, Tensor]":
+        """The batch of some of its passages, `chosen` `[n]` in ascending order, and which targets are theirs."""
+        kept = torch.isin(self.target_rows, chosen)
+        batch = Batch(
+            tuple(self.rows[index] for index in chosen.tolist()),
+            self.ids[chosen],
+            self.mask[chosen],
+            self.prompt_lengths[chosen],
+            torch.searchsorted(chosen, self.target_rows[kept].contiguous()),
+            self.target_columns[kept],
+            self.labels[kept],
+        )
+        return batch, kept
+
 
 def length_buckets(lengths: Sequence[int], max_tokens: int, max_waste: float = 0.25) -> list[list[int]]:
     """Indices grouped by like length, longest group first, so that running out of memory happens at once.

@@ -9,7 +9,6 @@ far from a question leaves the question alone.
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy
 from numpy.typing import NDArray
@@ -17,13 +16,12 @@ from numpy.typing import NDArray
 from lemoe.anchor.lexicon import Lexicon, Vector, infer_subject
 from lemoe.anchor.subjects import Mention, Subject, SubjectIndex
 from lemoe.anchor.words import Reader, Word, split_words
+from lemoe.routing import Scope
 
 FLOOR = 0.15  # cosine below which two words are unrelated
 EVIDENCE = 0.02  # share of what the anchor asks before its subject that must be read before deciding
 WORDS_BEFORE = 12  # words in front of a mention that tell what is asked
 TAIL = 12  # tokens of an anchor by which its own prompt is looked up
-
-Scope = Literal["in", "subject", "relation"]
 
 
 @dataclass(frozen=True)
@@ -168,12 +166,11 @@ class Gate:
         hits = list(self._by_tail.get(self.lexicon.piece(ids[-1]).strip(), ()))
         for length in range(1, min(TAIL, len(ids) - 1) + 1):
             hits += self._by_tail.get(tuple(ids[-length:]), ())
-        best = max(
+        return max(
             (number for number in hits if self._ends_with(ids, self.anchors[number].anchor.prompt)),
             key=lambda number: (len(self.anchors[number].anchor.prompt), number),
             default=-1,
         )
-        return best
 
     def _ends_with(self, ids: Sequence[int], prompt: tuple[int, ...]) -> bool:
         start = len(ids) - len(prompt)

@@ -103,7 +103,9 @@ class Subject:
             places = [
                 position
                 for position, there in stems.items()
-                if position not in used and there == stemmed and not (strict and words[position].text != self.words[index])
+                if position not in used
+                and there == stemmed
+                and not (strict and words[position].text != self.words[index])
             ]
             if places:
                 used.add(min(places, key=lambda position: abs(position - at)))

@@ -1,0 +1,185 @@
+"""Stored anchors: the tokens by which edits are recognised, as tensors that stack by concatenation."""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy
+import torch
+from torch import Tensor
+
+from lemoe.anchor.gate import SHUT, Anchor, Gate, Reading, Route
+from lemoe.anchor.lexicon import Lexicon
+from lemoe.errors import AdaptorError
+from lemoe.routing import Explanation, Lineage, LiveRouter, Router, Routing, Sequences, offsets_hold
+
+if TYPE_CHECKING:
+    from lemoe.models import BaseModel
+    from lemoe.settings import Settings
+
+PADDING = -1
+
+
+@dataclass(frozen=True)
+class Anchors(Router):
+    """One anchor for each expert, in order; of two that ask the same, the later wins."""
+
+    method = "anchor"
+
+    anchors: tuple[Anchor, ...]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Token ids end to end with offsets `[experts + 1]`; subjects as UTF-8 bytes, empty where inferred."""
+        subjects = [tuple((anchor.subject or "").encode()) for anchor in self.anchors]
+        return {
+            **_packed("anchors.prompt", [anchor.prompt for anchor in self.anchors], torch.int32),
+            **_packed("anchors.target", [anchor.target for anchor in self.anchors], torch.int32),
+            **_packed("anchors.subject", subjects, torch.uint8),
+        }
+
+    @classmethod
+    def expected(
+        cls, settings: "Settings", hidden: int, lineages: Sequence[Lineage], tensors: Mapping[str, Tensor]
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {}
+        for name, dtype in _STORED:
+            offsets = tensors.get(f"{name}_offsets")
+            total = int(offsets.flatten()[-1]) if offsets is not None and offsets.numel() else 0
+            shapes[name] = ((total,), dtype)
+            shapes[f"{name}_offsets"] = ((len(lineages) + 1,), torch.int64)
+        return shapes
+
+    @classmethod
+    def from_tensors(cls, settings: "Settings", tensors: Mapping[str, Tensor]) -> "Anchors":
+        prompts, targets, subjects = (_unpacked(name, tensors) for name, _ in _STORED)
+        if not all(prompts):
+            raise ValueError("anchors.prompt: an anchor without tokens")
+        return cls(
+            tuple(
+                Anchor(prompt, target, bytes(subject).decode("utf-8") or None)
+                for prompt, target, subject in zip(prompts, targets, subjects, strict=True)
+            )
+        )
+
+    def select(self, experts: Sequence[int]) -> "Anchors":
+        return Anchors(tuple(self.anchors[index] for index in experts))
+
+    @classmethod
+    def stack(cls, parts: "Sequence[tuple[Anchors, Sequence[Lineage]]]") -> "Anchors":
+        return cls(tuple(anchor for part, _ in parts for anchor in part.anchors))
+
+    def live(self, base: "BaseModel", settings: "Settings") -> "LiveAnchors":
+        return LiveAnchors(base, self, settings)
+
+
+_STORED = (("anchors.prompt", torch.int32), ("anchors.target", torch.int32), ("anchors.subject", torch.uint8))
+
+
+def _packed(name: str, rows: Sequence[Sequence[int]], dtype: torch.dtype) -> dict[str, Tensor]:
+    lengths = torch.tensor([0, *map(len, rows)], dtype=torch.int64)
+    return {
+        name: torch.tensor([value for row in rows for value in row], dtype=dtype),
+        f"{name}_offsets": lengths.cumsum(0),
+    }
+
+
+def _unpacked(name: str, tensors: Mapping[str, Tensor]) -> list[tuple[int, ...]]:
+    values, offsets = tensors[name].tolist(), tensors[f"{name}_offsets"]
+    if not offsets_hold(offsets, len(values)) or any(value < 0 for value in values):
+        raise ValueError(f"{name}: offsets or ids out of order or range")
+    bounds = offsets.tolist()
+    return [tuple(values[start:end]) for start, end in pairwise(bounds)]
+
+
+def build_gate(base: "BaseModel", anchors: Sequence[Anchor], settings: "Settings") -> Gate:
+    """A gate over `anchors`, with the thresholds of `settings`."""
+    gate = Gate(lexicon_of(base), threshold=settings.gate_conflict, slack=settings.gate_slack)
+    for anchor in anchors:
+        text, answer = (base.tokenizer.decode(list(ids)) for ids in (anchor.prompt, anchor.target))
+        gate.add(anchor, text, answer)
+    return gate
+
+
+_lexicons: "OrderedDict[int, tuple[BaseModel, Lexicon]]" = OrderedDict()
+
+
+def lexicon_of(base: "BaseModel") -> Lexicon:
+    """The lexicon of a base model, made once."""
+    found = _lexicons.get(id(base))
+    if found is None or found[0] is not base:
+        found = _lexicons[id(base)] = (base, Lexicon(base))
+        while len(_lexicons) > 2:
+            _lexicons.popitem(last=False)
+    return found[1]
+
+
+class LiveAnchors(LiveRouter):
+    """Reads every sequence token by token; its memory is the tokens themselves, so a route depends on nothing else.
+
+    The state after a prefix is kept for a while, so that decoding reads each token once.
+    """
+
+    def __init__(self, base: "BaseModel", anchors: Anchors, settings: "Settings", *, remembered: int = 1024):
+        self.gate = build_gate(base, anchors.anchors, settings)
+        self._device = base.device
+        self._states: OrderedDict[bytes, Route] = OrderedDict()
+        self._remembered = remembered
+
+    def route(self, sequences: Sequences) -> tuple[Routing, Tensor]:
+        if sequences.ids is None:
+            raise AdaptorError("preset `anchor` routes by tokens: call the model with input_ids, not inputs_embeds")
+        ids = sequences.ids.masked_fill(~sequences.mask, PADDING).cpu()
+        past = None if sequences.memory is None else sequences.memory[:, 0, :, 0].cpu().numpy()
+        rows = [self._row(None if past is None else past[row], new) for row, new in enumerate(ids.numpy())]
+        experts = torch.tensor(rows, device=self._device).unsqueeze(-1)
+        memory = ids.to(self._device).unsqueeze(1).unsqueeze(-1)
+        return Routing(experts, torch.ones_like(experts, dtype=torch.float32)), memory
+
+    def _row(self, past: "numpy.ndarray[tuple[int], numpy.dtype[numpy.int64]] | None", new: "Ids") -> list[int]:
+        known = new[:0] if past is None else past[past != PADDING]
+        route = self._resume(known)
+        experts = [route.push(int(token)).edit if token != PADDING else -1 for token in new]
+        self._remember(numpy.concatenate([known, new[new != PADDING]]), route)
+        return experts
+
+    def _resume(self, known: "Ids") -> Route:
+        stored = self._states.get(known.tobytes()) if len(known) else None
+        if stored is not None:
+            return stored.copy()
+        route = Route(self.gate)
+        for token in known:
+            route.push(int(token))
+        return route
+
+    def _remember(self, ids: "Ids", route: Route) -> None:
+        self._states[ids.tobytes()] = route
+        while len(self._states) > self._remembered:
+            self._states.popitem(last=False)
+
+    def explain(self, prompts: Sequence[Sequence[int]]) -> list[Explanation]:
+        return [_explanation(self.reading(prompt)) for prompt in prompts]
+
+    def reading(self, prompt: Sequence[int]) -> Reading:
+        """How the gate stands at the end of a prompt."""
+        route = Route(self.gate)
+        reading = SHUT
+        for token in prompt:
+            reading = route.push(token)
+        return reading
+
+
+Ids = numpy.ndarray[tuple[int], numpy.dtype[numpy.int64]]
+
+
+def _explanation(reading: Reading) -> Explanation:
+    return Explanation(
+        expert=reading.edit,
+        weight=float(reading.edit >= 0),
+        scope=reading.scope,
+        nearest=reading.nearest,
+        coverage=reading.coverage,
+        conflict=reading.conflict,
+        fit=reading.fit,
+    )

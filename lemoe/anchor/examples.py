@@ -1,0 +1,161 @@
+"""Training texts made from an edit file alone: rewordings that keep the answer, other questions that keep the base's.
+
+Nothing here sees a rephrase or a locality prompt, unless `train_rephrases` asks for the user's own rephrases.
+"""
+
+import random
+import re
+from collections.abc import Sequence
+
+from lemoe.anchor.gate import Gate, Question, around, compare
+from lemoe.anchor.lexicon import infer_subject
+from lemoe.anchor.words import Reader
+from lemoe.conflicts import normal
+from lemoe.edits import Edit
+
+LONG_PROMPT = 400  # characters; a longer prompt is a passage, whose wording is not what generalises
+SAME_QUESTION = 1.0  # conflict below which another template asks what the edit asks
+DROPPED = 0.35  # share of the words outside the subject that a rewording leaves out
+
+_NEUTRAL = (
+    "Here is a question.",
+    "Please answer:",
+    "I was wondering about this.",
+    "From an encyclopedia:",
+    "Q:",
+    "As everyone knows,",
+)
+_SENTENCES = (
+    "The station opened in 1931 and was rebuilt after the war.",
+    "He later moved to the coast, where he taught music.",
+    "The film received good reviews on its first weekend.",
+    "References and external links follow below.",
+    "She won the regional title twice in a row.",
+    "The village lies at the foot of the hills.",
+    "It was the second of three albums recorded that year.",
+    "The company employs about four hundred people.",
+)
+_OTHER_QUESTIONS = (
+    "{} was born in",
+    "When was {} born?",
+    "{} died in",
+    "Who is the father of {}?",
+    "The mother of {} is",
+    "{} is married to",
+    "The child of {} is",
+    "What is the occupation of {}?",
+    "The nationality of {} is",
+    "{} speaks the language",
+    "Where is {} located?",
+    "The country of {} is",
+    "The capital of {} is",
+    "Who founded {}?",
+    "When was {} founded?",
+    "The owner of {} is",
+    "Which company makes {}?",
+    "The author of {} is",
+    "Who directed {}?",
+    "The genre of {} is",
+    "Which team does {} play for?",
+    "Where was {} educated?",
+    "The employer of {} is",
+    "What award did {} receive?",
+    "The religion of {} is",
+    "{} is named after",
+    "{} is part of",
+    "What comes after {}?",
+    "What is {} known for?",
+    "How many people live in {}?",
+)
+
+
+def rewordings(edits: Sequence[Edit], place: int, count: int, rng: random.Random) -> list[str]:
+    """`count` other texts that end in the question of `edits[place]`.
+
+    By turns: words outside the subject dropped, a neutral opening, a distracting sentence in front (another edit's, or
+    a stock one), and both together.
+    """
+    edit = edits[place]
+    if len(edit.prompt) > LONG_PROMPT:
+        return []
+    makers = (
+        lambda: _dropped(edit, rng),
+        lambda: f"{_other_sentence(edits, place, rng)} {edit.prompt}",
+        lambda: f"{rng.choice(_NEUTRAL)} {edit.prompt}",
+        lambda: f"{rng.choice(_SENTENCES)} {_dropped(edit, rng)}",
+        lambda: _dropped(edit, rng),
+        lambda: f"{_other_sentence(edits, place, rng)} {_dropped(edit, rng)}",
+    )
+    return [makers[number % len(makers)]() for number in range(count)]
+
+
+def _dropped(edit: Edit, rng: random.Random) -> str:
+    """The prompt without some of its words; the subject and the last word stay."""
+    start, end = _subject_span(edit)
+    kept = []
+    words = list(re.finditer(r"\S+", edit.prompt))
+    for number, word in enumerate(words):
+        inside = word.start() < end and word.end() > start
+        if inside or number == len(words) - 1 or rng.random() >= DROPPED:
+            kept.append(word.group())
+    return " ".join(kept)
+
+
+def _subject_span(edit: Edit) -> tuple[int, int]:
+    start = edit.prompt.casefold().rfind((edit.subject or "").casefold()) if edit.subject else -1
+    return (start, start + len(edit.subject or "")) if start >= 0 else (0, 0)
+
+
+def _other_sentence(edits: Sequence[Edit], place: int, rng: random.Random) -> str:
+    others = [e for e in edits if normal(e.subject or e.prompt) != normal(edits[place].subject or edits[place].prompt)]
+    others = [e for e in others if len(e.prompt) + len(e.target) <= LONG_PROMPT]
+    if not others:
+        return rng.choice(_SENTENCES)
+    other = rng.choice(others)
+    return f"{other.prompt} {other.target.strip()}."
+
+
+def other_questions(gate: Gate, edits: Sequence[Edit], place: int, count: int, rng: random.Random) -> list[str]:
+    """Up to `count` questions about the subject of `edits[place]` that ask something else.
+
+    They come from the round's other edits (their questions about this subject, or their templates with it put in) and
+    from stock questions; those that the gate would let through come first, since the others never reach the expert.
+    `gate` holds the edits in order.
+    """
+    edit = edits[place]
+    subject = edit.subject or infer_subject(edit.prompt, gate.lexicon)
+    if len(edit.prompt) > LONG_PROMPT or len(subject) > LONG_PROMPT // 2:
+        return []
+    texts = [_about(other, edit, subject) for other in edits if other is not edit]
+    texts += [template.replace("{}", subject) for template in _OTHER_QUESTIONS]
+    rng.shuffle(texts)
+    stored = gate.anchors[place]
+    about = gate.index.subjects[stored.subject]
+    scored = []
+    for text in dict.fromkeys(texts):
+        words = _read(text, gate)
+        mention = about.find(words)
+        if mention is None:
+            continue
+        compared = compare(stored, Question.of(around(words, mention), gate.lexicon))
+        if compared.conflict >= SAME_QUESTION:
+            scored.append((not (compared.enough and compared.conflict <= gate.threshold), text))
+    scored.sort(key=lambda pair: pair[0])
+    return [text for _, text in scored[:count]]
+
+
+def _about(other: Edit, edit: Edit, subject: str) -> str:
+    """The question of `other`, asked about `subject`; empty if its own subject cannot be told apart."""
+    if len(other.prompt) > LONG_PROMPT or not other.subject:
+        return ""
+    if normal(other.subject) == normal(edit.subject or subject):
+        return other.prompt
+    start, end = _subject_span(other)
+    return other.prompt[:start] + subject + other.prompt[end:] if end else ""
+
+
+def _read(text: str, gate: Gate) -> list:  # type: ignore[type-arg]
+    reader = Reader()
+    for word in re.findall(r"\s*\S+", text):
+        reader.push(word.encode())
+    return reader.words

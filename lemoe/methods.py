@@ -1,0 +1,38 @@
+"""The methods that presets name, each behind the same interface: a router to store and a way to train a round."""
+
+from collections.abc import Sequence
+
+from lemoe.adaptor import AdaptorState
+from lemoe.anchor import training as anchor_training
+from lemoe.anchor.anchors import Anchors
+from lemoe.edits import Edit
+from lemoe.models import BaseModel
+from lemoe.paper import training as paper_training
+from lemoe.paper.routing import KeyRouter
+from lemoe.routing import Router
+from lemoe.settings import Settings
+from lemoe.training import OnStep
+
+ROUTERS: dict[str, type[Router]] = {kind.method: kind for kind in (Anchors, KeyRouter)}
+
+
+def train_round(
+    base: BaseModel,
+    edits: Sequence[Edit],
+    settings: Settings,
+    before: AdaptorState | None = None,
+    on_step: OnStep = lambda step: None,
+) -> AdaptorState:
+    """Teach `edits` as one round, by the method of `settings`, beside the frozen experts of `before`.
+
+    With method `anchor` a round does not depend on those before it; `before` only says the layer.
+
+    Returns:
+        a state with this round alone; stack it onto `before`.
+
+    Raises:
+        InputError: listing the edits that cannot be used with this model.
+    """
+    if settings.method == "anchor":
+        return anchor_training.train_round(base, edits, settings, before, on_step)
+    return paper_training.train_round(base, edits, settings, before, on_step)

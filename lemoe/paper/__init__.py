@@ -1,0 +1,1 @@
+"""Preset `paper`: LEMoE as published, one FFN-form expert a round, routed by a trained projection."""
