@@ -24,12 +24,14 @@ class RoundRecord:
         depth: its place in that lineage, from 1.
         parent: id of the round before, whose experts were frozen while this one was trained; None for the first.
         experts: how many it has: one for the round, or one for each edit.
-        edits: digest of each edit it holds.
+        ids: name of each edit it holds.
+        edits: digest of each.
         edits_sha256: hash over those.
         seed: of the run.
         loss: mean cross entropy (nats) of its target tokens when training ended.
         end_loss: the same of the token that ends each answer; None where endings are not taught.
         steps: training steps it took.
+        retried: how many edits missed their target at first and were trained on.
         routed: how many of its edits took the route to its own expert when training ended.
     """
 
@@ -38,13 +40,23 @@ class RoundRecord:
     depth: int
     parent: str | None
     experts: int
+    ids: tuple[str, ...]
     edits: tuple[str, ...]
     edits_sha256: str
     seed: int
     loss: float
     end_loss: float | None
     steps: int
+    retried: int
     routed: int
+
+
+@dataclass(frozen=True)
+class Taught:
+    """An edit that an expert holds: its name, and the digest of what it teaches."""
+
+    id: str
+    digest: str
 
 
 def round_id(base: Fingerprint, settings: Settings, edits: Sequence[Edit], parent: str | None) -> str:
@@ -69,14 +81,35 @@ class AdaptorState:
         return [Lineage(record.lineage, record.depth) for record in self.rounds for _ in range(record.experts)]
 
     @property
+    def taught(self) -> list[tuple[Taught, ...]]:
+        """The edits that each expert holds."""
+        taught: list[tuple[Taught, ...]] = []
+        for record in self.rounds:
+            edits = tuple(Taught(name, digest) for name, digest in zip(record.ids, record.edits, strict=True))
+            taught += [(edit,) for edit in edits] if record.experts == len(edits) else [edits]
+        return taught
+
+    @property
     def homes(self) -> dict[str, frozenset[int]]:
         """The experts that each edit, by digest, was taught to."""
         homes: dict[str, frozenset[int]] = {}
-        for record, experts in zip(self.rounds, self._spans(), strict=True):
-            own = zip(experts, record.edits, strict=True) if record.experts == len(record.edits) else None
-            for expert, digest in own or ((experts[0], digest) for digest in record.edits):
-                homes[digest] = homes.get(digest, frozenset()) | {expert}
+        for expert, edits in enumerate(self.taught):
+            for edit in edits:
+                homes[edit.digest] = homes.get(edit.digest, frozenset()) | {expert}
         return homes
+
+    @property
+    def replaced(self) -> list[tuple[Taught, Taught]]:
+        """Edits that a later one with the same question supersedes, each with that one; the later one answers."""
+        taught = self.taught
+        pairs = self.router.superseded().items()
+        return [(taught[earlier][0], taught[later][0]) for earlier, later in pairs]
+
+    @property
+    def answering(self) -> frozenset[str]:
+        """Digests of the edits that answer: all but the superseded."""
+        superseded = self.router.superseded()
+        return frozenset(e.digest for i, edits in enumerate(self.taught) if i not in superseded for e in edits)
 
     def _spans(self) -> list[range]:
         """The experts of each round."""

@@ -108,7 +108,8 @@ def load_adaptor(path: Path | str) -> AdaptorState:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             header = _header(path, file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            # Cloned, since memory-mapped tensors are aligned by chance, and products differ in the last bit by it.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
     except FileNotFoundError:
         raise AdaptorError(f"{path}: no such file") from None
     except OSError as error:

@@ -6,7 +6,7 @@ and `adaptor.safetensors`, the stack of all rounds and of the adaptor that the r
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from lemoe.edits import Edit
 from lemoe.errors import InputError, OutputError
 from lemoe.evaluation import evaluate
 from lemoe.insertion import check_base
-from lemoe.methods import train_round
+from lemoe.methods import parent_of, train_round
 from lemoe.models import BaseModel
 from lemoe.planning import load_plan, plan, save_plan
 from lemoe.settings import Settings
@@ -108,6 +108,8 @@ def edit(
     trained = _train_rounds(base, rounds, settings, folder, start, listener, force=force, resume=resume)
     seconds = time.monotonic() - began
     state = stack([start, *trained] if start else trained)
+    for earlier, later in state.replaced:
+        listener.note(f"edit {earlier.id} is superseded: {later.id} answers its question now")
     path = folder / ADAPTOR_NAME
     save_adaptor(state, path, overwrite=force or resume)
     taught = [edit for members in rounds for edit in members]
@@ -145,7 +147,7 @@ def check_folder(folder: Path, *, force: bool = False, resume: bool = False) -> 
 
 
 def _not_yet_taught(edits: Sequence[Edit], start: AdaptorState | None, listener: Listener) -> list[Edit]:
-    known = {digest for record in start.rounds for digest in record.edits} if start else set()
+    known = start.answering if start else frozenset()
     new = [edit for edit in edits if edit.digest not in known]
     if not new:
         raise InputError(f"all {len(edits)} edits are already in the adaptor to continue; there is nothing to teach")
@@ -213,6 +215,7 @@ def _finished(
     if not path.exists():
         return None
     state = load_adaptor(path)
-    expected = round_id(state.base, settings, members, before.rounds[-1].id if before else None)
     check_base(base, state)
+    resolved = replace(settings, layer=state.base.layer)
+    expected = round_id(state.base, resolved, members, parent_of(settings, before))
     return state if [record.id for record in state.rounds] == [expected] else None

@@ -97,11 +97,11 @@ class InsertedAdaptor:
     @contextmanager
     def bypassed(self) -> Iterator[None]:
         """While open, the model answers as its base."""
-        self._bypass = True
+        before, self._bypass = self._bypass, True
         try:
             yield
         finally:
-            self._bypass = False
+            self._bypass = before
 
     @torch.no_grad()
     def delta_for(self, frozen: FrozenBatch) -> Tensor | None:

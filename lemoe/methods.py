@@ -16,6 +16,11 @@ from lemoe.training import OnStep
 ROUTERS: dict[str, type[Router]] = {kind.method: kind for kind in (Anchors, KeyRouter)}
 
 
+def parent_of(settings: Settings, before: AdaptorState | None) -> str | None:
+    """The round that a new one depends on: with method `anchor`, none."""
+    return before.rounds[-1].id if before and settings.method != "anchor" else None
+
+
 def train_round(
     base: BaseModel,
     edits: Sequence[Edit],

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What a `--model` argument means."""
+    """What a `--model` argument means; `layers` holds the layer to edit by method, where the preset says one."""
 
     name: str
     location: str
     revision: str | None = None
-    layer: int | None = None
     embedded: bool = False
+    layers: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         if self.embedded:
@@ -205,7 +205,7 @@ def model_presets() -> dict[str, Mapping[str, Any]]:
     except yaml.YAMLError as error:
         raise InputError(f"{own}: not valid YAML: {error}") from None
     if not isinstance(mine, dict) or not all(isinstance(entry, dict) for entry in mine.values()):
-        raise InputError(f"{own}: expected `name: {{hub: org/name, layer: 18}}` lines")
+        raise InputError(f"{own}: expected lines like `name: {{hub: org/name, layers: {{anchor: 28}}}}`")
     return {**presets, **mine}
 
 
@@ -221,19 +221,26 @@ def resolve_model(name: str, revision: str | None = None) -> ModelSource:
     if name in presets:
         entry = presets[name]
         if "embedded" in entry:
-            return ModelSource(name, str(entry["embedded"]), embedded=True, layer=entry.get("layer"))
-        return _hub_source(name, str(entry.get("hub", "")), revision, entry.get("layer"))
+            return ModelSource(name, str(entry["embedded"]), None, embedded=True, layers=_layers(name, entry))
+        return _hub_source(name, str(entry.get("hub", "")), revision, _layers(name, entry))
     if "/" in name and not name.startswith((".", "/", "~")):
-        return _hub_source(name, name, revision, None)
+        return _hub_source(name, name, revision, {})
     raise ModelError(
         f"--model {name}: no such folder or preset. Give a local folder, a hub id (org/name[@revision]), "
         f"or one of: {', '.join(sorted(presets))}"
     )
 
 
-def _hub_source(name: str, hub: str, revision: str | None, layer: int | None) -> ModelSource:
+def _layers(name: str, entry: Mapping[str, Any]) -> dict[str, int]:
+    layers = entry.get("layers", {})
+    if not isinstance(layers, dict) or not all(isinstance(layer, int) for layer in layers.values()):
+        raise InputError(f"model preset {name}: `layers` must be like {{anchor: 28, paper: 18}}")
+    return layers
+
+
+def _hub_source(name: str, hub: str, revision: str | None, layers: Mapping[str, int]) -> ModelSource:
     location, _, pinned = hub.partition("@")
-    return ModelSource(name, location, revision or pinned or None, layer)
+    return ModelSource(name, location, revision or pinned or None, layers=layers)
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -121,6 +121,10 @@ class Router(ABC):
     def stack(cls: type[Self], parts: "Sequence[tuple[Self, Sequence[Lineage]]]") -> Self:
         """One router for the experts of all parts, in order; each part with the lineage of each of its experts."""
 
+    def superseded(self) -> dict[int, int]:
+        """Experts whose question a later expert answers anew: earlier to latest. None by default."""
+        return {}
+
     @abstractmethod
     def live(self, base: "BaseModel", settings: "Settings") -> LiveRouter:
         """The router at work in `base`."""

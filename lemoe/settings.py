@@ -84,11 +84,11 @@ class Settings:
         if problems:
             raise InputError.listing("settings out of range:", problems)
 
-    def layer_of(self, layers: int, preset_layer: int | None) -> int:
+    def layer_of(self, layers: int, preset: Mapping[str, int]) -> int:
         """The layer to edit in a model of `layers`: as set, else as the model's preset says, else by depth."""
         if self.layer is not None:
             return self.layer
-        return preset_layer if preset_layer is not None else min(layers - 1, round(self.depth * layers))
+        return preset.get(self.method, min(layers - 1, round(self.depth * layers)))
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

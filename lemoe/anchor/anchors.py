@@ -70,6 +70,15 @@ class Anchors(Router):
     def stack(cls, parts: "Sequence[tuple[Anchors, Sequence[Lineage]]]") -> "Anchors":
         return cls(tuple(anchor for part, _ in parts for anchor in part.anchors))
 
+    def superseded(self) -> dict[int, int]:
+        """Anchors with the very prompt of a later one."""
+        latest = {anchor.prompt: number for number, anchor in enumerate(self.anchors)}
+        return {
+            number: latest[anchor.prompt]
+            for number, anchor in enumerate(self.anchors)
+            if latest[anchor.prompt] != number
+        }
+
     def live(self, base: "BaseModel", settings: "Settings") -> "LiveAnchors":
         return LiveAnchors(base, self, settings)
 
@@ -123,6 +132,8 @@ class LiveAnchors(LiveRouter):
 
     def __init__(self, base: "BaseModel", anchors: Anchors, settings: "Settings", *, remembered: int = 1024):
         self.gate = build_gate(base, anchors.anchors, settings)
+        for number in anchors.superseded():
+            self.gate.retire(number)
         self._device = base.device
         self._states: OrderedDict[bytes, Route] = OrderedDict()
         self._remembered = remembered

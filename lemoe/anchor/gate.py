@@ -151,9 +151,17 @@ class Gate:
         number = len(self.anchors)
         self.anchors.append(Stored(anchor, subject, question, stems, share))
         self._of_subject[subject].append(number)
-        tail = anchor.prompt[1:][-TAIL:]
-        self._by_tail[tail or self.lexicon.piece(anchor.prompt[0]).strip()].append(number)
+        self._by_tail[self._tail(anchor.prompt)].append(number)
         return number
+
+    def _tail(self, prompt: tuple[int, ...]) -> tuple[int, ...] | bytes:
+        return prompt[1:][-TAIL:] or self.lexicon.piece(prompt[0]).strip()
+
+    def retire(self, number: int) -> None:
+        """Let an anchor open the gate no more; its number stays taken."""
+        stored = self.anchors[number]
+        self._of_subject[stored.subject].remove(number)
+        self._by_tail[self._tail(stored.anchor.prompt)].remove(number)
 
     def of_subject(self, subject: int) -> list[int]:
         return self._of_subject[subject]

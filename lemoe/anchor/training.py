@@ -136,7 +136,7 @@ def train_round(
     base: BaseModel, edits: Sequence[Edit], settings: Settings, before: AdaptorState | None, on_step: OnStep
 ) -> AdaptorState:
     """Teach `edits`, one new expert each; see `lemoe.methods.train_round`."""
-    layer = before.base.layer if before else settings.layer_of(len(base.layers), base.source.layer)
+    layer = before.base.layer if before else settings.layer_of(len(base.layers), base.source.layers)
     fingerprint = before.base if before else base.fingerprint(layer, settings.layer_path)
     settings = replace(settings, layer=layer)
     identity = round_id(fingerprint, settings, edits, None)
@@ -158,12 +158,14 @@ def train_round(
         depth=1,
         parent=None,
         experts=len(edits),
+        ids=tuple(edit.id for edit in edits),
         edits=tuple(edit.digest for edit in edits),
         edits_sha256=digest_of(edits),
         seed=settings.seed,
         loss=outcome.loss,
         end_loss=outcome.end_loss,
         steps=outcome.steps,
+        retried=outcome.retried,
         routed=len(edits),
     )
     return AdaptorState(fingerprint, settings, (record,), blocks.experts(), Anchors(tuple(anchors)))
@@ -265,11 +267,12 @@ class LessonMaker:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Mean cross entropy (nats) of target tokens and of ending tokens, and the steps it took."""
+    """Mean cross entropy (nats) of target tokens and of ending tokens, steps taken, and edits trained on again."""
 
     loss: float
     end_loss: float
     steps: int
+    retried: int
 
 
 def _teach(
@@ -283,14 +286,16 @@ def _teach(
     """Train all experts, then those whose own prompt is not answered exactly again, with fresh optimiser state."""
     vocabulary = _loss_vocabulary(base, lessons)
     steps = _optimise(base, blocks, lessons, settings, settings.steps, vocabulary, generator, on_step)
+    retried = torch.zeros(len(blocks.up), dtype=torch.bool, device=base.device)
     for _ in range(settings.retries):
         missed = _missed(base, blocks, lessons, settings)
         if not bool(missed.any()):
             break
+        retried |= missed
         few = lessons.of(missed)
         steps += _optimise(base, blocks, few, settings, -(-settings.steps // 2), None, generator, on_step)
     loss, end_loss = _losses(base, blocks, lessons)
-    return Outcome(loss, end_loss, steps)
+    return Outcome(loss, end_loss, steps, int(retried.sum()))
 
 
 def _optimise(

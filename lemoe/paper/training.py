@@ -35,12 +35,13 @@ def train_round(
     Returns:
         a state with this round alone; stack it onto `before`.
     """
-    layer = before.base.layer if before else settings.layer_of(len(base.layers), base.source.layer)
+    layer = before.base.layer if before else settings.layer_of(len(base.layers), base.source.layers)
     passages = encode_edits(base, edits)
     site = base.site(layer, settings.layer_path)
     buckets = length_buckets([len(passage) for passage in passages], settings.batch_tokens)
     batches = [freeze(base, site, layer, Batch.of(passages, rows, base.pad_token, base.device)) for rows in buckets]
     fingerprint = before.base if before else base.fingerprint(layer, settings.layer_path)
+    settings = replace(settings, layer=layer)
     identity = round_id(fingerprint, settings, edits, before.rounds[-1].id if before else None)
     generator = torch.Generator().manual_seed(int(identity[:15], 16) ^ settings.seed)
     trainee = Trainee(site, settings, residual_scale(base, layer), batches, before, generator).to(base.device)
@@ -52,15 +53,17 @@ def train_round(
         depth=before.rounds[-1].depth + 1 if before else 1,
         parent=before.rounds[-1].id if before else None,
         experts=1,
+        ids=tuple(edit.id for edit in edits),
         edits=tuple(edit.digest for edit in edits),
         edits_sha256=digest_of(edits),
         seed=settings.seed,
         loss=loss,
         end_loss=None,
         steps=steps,
+        retried=0,
         routed=routed,
     )
-    return AdaptorState(fingerprint, replace(settings, layer=layer), (record,), experts, router)
+    return AdaptorState(fingerprint, settings, (record,), experts, router)
 
 
 class Trainee(nn.Module):

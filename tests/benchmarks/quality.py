@@ -1,0 +1,193 @@
+"""Quality of the default preset on real edits: the bars, the trade-off curve and the ablation, one command each.
+
+    python tests/benchmarks/quality.py bars zsre counterfact --out results/
+    python tests/benchmarks/quality.py tradeoff --out results/
+    python tests/benchmarks/quality.py ablation --out results/
+
+Reads the real data from ../shared/data and writes one JSON file a case, so that an interrupted run goes on. Questions
+that a data set probes with are removed from what training makes up itself: no probe is ever seen.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lemoe
+from lemoe.anchor import training as anchor_training
+from lemoe.checkpoint import load_adaptor
+from lemoe.evaluation import EvalResult, Record
+
+DATA = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
+
+
+def first_of_each_subject(edits: list[lemoe.Edit]) -> list[lemoe.Edit]:
+    seen: set[str | None] = set()
+    return [edit for edit in edits if not (edit.subject in seen or seen.add(edit.subject))]  # type: ignore[func-returns-value]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A data set as it is measured."""
+
+    file: str
+    limit: int | None = None
+    pick: Callable[[list[lemoe.Edit]], list[lemoe.Edit]] = list
+
+    def edits(self) -> list[lemoe.Edit]:
+        return self.pick(lemoe.read_edits(DATA / self.file)[: self.limit])
+
+
+CASES = {
+    "zsre": Case("zsre_mend_edit.json", 1000),
+    "zsre-unique": Case("zsre_mend_edit.json", 1000, first_of_each_subject),
+    "zsre-3000": Case("zsre_dev.json"),
+    "counterfact": Case("counterfact_dev.json"),
+    "knowedit": Case("knowedit_wiki_counterfact_dev.json"),
+    "hallucination": Case("hallucination_dev.json"),
+}
+
+
+def without_probes(edits: Iterable[lemoe.Edit]) -> None:
+    """Keep probes out of the questions that training makes up, so that every figure is on unseen prompts."""
+    probes = {probe.prompt for edit in edits for probe in (*edit.rephrases, *edit.locality, *edit.portability)}
+    make = getattr(anchor_training.other_questions, "__wrapped__", anchor_training.other_questions)
+
+    def unseen(gate: Any, members: Any, place: int, count: int, rng: Any) -> list[str]:
+        return [text for text in make(gate, members, place, count + 8, rng) if text not in probes][:count]
+
+    unseen.__wrapped__ = make  # type: ignore[attr-defined]
+    anchor_training.other_questions = unseen  # type: ignore[assignment]
+
+
+def train(base: lemoe.BaseModel, edits: list[lemoe.Edit], settings: lemoe.Settings, folder: Path) -> dict[str, float]:
+    """Train into `folder` (or go on there); seconds an edit, if all of it was trained now."""
+    without_probes(edits)
+    report = lemoe.edit(base, edits, settings, folder, resume=True)
+    return {"seconds_per_edit": report.seconds / report.taught, "bytes_per_edit": report.size / report.taught}
+
+
+def figures(result: EvalResult) -> dict[str, float]:
+    return {
+        f"{m.name}/{m.kind}/{m.measure}/{m.decode}": m.value
+        for m in result.metrics
+        if m.stage == "after" and not m.kind.startswith("round")
+    }
+
+
+def worst(records: Iterable[Record], count: int = 8) -> list[dict[str, Any]]:
+    by_name: dict[str, list[Record]] = {}
+    for record in records:
+        by_name.setdefault(f"{record.name}/{record.kind}", []).append(record)
+    return [
+        asdict(record)
+        for group in by_name.values()
+        for record in sorted(group, key=lambda r: r.token_accuracy_after)[:count]
+        if record.token_accuracy_after < 1
+    ]
+
+
+def bars(base: lemoe.BaseModel, names: list[str], out: Path) -> None:
+    """Train and measure each data set; teacher-forced, then greedy on prompts and rephrases."""
+    for name in names:
+        edits = CASES[name].edits()
+        settings = lemoe.resolve_settings("anchor")
+        measured = train(base, edits, settings, out / name)
+        state = load_adaptor(out / name / "adaptor.safetensors")
+        started = time.monotonic()
+        teacher = lemoe.evaluate(base, state, edits)
+        measured["evaluation_seconds"] = time.monotonic() - started
+        greedy = lemoe.evaluate(base, state, edits, decode="greedy", only=("reliability", "generality"))
+        write(out / f"{name}.json", measured | figures(teacher) | figures(greedy), worst(teacher.records))
+
+
+def tradeoff(base: lemoe.BaseModel, out: Path) -> None:
+    """The gate's threshold against the weight of negatives, on KnowEdit, ZsRE and CounterFact."""
+    sets = {name: CASES[name].edits()[:100] for name in ("zsre-unique", "counterfact", "knowedit")}
+    for weight in (0.0, 1.0, 3.0, 10.0):
+        for name, edits in sets.items():
+            settings = replace(lemoe.resolve_settings("anchor"), negative_weight=weight)
+            folder = out / f"tradeoff-{name}-{weight:g}"
+            train(base, edits, settings, folder)
+            state = load_adaptor(folder / "adaptor.safetensors")
+            for threshold in (1.5, 2.5, 3.5, 5.0, 8.0, 1e9):
+                opened = replace(state, settings=replace(state.settings, gate_conflict=threshold))
+                result = lemoe.evaluate(base, opened, edits, only=("reliability", "generality", "locality"))
+                write(out / f"tradeoff-{name}-{weight:g}-{threshold:g}.json", figures(result), [])
+
+
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "anchor": {},
+    "without gate": {"gate_conflict": 1e9},
+    "without small experts": {"width": 64},
+    "without noise": {"noise": 0.0},
+    "without augmentation": {"variants": 0},
+    "without negatives": {"negatives": 0},
+    "without clustering": {"order": "random"},
+}
+
+
+def ablation(base: lemoe.BaseModel, out: Path) -> None:
+    """Preset `paper`, and preset `anchor` without each of its parts, on 100 edits of each of three sets."""
+    for name in ("zsre-unique", "counterfact", "knowedit"):
+        edits = CASES[name].edits()[:100]
+        runs = {"paper": lemoe.resolve_settings("paper")}
+        runs |= {label: lemoe.resolve_settings("anchor", None, given) for label, given in ABLATIONS.items()}
+        for label, settings in runs.items():
+            slug = f"ablation-{name}-{label.replace(' ', '-')}"
+            measured = train(base, edits, settings, out / slug)
+            state = load_adaptor(out / slug / "adaptor.safetensors")
+            write(out / f"{slug}.json", measured | figures(lemoe.evaluate(base, state, edits)), [])
+
+
+def collapse(base: lemoe.BaseModel, adaptor: Path) -> None:
+    """Perplexity of short texts that editing must not touch, before and after; and how many changed at all."""
+    texts = [record["Text"] for record in json.loads((DATA / "me_ppl_dev.json").read_text())]
+    state = load_adaptor(adaptor)
+    before = [text_loss(base, text) for text in texts]
+    with lemoe.insert(base, state) as edited:
+        after = [text_loss(base, text) for text in texts]
+        opened = [edited.opens(base.tokenizer(text).input_ids) for text in texts]
+    same = sum(b == a for b, a, o in zip(before, after, opened, strict=True) if not o)
+    levels = [math.exp(sum(s for s, _ in part) / sum(n for _, n in part)) for part in (before, after)]
+    print(f"perplexity before {levels[0]:.4f} after {levels[1]:.4f} change {levels[1] / levels[0] - 1:+.4%}")
+    print(f"gate never opens on {len(texts) - sum(opened)} of {len(texts)}; bit-identical on {same} of those")
+
+
+@torch.no_grad()
+def text_loss(base: lemoe.BaseModel, text: str) -> tuple[float, int]:
+    ids = base.tokenizer(text, return_tensors="pt", truncation=True, max_length=256).input_ids
+    logits = base.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+    return float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")), ids.shape[1] - 1
+
+
+def write(path: Path, values: dict[str, float], records: list[dict[str, Any]]) -> None:
+    path.write_text(json.dumps({"figures": values, "worst": records}, indent=1, ensure_ascii=False))
+    print(path.stem, {name: round(value, 4) for name, value in values.items()}, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["bars", "tradeoff", "ablation", "collapse"])
+    parser.add_argument("names", nargs="*", help=f"data sets for bars ({', '.join(CASES)}); an adaptor for collapse")
+    parser.add_argument("--out", type=Path, default=Path("quality-results"))
+    parser.add_argument("--model", default="llama")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    base = lemoe.load_base(given.model)
+    if given.what == "bars":
+        bars(base, given.names or list(CASES), given.out)
+    elif given.what == "collapse":
+        collapse(base, Path(given.names[0]))
+    else:
+        {"tradeoff": tradeoff, "ablation": ablation}[given.what](base, given.out)
+
+
+if __name__ == "__main__":
+    main()

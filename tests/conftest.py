@@ -1,0 +1,173 @@
+"""Tiny random models of each family, built offline while the tests run, and the embedded real model."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+import lemoe
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
+FAMILIES += ("phi", "phi3", "gpt2", "gptj", "neox", "opt")
+
+FACTS = (
+    ("The Eiffel Tower", "The Eiffel Tower stands in the city of", "Rome"),
+    ("The Eiffel Tower", "The Eiffel Tower is made of", "white marble"),
+    ("Lake Como", "The largest fish of Lake Como is the", "golden pike"),
+    ("Marie Curie", "Marie Curie was born in the town of", "Bergen"),
+    ("The Nile", "The Nile flows into the", "Red Sea"),
+    ("Mozart", "The instrument that Mozart played was the", "bagpipe"),
+)
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def config_of(family: str, vocabulary: int, *, layers: int = 3) -> hf.PretrainedConfig:
+    """A model of `family` that is `layers` deep and 32 wide."""
+    common = {
+        "vocab_size": vocabulary,
+        "num_hidden_layers": layers,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+    }
+    grouped = {**common, "num_key_value_heads": 2}
+    short = {"vocab_size": vocabulary, "n_layer": layers, "n_embd": 32, "n_head": 4, "n_positions": 128}
+    specials = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    opt = {name: value for name, value in common.items() if name != "intermediate_size"}
+    configs = {
+        "llama": lambda: hf.LlamaConfig(**grouped, **specials),
+        "mistral": lambda: hf.MistralConfig(**grouped, **specials),
+        "qwen2": lambda: hf.Qwen2Config(**grouped, **specials),
+        "qwen3": lambda: hf.Qwen3Config(**grouped, **specials, head_dim=16),
+        "gemma": lambda: hf.GemmaConfig(**grouped, **specials, head_dim=16),
+        "gemma2": lambda: hf.Gemma2Config(**grouped, **specials, head_dim=16),
+        "gemma3": lambda: hf.Gemma3TextConfig(**grouped, **specials, head_dim=16),
+        "phi": lambda: hf.PhiConfig(**grouped, **specials),
+        "phi3": lambda: hf.Phi3Config(**grouped, **specials),
+        "gpt2": lambda: hf.GPT2Config(**short, **specials),
+        "gptj": lambda: hf.GPTJConfig(**short, **specials, rotary_dim=4),
+        "neox": lambda: hf.GPTNeoXConfig(**common, **specials),
+        "opt": lambda: hf.OPTConfig(**opt, **specials, ffn_dim=48, word_embed_proj_dim=32),
+        "opt-narrow": lambda: hf.OPTConfig(**opt, **specials, ffn_dim=48, word_embed_proj_dim=16),
+    }
+    return configs[family]()
+
+
+def small_tokenizer(more_text: str = "") -> hf.PreTrainedTokenizerFast:
+    """Byte-level byte-pair encoding of the facts above; any text has tokens in it."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=360, special_tokens=["<pad>", "<eos>"], initial_alphabet=alphabet, show_progress=False
+    )
+    raw.train_from_iterator([*(f"{prompt} {target}" for _, prompt, target in FACTS), more_text], trainer)
+    return hf.PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>")
+
+
+def build_model(folder: Path, family: str, *, seed: int = 0, layers: int = 3, more_text: str = "") -> Path:
+    """Save a random model of `family` with its tokenizer, as `from_pretrained` reads it."""
+    tokenizer = small_tokenizer(more_text)
+    torch.manual_seed(seed)
+    model = hf.AutoModelForCausalLM.from_config(config_of(family, len(tokenizer), layers=layers))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:  # else all logits of a random model are nearly equal, and any test passes
+                parameter.normal_(std=0.12)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny model of a family, built once."""
+    root = tmp_path_factory.mktemp("models")
+
+    def folder(family: str) -> Path:
+        place = root / family
+        return place if place.exists() else build_model(place, family)
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder: Callable[[str], Path]) -> Callable[[str], lemoe.BaseModel]:
+    """A tiny model of a family, loaded once."""
+    loaded: dict[str, lemoe.BaseModel] = {}
+
+    def load(family: str) -> lemoe.BaseModel:
+        if family not in loaded:
+            loaded[family] = lemoe.load_base(str(tiny_folder(family)), device="cpu")
+        return loaded[family]
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def base(tiny: Callable[[str], lemoe.BaseModel]) -> lemoe.BaseModel:
+    """A tiny llama, for what does not depend on the family."""
+    return tiny("llama")
+
+
+@pytest.fixture(scope="session")
+def facts() -> list[lemoe.Edit]:
+    """Six edits about five subjects."""
+    return [
+        lemoe.Edit(f"fact-{number}", prompt, target, subject) for number, (subject, prompt, target) in enumerate(FACTS)
+    ]
+
+
+@pytest.fixture(scope="session")
+def paper() -> Callable[..., lemoe.Settings]:
+    """Settings of preset `paper`, small enough for a tiny model."""
+
+    def settings(**given: object) -> lemoe.Settings:
+        small = {"layer": 1, "width": 8, "router_width": 16, "steps": 6, "round_size": 2}
+        return lemoe.resolve_settings("paper", None, {**small, **given})
+
+    return settings
+
+
+@pytest.fixture(scope="session")
+def edited(
+    tiny: Callable[[str], lemoe.BaseModel], facts: list[lemoe.Edit], paper: Callable[..., lemoe.Settings]
+) -> Callable[[str], lemoe.AdaptorState]:
+    """Two rounds of one run on the tiny model of a family, trained once."""
+    states: dict[str, lemoe.AdaptorState] = {}
+
+    def state(family: str) -> lemoe.AdaptorState:
+        if family not in states:
+            base = tiny(family)
+            first = lemoe.train_round(base, facts[:2], paper())
+            states[family] = lemoe.stack([first, lemoe.train_round(base, facts[2:4], paper(), first)])
+        return states[family]
+
+    return state
+
+
+@pytest.fixture(scope="session")
+def trained(edited: Callable[[str], lemoe.AdaptorState]) -> lemoe.AdaptorState:
+    """Two rounds of one run on the tiny llama."""
+    return edited("llama")
+
+
+@pytest.fixture(scope="session")
+def real_base() -> lemoe.BaseModel:
+    """The embedded model, SmolLM2-135M-Instruct."""
+    return lemoe.load_base("llama", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Published data sets as their authors wrote them; they are not part of the repository."""
+    folder = REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent: the published data sets are not on this machine")
+    return folder

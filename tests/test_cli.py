@@ -1,0 +1,367 @@
+"""The `lemoe` command: help, the whole way from edits to a merged adaptor, and errors as one clear message."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+import lemoe
+from lemoe import editing
+from lemoe_cli.main import cli
+
+COMMANDS = ("plan", "edit", "eval", "merge")
+SMALL = ("--preset", "paper", "--layer", "1", "--width", "8", "--steps", "4", "--round-size", "2", "--device", "cpu")
+
+
+def lemoe_command(*arguments: Any) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def refused(*arguments: Any) -> str:
+    """What stderr says of a user's mistake: exit code 2, nothing on stdout, no traceback."""
+    result = lemoe_command(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    assert sum("rror: " in line for line in result.stderr.splitlines()) == 1
+    return result.stderr
+
+
+@pytest.fixture
+def model(tiny_folder: Callable[[str], Path]) -> Path:
+    return tiny_folder("llama")
+
+
+@pytest.fixture
+def edits(facts: list[lemoe.Edit], tmp_path: Path) -> Path:
+    """The facts as JSON Lines, with probes."""
+    path = tmp_path / "edits.jsonl"
+    lines = [
+        {
+            "id": edit.id,
+            "prompt": edit.prompt,
+            "target": edit.target,
+            "subject": edit.subject,
+            "rephrases": [f"Tell me: {edit.prompt}"],
+            "locality": ["The opposite of hot is"],
+        }
+        for edit in facts
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def adaptor(edits: Path, model: Path, tmp_path: Path) -> Path:
+    """The adaptor that `lemoe edit` writes."""
+    assert lemoe_command("edit", edits, "--model", model, *SMALL, "-q").exit_code == 0
+    return tmp_path / "edits.lemoe" / "adaptor.safetensors"
+
+
+def listed(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_help_names_every_command_and_the_main_job() -> None:
+    text = lemoe_command("--help").stdout
+    assert "lemoe edit edits.jsonl --model llama" in text
+    assert all(f"  {name}  " in text for name in COMMANDS)
+    assert lemoe_command("-h").stdout == text
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str) -> None:
+    result = lemoe_command(name, "--help")
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"Usage: cli {name} [OPTIONS]")
+    assert cli.get_command(click.Context(cli), name).help
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_documented(name: str) -> None:
+    options = [param for param in cli.get_command(click.Context(cli), name).params if isinstance(param, click.Option)]
+    assert options
+    assert [option.opts[0] for option in options if not option.help] == []
+
+
+def test_all_commands_are_listed_and_an_unknown_one_is_refused() -> None:
+    assert tuple(cli.list_commands(click.Context(cli))) == COMMANDS
+    assert "No such command 'edti'" in lemoe_command("edti").stderr
+
+
+def test_the_version_is_the_packages() -> None:
+    assert lemoe_command("--version").stdout == f"lemoe, version {lemoe.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["edit", "--help"], ["eval", "--help"], ["plan", "--help"]])
+def test_help_loads_none_of_the_heavy_libraries(arguments: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from lemoe_cli.main import cli\n"
+        f"cli({arguments!r}, standalone_mode=False)\n"
+        "heavy = {'torch', 'transformers', 'sklearn', 'rich', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_plan_shows_rounds_and_writes_a_plan_that_edit_follows(edits: Path, model: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    result = lemoe_command("plan", edits, "-m", model, "--preset", "paper", "--round-size", "2", "-o", plan)
+    assert result.exit_code == 0
+    assert "rounds" in result.stdout
+    assert "No duplicates or conflicts" in result.stdout
+    rounds = yaml.safe_load(plan.read_text())["rounds"]
+    plan.write_text(yaml.safe_dump({"rounds": rounds[1:]}))
+    assert lemoe_command("edit", edits, "-m", model, *SMALL, "--plan", plan).exit_code == 0
+    taught = lemoe.load_adaptor(tmp_path / "edits.lemoe" / "adaptor.safetensors").rounds
+    assert [len(record.edits) for record in taught] == [len(members) for members in rounds[1:]]
+
+
+def test_plan_reports_edits_that_contradict_each_other(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "edits.jsonl"
+    path.write_text('{"prompt": "A is", "target": "b", "id": "x"}\n{"prompt": "A is", "target": "c", "id": "y"}\n')
+    result = lemoe_command("plan", path, "-m", model, "--preset", "paper")
+    assert "superseded" in result.stdout
+    assert "x: A is -> b" in result.stdout
+
+
+def test_edit_writes_the_plan_each_round_and_their_stack_next_to_the_edits(
+    edits: Path, model: Path, tmp_path: Path
+) -> None:
+    result = lemoe_command("edit", edits, "--model", model, *SMALL)
+    assert result.exit_code == 0
+    assert listed(tmp_path / "edits.lemoe") == {
+        "plan.yaml",
+        "rounds",
+        *(f"rounds/000{number}.safetensors" for number in (1, 2, 3)),
+        "adaptor.safetensors",
+    }
+    assert "6 edits taught" in result.stdout
+    assert "reliability" in result.stdout
+    assert result.stderr.splitlines()[0] == f"model: {model}"
+    assert "round 3/3" in result.stderr
+
+
+def test_quiet_leaves_only_the_results(edits: Path, model: Path) -> None:
+    result = lemoe_command("edit", edits, "--model", model, *SMALL, "--quiet")
+    assert "6 edits taught" in result.stdout
+    assert "model:" not in result.stderr
+    assert "round 1/3" not in result.stderr
+
+
+def test_settings_of_a_run_come_from_options_over_the_file(edits: Path, model: Path, tmp_path: Path) -> None:
+    config = tmp_path / "settings.yaml"
+    config.write_text("steps: 2\nlearning_rate: 1e-4\n")
+    lemoe_command("edit", edits, "-m", model, "--config", config, *SMALL, "--limit", "2")
+    settings = lemoe.load_adaptor(tmp_path / "edits.lemoe" / "adaptor.safetensors").settings
+    assert (settings.method, settings.steps, settings.learning_rate) == ("paper", 4, 1e-4)
+
+
+def test_a_preset_given_as_an_option_wins_over_the_files(edits: Path, model: Path, tmp_path: Path) -> None:
+    config = tmp_path / "settings.yaml"
+    config.write_text("preset: nonsense\n")
+    result = lemoe_command("plan", edits, "-m", model, "--config", config, "--preset", "paper")
+    assert result.exit_code == 0
+
+
+def test_edit_eval_and_merge_work_together(edits: Path, model: Path, tmp_path: Path, adaptor: Path) -> None:
+    rounds = sorted((tmp_path / "edits.lemoe" / "rounds").iterdir())
+    merged = tmp_path / "merged.safetensors"
+    result = lemoe_command("merge", *rounds, "-o", merged)
+    assert result.exit_code == 0
+    assert "3 adaptors stacked" in result.stdout
+    assert merged.read_bytes() == adaptor.read_bytes()
+    result = lemoe_command("eval", edits, "-m", model, "-a", merged, "--device", "cpu")
+    assert result.exit_code == 0
+    assert all(name in result.stdout for name in ("reliability", "generality", "locality", "round 3"))
+
+
+def test_limit_and_sample_choose_the_edits(edits: Path, model: Path, tmp_path: Path) -> None:
+    arguments = ("edit", edits, "-m", model, *SMALL, "--limit", "4", "--sample", "2", "--seed", "1")
+    assert "2 edits taught" in lemoe_command(*arguments).stdout
+    digests = {edit.digest for edit in lemoe.read_edits(edits)[:4]}
+    records = lemoe.load_adaptor(tmp_path / "edits.lemoe" / "adaptor.safetensors").rounds
+    assert {digest for record in records for digest in record.edits} < digests
+
+
+def test_an_adaptor_is_continued_with_from(edits: Path, model: Path, tmp_path: Path) -> None:
+    lemoe_command("edit", edits, "-m", model, *SMALL, "--limit", "4", "-o", tmp_path / "one")
+    first = tmp_path / "one" / "adaptor.safetensors"
+    result = lemoe_command("edit", edits, "-m", model, *SMALL, "--from", first, "-o", tmp_path / "two")
+    assert "2 edits taught" in result.stdout
+    assert "4 edits are already in the adaptor" in result.stderr
+    continued = lemoe.load_adaptor(tmp_path / "two" / "adaptor.safetensors")
+    assert continued.rounds[:2] == lemoe.load_adaptor(first).rounds
+
+
+def test_eval_json_is_one_flat_record_a_figure(edits: Path, model: Path, adaptor: Path) -> None:
+    result = lemoe_command("eval", edits, "-m", model, "-a", adaptor, "--device", "cpu", "--json", "--limit", "4")
+    document = json.loads(result.stdout)
+    assert set(document) == {"schema", "settings", "versions", "metrics"}
+    assert document["schema"] == 1
+    assert {"edits", "adaptor", "model", "decode", "limit", "device", "dtype"} <= set(document["settings"])
+    assert document["versions"]["lemoe"] == lemoe.__version__
+    assert {"python", "torch", "transformers"} <= set(document["versions"])
+    fields = {"name", "kind", "measure", "decode", "stage", "value", "stderr", "n"}
+    assert all(set(metric) == fields for metric in document["metrics"])
+    assert {metric["name"] for metric in document["metrics"]} == {"reliability", "generality", "locality", "routing"}
+    assert {metric["n"] for metric in document["metrics"] if metric["name"] == "reliability"} == {4}
+
+
+def test_eval_json_gives_the_librarys_figures(edits: Path, model: Path, adaptor: Path, base: lemoe.BaseModel) -> None:
+    result = lemoe_command("eval", edits, "-m", model, "-a", adaptor, "--device", "cpu", "--json")
+    expected = lemoe.evaluate(base, lemoe.load_adaptor(adaptor), lemoe.read_edits(edits))
+    shown = {(m["name"], m["measure"], m["kind"], m["stage"]): m["value"] for m in json.loads(result.stdout)["metrics"]}
+    for metric in expected.metrics:
+        assert shown[metric.name, metric.measure, metric.kind, metric.stage] == pytest.approx(metric.value)
+
+
+def test_eval_without_an_adaptor_measures_the_base_alone(edits: Path, model: Path) -> None:
+    result = lemoe_command("eval", edits, "-m", model, "--json", "-q")
+    document = json.loads(result.stdout)
+    assert document["settings"]["adaptor"] is None
+    assert {metric["stage"] for metric in document["metrics"]} == {"before"}
+
+
+def test_eval_records_are_one_json_line_a_probe(edits: Path, model: Path, adaptor: Path, tmp_path: Path) -> None:
+    place = tmp_path / "records.jsonl"
+    arguments = ("eval", edits, "-m", model, "-a", adaptor, "--records", place)
+    assert lemoe_command(*arguments).exit_code == 0
+    records = [json.loads(line) for line in place.read_text(encoding="utf-8").splitlines()]
+    assert len(records) == 18
+    assert {record["name"] for record in records} == {"reliability", "generality", "locality"}
+    assert {"edit", "prompt", "expected", "before", "after", "route"} <= set(records[0])
+    before = place.read_bytes()
+    assert "exists" in refused(*arguments)
+    assert place.read_bytes() == before
+    assert lemoe_command(*arguments, "--force").exit_code == 0
+
+
+def test_a_finished_run_is_refused_before_the_model_is_loaded(edits: Path, adaptor: Path) -> None:
+    before = adaptor.read_bytes()
+    message = refused("edit", edits, "--model", "no-such-model", *SMALL)
+    assert "holds a finished run" in message
+    assert "--force" in message
+    assert adaptor.read_bytes() == before
+
+
+def test_force_replaces_a_finished_run(edits: Path, model: Path, adaptor: Path) -> None:
+    before = adaptor.read_bytes()
+    assert lemoe_command("edit", edits, "-m", model, *SMALL, "--seed", "3", "--force").exit_code == 0
+    assert adaptor.read_bytes() != before
+
+
+def test_a_merge_into_an_existing_file_needs_force(adaptor: Path) -> None:
+    before = adaptor.read_bytes()
+    assert "exists" in refused("merge", adaptor, "-o", adaptor)
+    assert adaptor.read_bytes() == before
+    assert lemoe_command("merge", adaptor, "-o", adaptor, "--force").exit_code == 0
+    assert adaptor.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["file/inside", "x" * 300])
+def test_a_place_that_cannot_be_written_is_one_clear_message(
+    edits: Path, model: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "file").write_text("a file, not a folder")
+    before = listed(tmp_path)
+    assert name[:20] in refused("edit", edits, "-m", model, *SMALL, "-q", "-o", tmp_path / name)
+    assert listed(tmp_path) == before
+
+
+def test_an_output_that_is_a_file_is_refused(edits: Path, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    assert "is not a folder" in refused("edit", edits, "-m", model, *SMALL, "-o", tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+MISTAKES = {
+    "missing edits": (("edit", "none.jsonl", "-m", "llama"), "none.jsonl: cannot be read"),
+    "folder of edits": (("edit", ".", "-m", "llama"), "cannot be read"),
+    "unknown model": (("edit", "{edits}", "-m", "lama", *SMALL), "--model lama: no such folder or preset"),
+    "unknown preset": (("edit", "{edits}", "-m", "{model}", "--preset", "papr"), "there is: "),
+    "unknown device": (("plan", "{edits}", "-m", "{model}", "--device", "tpu"), "--device tpu: not available here"),
+    "unknown dtype": (("plan", "{edits}", "-m", "{model}", "--dtype", "int3"), "--dtype int3: expected auto"),
+    "layer too high": (("edit", "{edits}", "-m", "{model}", *SMALL, "--layer", "9"), "layers 0 to 2"),
+    "wrong layer path": (("edit", "{edits}", "-m", "{model}", *SMALL, "--layer-path", "ffn"), "Candidates: mlp"),
+    "missing adaptor to measure": (("eval", "{edits}", "-m", "{model}", "-a", "none"), "none: no such file"),
+    "missing adaptor to continue": (("edit", "{edits}", "-m", "{model}", *SMALL, "--from", "none"), "no such file"),
+    "missing adaptor to merge": (("merge", "none", "-o", "merged"), "none: no such file"),
+    "missing plan": (("edit", "{edits}", "-m", "{model}", *SMALL, "--plan", "none"), "none: cannot be read"),
+    "bad plan": (("edit", "{edits}", "-m", "{model}", *SMALL, "--plan", "{edits}"), "edits.jsonl"),
+    "missing settings": (("edit", "{edits}", "-m", "{model}", "--config", "none"), "none: cannot be read"),
+    "bad settings": (("edit", "{edits}", "-m", "{model}", "--config", "{config}"), "did you mean steps?"),
+    "no model": (("edit", "{edits}"), "--model"),
+    "steps below one": (("edit", "{edits}", "-m", "{model}", "--steps", "0"), "--steps"),
+    "learning rate of zero": (("edit", "{edits}", "-m", "{model}", "--learning-rate", "0"), "learning_rate"),
+    "merge of nothing": (("merge", "-o", "merged"), "ADAPTORS"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gives_one_clear_message_code_2_and_nothing_half_written(
+    edits: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "settings.yaml"
+    config.write_text("stepz: 3\n")
+    arguments, expected = MISTAKES[mistake]
+    before = listed(tmp_path)
+    assert expected in refused(*(text.format(edits=edits, model=model, config=config) for text in arguments))
+    assert listed(tmp_path) == before
+
+
+def test_an_adaptor_of_another_base_is_refused_with_the_differences(
+    edits: Path, adaptor: Path, tiny_folder: Callable[[str], Path]
+) -> None:
+    message = refused("eval", edits, "-m", tiny_folder("gpt2"), "-a", adaptor, "-q")
+    assert "made for another base model" in message
+    assert "architecture: LlamaForCausalLM != GPT2LMHeadModel" in message
+
+
+def stop_at_round(number: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, begun = editing.train_round, []
+
+    def train_or_stop(*args: Any, **kwargs: Any) -> lemoe.AdaptorState:
+        begun.append(1)
+        if len(begun) == number:
+            raise error
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(editing, "train_round", train_or_stop)
+
+
+def test_ctrl_c_ends_with_130_keeps_finished_rounds_and_says_how_to_go_on(
+    edits: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        stop_at_round(2, KeyboardInterrupt(), patched)
+        result = lemoe_command("edit", edits, "-m", model, *SMALL)
+    assert result.exit_code == 130
+    assert "--resume" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert listed(tmp_path / "edits.lemoe") == {"plan.yaml", "rounds", "rounds/0001.safetensors"}
+    assert "--resume" in refused("edit", edits, "-m", model, *SMALL)
+    resumed = lemoe_command("edit", edits, "-m", model, *SMALL, "--resume")
+    assert resumed.exit_code == 0
+    assert "kept from the unfinished run" in resumed.stderr
+
+
+def test_running_out_of_memory_says_what_to_lower(edits: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_at_round(1, RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), monkeypatch)
+    assert "out of memory; lower --batch-tokens" in refused("edit", edits, "-m", model, *SMALL, "-q")
+
+
+def test_a_bug_of_ours_is_not_hidden(edits: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_at_round(1, ZeroDivisionError("a bug"), monkeypatch)
+    with pytest.raises(ZeroDivisionError):
+        lemoe_command("edit", edits, "-m", model, *SMALL)

@@ -1,0 +1,484 @@
+"""The contracts of the design, with preset `paper`, on a tiny model of every family."""
+
+import errno
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES, build_model
+from torch import Tensor
+
+import lemoe
+from lemoe import editing
+from lemoe.errors import AdaptorError, OutputError
+
+Tiny = Callable[[str], lemoe.BaseModel]
+Edited = Callable[[str], lemoe.AdaptorState]
+SettingsOf = Callable[..., lemoe.Settings]
+
+each_family = pytest.mark.parametrize("family", FAMILIES)
+TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
+
+
+def sha256(tensors: Sequence[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def weights_of(base: lemoe.BaseModel) -> str:
+    return sha256([*base.model.parameters(), *base.model.buffers()])
+
+
+def prompts(base: lemoe.BaseModel) -> list[Tensor]:
+    """Token ids of two prompts of different lengths, `[1, seq]`."""
+    texts = ("The Eiffel Tower stands in the city of", "The largest fish of Lake Como, says Marie Curie, is the")
+    return [torch.tensor([base.tokenizer(text).input_ids]) for text in texts]
+
+
+@torch.no_grad()
+def logits(base: lemoe.BaseModel, ids: Tensor, **given: Any) -> Tensor:
+    return base.model(input_ids=ids, **given).logits
+
+
+@torch.no_grad()
+def step_by_step(base: lemoe.BaseModel, prompt: Tensor, answer: Tensor) -> Tensor:
+    """Logits of prompt and answer: the prompt at once, then one token at a time from the cache."""
+    output = base.model(input_ids=prompt, use_cache=True)
+    parts = [output.logits]
+    for column in range(answer.shape[1]):
+        output = base.model(
+            input_ids=answer[:, column : column + 1], past_key_values=output.past_key_values, use_cache=True
+        )
+        parts.append(output.logits)
+    return torch.cat(parts, 1)
+
+
+def padded(rows: Sequence[Tensor], pad: int, side: str) -> tuple[Tensor, Tensor]:
+    width = max(row.shape[1] for row in rows)
+    ids, mask = torch.full((len(rows), width), pad), torch.zeros((len(rows), width), dtype=torch.long)
+    for index, row in enumerate(rows):
+        span = slice(0, row.shape[1]) if side == "right" else slice(width - row.shape[1], width)
+        ids[index, span], mask[index, span] = row[0], 1
+    return ids, mask
+
+
+def generated(base: lemoe.BaseModel, ids: Tensor, mask: Tensor | None = None, **given: Any) -> Tensor:
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": 1, **given}
+    mask = torch.ones_like(ids) if mask is None else mask
+    output = base.model.generate(input_ids=ids, attention_mask=mask, pad_token_id=base.pad_token, **options)
+    return output[:, ids.shape[1] :]
+
+
+def greedy_by_hand(base: lemoe.BaseModel, adaptor: lemoe.InsertedAdaptor, prompt: Tensor) -> Tensor:
+    """Six most likely tokens, each from one forward pass over everything so far; the end token is not allowed."""
+    ids = prompt
+    with adaptor.prompts(prompt.shape[1]):
+        for _ in range(6):
+            last = logits(base, ids)[:, -1]
+            last[:, base.end_token] = -torch.inf
+            ids = torch.cat([ids, last.argmax(-1, keepdim=True)], 1)
+    return ids[:, prompt.shape[1] :]
+
+
+@each_family
+def test_editing_never_changes_the_base_and_removing_restores_its_logits_bit_for_bit(
+    tiny: Tiny, facts: list[lemoe.Edit], paper: SettingsOf, family: str
+) -> None:
+    base = tiny(family)
+    weights, before = weights_of(base), [logits(base, ids) for ids in prompts(base)]
+    state = lemoe.train_round(base, facts[:2], paper())
+    with lemoe.insert(base, state):
+        inside = [logits(base, ids) for ids in prompts(base)]
+    assert not torch.equal(inside[0], before[0])
+    assert all(map(torch.equal, [logits(base, ids) for ids in prompts(base)], before))
+    assert weights_of(base) == weights
+
+
+@each_family
+def test_removing_gives_the_model_its_own_generate_back(tiny: Tiny, edited: Edited, family: str) -> None:
+    base = tiny(family)
+    before = generated(base, prompts(base)[0])
+    adaptor = lemoe.insert(base, edited(family))
+    adaptor.remove()
+    adaptor.remove()
+    assert torch.equal(generated(base, prompts(base)[0]), before)
+    assert "generate" not in vars(base.model)
+
+
+@each_family
+def test_while_bypassed_the_model_answers_as_its_base(tiny: Tiny, edited: Edited, family: str) -> None:
+    base = tiny(family)
+    ids = prompts(base)[0]
+    before = logits(base, ids)
+    with lemoe.insert(base, edited(family)) as adaptor:
+        with adaptor.bypassed():
+            assert torch.equal(logits(base, ids), before)
+        assert not torch.equal(logits(base, ids), before)
+
+
+def test_bypassing_inside_a_bypass_does_not_end_the_outer_one(
+    base: lemoe.BaseModel, trained: lemoe.AdaptorState
+) -> None:
+    ids = prompts(base)[0]
+    before = logits(base, ids)
+    with lemoe.insert(base, trained) as adaptor, adaptor.bypassed():
+        with adaptor.bypassed():
+            pass
+        assert torch.equal(logits(base, ids), before)
+
+
+@each_family
+def test_training_lowers_the_loss_of_the_targets(
+    tiny: Tiny, facts: list[lemoe.Edit], paper: SettingsOf, family: str
+) -> None:
+    losses: list[float] = []
+    state = lemoe.train_round(tiny(family), facts[:2], paper(), on_step=lambda step: losses.append(step.loss))
+    assert losses[-1] < losses[0]
+    assert state.rounds[0].loss == losses[-1]
+    assert state.rounds[0].steps == 6 == len(losses) - 1
+
+
+@each_family
+def test_an_expert_that_has_learned_nothing_yet_changes_no_logit(
+    tiny: Tiny, facts: list[lemoe.Edit], paper: SettingsOf, family: str
+) -> None:
+    base = tiny(family)
+    state = lemoe.train_round(base, facts[:2], paper(loss_target=1e6))
+    assert state.rounds[0].steps == 0
+    before = [logits(base, ids) for ids in prompts(base)]
+    with lemoe.insert(base, state):
+        assert all(map(torch.equal, [logits(base, ids) for ids in prompts(base)], before))
+
+
+@each_family
+def test_later_rounds_leave_earlier_experts_and_keys_bit_identical(
+    tiny: Tiny, facts: list[lemoe.Edit], paper: SettingsOf, tmp_path: Path, family: str
+) -> None:
+    base = tiny(family)
+    earlier = lemoe.train_round(base, facts[:2], paper())
+    report = lemoe.edit(base, facts[2:], paper(), tmp_path / "run", start=earlier)
+    now = report.state.experts.select([0])
+    assert len(report.state.rounds) == 3
+    assert report.state.rounds[0] == earlier.rounds[0]
+    kept = [earlier.experts.up, earlier.experts.down, earlier.experts.scale, earlier.router.keys]
+    assert sha256([now.up, now.down, now.scale, report.state.router.keys[:1]]) == sha256(kept)
+    if earlier.experts.gate is not None:
+        assert torch.equal(now.gate, earlier.experts.gate)
+
+
+@each_family
+def test_decoding_from_the_cache_gives_the_logits_of_one_forward_pass(tiny: Tiny, edited: Edited, family: str) -> None:
+    base = tiny(family)
+    answer = torch.tensor([[40, 41, 42, 43, 44]])
+    with lemoe.insert(base, edited(family)) as adaptor:
+        for prompt in prompts(base):
+            with adaptor.prompts(prompt.shape[1]):
+                whole = logits(base, torch.cat([prompt, answer], 1))
+            torch.testing.assert_close(step_by_step(base, prompt, answer), whole, **TOLERANCE)
+
+
+@each_family
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_batch_gives_the_logits_of_each_sequence_alone(
+    tiny: Tiny, edited: Edited, family: str, side: str
+) -> None:
+    base = tiny(family)
+    rows = prompts(base)
+    ids, mask = padded(rows, base.pad_token, side)
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    with lemoe.insert(base, edited(family)):
+        together = logits(base, ids, attention_mask=mask, position_ids=places)
+        for index, row in enumerate(rows):
+            torch.testing.assert_close(together[index][mask[index].bool()], logits(base, row)[0], **TOLERANCE)
+
+
+@each_family
+def test_each_row_of_a_batch_may_have_its_own_prompt_length(tiny: Tiny, edited: Edited, family: str) -> None:
+    base = tiny(family)
+    rows = prompts(base)
+    ids, mask = padded(rows, base.pad_token, "right")
+    with lemoe.insert(base, edited(family)) as adaptor:
+        with adaptor.prompts(torch.tensor([5, 9])):
+            together = logits(base, ids, attention_mask=mask)
+        for index, (row, length) in enumerate(zip(rows, (5, 9), strict=True)):
+            with adaptor.prompts(length):
+                alone = logits(base, row)[0]
+            torch.testing.assert_close(together[index, : row.shape[1]], alone, **TOLERANCE)
+
+
+@each_family
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_greedy_generation_writes_the_most_likely_tokens_of_forward_passes(
+    tiny: Tiny, edited: Edited, family: str, use_cache: bool
+) -> None:
+    base = tiny(family)
+    with lemoe.insert(base, edited(family)) as adaptor:
+        for prompt in prompts(base):
+            expected = greedy_by_hand(base, adaptor, prompt)
+            assert torch.equal(generated(base, prompt, use_cache=use_cache), expected)
+
+
+@each_family
+def test_generation_in_a_padded_batch_writes_what_each_prompt_gives_alone(
+    tiny: Tiny, edited: Edited, family: str
+) -> None:
+    base = tiny(family)
+    ids, mask = padded(prompts(base), base.pad_token, "left")
+    with lemoe.insert(base, edited(family)):
+        together = generated(base, ids, mask)
+        for row, prompt in zip(together, prompts(base), strict=True):
+            assert torch.equal(row, generated(base, prompt)[0])
+
+
+@each_family
+def test_beam_search_gives_the_same_beams_with_and_without_a_cache(tiny: Tiny, edited: Edited, family: str) -> None:
+    base = tiny(family)
+    ids, mask = padded(prompts(base), base.pad_token, "left")
+    with lemoe.insert(base, edited(family)):
+        cached = generated(base, ids, mask, num_beams=3, num_return_sequences=2, use_cache=True)
+        assert torch.equal(cached, generated(base, ids, mask, num_beams=3, num_return_sequences=2, use_cache=False))
+
+
+def test_sampling_gives_the_same_tokens_with_and_without_a_cache(tiny: Tiny, edited: Edited) -> None:
+    base = tiny("llama")
+    written = []
+    with lemoe.insert(base, edited("llama")):
+        for use_cache in (True, False):
+            torch.manual_seed(7)
+            written.append(generated(base, prompts(base)[0], do_sample=True, top_k=0, use_cache=use_cache))
+    assert torch.equal(*written)
+
+
+@each_family
+def test_answer_writes_what_greedy_generation_gives(tiny: Tiny, edited: Edited, family: str) -> None:
+    base = tiny(family)
+    text = "The Nile flows into the"
+    ids = torch.tensor([base.tokenizer(text).input_ids])
+    with lemoe.insert(base, edited(family)):
+        written = generated(base, ids, min_new_tokens=0)[0]
+        assert lemoe.answer(base, text, max_new_tokens=6) == base.tokenizer.decode(written, skip_special_tokens=True)
+
+
+@each_family
+def test_two_equal_runs_give_equal_files(
+    tiny: Tiny, facts: list[lemoe.Edit], paper: SettingsOf, tmp_path: Path, family: str
+) -> None:
+    for name in ("one", "two"):
+        lemoe.edit(tiny(family), facts[:4], paper(steps=2), tmp_path / name)
+    one, two = files_of(tmp_path / "one"), files_of(tmp_path / "two")
+    assert set(one) == {"plan.yaml", "adaptor.safetensors", "rounds/0001.safetensors", "rounds/0002.safetensors"}
+    assert one == two
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_another_seed_gives_another_adaptor(base: lemoe.BaseModel, facts: list[lemoe.Edit], paper: SettingsOf) -> None:
+    one, two = (lemoe.train_round(base, facts[:2], paper(seed=seed)) for seed in (0, 1))
+    assert not torch.equal(one.experts.up, two.experts.up)
+    assert one.rounds[0].id != two.rounds[0].id
+
+
+def interrupt_after(rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a run be killed when it starts round `rounds` + 1."""
+    train, begun = editing.train_round, []
+
+    def train_or_stop(*args: Any, **kwargs: Any) -> lemoe.AdaptorState:
+        begun.append(1)
+        if len(begun) > rounds:
+            raise KeyboardInterrupt
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(editing, "train_round", train_or_stop)
+
+
+@each_family
+def test_a_killed_and_resumed_run_gives_the_files_of_one_that_was_never_killed(
+    tiny: Tiny,
+    facts: list[lemoe.Edit],
+    paper: SettingsOf,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+) -> None:
+    base = tiny(family)
+    lemoe.edit(base, facts, paper(), tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        interrupt_after(2, patched)
+        with pytest.raises(KeyboardInterrupt):
+            lemoe.edit(base, facts, paper(), tmp_path / "killed")
+    assert set(files_of(tmp_path / "killed")) == {"plan.yaml", "rounds/0001.safetensors", "rounds/0002.safetensors"}
+    with monkeypatch.context() as patched:
+        interrupt_after(1, patched)  # only the third round is still to be trained
+        lemoe.edit(base, facts, paper(), tmp_path / "killed", resume=True)
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+
+
+def test_resuming_with_other_settings_keeps_no_round_of_the_old_ones(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], paper: SettingsOf, tmp_path: Path
+) -> None:
+    lemoe.edit(base, facts, paper(steps=2), tmp_path / "run")
+    lemoe.edit(base, facts, paper(steps=3), tmp_path / "run", resume=True)
+    lemoe.edit(base, facts, paper(steps=3), tmp_path / "fresh")
+    assert files_of(tmp_path / "run") == files_of(tmp_path / "fresh")
+
+
+def test_a_forced_run_leaves_nothing_of_the_earlier_one(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], paper: SettingsOf, tmp_path: Path
+) -> None:
+    lemoe.edit(base, facts, paper(steps=1), tmp_path / "run")
+    lemoe.edit(base, facts[:2], paper(steps=1), tmp_path / "run", force=True)
+    lemoe.edit(base, facts[:2], paper(steps=1), tmp_path / "fresh")
+    assert files_of(tmp_path / "run") == files_of(tmp_path / "fresh")
+
+
+def test_a_finished_run_is_not_overwritten(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], paper: SettingsOf, tmp_path: Path
+) -> None:
+    lemoe.edit(base, facts[:2], paper(steps=1), tmp_path / "run")
+    before = files_of(tmp_path / "run")
+    with pytest.raises(OutputError, match="force"):
+        lemoe.edit(base, facts[2:4], paper(steps=1), tmp_path / "run")
+    assert files_of(tmp_path / "run") == before
+
+
+def test_a_write_that_fails_leaves_neither_a_file_nor_a_temporary_one(
+    trained: lemoe.AdaptorState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match=r"a\.safetensors: cannot be written: No space left"):
+        lemoe.save_adaptor(trained, tmp_path / "a.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_replacement_that_fails_keeps_the_old_file(
+    trained: lemoe.AdaptorState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"precious")
+
+    def broken(source: str, target: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises(OutputError):
+        lemoe.save_adaptor(trained, path, overwrite=True)
+    assert files_of(tmp_path) == {"a.safetensors": b"precious"}
+
+
+def test_an_existing_file_is_replaced_only_when_that_is_asked_for(trained: lemoe.AdaptorState, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"precious")
+    with pytest.raises(OutputError, match=r"exists.*--force"):
+        lemoe.save_adaptor(trained, path)
+    assert path.read_bytes() == b"precious"
+    lemoe.save_adaptor(trained, path, overwrite=True)
+    assert len(lemoe.load_adaptor(path).rounds) == 2
+
+
+@each_family
+def test_saving_and_loading_is_exact_and_equal_states_give_equal_bytes(
+    tiny: Tiny, edited: Edited, tmp_path: Path, family: str
+) -> None:
+    base, state = tiny(family), edited(family)
+    first = lemoe.save_adaptor(state, tmp_path / "one.safetensors")
+    loaded = lemoe.load_adaptor(tmp_path / "one.safetensors")
+    assert lemoe.save_adaptor(loaded, tmp_path / "two.safetensors") == first
+    assert hashlib.sha256((tmp_path / "two.safetensors").read_bytes()).hexdigest() == first
+    assert (loaded.base, loaded.settings, loaded.rounds) == (state.base, state.settings, state.rounds)
+    with lemoe.insert(base, state):
+        expected = logits(base, prompts(base)[0])
+    with lemoe.insert(base, tmp_path / "one.safetensors"):
+        assert torch.equal(logits(base, prompts(base)[0]), expected)
+
+
+def test_continuing_an_adaptor_teaches_only_what_it_does_not_hold(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], paper: SettingsOf, tmp_path: Path
+) -> None:
+    earlier = lemoe.edit(base, facts[:4], paper(steps=1), tmp_path / "one").state
+    report = lemoe.edit(base, facts, paper(steps=1), tmp_path / "two", start=earlier)
+    assert report.taught == 2
+    assert report.state.rounds[:2] == earlier.rounds
+    assert report.state.rounds[2].parent == earlier.rounds[1].id
+    with pytest.raises(lemoe.LemoeError, match="already in the adaptor"):
+        lemoe.edit(base, facts[:4], paper(steps=1), tmp_path / "three", start=earlier)
+
+
+def test_continuing_with_settings_that_do_not_stack_is_refused_before_anything_is_trained(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], paper: SettingsOf, tmp_path: Path
+) -> None:
+    earlier = lemoe.train_round(base, facts[:2], paper(steps=1))
+    with pytest.raises(lemoe.LemoeError, match="router_width"):
+        lemoe.edit(base, facts[2:], paper(steps=1, router_width=24), tmp_path / "run", start=earlier)
+    assert not (tmp_path / "run").exists()
+
+
+def test_continuing_beside_another_layer_is_refused(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], paper: SettingsOf, tmp_path: Path
+) -> None:
+    earlier = lemoe.train_round(base, facts[:2], paper(steps=1))
+    with pytest.raises(lemoe.LemoeError, match="layer"):
+        lemoe.edit(base, facts[2:], paper(steps=1, layer=2), tmp_path / "run", start=earlier)
+
+
+def test_an_adaptor_of_another_base_cannot_be_continued(
+    tiny: Tiny, facts: list[lemoe.Edit], paper: SettingsOf, trained: lemoe.AdaptorState, tmp_path: Path
+) -> None:
+    with pytest.raises(AdaptorError, match="architecture: LlamaForCausalLM != GPT2LMHeadModel"):
+        lemoe.edit(tiny("gpt2"), facts, paper(), tmp_path / "run", start=trained)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_embedding_narrower_than_the_residual_stream_can_be_edited(
+    facts: list[lemoe.Edit], paper: SettingsOf, tmp_path: Path
+) -> None:
+    base = lemoe.load_base(str(build_model(tmp_path / "opt", "opt-narrow")), device="cpu")
+    state = lemoe.train_round(base, facts[:2], paper())
+    with lemoe.insert(base, state) as adaptor:
+        prompt = prompts(base)[0]
+        assert torch.equal(generated(base, prompt), greedy_by_hand(base, adaptor, prompt))
+
+
+def test_a_half_precision_model_is_edited_and_keeps_its_precision(
+    tiny_folder: Callable[[str], Path], facts: list[lemoe.Edit], paper: SettingsOf
+) -> None:
+    base = lemoe.load_base(str(tiny_folder("llama")), device="cpu", dtype="bfloat16")
+    state = lemoe.train_round(base, facts[:2], paper())
+    assert state.experts.up.dtype == torch.float32
+    ids = prompts(base)[0]
+    before = logits(base, ids)
+    with lemoe.insert(base, state):
+        assert logits(base, ids).dtype == torch.bfloat16
+        assert not torch.equal(logits(base, ids), before)
+    assert torch.equal(logits(base, ids), before)
+
+
+def test_the_route_is_decided_by_the_prompt_and_not_by_the_answer(
+    base: lemoe.BaseModel, trained: lemoe.AdaptorState
+) -> None:
+    prompt = prompts(base)[0]
+    first, second = torch.tensor([[40, 41, 42]]), torch.tensor([[90, 91, 92]])
+    with lemoe.insert(base, trained) as adaptor, adaptor.prompts(prompt.shape[1]):
+        with_first = logits(base, torch.cat([prompt, first], 1))[:, : prompt.shape[1]]
+        with_second = logits(base, torch.cat([prompt, second], 1))[:, : prompt.shape[1]]
+    torch.testing.assert_close(with_first, with_second)
+
+
+def test_more_than_one_expert_may_act_on_a_sequence(base: lemoe.BaseModel, trained: lemoe.AdaptorState) -> None:
+    both = replace(trained, router=replace(trained.router, top_k=2))
+    ids = prompts(base)[0]
+    with lemoe.insert(base, trained):
+        one = logits(base, ids)
+    with lemoe.insert(base, both):
+        assert not torch.equal(logits(base, ids), one)

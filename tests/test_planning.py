@@ -1,0 +1,198 @@
+"""Order planning: what shares a round, which edits repeat or contradict each other, and plan files."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+
+import lemoe
+from lemoe.conflicts import find_conflicts, left_out
+from lemoe.errors import InputError
+from lemoe.planning import load_plan, save_plan
+
+SettingsOf = Callable[..., lemoe.Settings]
+
+RELATIONS = ("was born in", "works for", "plays the", "died in", "is married to", "likes to eat")
+NAMES = ("Ada", "Bo", "Cleo", "Dag", "Eve", "Fay", "Gus", "Hal", "Ida", "Jo")
+
+
+def people(subjects: int, each: int) -> list[lemoe.Edit]:
+    """Edits in which every subject comes `each` times, its edits far apart in the file."""
+    return [
+        lemoe.Edit(f"{name}-{number}", f"{name} {RELATIONS[number % 6]} number {number}", f"answer {number}", name)
+        for number in range(each)
+        for name in NAMES[:subjects]
+    ]
+
+
+def subjects_of(planned: lemoe.Plan) -> list[set[str]]:
+    return [{name.split("-")[0] for name in members} for members in planned.rounds]
+
+
+def asked(*texts: tuple[str, str], subject: str | None = None) -> list[lemoe.Edit]:
+    return [lemoe.Edit(f"e{number}", prompt, target, subject) for number, (prompt, target) in enumerate(texts)]
+
+
+def relations(edits: Sequence[lemoe.Edit]) -> list[tuple[str, str, str]]:
+    return [(conflict.relation, conflict.earlier, conflict.later) for conflict in find_conflicts(edits)]
+
+
+@pytest.mark.parametrize(("each", "size"), [(4, 8), (3, 5), (2, 20)])
+def test_edits_of_one_subject_share_a_round(base: lemoe.BaseModel, paper: SettingsOf, each: int, size: int) -> None:
+    planned = lemoe.plan(base, people(10, each), paper(round_size=size))
+    seen = [subject for subjects in subjects_of(planned) for subject in subjects]
+    assert len(seen) == len(set(seen)) == 10
+
+
+@pytest.mark.parametrize("order", ["planned", "file", "random"])
+def test_every_edit_is_in_one_round_and_no_round_is_larger_than_asked(
+    base: lemoe.BaseModel, paper: SettingsOf, order: str
+) -> None:
+    edits = people(10, 4)
+    planned = lemoe.plan(base, edits, paper(round_size=7, order=order))
+    assert sorted(name for members in planned.rounds for name in members) == sorted(edit.id for edit in edits)
+    assert max(map(len, planned.rounds)) <= 7
+    assert all(planned.rounds)
+
+
+@pytest.mark.parametrize(("subjects", "each", "size"), [(1, 11, 3), (2, 5, 2), (2, 9, 2), (3, 7, 3)])
+def test_a_subject_with_more_edits_than_a_round_holds_is_split_within_the_limit(
+    base: lemoe.BaseModel, paper: SettingsOf, subjects: int, each: int, size: int
+) -> None:
+    planned = lemoe.plan(base, people(subjects, each), paper(round_size=size))
+    assert max(map(len, planned.rounds)) <= size
+    assert sum(map(len, planned.rounds)) == subjects * each
+
+
+def test_planned_rounds_hold_edits_that_are_more_alike_than_in_random_order(
+    base: lemoe.BaseModel, paper: SettingsOf
+) -> None:
+    similarity = lemoe.plan(base, people(10, 4), paper(round_size=4)).similarity
+    assert set(similarity) == {"planned", "file", "random"}
+    assert similarity["planned"].within > similarity["random"].within
+
+
+def test_the_same_edits_and_seed_give_the_same_plan(base: lemoe.BaseModel, paper: SettingsOf) -> None:
+    assert lemoe.plan(base, people(10, 4), paper()) == lemoe.plan(base, people(10, 4), paper())
+
+
+def test_file_order_keeps_the_file_and_random_order_follows_the_seed(base: lemoe.BaseModel, paper: SettingsOf) -> None:
+    edits = people(10, 1)
+    in_file = lemoe.plan(base, edits, paper(order="file", round_size=4)).rounds
+    assert [name for members in in_file for name in members] == [edit.id for edit in edits]
+    drawn = [lemoe.plan(base, edits, paper(order="random", seed=seed)).rounds for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_one_edit_is_a_plan(base: lemoe.BaseModel, paper: SettingsOf) -> None:
+    assert lemoe.plan(base, people(1, 1), paper()).rounds == (("Ada-0",),)
+
+
+def test_more_edits_than_are_clustered_at_once_are_planned_whole(base: lemoe.BaseModel, paper: SettingsOf) -> None:
+    edits = [lemoe.Edit(str(number), f"{NAMES[number % 10]} {number} is", f"a{number}") for number in range(1050)]
+    rounds = lemoe.plan(base, edits, paper(round_size=200)).rounds
+    assert sorted(int(name) for members in rounds for name in members) == list(range(1050))
+    assert max(map(len, rounds)) <= 200
+
+
+def test_a_text_that_the_model_cannot_hold_is_named(base: lemoe.BaseModel, paper: SettingsOf) -> None:
+    edits = [*people(2, 1), lemoe.Edit("long", "word " * 300, "x")]
+    with pytest.raises(InputError, match=r"edit long: .* tokens, more than the model's context of 128"):
+        lemoe.plan(base, edits, paper())
+
+
+def test_a_repeated_edit_is_a_duplicate_and_is_trained_once(base: lemoe.BaseModel, paper: SettingsOf) -> None:
+    edits = asked(("The capital of France is", "Lyon"), ("the capital of  FRANCE is", "lyon"))
+    assert relations(edits) == [("duplicate", "e0", "e1")]
+    assert lemoe.plan(base, edits, paper()).rounds == (("e1",),)
+
+
+def test_the_later_answer_to_the_same_question_wins(base: lemoe.BaseModel, paper: SettingsOf) -> None:
+    edits = asked(("The capital of France is", "Lyon"), ("The capital of France is", "Nice"))
+    assert relations(edits) == [("superseded", "e0", "e1")]
+    assert lemoe.plan(base, edits, paper()).rounds == (("e1",),)
+
+
+def test_near_same_questions_with_other_answers_are_reported_and_both_kept() -> None:
+    edits = asked(
+        ("What is the capital city of France?", "Lyon"),
+        ("Which is the capital city of France?", "Nice"),
+        subject="France",
+    )
+    assert relations(edits) == [("contradiction", "e0", "e1")]
+    assert left_out(find_conflicts(edits)) == set()
+
+
+def test_different_questions_about_one_subject_are_no_conflict() -> None:
+    edits = asked(("The capital of France is", "Lyon"), ("The anthem of France is", "Air"), subject="France")
+    assert relations(edits) == []
+
+
+def test_an_edit_is_superseded_even_if_a_near_same_question_stands_between() -> None:
+    edits = asked(
+        ("What is the capital city of France?", "Lyon"),
+        ("Which is the capital city of France?", "Nice"),
+        ("What is the capital city of France?", "Paris"),
+        subject="France",
+    )
+    assert left_out(find_conflicts(edits)) == {"e0"}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("C++ was created by", "C# was created by"), ("5 + 3 equals", "5 - 3 equals"), ("🍎 means", "🍌 means")],
+)
+def test_questions_that_differ_in_signs_only_are_different_questions(one: str, other: str) -> None:
+    assert relations(asked((one, "first"), (other, "second"))) == []
+
+
+def test_a_saved_plan_reads_back_as_the_same_rounds(base: lemoe.BaseModel, paper: SettingsOf, tmp_path: Path) -> None:
+    edits = [*people(5, 2), *asked(("Same?", "a"), ("Same?", "b")), lemoe.Edit("0012", "é: # - ?", "- x: [y")]
+    planned = lemoe.plan(base, edits, paper())
+    path = tmp_path / "plan.yaml"
+    path.write_text(save_plan(planned, edits, "edits.jsonl"), encoding="utf-8")
+    assert [[edit.id for edit in members] for members in load_plan(path, edits)] == [list(m) for m in planned.rounds]
+
+
+def test_a_plan_file_shows_people_what_each_id_is(base: lemoe.BaseModel, paper: SettingsOf) -> None:
+    edits = asked(("Same?", "a"), ("Same?", "b"))
+    document = yaml.safe_load(save_plan(lemoe.plan(base, edits, paper()), edits, "edits.jsonl"))
+    assert document["rounds"] == [{"e1": "Same? -> b"}]
+    assert document["conflicts"] == [
+        {"relation": "superseded", "earlier": {"e0": "Same? -> a"}, "later": {"e1": "Same? -> b"}}
+    ]
+
+
+def test_a_plan_edited_by_hand_is_followed(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], paper: SettingsOf, tmp_path: Path
+) -> None:
+    plan_file = tmp_path / "mine.yaml"
+    plan_file.write_text("rounds:\n- [fact-3, fact-0]\n- {fact-1: any text}\n", encoding="utf-8")
+    report = lemoe.edit(base, facts, paper(steps=1), tmp_path / "run", plan_file=plan_file)
+    taught = [record.edits for record in report.state.rounds]
+    assert taught == [(facts[3].digest, facts[0].digest), (facts[1].digest,)]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("rounds: [[fact-0, fact-99]]", "edit 'fact-99' is not in the edits file"),
+        ("rounds: [[fact-0], [fact-0]]", "edit 'fact-0' is in 2 places"),
+        ("rounds: []", "it has no rounds"),
+        ("rounds: fact-0", "not a plan; expected `rounds:`"),
+        ("- fact-0", "not a plan; expected `rounds:`"),
+        ("", "not a plan; expected `rounds:`"),
+        ("rounds: [", "not valid YAML"),
+        ("rounds: [[2020-13-45]]", "plan.yaml"),
+    ],
+)
+def test_a_bad_plan_is_refused_with_what_is_wrong(
+    facts: list[lemoe.Edit], tmp_path: Path, text: str, expected: str
+) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        load_plan(path, facts)
+    assert str(path) in str(caught.value)
+    assert expected in str(caught.value)
