@@ -20,9 +20,9 @@ class RoundRecord:
 
     Attributes:
         id: hash of what the round was trained on and with; equal rounds have equal ids.
-        lineage: id of the first round of the run that this round continues.
-        depth: its place in that lineage, from 1.
-        parent: id of the round before, whose experts were frozen while this one was trained; None for the first.
+        parent: id of the round before, whose experts were frozen while this one was trained; None for the first, and
+            where rounds do not depend on each other.
+        depth: its place in that line of rounds, from 1.
         experts: how many it has: one for the round, or one for each edit.
         ids: name of each edit it holds.
         edits: digest of each.
@@ -36,9 +36,8 @@ class RoundRecord:
     """
 
     id: str
-    lineage: str
-    depth: int
     parent: str | None
+    depth: int
     experts: int
     ids: tuple[str, ...]
     edits: tuple[str, ...]
@@ -78,7 +77,9 @@ class AdaptorState:
     @property
     def lineages(self) -> list[Lineage]:
         """Where each expert's round stands in its lineage."""
-        return [Lineage(record.lineage, record.depth) for record in self.rounds for _ in range(record.experts)]
+        return [
+            Lineage(record.id, record.parent, record.depth) for record in self.rounds for _ in range(record.experts)
+        ]
 
     @property
     def taught(self) -> list[tuple[Taught, ...]]:
@@ -165,10 +166,26 @@ def _without_repeats(states: Sequence[AdaptorState]) -> list[AdaptorState]:
 _COMPATIBLE_SETTINGS = ("method", "top_k", "router_width", "gate_conflict", "gate_slack")
 
 
+def check_settings(start: AdaptorState, settings: Settings) -> None:
+    """Refuse settings whose rounds could not be stacked onto `start`.
+
+    Raises:
+        AdaptorError: listing the differences.
+    """
+    differences = _setting_differences(start.settings, settings)
+    if settings.layer not in (None, start.base.layer):
+        differences.append(f"layer: {start.base.layer} != {settings.layer}")
+    if differences:
+        raise AdaptorError("\n  ".join(["the adaptor to continue was made with other settings:", *differences]))
+
+
 def _differences(first: AdaptorState, other: AdaptorState) -> list[str]:
-    settings = [
-        f"{name}: {getattr(first.settings, name)} != {getattr(other.settings, name)}"
+    return first.base.differences(other.base) + _setting_differences(first.settings, other.settings)
+
+
+def _setting_differences(first: Settings, other: Settings) -> list[str]:
+    return [
+        f"{name}: {getattr(first, name)} != {getattr(other, name)}"
         for name in _COMPATIBLE_SETTINGS
-        if getattr(first.settings, name) != getattr(other.settings, name)
+        if getattr(first, name) != getattr(other, name)
     ]
-    return first.base.differences(other.base) + settings

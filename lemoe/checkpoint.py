@@ -60,8 +60,7 @@ def write_whole(path: Path, content: bytes, *, overwrite: bool = False) -> None:
     Raises:
         OutputError: if the file exists and `overwrite` is not given, or cannot be written.
     """
-    if path.exists() and not overwrite:
-        raise OutputError(f"{path} exists; give another path, or --force to replace it")
+    check_free(path, overwrite=overwrite)
     scratch: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,6 +78,16 @@ def write_whole(path: Path, content: bytes, *, overwrite: bool = False) -> None:
         if scratch:
             with suppress(OSError):
                 Path(scratch).unlink(missing_ok=True)
+
+
+def check_free(path: Path, *, overwrite: bool = False) -> None:
+    """Refuse, before anything is computed, an output that exists.
+
+    Raises:
+        OutputError: saying how to go on.
+    """
+    if os.path.lexists(path) and not overwrite:
+        raise OutputError(f"{path} exists; give another path, or --force to replace it")
 
 
 def _umask() -> int:
@@ -181,9 +190,8 @@ def _check(
     path: Path, base: Fingerprint, rounds: tuple[RoundRecord, ...], settings: Settings, tensors: Mapping[str, Tensor]
 ) -> None:
     """All tensors that are missing, unexpected, mis-shaped or not finite, at once."""
-    offsets = tensors.get("experts.offsets", torch.zeros(1, dtype=torch.long))
-    neurons = int(offsets.flatten()[-1]) if offsets.numel() else 0
-    lineages = [Lineage(record.lineage, record.depth) for record in rounds for _ in range(record.experts)]
+    neurons = _neurons(tensors)
+    lineages = [Lineage(record.id, record.parent, record.depth) for record in rounds for _ in range(record.experts)]
     expected: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
         "experts.up": ((neurons, base.hidden), None),
         "experts.down": ((neurons, base.hidden), None),
@@ -197,10 +205,18 @@ def _check(
     for name, (shape, dtype) in expected.items():
         if name in tensors:
             problems += _tensor_problems(name, tensors[name], shape, dtype)
-    if not problems and not offsets_hold(offsets, neurons):
+    if not problems and not offsets_hold(tensors["experts.offsets"], neurons):
         problems.append("experts.offsets: out of order")
     if problems:
         raise AdaptorError("\n  ".join([f"{path}: not a valid adaptor:", *problems]))
+
+
+def _neurons(tensors: Mapping[str, Tensor]) -> int:
+    """As many as the offsets say; where those are missing, as many as the first matrix has."""
+    offsets, up = tensors.get("experts.offsets"), tensors.get("experts.up")
+    if offsets is not None and offsets.numel():
+        return int(offsets.flatten()[-1])
+    return up.shape[0] if up is not None and up.dim() else 0
 
 
 def _tensor_problems(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> list[str]:

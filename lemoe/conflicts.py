@@ -80,13 +80,13 @@ def find_conflicts(edits: Sequence[Edit]) -> list[Conflict]:
     """All conflicts among `edits`, each with its nearest later counterpart, in the file's order."""
     by_subject: dict[str, list[int]] = defaultdict(list)
     for index, edit in enumerate(edits):
-        by_subject[normal(edit.subject) if edit.subject else f"? {normal(edit.prompt)}"].append(index)
+        by_subject[question(edit.subject or edit.prompt)].append(index)
     conflicts = []
     for members in by_subject.values():
         for place, earlier in enumerate(members):
-            found = next((c for later in members[place + 1 :] if (c := _compare(edits[earlier], edits[later]))), None)
-            if found:
-                conflicts.append((earlier, found))
+            found = [c for later in members[place + 1 :] if (c := _compare(edits[earlier], edits[later]))]
+            if found:  # the same question asked again settles it, whatever stands between
+                conflicts.append((earlier, min(found, key=lambda conflict: conflict.relation == "contradiction")))
     return [conflict for _, conflict in sorted(conflicts, key=lambda pair: pair[0])]
 
 
@@ -96,8 +96,8 @@ def left_out(conflicts: Sequence[Conflict]) -> set[str]:
 
 
 def _compare(earlier: Edit, later: Edit) -> Conflict | None:
-    same_target = normal(earlier.target) == normal(later.target)
-    if normal(earlier.prompt) == normal(later.prompt):
+    same_target = question(earlier.target) == question(later.target)
+    if question(earlier.prompt) == question(later.prompt):
         return Conflict("duplicate" if same_target else "superseded", earlier.id, later.id)
     if not same_target and _likeness(earlier, later) >= NEAR_SAME:
         return Conflict("contradiction", earlier.id, later.id)
@@ -111,10 +111,10 @@ def _likeness(first: Edit, second: Edit) -> float:
 
 
 def _content(edit: Edit) -> frozenset[str]:
-    subject = set(_WORD.findall(normal(edit.subject or "")))
-    return frozenset(word for word in _WORD.findall(normal(edit.prompt)) if word not in subject | _STOP_WORDS)
+    subject = set(_WORD.findall(question(edit.subject or "")))
+    return frozenset(word for word in _WORD.findall(question(edit.prompt)) if word not in subject | _STOP_WORDS)
 
 
-def normal(text: str) -> str:
-    """`text` in one case, with punctuation and spaces evened out."""
-    return " ".join(_WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
+def question(text: str) -> str:
+    """`text` in one case, with spaces and the closing stop evened out; texts with one key ask the same."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip("?.! ")

@@ -4,13 +4,14 @@ A run's folder holds `plan.yaml`, one state a round under `rounds/`, each writte
 and `adaptor.safetensors`, the stack of all rounds and of the adaptor that the run started from.
 """
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from lemoe.adaptor import AdaptorState, RoundRecord, round_id, stack
+from lemoe.adaptor import AdaptorState, RoundRecord, check_settings, round_id, stack
 from lemoe.checkpoint import load_adaptor, save_adaptor, write_whole
 from lemoe.edits import Edit
 from lemoe.errors import InputError, OutputError
@@ -101,6 +102,9 @@ def edit(
     folder = Path(folder)
     if start:
         check_base(base, start)
+        check_settings(start, settings)
+    layer = start.base.layer if start else settings.layer_of(len(base.layers), base.source.layers)
+    base.site(layer, settings.layer_path)
     encode_edits(base, edits)
     new = _not_yet_taught(edits, start, listener)
     rounds = _rounds(base, new, settings, folder, source, plan_file, listener, overwrite=force or resume)
@@ -112,6 +116,7 @@ def edit(
         listener.note(f"edit {earlier.id} is superseded: {later.id} answers its question now")
     path = folder / ADAPTOR_NAME
     save_adaptor(state, path, overwrite=force or resume)
+    _remove_leftovers(folder, len(rounds))
     taught = [edit for members in rounds for edit in members]
     measured = evaluate(base, state, taught, only=("reliability",), batch_tokens=settings.batch_tokens)
     return EditReport(
@@ -134,16 +139,23 @@ def check_folder(folder: Path, *, force: bool = False, resume: bool = False) -> 
     Raises:
         OutputError: saying how to go on.
     """
-    if folder.exists() and not folder.is_dir():
+    if os.path.lexists(folder) and not folder.is_dir():
         raise OutputError(f"{folder} exists and is not a folder; give another one with -o")
-    if force or resume or not folder.exists():
+    if force or resume:
         return
-    if (folder / ADAPTOR_NAME).exists():
+    if os.path.lexists(folder / ADAPTOR_NAME):
         raise OutputError(f"{folder} holds a finished run; give another folder with -o, or --force to replace it")
-    if (folder / PLAN_NAME).exists():
+    if os.path.lexists(folder / PLAN_NAME):
         raise OutputError(
             f"{folder} holds an unfinished run; --resume goes on from its finished rounds, --force starts anew"
         )
+
+
+def _remove_leftovers(folder: Path, rounds: int) -> None:
+    """Round files of a longer earlier run in the same folder, which `force` or `resume` replaced."""
+    for path in (folder / "rounds").glob("[0-9]*.safetensors"):
+        if path.stem.isdigit() and int(path.stem) > rounds:
+            path.unlink()
 
 
 def _not_yet_taught(edits: Sequence[Edit], start: AdaptorState | None, listener: Listener) -> list[Edit]:

@@ -113,7 +113,7 @@ def _start(record: Record, prompt: str, target: str) -> dict[str, Any]:
         "id": _id(record),
         "prompt": prompt,
         "target": target,
-        "subject": (subject or "").strip() or None,
+        "subject": _whole_text(subject or "", "subject").strip() or None,
         "extra": {str(key): value for key, value in record.items() if key not in _KNOWN},
     }
 
@@ -124,7 +124,7 @@ def _id(record: Record) -> str:
         raise Problem(f"`id` must be text or a whole number, not {_kind(name)}")
     if len(str(name)) > 200:
         raise Problem("`id` is longer than 200 characters")
-    return str(name)
+    return _whole_text(str(name), "id")
 
 
 def _text(record: Record, key: str) -> str:
@@ -135,6 +135,10 @@ def _text(record: Record, key: str) -> str:
         raise Problem(f"`{key}` is empty")
     if len(value) > MAX_TEXT:
         raise Problem(f"`{key}` has {len(value):,} characters, more than {MAX_TEXT:,}")
+    return _whole_text(value, key)
+
+
+def _whole_text(value: str, key: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
@@ -184,7 +188,7 @@ def _probe(item: Any, key: str, kind: str, answer: str | None) -> dict[str, Any]
     own_kind = item.get("kind", kind)
     if not isinstance(own_kind, str):
         raise Problem(f"`kind` in `{key}` must be text, not {_kind(own_kind)}")
-    return {"prompt": prompt, "target": target, "kind": _slug(own_kind)}
+    return {"prompt": prompt, "target": target or answer, "kind": _slug(_whole_text(own_kind, "kind"))}
 
 
 def _answer(record: Record, key: str) -> str:

@@ -48,9 +48,12 @@ class InsertedAdaptor:
         """Insert `state` into `base`.
 
         Raises:
-            AdaptorError: if the state was made for another base model, listing the differences.
+            AdaptorError: if the state was made for another base model, listing the differences, or if another
+                adaptor is inserted already.
         """
         check_base(base, state)
+        if "generate" in base.model.__dict__:
+            raise AdaptorError("an adaptor is inserted already; remove it first, or stack the two and insert the stack")
         self.base = base
         self.state = state
         self.router = state.router.live(base, state.settings)
@@ -196,12 +199,8 @@ def _prompt_columns(given: Tensor, columns: Tensor | int | None) -> Tensor:
 @contextmanager
 def _wrapped_generate(model: nn.Module, wrapper: Callable[..., Any]) -> Iterator[None]:
     """Let `wrapper` stand around `model.generate` while open."""
-    own = model.__dict__.get("generate")
     model.__dict__["generate"] = functools.partial(wrapper, model.generate)
     try:
         yield
     finally:
-        if own is None:
-            del model.generate
-        else:
-            model.__dict__["generate"] = own
+        del model.__dict__["generate"]

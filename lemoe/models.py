@@ -12,6 +12,7 @@ from typing import Any
 import platformdirs
 import torch
 import yaml
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -199,14 +200,29 @@ def model_presets() -> dict[str, Mapping[str, Any]]:
     presets = yaml.safe_load(resources.files("lemoe").joinpath("presets/models.yaml").read_text())
     own = Path(os.environ.get("LEMOE_MODELS") or Path(platformdirs.user_config_dir("lemoe")) / "models.yaml")
     if not own.is_file():
+        if os.environ.get("LEMOE_MODELS"):
+            raise InputError(f"{own}: no such file, but LEMOE_MODELS names it")
         return dict(presets)
     try:
         mine = yaml.safe_load(own.read_text()) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, OSError) as error:
         raise InputError(f"{own}: not valid YAML: {error}") from None
-    if not isinstance(mine, dict) or not all(isinstance(entry, dict) for entry in mine.values()):
+    if not isinstance(mine, dict) or not all(_names_a_model(entry) for entry in mine.values()):
         raise InputError(f"{own}: expected lines like `name: {{hub: org/name, layers: {{anchor: 28}}}}`")
     return {**presets, **mine}
+
+
+_ENTRY_KEYS = {"hub", "embedded", "layers"}
+
+
+def _names_a_model(entry: Any) -> bool:
+    if not isinstance(entry, dict) or len({"hub", "embedded"} & set(entry)) != 1 or not set(entry) <= _ENTRY_KEYS:
+        return False
+    layers = entry.get("layers", {})
+    texts = [entry[key] for key in ("hub", "embedded") if key in entry]
+    return all(isinstance(text, str) and text for text in texts) and (
+        isinstance(layers, dict) and all(isinstance(layer, int) for layer in layers.values())
+    )
 
 
 def resolve_model(name: str, revision: str | None = None) -> ModelSource:
@@ -215,27 +231,20 @@ def resolve_model(name: str, revision: str | None = None) -> ModelSource:
     Raises:
         ModelError: if it is none of these, with the names that are known.
     """
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return ModelSource(name, str(Path(name)), revision)
     presets = model_presets()
     if name in presets:
         entry = presets[name]
         if "embedded" in entry:
-            return ModelSource(name, str(entry["embedded"]), None, embedded=True, layers=_layers(name, entry))
-        return _hub_source(name, str(entry.get("hub", "")), revision, _layers(name, entry))
+            return ModelSource(name, str(entry["embedded"]), None, embedded=True, layers=entry.get("layers", {}))
+        return _hub_source(name, str(entry["hub"]), revision, entry.get("layers", {}))
     if "/" in name and not name.startswith((".", "/", "~")):
         return _hub_source(name, name, revision, {})
     raise ModelError(
         f"--model {name}: no such folder or preset. Give a local folder, a hub id (org/name[@revision]), "
         f"or one of: {', '.join(sorted(presets))}"
     )
-
-
-def _layers(name: str, entry: Mapping[str, Any]) -> dict[str, int]:
-    layers = entry.get("layers", {})
-    if not isinstance(layers, dict) or not all(isinstance(layer, int) for layer in layers.values()):
-        raise InputError(f"model preset {name}: `layers` must be like {{anchor: 28, paper: 18}}")
-    return layers
 
 
 def _hub_source(name: str, hub: str, revision: str | None, layers: Mapping[str, int]) -> ModelSource:
@@ -295,7 +304,7 @@ def load_base(
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, **options)
         model = AutoModelForCausalLM.from_pretrained(location, dtype=_dtype(dtype, place), **options)
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{source}: cannot be loaded: {reason}") from None
     return BaseModel(model.to(place), tokenizer, source)

@@ -18,7 +18,7 @@ from k_means_constrained import KMeansConstrained
 from numpy.typing import NDArray
 from sklearn.cluster import BisectingKMeans
 
-from lemoe.conflicts import Conflict, find_conflicts, left_out, normal
+from lemoe.conflicts import Conflict, find_conflicts, left_out, question
 from lemoe.edits import Edit, digest_of
 from lemoe.errors import InputError
 from lemoe.models import BaseModel
@@ -107,7 +107,7 @@ def _planned(edits: Sequence[Edit], vectors: Vectors, settings: Settings) -> lis
 
 
 def _subjects(edits: Sequence[Edit]) -> list[str]:
-    return [normal(edit.subject) if edit.subject else f"? {edit.id}" for edit in edits]
+    return [question(edit.subject) if edit.subject else f"? {edit.id}" for edit in edits]
 
 
 def _pulled_together(vectors: Vectors, subjects: Sequence[str]) -> Vectors:
@@ -165,7 +165,8 @@ def _one_round_a_subject(
 
 def _levelled(rounds: list[list[int]], subjects: Sequence[str], vectors: Vectors, round_size: int) -> list[list[int]]:
     sizes = Counter(subjects[index] for members in rounds for index in members)
-    for number in range(len(rounds)):
+    number = 0
+    while number < len(rounds):
         while len(rounds[number]) > round_size:
             centre = vectors[rounds[number]].mean(0)
             groups = sorted({subjects[index] for index in rounds[number]}, key=lambda name: (sizes[name], name))
@@ -179,6 +180,7 @@ def _levelled(rounds: list[list[int]], subjects: Sequence[str], vectors: Vectors
                 rounds.append(moving)
             else:
                 rounds[target].extend(moving)
+        number += 1
     return [members for members in rounds if members]
 
 
@@ -264,7 +266,7 @@ def load_plan(path: Path | str, edits: Sequence[Edit]) -> list[list[Edit]]:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     rounds = document.get("rounds") if isinstance(document, dict) else None
     if not isinstance(rounds, list) or not all(isinstance(members, (dict, list)) for members in rounds):

@@ -50,9 +50,10 @@ class Explanation:
 
 @dataclass(frozen=True)
 class Lineage:
-    """Where a round stands among the rounds that trained one another's router; see `RoundRecord`."""
+    """Where an expert's round stands among the rounds that went on training one router; see `RoundRecord`."""
 
-    name: str
+    round: str
+    parent: str | None
     depth: int
 
 

@@ -1,6 +1,7 @@
 """Settings of a run, resolved once: command line over YAML file over preset over default."""
 
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -123,12 +124,12 @@ def presets() -> list[str]:
 
 
 def resolve_settings(
-    preset: str = DEFAULT_PRESET, config: Path | str | None = None, given: Mapping[str, Any] | None = None
+    preset: str | None = None, config: Path | str | None = None, given: Mapping[str, Any] | None = None
 ) -> Settings:
     """One `Settings` from a preset, a YAML file and values given directly, the last being the strongest.
 
     Args:
-        preset: a preset's name; a `preset:` line in the file overrides the default one.
+        preset: a preset's name; if None, what the file's `preset:` line says, else the default one.
         config: a YAML file of `name: value` lines.
         given: values by name; those that are None are left to the weaker sources.
 
@@ -136,7 +137,8 @@ def resolve_settings(
         InputError: for an unknown name (with the nearest right one) or a value of the wrong type or range.
     """
     from_file = _read_yaml(Path(config)) if config is not None else {}
-    preset = from_file.pop("preset", None) or preset
+    filed = from_file.pop("preset", None)
+    preset = preset or filed or DEFAULT_PRESET
     if preset not in presets():
         raise InputError(f"preset {preset!r} is not known; there is: {', '.join(presets())}")
     from_preset = yaml.safe_load(resources.files("lemoe").joinpath(f"presets/methods/{preset}.yaml").read_text())
@@ -153,7 +155,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected `name: value` lines")
@@ -177,7 +179,7 @@ def coerce_settings(place: str, values: Mapping[str, Any]) -> dict[str, Any]:
             continue
         try:
             coerced[name] = _coerce(value, hints[name])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             problems.append(f"{name}: {value!r} is not {_expected(hints[name])}")
     if problems:
         raise InputError.listing(f"{place}: {len(problems)} bad setting(s)", problems)
@@ -194,11 +196,21 @@ def _coerce(value: Any, hint: Any) -> Any:
         return None if value is None else _coerce(value, next(o for o in options if o is not type(None)))
     if isinstance(value, bool) and hint is not bool:
         raise TypeError
-    if hint is int and float(value) != int(float(value)):
-        raise ValueError
+    if hint is int:
+        return _whole(value)
     if hint is str and not isinstance(value, str):
         raise TypeError
-    return int(float(value)) if hint is int else hint(value)
+    if hint is float and not math.isfinite(float(value)):
+        raise ValueError
+    return hint(value)
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, int):
+        return value
+    if float(value) != int(float(value)):
+        raise ValueError
+    return int(float(value))
 
 
 def _expected(hint: Any) -> str:

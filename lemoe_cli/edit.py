@@ -69,8 +69,8 @@ def command(
     from lemoe.checkpoint import load_adaptor
     from lemoe.editing import check_folder, edit
 
-    folder = output or edits.with_suffix(".lemoe")
     read = open_edits(edits, options)
+    folder = output or edits.with_suffix(".lemoe")
     settings = settings_from(options, _SETTINGS)
     check_folder(folder, force=force, resume=resume)
     earlier = load_adaptor(start) if start else None

@@ -30,10 +30,22 @@ SCHEMA = 1
 @edits_argument
 @model_options
 @click.option("--adaptor", "-a", type=FILE, help="Adaptor to measure; without one, the base model alone.")
-@click.option("--decode", type=click.Choice(["teacher", "greedy"]), default="teacher", show_default=True)
+@click.option(
+    "--decode",
+    type=click.Choice(["teacher", "greedy"]),
+    default="teacher",
+    show_default=True,
+    help="Likeliest token at each position of the target, or what the model writes.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: one flat record for each figure.")
 @click.option("--records", type=FILE, help="Write one JSON line for each probe here.")
-@click.option("--batch-tokens", type=click.IntRange(1), default=4096, show_default=True)
+@click.option(
+    "--batch-tokens",
+    type=click.IntRange(1),
+    default=4096,
+    show_default=True,
+    help="Tokens that run through the model at once.",
+)
 @selection_options
 @force_option
 @quiet_option
@@ -53,8 +65,11 @@ def command(
     Locality is agreement with the base model's own predictions. `teacher` compares the most likely token at each
     position of the target, `greedy` lets the model write.
     """
-    from lemoe.checkpoint import load_adaptor, write_whole
+    from lemoe.checkpoint import check_free, load_adaptor, write_whole
     from lemoe.evaluation import evaluate
+
+    if records is not None:
+        check_free(records, overwrite=force)
 
     read = open_edits(edits, options)
     state = load_adaptor(adaptor) if adaptor else None

@@ -44,7 +44,7 @@ selection_options: Callable[[Any], Any] = combined(
 )
 
 settings_options: Callable[[Any], Any] = combined(
-    click.option("--preset", help="Method preset.  [default: paper]"),
+    click.option("--preset", help="Method preset: anchor or paper.  [default: anchor]"),
     click.option("--config", type=FILE, help="YAML file of `name: value` settings; options win over it."),
     click.option("--order", type=click.Choice(["planned", "file", "random"]), help="How rounds are formed."),
     click.option("--round-size", type=click.IntRange(1), help="Edits in a round, at most."),
@@ -81,7 +81,7 @@ def open_edits(path: Path, options: Mapping[str, Any]) -> "list[Edit]":
 
 def settings_from(options: Mapping[str, Any], names: tuple[str, ...]) -> "Settings":
     """Settings from the options called `names`, the YAML file and the preset."""
-    from lemoe.settings import DEFAULT_PRESET, resolve_settings
+    from lemoe.settings import resolve_settings
 
     given = {name: options.get(name) for name in names}
-    return resolve_settings(options["preset"] or DEFAULT_PRESET, options["config"], given)
+    return resolve_settings(options["preset"], options["config"], given)

@@ -36,11 +36,14 @@ def command(edits: Path, output: Path | None, force: bool, quiet: bool, **option
 
     EDITS is JSON Lines with `prompt` and `target` (see the README), or a published data set as it is.
     """
+    from lemoe.checkpoint import check_free, write_whole
+
+    if output is not None:
+        check_free(output, overwrite=force)
     read = open_edits(edits, options)
     settings = settings_from(options, ("order", "round_size", "seed"))
     base = open_base(options, quiet=quiet)
 
-    from lemoe.checkpoint import write_whole
     from lemoe.planning import plan, save_plan
 
     planned = plan(base, read, settings)

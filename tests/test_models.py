@@ -108,13 +108,13 @@ def test_the_ffn_may_be_named_where_it_would_be_found_anyway(base: lemoe.BaseMod
 def test_preset_llama_is_the_embedded_model() -> None:
     source = resolve_model("llama")
     assert source.embedded
-    assert source.layer == 24
+    assert source.layers == {"anchor": 28, "paper": 24}
     assert str(source) == "llama = SmolLM2-135M-Instruct (Llama architecture, Apache-2.0), embedded"
 
 
 def test_a_preset_names_a_hub_model_and_its_layer() -> None:
     source = resolve_model("llama2-7b")
-    assert (source.location, source.layer) == ("meta-llama/Llama-2-7b-hf", 18)
+    assert (source.location, source.layers) == ("meta-llama/Llama-2-7b-hf", {"paper": 18})
     assert str(source) == "llama2-7b = meta-llama/Llama-2-7b-hf"
 
 
@@ -139,16 +139,17 @@ def test_an_unknown_model_lists_the_presets(name: str) -> None:
 
 def test_the_users_own_presets_add_to_ours_and_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = tmp_path / "models.yaml"
-    own.write_text("mine: {hub: org/mine@v2, layer: 3}\ngpt2: {hub: org/other}\n")
+    own.write_text("mine: {hub: org/mine@v2, layers: {paper: 3}}\ngpt2: {hub: org/other}\n")
     monkeypatch.setenv("LEMOE_MODELS", str(own))
     mine = resolve_model("mine")
-    assert (mine.location, mine.revision, mine.layer) == ("org/mine", "v2", 3)
+    assert (mine.location, mine.revision, mine.layers) == ("org/mine", "v2", {"paper": 3})
     assert resolve_model("gpt2").location == "org/other"
     assert resolve_model("llama").embedded
 
 
 @pytest.mark.parametrize(
-    "text", ["- mine", "mine: org/mine", "mine: {", "mine: {layer: 3}", "mine: {hub: a/b, layer: x}"]
+    "text",
+    ["- mine", "mine: org/mine", "mine: {", "mine: {layers: {paper: 3}}", "mine: {hub: a/b, layers: {paper: x}}"],
 )
 def test_a_broken_presets_file_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     own = tmp_path / "models.yaml"

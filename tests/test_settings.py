@@ -128,7 +128,7 @@ def test_a_missing_settings_file_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_the_layer_follows_the_setting_then_the_model_then_the_depth() -> None:
-    assert lemoe.resolve_settings("paper", None, {"layer": 5}).layer_of(30, 24) == 5
-    assert lemoe.resolve_settings("paper").layer_of(30, 24) == 24
-    assert lemoe.resolve_settings("paper").layer_of(32, None) == 18  # the paper's layer on 32 layers
-    assert lemoe.resolve_settings("paper", None, {"depth": 1.0}).layer_of(32, None) == 31
+    assert lemoe.resolve_settings("paper", None, {"layer": 5}).layer_of(30, {"paper": 24}) == 5
+    assert lemoe.resolve_settings("paper").layer_of(30, {"paper": 24}) == 24
+    assert lemoe.resolve_settings("paper").layer_of(32, {}) == 18  # the paper's layer on 32 layers
+    assert lemoe.resolve_settings("paper", None, {"depth": 1.0}).layer_of(32, {}) == 31

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from lemoe.anchor.gate import Gate, Question, around, compare
 from lemoe.anchor.lexicon import infer_subject
 from lemoe.anchor.words import Reader
-from lemoe.conflicts import normal
+from lemoe.conflicts import question
 from lemoe.edits import Edit
 
 LONG_PROMPT = 400  # characters; a longer prompt is a passage, whose wording is not what generalises
@@ -107,7 +107,9 @@ def _subject_span(edit: Edit) -> tuple[int, int]:
 
 
 def _other_sentence(edits: Sequence[Edit], place: int, rng: random.Random) -> str:
-    others = [e for e in edits if normal(e.subject or e.prompt) != normal(edits[place].subject or edits[place].prompt)]
+    others = [
+        e for e in edits if question(e.subject or e.prompt) != question(edits[place].subject or edits[place].prompt)
+    ]
     others = [e for e in others if len(e.prompt) + len(e.target) <= LONG_PROMPT]
     if not others:
         return rng.choice(_SENTENCES)
@@ -148,7 +150,7 @@ def _about(other: Edit, edit: Edit, subject: str) -> str:
     """The question of `other`, asked about `subject`; empty if its own subject cannot be told apart."""
     if len(other.prompt) > LONG_PROMPT or not other.subject:
         return ""
-    if normal(other.subject) == normal(edit.subject or subject):
+    if question(other.subject) == question(edit.subject or subject):
         return other.prompt
     start, end = _subject_span(other)
     return other.prompt[:start] + subject + other.prompt[end:] if end else ""

@@ -154,7 +154,6 @@ def train_round(
     outcome = _teach(base, blocks, lessons, settings, generator, on_step)
     record = RoundRecord(
         id=identity,
-        lineage=identity,
         depth=1,
         parent=None,
         experts=len(edits),

@@ -49,8 +49,8 @@ class KeyRouter(Router):
 
     Attributes:
         keys: `[experts, width]`.
-        projections: one for each lineage (a run and its continuations); adaptors merged from several runs keep
-            one each, since a key means something under its own projection only.
+        projections: one for each line of rounds (a run and its continuations); adaptors merged from several runs
+            keep one each, since a key means something under its own projection only.
         lineage: `[experts]`, int64, index into `projections`.
         top_k: experts that act on one sequence.
     """
@@ -94,11 +94,15 @@ class KeyRouter(Router):
     def expected(
         cls, settings: "Settings", hidden: int, lineages: Sequence[Lineage], tensors: Mapping[str, Tensor]
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
-        width, count = settings.router_width, len({lineage.name for lineage in lineages})
+        width = settings.router_width
+        stored = tensors.get("router.projection.down")
+        count, embedded = (
+            (stored.shape[0], stored.shape[2]) if stored is not None and stored.dim() == 3 else (1, hidden)
+        )
         return {
             "router.keys": ((len(lineages), width), None),
             "router.lineage": ((len(lineages),), torch.int64),
-            "router.projection.down": ((count, width, hidden), None),
+            "router.projection.down": ((count, width, embedded), None),
             "router.projection.up": ((count, width, width), None),
         }
 
@@ -124,27 +128,42 @@ class KeyRouter(Router):
 
     @classmethod
     def stack(cls, parts: "Sequence[tuple[KeyRouter, Sequence[Lineage]]]") -> "KeyRouter":
-        """Of two projections of one lineage the deeper is the newer, and serves all of the lineage's keys."""
-        newest: dict[str, tuple[int, Projection]] = {}
-        names = []
-        for router, lineages in parts:
-            depths: dict[str, int] = {}
-            for lineage in lineages:
-                depths[lineage.name] = max(lineage.depth, depths.get(lineage.name, 0))
-            names += [lineage.name for lineage in lineages]
-            for (name, depth), projection in zip(depths.items(), router.projections, strict=True):
-                if name not in newest or newest[name][0] < depth:
-                    newest[name] = (depth, projection)
-        position = {name: index for index, name in enumerate(newest)}
+        """Each key under the newest projection that its line of rounds has trained; branches keep one each."""
+        lineages = {lineage.round: lineage for _, own in parts for lineage in own}
+        tips: dict[str, Projection] = {}
+        fallback: dict[str, str] = {}
+        for router, own in parts:
+            owners = router.lineage.tolist()
+            for index, projection in enumerate(router.projections):
+                served = [lineage for lineage, owner in zip(own, owners, strict=True) if owner == index]
+                tip = max(served, key=lambda lineage: lineage.depth).round
+                tips.setdefault(tip, projection)
+                for lineage in served:
+                    fallback.setdefault(lineage.round, tip)
+        serving = fallback | _newest_tips(lineages, tips)
+        chosen = [serving[lineage.round] for _, own in parts for lineage in own]
+        used = list(dict.fromkeys(chosen))
         return cls(
             torch.cat([router.keys for router, _ in parts]),
-            tuple(projection for _, projection in newest.values()),
-            torch.tensor([position[name] for name in names], dtype=torch.long),
+            tuple(tips[tip] for tip in used),
+            torch.tensor([used.index(tip) for tip in chosen], dtype=torch.long),
             parts[0][0].top_k,
         )
 
     def live(self, base: "BaseModel", settings: "Settings") -> "LiveKeyRouter":
         return LiveKeyRouter(base, self.to(base.device))
+
+
+def _newest_tips(lineages: Mapping[str, Lineage], tips: Mapping[str, Projection]) -> dict[str, str]:
+    """For each round, the deepest round after it in its line whose projection is there."""
+    newest: dict[str, str] = {}
+    for tip in tips:
+        current: str | None = tip
+        while current is not None and current in lineages:
+            if current not in newest or (lineages[newest[current]].depth, newest[current]) < (lineages[tip].depth, tip):
+                newest[current] = tip
+            current = lineages[current].parent
+    return newest
 
 
 class LiveKeyRouter(LiveRouter):

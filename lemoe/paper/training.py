@@ -49,7 +49,6 @@ def train_round(
     experts, router, routed = trainee.result(batches)
     record = RoundRecord(
         id=identity,
-        lineage=before.rounds[-1].lineage if before else identity,
         depth=before.rounds[-1].depth + 1 if before else 1,
         parent=before.rounds[-1].id if before else None,
         experts=1,
@@ -95,16 +94,14 @@ class Trainee(nn.Module):
         self.frozen_router = _key_router(before).to(device) if before else None
         self.top_k = settings.top_k
         self.index = len(before.experts) if before else 0
-        self._start_router(site.hidden, settings, batches, generator)
+        self._start_router(settings, batches, generator)
 
-    def _start_router(
-        self, hidden: int, settings: Settings, batches: Sequence[FrozenBatch], generator: torch.Generator
-    ) -> None:
+    def _start_router(self, settings: Settings, batches: Sequence[FrozenBatch], generator: torch.Generator) -> None:
         """The projection goes on from the round before; the key starts at the mean value of the round's prompts."""
         if self.frozen_router:
             projection = self.frozen_router.projections[int(self.frozen_router.lineage[-1])]
         else:
-            projection = Projection.new(hidden, settings.router_width, generator)
+            projection = Projection.new(batches[0].embeddings.shape[-1], settings.router_width, generator)
         self.project_down = nn.Parameter(projection.down.detach().cpu().clone())
         self.project_up = nn.Parameter(projection.up.detach().cpu().clone())
         pooled = torch.cat([pooled_prompts(frozen) for frozen in batches]).cpu()
