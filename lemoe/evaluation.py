@@ -12,11 +12,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from lemoe.adaptor import AdaptorState
 from lemoe.edits import Edit, Probe
-from lemoe.frozen import FrozenBatch, freeze
+from lemoe.frozen import freeze
 from lemoe.insertion import InsertedAdaptor
+from lemoe.metrics import Answer, Item, Measured, Metric, agreement, summarise, token_accuracy
 from lemoe.models import BaseModel
 from lemoe.routing import Explanation
 from lemoe.tokens import Batch, Passage, encode_all, length_buckets
@@ -29,24 +31,11 @@ OPEN_ANSWER_TOKENS = 8  # of the base model's own answer, where a locality probe
 
 
 @dataclass(frozen=True)
-class Metric:
-    """One figure: the mean over `n` probes with its standard error (None for fewer than two)."""
-
-    name: str
-    kind: str
-    measure: str
-    decode: str
-    stage: str
-    value: float
-    stderr: float | None
-    n: int
-
-
-@dataclass(frozen=True)
 class Record:
     """One probe: what was expected, what the model gave before and after, and why its prompt took its route.
 
     `before` and `after` hold the most likely token at each target position (teacher) or what was written (greedy).
+    `nearest` is the id of the edit that acted or came nearest to it, None if no edit's subject was mentioned.
     """
 
     edit: str
@@ -58,6 +47,7 @@ class Record:
     after: str
     token_accuracy_before: float
     token_accuracy_after: float
+    nearest: str | None
     route: Explanation
 
 
@@ -72,26 +62,6 @@ class EvalResult:
         """The figure of that name; NaN if there is none."""
         chosen = [m for m in self.metrics if (m.name, m.measure, m.kind, m.stage) == (name, measure, kind, stage)]
         return chosen[0].value if chosen else math.nan
-
-
-@dataclass(frozen=True)
-class Item:
-    """One probe of one edit, with its tokens."""
-
-    edit: int
-    name: str
-    kind: str
-    prompt: str
-    passage: Passage
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Predicted token ids of one item, and the route of its prompt."""
-
-    before: tuple[int, ...]
-    after: tuple[int, ...]
-    route: Explanation
 
 
 OnProgress = Callable[[int, int], None]
@@ -121,19 +91,29 @@ def evaluate(
     """
     items = _items(base, edits, only, batch_tokens)
     run = _teacher if decode == "teacher" else _greedy
-    answers: list[Answers | None] = [None] * len(items)
-    done = 0
+    places: dict[int, Measured] = {}
     for rows, given in run(base, state, [item.passage for item in items], batch_tokens):
-        for row, answer in zip(rows, given, strict=True):
-            answers[row] = answer
-        done += len(rows)
-        on_progress(done, len(items))
-    complete = [answer for answer in answers if answer is not None]
-    records = tuple(_record(base, edits, item, answer) for item, answer in zip(items, complete, strict=True))
-    metrics = _metrics(items, complete, decode, edited=state is not None)
+        for row, (before, after, route) in zip(rows, given, strict=True):
+            places[row] = Measured(items[row], before, after, route)
+        on_progress(len(places), len(items))
+    measured = [places[row] for row in range(len(items))]
+    metrics = summarise(measured, decode, edited=state is not None)
     if state is not None and not only:
-        metrics += _routing(state, edits, items, complete)
+        metrics += agreement(measured, _home(state, edits))
+    names = [edits_[0].id for edits_ in state.taught] if state else []
+    records = tuple(_record(base, edits, each, names) for each in measured)
     return EvalResult(tuple(metrics), records)
+
+
+def _home(state: AdaptorState, edits: Sequence[Edit]) -> Callable[[Item], tuple[int, frozenset[int]] | None]:
+    homes = state.homes
+    rounds = {digest: place for place, record in enumerate(state.rounds, 1) for digest in record.edits}
+
+    def home(item: Item) -> tuple[int, frozenset[int]] | None:
+        digest = edits[item.edit].digest
+        return (rounds[digest], homes[digest]) if digest in homes else None
+
+    return home
 
 
 def _items(base: BaseModel, edits: Sequence[Edit], only: Sequence[str] | None, batch_tokens: int) -> list[Item]:
@@ -166,7 +146,8 @@ def _probes(edit: Edit) -> Iterator[tuple[str, Probe]]:
             yield name, probe
 
 
-Answered = Iterator[tuple[list[int], list[Answers]]]
+Pair = tuple[Answer, Answer, Explanation]  # before, after, route
+Answered = Iterator[tuple[list[int], list[Pair]]]
 
 
 @torch.no_grad()
@@ -174,44 +155,58 @@ def _teacher(base: BaseModel, state: AdaptorState | None, passages: list[Passage
     """Both stages from one frozen pass: the base's answers come with it, the edited ones from replaying its top."""
     layer = state.base.layer if state else len(base.layers) - 1
     adaptor = InsertedAdaptor(base, state) if state else None
+    site = adaptor.site if adaptor else base.site(layer)
     try:
         for rows in length_buckets([len(passage) for passage in passages], batch_tokens):
             batch = Batch.of(passages, rows, base.pad_token, base.device)
             if adaptor is None:
-                frozen = freeze(base, base.site(layer), layer, batch)
-                before = after = base.logits(frozen.base_hidden).argmax(-1)
-                routes = [UNROUTED] * len(rows)
-            else:
-                with adaptor.bypassed():
-                    frozen = freeze(base, adaptor.site, layer, batch)
-                before = base.logits(frozen.base_hidden).argmax(-1)
-                after = base.logits(frozen.replay(adaptor.delta_for(frozen))).argmax(-1)
-                routes = adaptor.router.explain([passages[row].prompt for row in rows])
-            yield rows, _split(frozen, before, after, routes)
+                before = _answers(base, batch, freeze(base, site, layer, batch).base_hidden)
+                yield rows, [(answer, answer, UNROUTED) for answer in before]
+                continue
+            with adaptor.bypassed():
+                frozen = freeze(base, site, layer, batch)
+            before = _answers(base, batch, frozen.base_hidden)
+            delta = adaptor.delta_for(frozen)
+            after = before if delta is None else _answers(base, batch, frozen.replay(delta))
+            routes = adaptor.router.explain([passages[row].prompt for row in rows])
+            yield rows, list(zip(before, after, routes, strict=True))
     finally:
         if adaptor:
             adaptor.remove()
 
 
-def _split(frozen: FrozenBatch, before: Tensor, after: Tensor, routes: Sequence[Explanation]) -> list[Answers]:
-    counts = torch.bincount(frozen.batch.target_rows, minlength=len(frozen.batch.rows)).tolist()
-    pairs = zip(before.split(counts), after.split(counts), routes, strict=True)
-    return [Answers(tuple(b.tolist()), tuple(a.tolist()), route) for b, a, route in pairs]
+def _answers(base: BaseModel, batch: Batch, hidden: Tensor) -> list[Answer]:
+    """The likeliest token at each target position and the target's loss, for last hidden states `[targets, hidden]`."""
+    logits = base.logits(hidden).float()
+    losses = functional.cross_entropy(logits, batch.labels, reduction="none")
+    counts = torch.bincount(batch.target_rows, minlength=len(batch.rows)).tolist()
+    pairs = zip(logits.argmax(-1).split(counts), losses.split(counts), strict=True)
+    return [Answer(tuple(tokens.tolist()), float(loss.mean())) for tokens, loss in pairs]
 
 
 def _greedy(base: BaseModel, state: AdaptorState | None, passages: list[Passage], batch_tokens: int) -> Answered:
     for rows in length_buckets([len(passage) for passage in passages], batch_tokens):
         chosen = [passages[row] for row in rows]
-        longest = max(len(passage.target) for passage in chosen)
-        before = _clipped(_generate(base, chosen, longest), chosen)
+        before = _written(base, chosen)
         if state is None:
-            yield rows, [Answers(answer, answer, UNROUTED) for answer in before]
+            yield rows, [(answer, answer, UNROUTED) for answer in before]
             continue
         with InsertedAdaptor(base, state) as adaptor:
-            after = _clipped(_generate(base, chosen, longest), chosen)
+            after = _written(base, chosen)
             routes = adaptor.router.explain([passage.prompt for passage in chosen])
-        triples = zip(before, after, routes, strict=True)
-        yield rows, [Answers(b, a, route) for b, a, route in triples]
+        yield rows, list(zip(before, after, routes, strict=True))
+
+
+def _written(base: BaseModel, passages: Sequence[Passage]) -> list[Answer]:
+    """What the model writes, as far as each target goes, and whether it then ends by itself or ends the line."""
+    longest = max(len(passage.target) for passage in passages)
+    answers = []
+    for written, passage in zip(_generate(base, passages, longest + 1), passages, strict=True):
+        length = len(passage.target)
+        following = written[length : length + 1]
+        line_end = base.tokenizer.decode(list(following)).startswith("\n")
+        answers.append(Answer(written[:length], ended=following == (base.end_token,) or line_end))
+    return answers
 
 
 def _write(base: BaseModel, passages: list[Passage], tokens: int, batch_tokens: int) -> list[tuple[int, ...]]:
@@ -243,78 +238,22 @@ def _generate(base: BaseModel, passages: Sequence[Passage], tokens: int) -> list
     return [_until_end(tuple(row), base.end_token) for row in output[:, width:].tolist()]
 
 
-def _clipped(answers: list[tuple[int, ...]], passages: Sequence[Passage]) -> list[tuple[int, ...]]:
-    """As many tokens as each target has, so that a figure does not depend on what else was in the batch."""
-    return [answer[: len(passage.target)] for answer, passage in zip(answers, passages, strict=True)]
-
-
 def _until_end(tokens: tuple[int, ...], end: int) -> tuple[int, ...]:
     return tokens[: tokens.index(end) + 1] if end in tokens else tokens
 
 
-def _expected(item: Item, answer: Answers) -> tuple[int, ...]:
-    """Locality expects the base model's own tokens, everything else the target's."""
-    return answer.before if item.name == "locality" else item.passage.target
-
-
-def token_accuracy(given: Sequence[int], expected: Sequence[int]) -> float:
-    """Share of the expected tokens that stand at their place in what was given."""
-    return sum(g == e for g, e in zip(given, expected, strict=False)) / len(expected)
-
-
-def _record(base: BaseModel, edits: Sequence[Edit], item: Item, answer: Answers) -> Record:
-    expected = _expected(item, answer)
+def _record(base: BaseModel, edits: Sequence[Edit], each: Measured, names: Sequence[str]) -> Record:
+    item, decode = each.item, base.tokenizer.decode
     return Record(
         edit=edits[item.edit].id,
         name=item.name,
         kind=item.kind,
         prompt=item.prompt,
-        expected=base.tokenizer.decode(expected),
-        before=base.tokenizer.decode(answer.before),
-        after=base.tokenizer.decode(answer.after),
-        token_accuracy_before=token_accuracy(answer.before, expected),
-        token_accuracy_after=token_accuracy(answer.after, expected),
-        route=answer.route,
+        expected=decode(list(each.expected)),
+        before=decode(list(each.before.tokens)),
+        after=decode(list(each.after.tokens)),
+        token_accuracy_before=token_accuracy(each.before.tokens, each.expected),
+        token_accuracy_after=token_accuracy(each.after.tokens, each.expected),
+        nearest=names[each.route.nearest] if each.route.nearest >= 0 else None,
+        route=each.route,
     )
-
-
-def _metrics(items: Sequence[Item], answers: Sequence[Answers], decode: Decode, *, edited: bool) -> list[Metric]:
-    """Each name over all its probes, and by kind where there are several; token accuracy and exact match."""
-    metrics = []
-    for name in dict.fromkeys(item.name for item in items):
-        chosen = [(item, answer) for item, answer in zip(items, answers, strict=True) if item.name == name]
-        kinds = list(dict.fromkeys(item.kind for item, _ in chosen))
-        for kind in ["all", *(kinds if len(kinds) > 1 else [])]:
-            group = [(item, answer) for item, answer in chosen if kind in ("all", item.kind)]
-            for stage in ("before", "after") if edited else ("before",):
-                scores = [token_accuracy(getattr(a, stage), _expected(i, a)) for i, a in group]
-                exact = [float(score == 1.0) for score in scores]
-                metrics.append(_mean(name, kind, "token_accuracy", decode, stage, scores))
-                metrics.append(_mean(name, kind, "exact_match", decode, stage, exact))
-    return metrics
-
-
-def _routing(
-    state: AdaptorState, edits: Sequence[Edit], items: Sequence[Item], answers: Sequence[Answers]
-) -> list[Metric]:
-    """Routing consistency: does an edit's own prompt, now, reach the expert that it was taught to?"""
-    homes = state.homes
-    rounds = {digest: place for place, record in enumerate(state.rounds, 1) for digest in record.edits}
-    hits: dict[int, list[float]] = {}
-    for item, answer in zip(items, answers, strict=True):
-        digest = edits[item.edit].digest
-        if item.name == "reliability" and digest in homes:
-            hits.setdefault(rounds[digest], []).append(float(answer.route.expert in homes[digest]))
-    if not hits:
-        return []
-    everything = [hit for group in hits.values() for hit in group]
-    each = [_mean("routing", f"round {place}", "agreement", "route", "after", hits[place]) for place in sorted(hits)]
-    return [_mean("routing", "all", "agreement", "route", "after", everything), *each]
-
-
-def _mean(name: str, kind: str, measure: str, decode: str, stage: str, scores: Sequence[float]) -> Metric:
-    n = len(scores)
-    mean = sum(scores) / n
-    variance = sum((score - mean) ** 2 for score in scores) / (n - 1) if n > 1 else None
-    stderr = None if variance is None else math.sqrt(variance / n)
-    return Metric(name, kind, measure, decode, stage, mean, stderr, n)

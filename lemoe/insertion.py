@@ -6,7 +6,7 @@ The route of a sequence travels in the model's own key/value cache, as one more 
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,13 @@ class InsertedAdaptor:
         prompt = mask & (columns < batch.prompt_lengths.unsqueeze(1))
         routing, _ = self.router.route(Sequences(batch.ids, None, mask, prompt))
         return self._experts.delta(frozen.inputs, routing, self.site.activation)
+
+    def opens(self, ids: Sequence[int]) -> bool:
+        """Whether any expert acts anywhere on a text (token ids)."""
+        tokens = torch.tensor([list(ids)], device=self.base.device)
+        everywhere = torch.ones_like(tokens, dtype=torch.bool)
+        routing, _ = self.router.route(Sequences(tokens, None, everywhere, everywhere))
+        return bool((routing.experts >= 0).any())
 
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))

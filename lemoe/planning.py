@@ -7,7 +7,7 @@ routes stay apart. Edits of one subject share a round.
 import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from k_means_constrained import KMeansConstrained
 from numpy.typing import NDArray
 from sklearn.cluster import BisectingKMeans
 
+from lemoe.anchor.anchors import lexicon_of
+from lemoe.anchor.lexicon import infer_subject
 from lemoe.conflicts import Conflict, find_conflicts, left_out, question
 from lemoe.edits import Edit, digest_of
 from lemoe.errors import InputError
@@ -47,6 +49,7 @@ class Plan:
         conflicts: edits that repeat or contradict each other; duplicates and superseded edits are in no round.
         similarity: of this plan, and of the same edits in the file's and in a random order.
         cohesion: mean similarity inside each round.
+        inferred: the subjects that were inferred, by edit id, where the file names none.
         digest: of the edits that were planned.
     """
 
@@ -54,6 +57,7 @@ class Plan:
     conflicts: tuple[Conflict, ...]
     similarity: dict[str, Similarity]
     cohesion: tuple[float, ...]
+    inferred: dict[str, str]
     digest: str
 
 
@@ -63,9 +67,10 @@ def plan(base: BaseModel, edits: Sequence[Edit], settings: Settings) -> Plan:
     Raises:
         InputError: listing the edits that cannot be used with this model.
     """
+    inferred = _inferred_subjects(base, edits)
     conflicts = find_conflicts(edits)
     dropped = left_out(conflicts)
-    kept = [edit for edit in edits if edit.id not in dropped]
+    kept = [replace(edit, subject=edit.subject or inferred[edit.id]) for edit in edits if edit.id not in dropped]
     vectors = embed_prompts(base, kept)
     orders: dict[Order, list[list[int]]] = {
         "planned": _planned(kept, vectors, settings),
@@ -78,8 +83,15 @@ def plan(base: BaseModel, edits: Sequence[Edit], settings: Settings) -> Plan:
         conflicts=tuple(conflicts),
         similarity={name: _similarity(vectors, rounds) for name, rounds in orders.items()},
         cohesion=tuple(_cohesion(vectors[members]) for members in chosen),
+        inferred=inferred,
         digest=digest_of(edits),
     )
+
+
+def _inferred_subjects(base: BaseModel, edits: Sequence[Edit]) -> dict[str, str]:
+    """What the gate takes as subject of the edits that name none."""
+    nameless = [edit for edit in edits if not edit.subject]
+    return {edit.id: infer_subject(edit.prompt, lexicon_of(base)) for edit in nameless} if nameless else {}
 
 
 @torch.no_grad()
@@ -241,6 +253,7 @@ def save_plan(chosen: Plan, edits: Sequence[Edit], source: str) -> str:
             name: {"within": round(s.within, 4), "between": round(s.between, 4)}
             for name, s in chosen.similarity.items()
         },
+        **({"inferred_subjects": chosen.inferred} if chosen.inferred else {}),
         "conflicts": [
             {
                 "relation": c.relation,

@@ -21,7 +21,8 @@ from lemoe_cli.options import (
 )
 
 if TYPE_CHECKING:
-    from lemoe.evaluation import Decode, EvalResult, Metric
+    from lemoe.evaluation import Decode, EvalResult
+    from lemoe.metrics import Metric
 
 SCHEMA = 1
 

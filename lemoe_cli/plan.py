@@ -72,6 +72,15 @@ def _show(planned: "Plan", edits: "list[Edit]", order: str) -> None:
             for name, value in planned.similarity.items()
         ],
     )
+    if planned.inferred:
+        shown_subjects = list(planned.inferred.items())[:20]
+        results.print()
+        table(
+            f"Subjects inferred for {len(planned.inferred)} edits that name none",
+            ("subject", "prompt"),
+            [(subject, by_id[name].prompt) for name, subject in shown_subjects],
+            left=2,
+        )
     if not planned.conflicts:
         results.print("\nNo duplicates or conflicts.")
         return
