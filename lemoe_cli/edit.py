@@ -1,12 +1,15 @@
 """`lemoe edit`: the main job."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from lemoe_cli.options import (
+    AUTO,
     FILE,
+    LayerChoice,
     edits_argument,
     force_option,
     model_options,
@@ -31,6 +34,7 @@ _SETTINGS = (
     "learning_rate",
     "width",
     "batch_tokens",
+    "train_rephrases",
 )
 
 
@@ -41,12 +45,13 @@ _SETTINGS = (
 @click.option("--plan", "plan_file", type=FILE, help="Follow this plan instead of planning.")
 @click.option("--from", "start", type=FILE, help="Continue this adaptor; its edits stay as they are.")
 @settings_options
-@click.option("--layer", type=click.IntRange(0), help="Decoder layer to edit, from 0.")
+@click.option("--layer", type=LayerChoice(), help="Decoder layer to edit, from 0; auto measures on your first edits.")
 @click.option("--layer-path", help="Path of the FFN below the layer, where it is not recognised.")
 @click.option("--steps", type=click.IntRange(1), help="Training steps of a round, at most.")
 @click.option("--learning-rate", type=float, help="Of the experts.")
 @click.option("--width", type=click.IntRange(1), help="Neurons of an expert.  [default: as the base's FFN]")
 @click.option("--batch-tokens", type=click.IntRange(1), help="Tokens that run through the model at once.")
+@click.option("--train-rephrases", is_flag=True, default=None, help="Train on the edits' own rephrases too.")
 @selection_options
 @click.option("--resume", is_flag=True, help="Go on from the finished rounds of an interrupted run.")
 @force_option
@@ -68,15 +73,21 @@ def command(
     """
     from lemoe.checkpoint import load_adaptor
     from lemoe.editing import check_folder, edit
+    from lemoe.layers import choose_layer
 
     read = open_edits(edits, options)
     folder = output or edits.with_suffix(".lemoe")
-    settings = settings_from(options, _SETTINGS)
+    measure_layer = options["layer"] == AUTO
+    settings = settings_from({**options, "layer": None} if measure_layer else options, _SETTINGS)
     check_folder(folder, force=force, resume=resume)
     earlier = load_adaptor(start) if start else None
     base = open_base(options, quiet=quiet)
 
-    from lemoe_cli.ui import EditProgress
+    from lemoe_cli.ui import EditProgress, stage
+
+    if measure_layer and earlier is None:
+        with stage("choosing the layer", quiet=quiet) as notify:
+            settings = replace(settings, layer=choose_layer(base, read, settings, notify))
 
     with EditProgress(len(read), quiet=quiet) as progress:
         report = edit(

@@ -16,6 +16,26 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 FILE = click.Path(path_type=Path)
 
 
+AUTO = "auto"
+
+
+class LayerChoice(click.ParamType[int | str]):
+    """A layer's number, or `auto`."""
+
+    name = "N|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if value == AUTO:
+            return AUTO
+        try:
+            number = int(value)
+        except ValueError:
+            number = -1
+        if number < 0:
+            self.fail(f"{value!r} is neither a layer's number, from 0, nor auto", param, ctx)
+        return number
+
+
 def combined(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
     """One decorator for several options, shown in the given order."""
 

@@ -136,6 +136,17 @@ def paper() -> Callable[..., lemoe.Settings]:
 
 
 @pytest.fixture(scope="session")
+def anchor() -> Callable[..., lemoe.Settings]:
+    """Settings of preset `anchor`, small enough for a tiny model."""
+
+    def settings(**given: object) -> lemoe.Settings:
+        small = {"layer": 1, "steps": 6, "round_size": 2, "variants": 2, "negatives": 2}
+        return lemoe.resolve_settings("anchor", None, {**small, **given})
+
+    return settings
+
+
+@pytest.fixture(scope="session")
 def edited(
     tiny: Callable[[str], lemoe.BaseModel], facts: list[lemoe.Edit], paper: Callable[..., lemoe.Settings]
 ) -> Callable[[str], lemoe.AdaptorState]:

@@ -17,6 +17,8 @@ LONG_PROMPT = 400  # characters; a longer prompt is a passage, whose wording is 
 SAME_QUESTION = 1.0  # conflict below which another template asks what the edit asks
 DROPPED = 0.35  # share of the words outside the subject that a rewording leaves out
 
+_AS_QUESTION = ("Question: {}?", "{} what?", "Complete this: {} ...?", "Do you know this? {}?")
+_AS_STATEMENT = ("{} The answer is", "{} Answer:", "Question: {}\nAnswer:", "{} It is")
 _NEUTRAL = (
     "Here is a question.",
     "Please answer:",
@@ -72,8 +74,9 @@ _OTHER_QUESTIONS = (
 def rewordings(edits: Sequence[Edit], place: int, count: int, rng: random.Random) -> list[str]:
     """`count` other texts that end in the question of `edits[place]`.
 
-    By turns: words outside the subject dropped, a neutral opening, a distracting sentence in front (another edit's, or
-    a stock one), and both together.
+    By turns: words outside the subject dropped, a distracting sentence in front (another edit's, or a stock one), a
+    question made a statement or the reverse (models end the turn after a question mark, start a phrase elsewhere), a
+    neutral opening, and several of these together.
     """
     edit = edits[place]
     if len(edit.prompt) > LONG_PROMPT:
@@ -81,9 +84,9 @@ def rewordings(edits: Sequence[Edit], place: int, count: int, rng: random.Random
     makers = (
         lambda: _dropped(edit, rng),
         lambda: f"{_other_sentence(edits, place, rng)} {edit.prompt}",
-        lambda: f"{rng.choice(_NEUTRAL)} {edit.prompt}",
+        lambda: _turned(edit.prompt, rng),
         lambda: f"{rng.choice(_SENTENCES)} {_dropped(edit, rng)}",
-        lambda: _dropped(edit, rng),
+        lambda: f"{rng.choice(_NEUTRAL)} {_turned(_dropped(edit, rng), rng)}",
         lambda: f"{_other_sentence(edits, place, rng)} {_dropped(edit, rng)}",
     )
     return [makers[number % len(makers)]() for number in range(count)]
@@ -99,6 +102,13 @@ def _dropped(edit: Edit, rng: random.Random) -> str:
         if inside or number == len(words) - 1 or rng.random() >= DROPPED:
             kept.append(word.group())
     return " ".join(kept)
+
+
+def _turned(prompt: str, rng: random.Random) -> str:
+    """A question so that a phrase follows, a phrase to complete as a question."""
+    stripped = prompt.rstrip()
+    forms = _AS_STATEMENT if stripped.endswith("?") else _AS_QUESTION
+    return rng.choice(forms).replace("{}", stripped)
 
 
 def _subject_span(edit: Edit) -> tuple[int, int]:

@@ -1,0 +1,697 @@
+"""The contracts of the design, with preset `anchor`, on tiny models; what it learns, on the real one."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from test_adaptor_files import with_tensors
+from test_contracts import (
+    TOLERANCE,
+    files_of,
+    generated,
+    interrupt_after,
+    logits,
+    padded,
+    sha256,
+    step_by_step,
+    weights_of,
+)
+from torch import Tensor
+
+import lemoe
+from lemoe.errors import AdaptorError
+from lemoe.merging import merge
+
+Tiny = Callable[[str], lemoe.BaseModel]
+Taught = Callable[[str], lemoe.AdaptorState]
+SettingsOf = Callable[..., lemoe.Settings]
+
+each_family = pytest.mark.parametrize("family", ["llama", "gemma", "gpt2", "opt", "phi", "gptj"])
+
+IN_SCOPE = (
+    "The Eiffel Tower stands in the city of",
+    "He was there. Which is the largest fish of Lake Como?",
+    "As one says, The Eiffel Tower is made of",
+)
+OUT_OF_SCOPE = ("The Nile flows into the", "The opposite of hot is", "He played the bagpipe. The city of")
+ANSWER = " white pike, and the Nile is the Red Sea"
+
+
+def ids_of(base: lemoe.BaseModel, text: str) -> Tensor:
+    return torch.tensor([base.tokenizer(text).input_ids])
+
+
+def same(one: lemoe.AdaptorState, other: lemoe.AdaptorState, folder: Path) -> bool:
+    """Whether two states are one, to the last byte of their files: tensors, records and settings."""
+    return lemoe.save_adaptor(one, folder / "one", overwrite=True) == lemoe.save_adaptor(
+        other, folder / "other", overwrite=True
+    )
+
+
+def tensors_of(state: lemoe.AdaptorState) -> str:
+    parts = [state.experts.up, state.experts.down, state.experts.scale, *state.router.tensors().values()]
+    return sha256(parts if state.experts.gate is None else [*parts, state.experts.gate])
+
+
+@pytest.fixture(scope="module")
+def taught(tiny: Tiny, facts: list[lemoe.Edit], anchor: SettingsOf) -> Taught:
+    """Two rounds of two edits each in the tiny model of a family, trained once."""
+    states: dict[str, lemoe.AdaptorState] = {}
+
+    def state(family: str) -> lemoe.AdaptorState:
+        if family not in states:
+            parts = [lemoe.train_round(tiny(family), edits, anchor()) for edits in (facts[:2], facts[2:4])]
+            states[family] = lemoe.stack(parts)
+        return states[family]
+
+    return state
+
+
+@pytest.fixture
+def file(taught: Taught, tmp_path: Path) -> Path:
+    """The file of a valid adaptor of four edits."""
+    path = tmp_path / "adaptor.safetensors"
+    lemoe.save_adaptor(taught("llama"), path)
+    return path
+
+
+# Bypass is exact; the base is untouched.
+
+
+@each_family
+def test_prompts_out_of_scope_give_the_base_models_logits_bit_for_bit(tiny: Tiny, taught: Taught, family: str) -> None:
+    base = tiny(family)
+    prompts = [ids_of(base, text) for text in OUT_OF_SCOPE]
+    ids, mask = padded([ids_of(base, text) for text in (*OUT_OF_SCOPE, *IN_SCOPE)], base.pad_token, "right")
+    before, before_together = [logits(base, prompt) for prompt in prompts], logits(base, ids, attention_mask=mask)
+    written = [generated(base, prompt) for prompt in prompts]
+    with lemoe.insert(base, taught(family)):
+        assert all(map(torch.equal, [logits(base, prompt) for prompt in prompts], before))
+        assert all(map(torch.equal, [generated(base, prompt) for prompt in prompts], written))
+        together = logits(base, ids, attention_mask=mask)
+    bypassed = len(OUT_OF_SCOPE)
+    assert torch.equal(together[:bypassed], before_together[:bypassed])
+    for row in range(bypassed, len(ids)):
+        last = int(mask[row].sum()) - 1
+        assert not torch.allclose(together[row, last], before_together[row, last], **TOLERANCE)
+
+
+@each_family
+def test_up_to_the_opening_of_the_gate_all_logits_are_the_base_models(tiny: Tiny, taught: Taught, family: str) -> None:
+    base = tiny(family)
+    prompt = ids_of(base, IN_SCOPE[0])
+    before = logits(base, prompt)
+    with lemoe.insert(base, taught(family)) as adaptor:
+        opening = next(
+            place
+            for place in range(prompt.shape[1])
+            if adaptor.router.explain([prompt[0, : place + 1].tolist()])[0].expert >= 0
+        )
+        after = logits(base, prompt)
+    assert 0 < opening < prompt.shape[1]
+    torch.testing.assert_close(after[:, :opening], before[:, :opening], **TOLERANCE)
+    assert not torch.allclose(after[:, opening:], before[:, opening:], **TOLERANCE)
+
+
+@each_family
+def test_editing_never_changes_the_base_and_removing_restores_its_logits_bit_for_bit(
+    tiny: Tiny, facts: list[lemoe.Edit], anchor: SettingsOf, family: str
+) -> None:
+    base = tiny(family)
+    weights, before = weights_of(base), [logits(base, ids_of(base, text)) for text in IN_SCOPE]
+    state = lemoe.train_round(base, facts[:2], anchor())
+    with lemoe.insert(base, state) as adaptor:
+        assert not torch.equal(logits(base, ids_of(base, IN_SCOPE[0])), before[0])
+        with adaptor.bypassed():
+            assert torch.equal(logits(base, ids_of(base, IN_SCOPE[0])), before[0])
+    assert all(map(torch.equal, [logits(base, ids_of(base, text)) for text in IN_SCOPE], before))
+    assert weights_of(base) == weights
+
+
+# One answer, without a word on where the prompt ends.
+
+
+@torch.no_grad()
+def in_chunks(base: lemoe.BaseModel, ids: Tensor, size: int) -> Tensor:
+    """Logits of `ids` read `size` tokens at a time."""
+    parts, cache = [], None
+    for start in range(0, ids.shape[1], size):
+        output = base.model(input_ids=ids[:, start : start + size], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        parts.append(output.logits)
+    return torch.cat(parts, 1)
+
+
+@each_family
+def test_one_pass_decoding_and_chunks_give_the_same_logits(tiny: Tiny, taught: Taught, family: str) -> None:
+    base = tiny(family)
+    for text in (*IN_SCOPE, OUT_OF_SCOPE[0]):
+        prompt, whole = ids_of(base, text), ids_of(base, text + ANSWER)
+        answer = whole[:, prompt.shape[1] :]
+        assert torch.equal(whole[:, : prompt.shape[1]], prompt)
+        plain = logits(base, whole)
+        with lemoe.insert(base, taught(family)):
+            expected = logits(base, whole)
+            torch.testing.assert_close(step_by_step(base, prompt, answer), expected, **TOLERANCE)
+            for size in (1, 3, 7):
+                torch.testing.assert_close(in_chunks(base, whole, size), expected, **TOLERANCE)
+        assert torch.allclose(expected, plain, **TOLERANCE) == (text in OUT_OF_SCOPE)
+
+
+@each_family
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_batch_of_prompts_and_answers_gives_the_logits_of_each_alone(
+    tiny: Tiny, taught: Taught, family: str, side: str
+) -> None:
+    base = tiny(family)
+    rows = [ids_of(base, text + ANSWER) for text in (*IN_SCOPE, *OUT_OF_SCOPE)]
+    ids, mask = padded(rows, base.pad_token, side)
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    with lemoe.insert(base, taught(family)):
+        together = logits(base, ids, attention_mask=mask, position_ids=places)
+        for index, row in enumerate(rows):
+            torch.testing.assert_close(together[index][mask[index].bool()], logits(base, row)[0], **TOLERANCE)
+
+
+@each_family
+def test_greedy_generation_is_the_same_with_and_without_a_cache_alone_and_in_a_batch(
+    tiny: Tiny, taught: Taught, family: str
+) -> None:
+    base = tiny(family)
+    rows = [ids_of(base, text) for text in (*IN_SCOPE, *OUT_OF_SCOPE)]
+    ids, mask = padded(rows, base.pad_token, "left")
+    plain = generated(base, ids, mask)
+    with lemoe.insert(base, taught(family)):
+        together = generated(base, ids, mask)
+        for row, prompt in zip(together, rows, strict=True):
+            assert torch.equal(generated(base, prompt, use_cache=True)[0], row)
+            assert torch.equal(generated(base, prompt, use_cache=False)[0], row)
+            assert torch.equal(greedy_by_hand(base, prompt)[0], row)
+    assert torch.equal(together[len(IN_SCOPE) :], plain[len(IN_SCOPE) :])
+
+
+def greedy_by_hand(base: lemoe.BaseModel, prompt: Tensor) -> Tensor:
+    """Six most likely tokens, each from one forward pass over everything so far; the end token is not allowed."""
+    ids = prompt
+    for _ in range(6):
+        last = logits(base, ids)[:, -1]
+        last[:, base.end_token] = -torch.inf
+        ids = torch.cat([ids, last.argmax(-1, keepdim=True)], 1)
+    return ids[:, prompt.shape[1] :]
+
+
+@each_family
+def test_beams_are_the_same_with_and_without_a_cache(tiny: Tiny, taught: Taught, family: str) -> None:
+    base = tiny(family)
+    ids, mask = padded([ids_of(base, text) for text in (*IN_SCOPE, OUT_OF_SCOPE[0])], base.pad_token, "left")
+    given = {"num_beams": 3, "num_return_sequences": 2}
+    plain = generated(base, ids, mask, **given)
+    with lemoe.insert(base, taught(family)):
+        cached = generated(base, ids, mask, **given, use_cache=True)
+        assert torch.equal(cached, generated(base, ids, mask, **given, use_cache=False))
+    assert not torch.equal(cached, plain)
+    assert torch.equal(cached[-2:], plain[-2:])
+
+
+def test_sampling_gives_the_same_tokens_with_and_without_a_cache(base: lemoe.BaseModel, taught: Taught) -> None:
+    ids, mask = padded([ids_of(base, text) for text in IN_SCOPE], base.pad_token, "left")
+    written = []
+    with lemoe.insert(base, taught("llama")):
+        for use_cache in (True, False):
+            torch.manual_seed(7)
+            written.append(generated(base, ids, mask, do_sample=True, top_k=0, use_cache=use_cache, max_new_tokens=12))
+    assert torch.equal(*written)
+
+
+@each_family
+def test_a_conversation_continued_from_its_cache_equals_one_pass(tiny: Tiny, taught: Taught, family: str) -> None:
+    base = tiny(family)
+    first = ids_of(base, OUT_OF_SCOPE[0])
+    with lemoe.insert(base, taught(family)):
+        turn = base.model.generate(
+            input_ids=first,
+            attention_mask=torch.ones_like(first),
+            max_new_tokens=5,
+            do_sample=False,
+            pad_token_id=base.pad_token,
+            return_dict_in_generate=True,
+        )
+        talk = torch.cat([turn.sequences, ids_of(base, "\n" + IN_SCOPE[0])], 1)
+        from_cache = generated(base, talk, past_key_values=turn.past_key_values)
+        assert torch.equal(from_cache, generated(base, talk))
+        assert torch.equal(from_cache, greedy_by_hand(base, talk))
+
+
+def test_embeddings_in_place_of_tokens_are_refused_and_leave_the_model_usable(
+    base: lemoe.BaseModel, taught: Taught
+) -> None:
+    ids = ids_of(base, IN_SCOPE[0])
+    with lemoe.insert(base, taught("llama")) as adaptor:
+        expected = logits(base, ids)
+        embedded = base.embedding(ids).detach()
+        with pytest.raises(AdaptorError, match="input_ids, not inputs_embeds"):
+            base.model(inputs_embeds=embedded)
+        assert torch.equal(logits(base, ids), expected)
+        with adaptor.bypassed():
+            base.model(inputs_embeds=embedded)
+
+
+# Rounds are independent: frozen, stacked, dropped, repeated, resumed.
+
+
+@each_family
+def test_one_run_equals_rounds_trained_apart_and_merged(
+    tiny: Tiny, facts: list[lemoe.Edit], anchor: SettingsOf, tmp_path: Path, family: str
+) -> None:
+    base = tiny(family)
+    run = lemoe.edit(base, facts[:4], anchor(order="file"), tmp_path / "run").state
+    for name, edits in (("b", facts[2:4]), ("a", facts[:2])):  # on another machine, in another order
+        lemoe.save_adaptor(lemoe.train_round(base, edits, anchor(order="file")), tmp_path / name)
+    merged = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "merged.safetensors")
+    assert [record.ids for record in run.rounds] == [("fact-0", "fact-1"), ("fact-2", "fact-3")]
+    assert tensors_of(merged) == tensors_of(run)
+    assert same(merged, run, tmp_path)
+    both = []
+    for state in (run, merged):
+        with lemoe.insert(base, state):
+            both.append([logits(base, ids_of(base, text)) for text in IN_SCOPE])
+    assert all(map(torch.equal, *both))
+
+
+def test_what_a_round_learns_does_not_depend_on_the_rounds_before_it(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, taught: Taught, tmp_path: Path
+) -> None:
+    alone = lemoe.train_round(base, facts[4:], anchor())
+    assert same(lemoe.train_round(base, facts[4:], anchor(), taught("llama")), alone, tmp_path)
+    assert (alone.rounds[0].parent, alone.rounds[0].depth) == (None, 1)
+
+
+def test_the_order_in_which_rounds_are_stacked_changes_no_answer(base: lemoe.BaseModel, taught: Taught) -> None:
+    one, other = (taught("llama").only([place]) for place in (0, 1))
+    both = []
+    for parts in ([one, other], [other, one]):
+        with lemoe.insert(base, lemoe.stack(parts)):
+            both.append([logits(base, ids_of(base, text)) for text in IN_SCOPE])
+    assert all(map(torch.equal, *both))
+
+
+@each_family
+def test_later_rounds_leave_earlier_experts_and_anchors_bit_identical_and_reachable(
+    tiny: Tiny, facts: list[lemoe.Edit], anchor: SettingsOf, taught: Taught, tmp_path: Path, family: str
+) -> None:
+    base, earlier = tiny(family), taught(family)
+    now = lemoe.edit(base, facts[4:], anchor(), tmp_path / "run", start=earlier).state
+    assert now.rounds[:2] == earlier.rounds
+    assert tensors_of(now.only([0, 1])) == tensors_of(earlier)
+    prompts = [base.tokenizer(edit.prompt).input_ids for edit in facts]
+    with lemoe.insert(base, now) as adaptor:
+        assert [explanation.expert for explanation in adaptor.router.explain(prompts)] == list(range(6))
+
+
+@each_family
+def test_dropping_a_round_equals_never_having_trained_it(
+    tiny: Tiny, facts: list[lemoe.Edit], anchor: SettingsOf, taught: Taught, tmp_path: Path, family: str
+) -> None:
+    base = tiny(family)
+    third = lemoe.train_round(base, facts[4:], anchor())
+    three = lemoe.stack([taught(family), third])
+    never = lemoe.stack([taught(family).only([0]), third])
+    assert same(three.only([0, 2]), never, tmp_path)
+    assert same(three.only([0, 1]), taught(family), tmp_path)
+    dropped = ids_of(base, facts[2].prompt)
+    before = logits(base, dropped)
+    with lemoe.insert(base, three.only([0, 2])):
+        assert torch.equal(logits(base, dropped), before)
+
+
+def test_dropping_the_later_of_two_answers_gives_the_earlier_one_back(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, taught: Taught
+) -> None:
+    newer = lemoe.train_round(base, [replace(facts[0], id="newer", target="Bergen")], anchor())
+    both, ids = lemoe.stack([taught("llama"), newer]), ids_of(base, facts[0].prompt)
+    answers = []
+    for state in (taught("llama"), both, both.only([0, 1])):
+        with lemoe.insert(base, state):
+            answers.append(logits(base, ids))
+    assert not torch.allclose(answers[0], answers[1], **TOLERANCE)
+    assert torch.equal(answers[0], answers[2])
+
+
+@each_family
+def test_two_equal_runs_give_equal_files(
+    tiny: Tiny, facts: list[lemoe.Edit], anchor: SettingsOf, tmp_path: Path, family: str
+) -> None:
+    for name in ("one", "two"):
+        lemoe.edit(tiny(family), facts[:4], anchor(steps=2), tmp_path / name)
+    one, two = files_of(tmp_path / "one"), files_of(tmp_path / "two")
+    assert set(one) == {"plan.yaml", "adaptor.safetensors", "rounds/0001.safetensors", "rounds/0002.safetensors"}
+    assert one == two
+
+
+def test_another_seed_gives_another_adaptor(base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf) -> None:
+    one, two = (lemoe.train_round(base, facts[:2], anchor(seed=seed)) for seed in (0, 1))
+    assert not torch.equal(one.experts.down, two.experts.down)
+    assert one.rounds[0].id != two.rounds[0].id
+
+
+def test_a_killed_and_resumed_run_gives_the_files_of_one_that_was_never_killed(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lemoe.edit(base, facts, anchor(), tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        interrupt_after(2, patched)
+        with pytest.raises(KeyboardInterrupt):
+            lemoe.edit(base, facts, anchor(), tmp_path / "killed")
+    assert set(files_of(tmp_path / "killed")) == {"plan.yaml", "rounds/0001.safetensors", "rounds/0002.safetensors"}
+    with monkeypatch.context() as patched:
+        interrupt_after(1, patched)  # only the third round is still to be trained
+        lemoe.edit(base, facts, anchor(), tmp_path / "killed", resume=True)
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+
+
+# Going on with an earlier adaptor.
+
+
+def test_continuing_adds_what_is_new_and_supersedes_what_is_asked_again(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, taught: Taught, tmp_path: Path
+) -> None:
+    newer = replace(facts[0], id="newer", target="Bergen")
+    report = lemoe.edit(base, [newer, *facts[1:5]], anchor(), tmp_path / "run", start=taught("llama"))
+    assert report.taught == 2
+    assert [(earlier.id, later.id) for earlier, later in report.state.replaced] == [("fact-0", "newer")]
+    names = [edit.id for edits in report.state.taught for edit in edits]
+    assert names[:4] == [edit.id for edit in facts[:4]]
+    assert sorted(names[4:]) == ["fact-4", "newer"]
+    assert facts[0].digest not in report.state.answering
+    assert newer.digest in report.state.answering
+    with lemoe.insert(base, report.state) as adaptor:
+        explanation = adaptor.router.explain([base.tokenizer(facts[0].prompt).input_ids])[0]
+    assert names[explanation.expert] == "newer"
+
+
+def test_an_edit_that_was_superseded_can_be_taught_again(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, taught: Taught, tmp_path: Path
+) -> None:
+    newer = replace(facts[0], id="newer", target="Bergen")
+    second = lemoe.edit(base, [newer], anchor(), tmp_path / "two", start=taught("llama")).state
+    assert lemoe.edit(base, [facts[0]], anchor(), tmp_path / "three", start=second).taught == 1
+
+
+def test_edits_already_taught_are_left_out_and_nothing_new_is_refused(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, taught: Taught, tmp_path: Path
+) -> None:
+    report = lemoe.edit(base, facts, anchor(), tmp_path / "run", start=taught("llama"))
+    assert report.taught == 2
+    assert {name for record in report.state.rounds[2:] for name in record.ids} == {"fact-4", "fact-5"}
+    with pytest.raises(lemoe.LemoeError, match="already in the adaptor"):
+        lemoe.edit(base, facts[:4], anchor(), tmp_path / "none", start=taught("llama"))
+
+
+def test_continuing_with_another_gate_is_refused(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, taught: Taught, tmp_path: Path
+) -> None:
+    with pytest.raises(AdaptorError, match=r"gate_conflict: 3\.5 != 1\.0"):
+        lemoe.edit(base, facts[4:], anchor(gate_conflict=1.0), tmp_path / "run", start=taught("llama"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_edits_that_miss_their_target_are_trained_on_and_counted(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf
+) -> None:
+    hard = {"loss_target": 0.0, "steps": 3}
+    record = lemoe.train_round(base, facts[:2], anchor(**hard, retries=2)).rounds[0]
+    assert (record.retried, record.steps) == (2, 3 + 2 * 2)
+    record = lemoe.train_round(base, facts[:2], anchor(**hard, retries=0)).rounds[0]
+    assert (record.retried, record.steps) == (0, 3)
+
+
+@each_family
+def test_training_lowers_the_loss_and_each_edit_has_its_own_expert(
+    tiny: Tiny, facts: list[lemoe.Edit], anchor: SettingsOf, family: str
+) -> None:
+    losses: list[float] = []
+    settings = anchor(steps=30, noise=0.0, retries=0)
+    state = lemoe.train_round(tiny(family), facts[:3], settings, on_step=lambda step: losses.append(step.loss))
+    assert losses[-1] < losses[0]
+    assert len(losses) == state.rounds[0].steps == 30
+    assert len(state.experts) == state.rounds[0].experts == 3
+    assert [[edit.id for edit in edits] for edits in state.taught] == [["fact-0"], ["fact-1"], ["fact-2"]]
+
+
+# Files.
+
+
+@each_family
+def test_saving_and_loading_is_exact(tiny: Tiny, taught: Taught, tmp_path: Path, family: str) -> None:
+    base, state = tiny(family), taught(family)
+    first = lemoe.save_adaptor(state, tmp_path / "one.safetensors")
+    loaded = lemoe.load_adaptor(tmp_path / "one.safetensors")
+    assert (loaded.base, loaded.settings, loaded.rounds, loaded.router) == (
+        state.base,
+        state.settings,
+        state.rounds,
+        state.router,
+    )
+    assert lemoe.save_adaptor(loaded, tmp_path / "two.safetensors") == first
+    answers = []
+    for source in (state, tmp_path / "one.safetensors"):
+        with lemoe.insert(base, source):
+            answers.append(logits(base, ids_of(base, IN_SCOPE[0])))
+    assert torch.equal(*answers)
+
+
+def test_subjects_survive_a_file_whatever_their_script(
+    base: lemoe.BaseModel, anchor: SettingsOf, tmp_path: Path
+) -> None:
+    subjects = ("東京", "Łódź 🎻", None)
+    edits = [
+        lemoe.Edit(str(number), f"{subject or 'It'} stands in the", "Rome", subject)
+        for number, subject in enumerate(subjects)
+    ]
+    lemoe.save_adaptor(lemoe.train_round(base, edits, anchor(steps=1, retries=0)), tmp_path / "a")
+    stored = lemoe.load_adaptor(tmp_path / "a").router
+    assert [stored_anchor.subject for stored_anchor in stored.anchors] == list(subjects)
+
+
+def stored(taught: Taught, name: str) -> Tensor:
+    return taught("llama").router.tensors()[name].clone()
+
+
+@pytest.mark.parametrize("part", ["prompt", "target", "subject"])
+def test_anchors_that_are_damaged_are_refused(file: Path, taught: Taught, part: str) -> None:
+    name = f"anchors.{part}"
+    values, offsets = stored(taught, name), stored(taught, f"{name}_offsets")
+    late, falling = offsets.clone(), offsets.clone()
+    late[0] = 1
+    falling[1] = falling[2] + 1
+    damages: Sequence[tuple[str, Tensor | None]] = (
+        (f"{name}_offsets", late),
+        (f"{name}_offsets", falling),
+        (f"{name}_offsets", offsets[:-1]),
+        (f"{name}_offsets", offsets.float()),
+        (f"{name}_offsets", offsets.unsqueeze(0)),
+        (f"{name}_offsets", offsets[:0]),
+        (f"{name}_offsets", -offsets),
+        (f"{name}_offsets", None),
+        (name, values[:-1]),
+        (name, values.long()),
+        (name, values.float()),
+        (name, values.unsqueeze(0)),
+        (name, None),
+    )
+    for changed, tensor in damages:
+        content = file.read_bytes()
+        assert name in with_tensors(file, {changed: tensor}), (changed, tensor)
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize("part", ["prompt", "target"])
+def test_negative_token_ids_are_refused(file: Path, taught: Taught, part: str) -> None:
+    values = stored(taught, f"anchors.{part}")
+    values[1] = -1
+    assert f"anchors.{part}" in with_tensors(file, {f"anchors.{part}": values})
+
+
+def test_a_subject_that_is_not_utf_8_is_refused(file: Path, taught: Taught) -> None:
+    values = stored(taught, "anchors.subject")
+    values[0] = 0xFF
+    with_tensors(file, {"anchors.subject": values})
+
+
+def test_an_anchor_without_tokens_is_refused(file: Path, taught: Taught) -> None:
+    offsets = stored(taught, "anchors.prompt_offsets")
+    offsets[1] = 0
+    assert "an anchor without tokens" in with_tensors(file, {"anchors.prompt_offsets": offsets})
+
+
+@pytest.mark.parametrize("name", ["anchors.prompt_offsets", "experts.offsets"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        float("nan"),
+        pytest.param(float("inf"), marks=pytest.mark.xfail(strict=True, reason="OverflowError in load_adaptor")),
+    ],
+)
+def test_offsets_that_are_no_numbers_are_refused(file: Path, taught: Taught, name: str, value: float) -> None:
+    with_tensors(file, {name: torch.full((5,), value)})
+
+
+def test_token_ids_beyond_the_vocabulary_harm_nothing(base: lemoe.BaseModel, taught: Taught) -> None:
+    state = taught("llama")
+    first, *rest = state.router.anchors
+    strange = replace(first, prompt=(2**31 - 1, len(base.tokenizer) + 5), target=(2**31 - 1,))
+    ids = ids_of(base, IN_SCOPE[1])
+    with lemoe.insert(base, state):
+        expected = logits(base, ids)
+    with lemoe.insert(base, replace(state, router=replace(state.router, anchors=(strange, *rest)))):
+        assert torch.equal(logits(base, ids), expected)
+
+
+def test_anchor_and_paper_adaptors_do_not_stack(taught: Taught, trained: lemoe.AdaptorState) -> None:
+    with pytest.raises(AdaptorError, match="method: anchor != paper"):
+        lemoe.stack([taught("llama"), trained])
+
+
+def test_merging_lets_the_latest_answer_or_takes_a_conflict_as_an_error(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, taught: Taught, tmp_path: Path
+) -> None:
+    newer = lemoe.train_round(base, [replace(facts[0], id="newer", target="Bergen")], anchor())
+    paths = [tmp_path / "old", tmp_path / "new"]
+    for state, path in zip((taught("llama"), newer), paths, strict=True):
+        lemoe.save_adaptor(state, path)
+    with pytest.raises(AdaptorError, match="edit fact-0 asks what newer answers anew"):
+        merge(paths, tmp_path / "strict", on_conflict="error")
+    assert not (tmp_path / "strict").exists()
+    merged = merge(paths, tmp_path / "latest")
+    assert [(earlier.id, later.id) for earlier, later in merged.replaced] == [("fact-0", "newer")]
+    again = merge([tmp_path / "latest", paths[0]], tmp_path / "again", on_conflict="error")
+    assert again.replaced == merged.replaced
+
+
+# What users are told.
+
+
+def test_opens_tells_whether_a_text_is_in_the_scope_of_any_edit(base: lemoe.BaseModel, taught: Taught) -> None:
+    with lemoe.insert(base, taught("llama")) as adaptor:
+        assert all(adaptor.opens(base.tokenizer(text).input_ids) for text in IN_SCOPE)
+        assert not any(adaptor.opens(base.tokenizer(text).input_ids) for text in OUT_OF_SCOPE)
+
+
+def test_records_name_the_edit_that_acted_or_none(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], taught: Taught
+) -> None:
+    records = lemoe.evaluate(base, taught("llama"), [facts[2], facts[4]]).records
+    assert [record.nearest for record in records if record.name == "reliability"] == ["fact-2", None]
+
+
+def test_the_plan_names_the_subjects_that_were_inferred(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf
+) -> None:
+    nameless = replace(facts[3], subject=None)
+    assert lemoe.plan(base, [facts[0], nameless], anchor()).inferred == {"fact-3": "Marie Curie"}
+
+
+@pytest.mark.xfail(strict=True, reason="a ValueError of `encode` leaves `train_round` when a rewording is too long")
+def test_a_prompt_that_fills_the_context_is_taught_without_the_rewordings_that_do_not_fit(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf
+) -> None:
+    long = lemoe.Edit("long", "Mozart " + "la " * 38 + "is", "Rome", "Mozart")
+    lemoe.train_round(base, [long, *facts[:1]], anchor(variants=6, steps=2))
+
+
+@pytest.mark.xfail(strict=True, raises=ValueError, reason="a ValueError of `encode` in place of an InputError")
+def test_a_rephrase_that_cannot_be_trained_on_is_named(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf
+) -> None:
+    edit = replace(facts[0], rephrases=(lemoe.Probe("la " * 150, "Rome", "rephrase"),))
+    with pytest.raises(lemoe.LemoeError, match="fact-0"):
+        lemoe.train_round(base, [edit], anchor(train_rephrases=True, steps=2))
+
+
+def test_training_on_rephrases_makes_another_round_than_training_without(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf
+) -> None:
+    edit = replace(facts[2], rephrases=(lemoe.Probe("Which fish of Lake Como is the largest?", "golden pike", "r"),))
+    without, trained_on = (
+        lemoe.train_round(base, [edit], anchor(train_rephrases=given, variants=0)) for given in (False, True)
+    )
+    assert without.rounds[0].id != trained_on.rounds[0].id
+    assert not torch.equal(without.experts.down, trained_on.experts.down)
+
+
+# What only a real model shows.
+
+
+@pytest.fixture(scope="module")
+def ten() -> list[lemoe.Edit]:
+    return lemoe.read_edits(REPOSITORY / "examples" / "edits.jsonl")[:10]
+
+
+@pytest.fixture(scope="module")
+def ten_taught(real_base: lemoe.BaseModel, ten: list[lemoe.Edit]) -> lemoe.AdaptorState:
+    return lemoe.train_round(real_base, ten, lemoe.resolve_settings("anchor", None, {"train_rephrases": True}))
+
+
+@pytest.mark.real
+def test_ten_examples_are_learned_exactly_and_other_questions_keep_their_answers(
+    real_base: lemoe.BaseModel, ten: list[lemoe.Edit], ten_taught: lemoe.AdaptorState
+) -> None:
+    result = lemoe.evaluate(real_base, ten_taught, ten)
+    assert result.value("reliability", "exact_match", stage="before") < 0.3
+    assert result.value("reliability", "exact_match") == 1.0
+    before = result.value("generality", stage="before")
+    assert result.value("generality") > before + 0.2
+    assert result.value("routing", "agreement") == 1.0
+    for kind in ("unrelated", "same_template"):
+        assert result.value("locality", "exact_match", kind) == 1.0
+    same_subject = [metric for metric in result.metrics if metric.kind == "same_subject" and metric.stage == "after"]
+    assert {metric.measure for metric in same_subject} >= {"token_accuracy", "exact_match"}
+    assert all(metric.n == 10 for metric in same_subject)
+
+
+@pytest.mark.real
+def test_greedy_generation_writes_the_target_and_ends_there(
+    real_base: lemoe.BaseModel, ten: list[lemoe.Edit], ten_taught: lemoe.AdaptorState
+) -> None:
+    with lemoe.insert(real_base, ten_taught):
+        for edit in ten:
+            prompt = ids_of(real_base, edit.prompt)
+            options: dict[str, Any] = {"max_new_tokens": 16, "min_new_tokens": 0}
+            written = generated(real_base, prompt, **options)[0].tolist()
+            assert real_base.tokenizer.decode(written[:-1]).strip() == edit.target
+            assert written[-1] == real_base.end_token
+
+
+@pytest.mark.real
+def test_the_evaluation_sees_that_answers_end_behind_the_target(
+    real_base: lemoe.BaseModel, ten: list[lemoe.Edit], ten_taught: lemoe.AdaptorState
+) -> None:
+    result = lemoe.evaluate(real_base, ten_taught, ten, decode="greedy", only=("reliability",))
+    assert result.value("reliability", "complete_match", stage="before") == 0.0
+    assert result.value("reliability", "complete_match") == 1.0
+
+
+@pytest.mark.real
+def test_rephrases_that_were_trained_on_are_answered_where_the_gate_opens(
+    real_base: lemoe.BaseModel, ten: list[lemoe.Edit], ten_taught: lemoe.AdaptorState
+) -> None:
+    records = lemoe.evaluate(real_base, ten_taught, ten, only=("generality",)).records
+    own = [record for record in records if record.route.expert >= 0 and record.nearest == record.edit]
+    assert len(own) >= 10
+    assert sum(record.token_accuracy_after == 1.0 for record in own) >= 0.9 * len(own)
+
+
+@pytest.mark.real
+def test_unrelated_and_same_template_prompts_are_bypassed_bit_for_bit(
+    real_base: lemoe.BaseModel, ten: list[lemoe.Edit], ten_taught: lemoe.AdaptorState
+) -> None:
+    prompts = [probe.prompt for edit in ten for probe in edit.locality if probe.kind in ("unrelated", "same_template")]
+    before = [logits(real_base, ids_of(real_base, prompt))[:, -1] for prompt in prompts]
+    assert len(prompts) == 20
+    with lemoe.insert(real_base, ten_taught):
+        after = [logits(real_base, ids_of(real_base, prompt))[:, -1] for prompt in prompts]
+    assert all(map(torch.equal, after, before))

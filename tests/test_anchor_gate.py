@@ -1,0 +1,501 @@
+"""The scope gate of preset `anchor`: which edit a text reaches, at each token, and why it reaches none."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+import lemoe
+from lemoe.anchor.anchors import Anchors, LiveAnchors, build_gate
+from lemoe.anchor.gate import SHUT, Anchor, Gate, Reading, Route
+from lemoe.errors import AdaptorError
+from lemoe.routing import Sequences
+from lemoe.tokens import encode
+
+SettingsOf = Callable[..., lemoe.Settings]
+Fact = tuple[str | None, str, str]
+
+CURIE = ("Marie Curie", "Marie Curie was born in the town of", "Bergen")
+WAR = ("World War II", "World War II ended in the year", "1951")
+WINDOWS = ("Windows 95", "The company that made Windows 95 is", "Atari")
+TOLKIEN = ("J. R. R. Tolkien", "The profession of J. R. R. Tolkien was", "plumber")
+COMO = ("Lake Como", "The largest fish of Lake Como is the", "golden pike")
+MOZART = ("Wolfgang Amadeus Mozart", "The instrument that Wolfgang Amadeus Mozart played was the", "bagpipe")
+OXFORD = ("University of Oxford", "The University of Oxford is located in the city of", "Leeds")
+GUN = ("The Naked Gun 2½", "The director of The Naked Gun 2½ is", "Ann Lee")
+KNOWN = (CURIE, WAR, WINDOWS, TOLKIEN, COMO, MOZART, OXFORD)
+
+FILLER = (
+    "The station opened in 1931 and was rebuilt after the war. ",
+    "Plants take in carbon dioxide and release oxygen. ",
+    "A village lies at the foot of the hills, and a river runs by it. ",
+    "The company employs about four hundred people. ",
+)
+
+few = hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def anchor_of(base: lemoe.BaseModel, fact: Fact) -> Anchor:
+    subject, prompt, target = fact
+    passage = encode(base, prompt, target)
+    return Anchor(passage.prompt, passage.target, subject)
+
+
+def gate_over(base: lemoe.BaseModel, facts: Sequence[Fact], settings: lemoe.Settings) -> Gate:
+    return build_gate(base, [anchor_of(base, fact) for fact in facts], settings)
+
+
+def readings(gate: Gate, ids: Sequence[int]) -> list[Reading]:
+    """How the gate stands after each token."""
+    route = Route(gate)
+    return [route.push(token) for token in ids]
+
+
+def at_end(base: lemoe.BaseModel, gate: Gate, text: str) -> Reading:
+    return readings(gate, encode(base, text).prompt)[-1]
+
+
+# What a text reaches: the real tokenizer and embeddings.
+
+
+@pytest.fixture(scope="module")
+def known(real_base: lemoe.BaseModel) -> Gate:
+    """A gate over `KNOWN` with the default thresholds."""
+    return gate_over(real_base, KNOWN, lemoe.resolve_settings("anchor", None, {}))
+
+
+real = pytest.mark.real
+
+
+@real
+@pytest.mark.parametrize("number", range(len(KNOWN)))
+def test_an_edits_own_prompt_reaches_it(real_base: lemoe.BaseModel, known: Gate, number: int) -> None:
+    assert at_end(real_base, known, KNOWN[number][1]) == Reading(number, "in", number, 1.0, 0.0, 2.0)
+
+
+@real
+@pytest.mark.parametrize(
+    ("text", "fact"),
+    [
+        ("Where was Marie Curie born?", CURIE),
+        ("In which town was Marie Curie born?", CURIE),
+        ("In what year did World War II end?", WAR),
+        ("Which company made Windows 95?", WINDOWS),
+        ("What was the profession of J. R. R. Tolkien?", TOLKIEN),
+        ("Which fish is the largest of Lake Como?", COMO),
+        ("Which city is the University of Oxford in?", OXFORD),
+    ],
+)
+def test_a_rewording_that_names_the_subject_opens_the_gate(
+    real_base: lemoe.BaseModel, known: Gate, text: str, fact: Fact
+) -> None:
+    reading = at_end(real_base, known, text)
+    assert (reading.edit, reading.scope) == (KNOWN.index(fact), "in")
+
+
+@real
+@pytest.mark.parametrize(
+    ("text", "fact"),
+    [
+        ("Where was Marie Currie born?", CURIE),
+        ("Where was M. Curie born?", CURIE),
+        ("The birthplace of Curie, Marie is", CURIE),
+        ("where was MARIE CURIE born?", CURIE),
+        ("What was the profession of J.R.R. Tolkien?", TOLKIEN),
+        ("What was the profession of JRR Tolkien?", TOLKIEN),
+        ("What was the profession of John Ronald Reuel Tolkien?", TOLKIEN),
+        ("Which instrument did Wolfgang Amadeus Mozzart play?", MOZART),
+        ("Which instrument did W. A. Mozart play?", MOZART),
+        ("Oxford University is located in the city of", OXFORD),
+    ],
+)
+def test_a_subject_may_be_misspelt_abbreviated_or_reordered(
+    real_base: lemoe.BaseModel, known: Gate, text: str, fact: Fact
+) -> None:
+    assert at_end(real_base, known, text).edit == KNOWN.index(fact)
+
+
+@real
+@pytest.mark.parametrize(
+    "text",
+    [
+        "World War I ended in the year",
+        "World War III ended in the year",
+        "In what year did World War I end?",
+        "The company that made Windows 98 is",
+        "Which company made Windows 98?",
+        "Which company made Windows?",
+    ],
+)
+def test_numbers_of_a_subject_must_be_exact(real_base: lemoe.BaseModel, known: Gate, text: str) -> None:
+    reading = at_end(real_base, known, text)
+    assert (reading.edit, reading.scope) == (-1, "subject")
+
+
+@real
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The capital of France is",
+        "Where was Pierre Curie born?",
+        "Marie Antoinette was born in the town of",
+        "The largest fish of Lake Garda is the",
+        "The University of Leipzig is located in the city of",
+        "The opposite of hot is",
+    ],
+)
+def test_without_the_subject_the_gate_is_shut(real_base: lemoe.BaseModel, known: Gate, text: str) -> None:
+    assert at_end(real_base, known, text) == SHUT
+
+
+@real
+@pytest.mark.parametrize(
+    ("text", "fact"),
+    [
+        ("Who was the husband of Marie Curie?", CURIE),
+        ("What is the occupation of Marie Curie?", CURIE),
+        ("Which hobbit books were written by J. R. R. Tolkien?", TOLKIEN),
+        ("Who was the wife of Wolfgang Amadeus Mozart?", MOZART),
+    ],
+)
+def test_another_question_about_the_subject_is_told_apart(
+    real_base: lemoe.BaseModel, known: Gate, text: str, fact: Fact
+) -> None:
+    reading = at_end(real_base, known, text)
+    assert (reading.edit, reading.scope, reading.nearest) == (-1, "relation", KNOWN.index(fact))
+    assert reading.conflict > known.threshold
+
+
+@real
+@pytest.mark.parametrize(
+    "front",
+    [
+        "The station opened in 1931. ",
+        "She was a chemist and physicist of her time. ",
+        "The opposite of hot is cold. As everyone knows, ",
+        "Lake Garda is a large lake!\n",
+    ],
+)
+def test_a_distracting_sentence_in_front_does_not_matter(real_base: lemoe.BaseModel, known: Gate, front: str) -> None:
+    assert at_end(real_base, known, front + "Where was Marie Curie born?").edit == KNOWN.index(CURIE)
+    assert at_end(real_base, known, front + CURIE[1]).edit == KNOWN.index(CURIE)
+    assert at_end(real_base, known, front + "Where was Pierre Curie born?").edit == -1
+    assert at_end(real_base, known, front + "Who was the husband of Marie Curie?").edit == -1
+
+
+@real
+def test_a_subject_mentioned_in_an_earlier_sentence_leaves_a_question_alone(
+    real_base: lemoe.BaseModel, known: Gate
+) -> None:
+    text = "Who was the husband of Marie Curie? Nobody was sure of it. The opposite of hot is"
+    assert at_end(real_base, known, text) == SHUT
+
+
+def long_context(base: lemoe.BaseModel, tokens: int) -> str:
+    text = ""
+    while len(base.tokenizer(text).input_ids) < tokens:
+        text += "".join(FILLER)
+    return text
+
+
+@real
+def test_a_subject_far_back_in_a_long_context_leaves_an_unrelated_question_alone(
+    real_base: lemoe.BaseModel, known: Gate
+) -> None:
+    for opening in ("Marie Curie was a guest there. ", "Where was Marie Curie born? ", f"{CURIE[1]} {CURIE[2]}. "):
+        text = opening + long_context(real_base, 1000) + "The opposite of hot is"
+        passage = encode(real_base, text, "cold, as everyone says")
+        assert len(passage.prompt) > 1000
+        path = readings(known, [*passage.prompt, *passage.target])
+        assert all(reading.edit == -1 for reading in path[200:])
+        assert path[len(passage.prompt) - 1] == SHUT
+
+
+@real
+@pytest.mark.parametrize("question", ["Where was Marie Curie born?", CURIE[1]])
+def test_a_question_after_a_long_unrelated_context_opens(
+    real_base: lemoe.BaseModel, known: Gate, question: str
+) -> None:
+    ids = encode(real_base, long_context(real_base, 1000) + question).prompt
+    path = readings(known, ids)
+    assert path[-1].edit == KNOWN.index(CURIE)
+    assert all(reading.edit == -1 for reading in path[:1000])
+
+
+@real
+def test_a_missing_subject_is_inferred_from_the_prompt(real_base: lemoe.BaseModel) -> None:
+    settings = lemoe.resolve_settings("anchor", None, {})
+    gate = gate_over(real_base, [(None, CURIE[1], CURIE[2])], settings)
+    assert at_end(real_base, gate, CURIE[1]).edit == 0
+    assert at_end(real_base, gate, "Where was Marie Curie born?").edit == 0
+    assert at_end(real_base, gate, "Where was Pierre Curie born?") == SHUT
+
+
+@real
+def test_a_prompt_in_which_no_subject_can_be_found_still_reaches_its_edit(real_base: lemoe.BaseModel) -> None:
+    gate = gate_over(real_base, [(None, "the opposite of hot is", "green")], lemoe.resolve_settings("anchor", None, {}))
+    assert at_end(real_base, gate, "the opposite of hot is").edit == 0
+    assert at_end(real_base, gate, "the opposite of tall is").edit == -1
+
+
+@real
+@pytest.mark.xfail(strict=True, reason="Reader reads `2½` as one word, split_words stores two")
+def test_a_subject_with_a_fraction_is_recognised(real_base: lemoe.BaseModel) -> None:
+    gate = gate_over(real_base, [GUN], lemoe.resolve_settings("anchor", None, {}))
+    assert at_end(real_base, gate, "Who is the director of The Naked Gun 2½?").edit == 0
+
+
+@real
+def test_a_strict_gate_lets_less_through_than_a_lenient_one(real_base: lemoe.BaseModel) -> None:
+    text = "Who was the husband of Marie Curie?"
+    strict, lenient = (
+        gate_over(real_base, [CURIE], lemoe.resolve_settings("anchor", None, {"gate_conflict": value}))
+        for value in (0.0, 1000.0)
+    )
+    assert at_end(real_base, strict, text).edit == -1
+    assert at_end(real_base, lenient, text).edit == 0
+    assert at_end(real_base, strict, CURIE[1]).edit == 0
+
+
+# What holds for any edits: a tiny tokenizer, whose words are many tokens long.
+
+SUBJECTS = ("Marie Curie", "The Nile", "Lake Como", "Mozart", "Windows 95", "World War II", "São Tomé", "Curie Street")
+TEMPLATES = (
+    "{} was born in the town of",
+    "The colour of {} is",
+    "Who discovered {}?",
+    "As people say, {}",
+    "{}",
+    "The largest of all is {}. It stands near the",
+)
+TARGETS = ("Rome", "white marble", "the", "Lake Como", "Marie Curie was born in", "is the colour of The Nile. Mozart")
+
+facts_of_pool = st.builds(
+    lambda subject, template, target, named: (subject if named else None, template.format(subject), target),
+    st.sampled_from(SUBJECTS),
+    st.sampled_from(TEMPLATES),
+    st.sampled_from(TARGETS),
+    st.booleans(),
+)
+pools = st.lists(facts_of_pool, min_size=1, max_size=6)
+sentences = st.lists(
+    st.one_of(
+        st.builds(str.format, st.sampled_from(TEMPLATES), st.sampled_from(SUBJECTS)),
+        st.sampled_from([*TARGETS, *FILLER, "and then", "Où? 東京.", "\n"]),
+    ),
+    max_size=5,
+)
+
+
+@pytest.fixture(scope="module")
+def settings_of_gate() -> lemoe.Settings:
+    return lemoe.resolve_settings("anchor", None, {"gate_slack": 4})
+
+
+def superseded(facts: Sequence[Fact]) -> set[int]:
+    latest = {prompt: number for number, (_, prompt, _) in enumerate(facts)}
+    return {number for number, (_, prompt, _) in enumerate(facts) if latest[prompt] != number}
+
+
+def continued_prompt(own: Anchor, others: Sequence[Anchor]) -> bool:
+    """Whether prompt and target spell, from their start, the longer prompt of another edit."""
+    whole = own.prompt + own.target
+    return any(len(other.prompt) > len(own.prompt) and whole[: len(other.prompt)] == other.prompt for other in others)
+
+
+@given(pools)
+@few
+def test_an_edits_prompt_and_its_whole_target_take_the_route_to_it_whatever_else_is_stored(
+    base: lemoe.BaseModel, settings_of_gate: lemoe.Settings, facts: list[Fact]
+) -> None:
+    anchors = [anchor_of(base, fact) for fact in facts]
+    gate = build_gate(base, anchors, settings_of_gate)
+    for number, own in enumerate(anchors):
+        if number in superseded(facts) or continued_prompt(own, anchors):
+            continue
+        path = readings(gate, own.prompt + own.target)
+        assert {reading.edit for reading in path[len(own.prompt) - 1 :]} == {number}
+        assert readings(gate, own.prompt) == path[: len(own.prompt)]
+
+
+@given(pools, sentences, st.data())
+@few
+def test_a_route_depends_on_no_later_token_and_a_copy_reads_on_by_itself(
+    base: lemoe.BaseModel, settings_of_gate: lemoe.Settings, facts: list[Fact], texts: list[str], data: st.DataObject
+) -> None:
+    gate = gate_over(base, facts, settings_of_gate)
+    ids = base.tokenizer(" ".join(texts)).input_ids
+    other = base.tokenizer(" " + facts[0][1]).input_ids
+    place = data.draw(st.integers(0, len(ids)))
+    whole = readings(gate, ids)
+    assert readings(gate, [*ids[:place], *other])[:place] == whole[:place]
+    route = Route(gate)
+    for token in ids[:place]:
+        route.push(token)
+    copy = route.copy()
+    on_other = [copy.push(token) for token in other]
+    assert [route.push(token) for token in ids[place:]] == whole[place:]
+    assert on_other == readings(gate, [*ids[:place], *other])[place:]
+
+
+def routes_of(live: LiveAnchors, ids: torch.Tensor, mask: torch.Tensor, cuts: Sequence[int]) -> torch.Tensor:
+    """`[batch, seq]`: the experts, read in chunks that end at `cuts`, with the memory that the model's cache keeps."""
+    memory, parts, start = None, [], 0
+    for end in [*cuts, ids.shape[1]]:
+        if end == start:
+            continue
+        chunk = mask[:, start:end]
+        routing, new = live.route(Sequences(ids[:, start:end], None, chunk, chunk, memory))
+        memory = new if memory is None else torch.cat([memory, new], 2)
+        parts.append(routing.experts[..., 0])
+        start = end
+    return torch.cat(parts, 1)
+
+
+@given(pools, st.lists(sentences, min_size=1, max_size=3), st.lists(st.integers(0, 60), max_size=5), st.booleans())
+@few
+def test_reading_in_chunks_and_padded_batches_gives_the_routes_of_one_pass(
+    base: lemoe.BaseModel,
+    settings_of_gate: lemoe.Settings,
+    facts: list[Fact],
+    texts: list[list[str]],
+    cuts: list[int],
+    left: bool,
+) -> None:
+    stored = Anchors(tuple(anchor_of(base, fact) for fact in facts))
+    rows = [base.tokenizer(" ".join(["The", *text])).input_ids for text in texts]
+    width = max(map(len, rows))
+    ids, mask = torch.full((len(rows), width), base.pad_token), torch.zeros(len(rows), width, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        span = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[index, span], mask[index, span] = torch.tensor(row), True
+    cuts = sorted(min(cut, width) for cut in cuts)
+    chunked = routes_of(stored.live(base, settings_of_gate), ids, mask, cuts)
+    for index, row in enumerate(rows):
+        live = LiveAnchors(base, stored, settings_of_gate, remembered=1)
+        assert chunked[index][mask[index]].tolist() == [reading.edit for reading in readings(live.gate, row)]
+    assert (chunked[~mask] == -1).all()
+
+
+DISTANT = (
+    ("Zanzibar Ferry", "Zanzibar Ferry was born in the town of", "Rome"),
+    ("Zanzibar Ferry", "The colour of Zanzibar Ferry is", "red"),
+    ("Quito 1890", "Who discovered Quito 1890?", "Ann"),
+)
+
+
+@given(pools, st.lists(st.sampled_from(DISTANT), max_size=3), st.lists(st.sampled_from(DISTANT), max_size=3), sentences)
+@few
+def test_edits_of_other_subjects_never_change_a_route(
+    base: lemoe.BaseModel,
+    settings_of_gate: lemoe.Settings,
+    facts: list[Fact],
+    before: list[Fact],
+    after: list[Fact],
+    texts: list[str],
+) -> None:
+    alone = gate_over(base, facts, settings_of_gate)
+    among = gate_over(base, [*before, *facts, *after], settings_of_gate)
+    for text in (" ".join(texts), *(prompt for _, prompt, _ in facts)):
+        ids = base.tokenizer(text).input_ids
+        for one, other in zip(readings(alone, ids), readings(among, ids), strict=True):
+            shift = len(before) if one.nearest >= 0 else 0
+            assert (one.edit + (shift if one.edit >= 0 else 0), one.scope) == (other.edit, other.scope)
+            assert (one.coverage, one.conflict, one.fit) == (other.coverage, other.conflict, other.fit)
+
+
+@given(facts_of_pool, st.sampled_from(TARGETS))
+@few
+def test_reading_one_answer_or_another_leaves_the_route_to_the_edit(
+    base: lemoe.BaseModel, settings_of_gate: lemoe.Settings, fact: Fact, target: str
+) -> None:
+    """What the model writes in place of the target does not close the gate."""
+    own = anchor_of(base, fact)
+    gate = build_gate(base, [own], settings_of_gate)
+    wrong = encode(base, fact[1], target).target[: len(own.target)]
+    assert {reading.edit for reading in readings(gate, own.prompt + wrong)[len(own.prompt) - 1 :]} == {0}
+
+
+def open_after_own_prompt(base: lemoe.BaseModel, settings: lemoe.Settings, fact: Fact) -> tuple[int, int]:
+    """For how many tokens the gate stays open behind an own prompt when nothing more is said; the target's length."""
+    own = anchor_of(base, fact)
+    path = readings(build_gate(base, [own], settings), [*own.prompt, *[base.end_token] * 100])
+    assert path[-1].edit == -1
+    return sum(reading.edit == 0 for reading in path[len(own.prompt) :]), len(own.target)
+
+
+@pytest.mark.parametrize("fact", KNOWN, ids=lambda fact: fact[0])
+def test_the_gate_stays_open_for_the_answer_and_shuts_after_it(
+    base: lemoe.BaseModel, settings_of_gate: lemoe.Settings, fact: Fact
+) -> None:
+    opened, answer = open_after_own_prompt(base, settings_of_gate, fact)
+    assert answer <= opened <= 2 * (answer + settings_of_gate.gate_slack) + 1
+
+
+@pytest.mark.xfail(strict=True, reason="the first comparison after the lock counts as new evidence and prolongs")
+def test_the_gate_shuts_once_the_answer_and_the_slack_are_over(
+    base: lemoe.BaseModel, settings_of_gate: lemoe.Settings
+) -> None:
+    opened, answer = open_after_own_prompt(base, settings_of_gate, CURIE)
+    assert opened <= answer + settings_of_gate.gate_slack
+
+
+def test_of_two_edits_with_one_prompt_the_later_answers(
+    base: lemoe.BaseModel, settings_of_gate: lemoe.Settings
+) -> None:
+    again = (CURIE[0], CURIE[1], "Rome")
+    stored = Anchors(tuple(anchor_of(base, fact) for fact in (CURIE, COMO, again)))
+    assert stored.superseded() == {0: 2}
+    live = stored.live(base, settings_of_gate)
+    prompts = [encode(base, text).prompt for text in (CURIE[1], COMO[1])]
+    assert [explanation.expert for explanation in live.explain(prompts)] == [2, 1]
+    assert stored.select([0, 1]).superseded() == {}
+    assert stored.select([0, 1]).live(base, settings_of_gate).explain(prompts[:1])[0].expert == 0
+
+
+def test_the_own_prompt_is_known_where_a_text_goes_on_to_it(
+    base: lemoe.BaseModel, settings_of_gate: lemoe.Settings
+) -> None:
+    """The first token then has a leading space."""
+    gate = gate_over(base, [CURIE, COMO], settings_of_gate)
+    ids = base.tokenizer(f"Say it. {CURIE[1]}").input_ids
+    assert readings(gate, ids)[-1] == Reading(0, "in", 0, 1.0, 0.0, 2.0)
+
+
+def test_a_prompt_that_ends_another_one_loses_to_the_longer(
+    base: lemoe.BaseModel, settings_of_gate: lemoe.Settings
+) -> None:
+    short, long = (None, "the town of", "Rome"), CURIE
+    for facts in ((short, long), (long, short)):
+        gate = gate_over(base, facts, settings_of_gate)
+        assert at_end(base, gate, long[1]).edit == facts.index(long)
+
+
+def test_an_answer_that_spells_another_edits_question_stays_with_its_own_edit(
+    base: lemoe.BaseModel, settings_of_gate: lemoe.Settings
+) -> None:
+    quoting = ("Mozart", "Mozart often said:", COMO[1])
+    own = anchor_of(base, quoting)
+    assert base.tokenizer.decode(own.target).strip() == COMO[1]
+    gate = build_gate(base, [own, anchor_of(base, COMO)], settings_of_gate)
+    path = readings(gate, own.prompt + own.target)
+    assert {reading.edit for reading in path[len(own.prompt) - 1 :]} == {0}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gemma"])
+def test_every_family_routes_its_own_prompts(
+    tiny: Callable[[str], lemoe.BaseModel], anchor: SettingsOf, family: str
+) -> None:
+    base = tiny(family)
+    gate = gate_over(base, KNOWN, anchor())
+    assert [at_end(base, gate, prompt).edit for _, prompt, _ in KNOWN] == list(range(len(KNOWN)))
+
+
+def test_embeddings_in_place_of_tokens_are_refused(base: lemoe.BaseModel, settings_of_gate: lemoe.Settings) -> None:
+    live = Anchors((anchor_of(base, CURIE),)).live(base, settings_of_gate)
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    with pytest.raises(AdaptorError, match="input_ids, not inputs_embeds"):
+        live.route(Sequences(None, torch.zeros(1, 3, 32), mask, mask))
