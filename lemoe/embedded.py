@@ -5,6 +5,7 @@ checked, and converted once to a folder of safetensors in the user's cache; load
 """
 
 import hashlib
+import io
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import platformdirs
@@ -93,7 +95,8 @@ def _convert(gguf: Path, folder: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = {"gguf_file": gguf.name, "local_files_only": True}
-    read = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
+    with redirect_stderr(io.StringIO()):  # progress bars that no setting turns off
+        read = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
     config = read.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the weights are plain float32 now

@@ -125,12 +125,30 @@ def _show(result: "EvalResult") -> None:
         rows,
         left=2,
     )
+    _show_measure(groups, "perplexity", "Perplexity of the targets")
+    _show_measure(groups, "complete_match", "Share of answers that are the target, ended by the model itself")
     routes = [
         (kind, f"{group[0].value:.3f}", str(group[0].n)) for (name, kind), group in groups.items() if name == "routing"
     ]
     if routes:
         results.print()
         table("Share of edits whose prompt reaches the expert that it trained", ("rounds", "share", "n"), routes)
+
+
+def _show_measure(groups: "dict[tuple[str, str], list[Metric]]", measure: str, title: str) -> None:
+    """One more measure of the metrics that have it, over all their kinds."""
+    from lemoe_cli.ui import results, table
+
+    rows = []
+    for (name, kind), group in groups.items():
+        stages = {metric.stage: metric for metric in group if metric.measure == measure}
+        if kind == "all" and stages:
+            before, after = (stages.get(stage) for stage in ("before", "after"))
+            cells = ("" if m is None else _figure(m, spread=m is after) for m in (before, after))
+            rows.append((name, *cells, str(group[0].n)))
+    if rows:
+        results.print()
+        table(title, ("", "before", "after", "n"), rows)
 
 
 def _cells(group: "Sequence[Metric]") -> list[str]:
