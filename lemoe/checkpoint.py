@@ -127,7 +127,7 @@ def load_adaptor(path: Path | str) -> AdaptorState:
         raise AdaptorError(f"{path}: not a whole safetensors file ({error}); copy or train it again") from None
     try:
         return _state(path, header, tensors)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise AdaptorError(f"{path}: its metadata is damaged ({type(error).__name__}: {error})") from None
 
 

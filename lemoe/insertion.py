@@ -134,7 +134,10 @@ class InsertedAdaptor:
         if self._bypass:
             return
         call = self._signature.bind_partial(*args, **kwargs).arguments
-        stored = RouteMemory.of(call.get("past_key_values"))
+        cache = call.get("past_key_values")
+        stored = RouteMemory.of(cache)
+        if stored is None and cache is not None and cache.get_seq_length():
+            raise AdaptorError("this KV cache was filled without the adaptor; start it anew with the adaptor inserted")
         memory = stored.keys if stored is not None and stored.get_seq_length() else None
         ids, embeddings = call.get("input_ids"), call.get("inputs_embeds")
         given = embeddings if ids is None else ids

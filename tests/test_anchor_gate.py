@@ -242,7 +242,6 @@ def test_a_prompt_in_which_no_subject_can_be_found_still_reaches_its_edit(real_b
 
 
 @real
-@pytest.mark.xfail(strict=True, reason="Reader reads `2½` as one word, split_words stores two")
 def test_a_subject_with_a_fraction_is_recognised(real_base: lemoe.BaseModel) -> None:
     gate = gate_over(real_base, [GUN], lemoe.resolve_settings("anchor", None, {}))
     assert at_end(real_base, gate, "Who is the director of The Naked Gun 2½?").edit == 0
@@ -380,6 +379,40 @@ def test_reading_in_chunks_and_padded_batches_gives_the_routes_of_one_pass(
     assert (chunked[~mask] == -1).all()
 
 
+def test_answers_that_go_on_from_one_prefix_do_not_disturb_each_other(
+    base: lemoe.BaseModel, settings_of_gate: lemoe.Settings
+) -> None:
+    live = Anchors(tuple(anchor_of(base, fact) for fact in (CURIE, COMO))).live(base, settings_of_gate)
+    prefix = base.tokenizer("Yes. Marie").input_ids
+    answers = [
+        base.tokenizer(text).input_ids for text in (". The largest fish of Lake Como is", " Curie was born", ". No")
+    ]
+
+    def experts(ids: Sequence[int], memory: torch.Tensor | None) -> tuple[list[int], torch.Tensor]:
+        tokens = torch.tensor([list(ids)])
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        routing, new = live.route(Sequences(tokens, None, mask, mask, memory))
+        return routing.experts[0, :, 0].tolist(), new
+
+    _, memory = experts(prefix, None)
+    for answer in (*answers, *reversed(answers)):
+        expected = [reading.edit for reading in readings(live.gate, [*prefix, *answer])][len(prefix) :]
+        assert experts(answer, memory)[0] == expected
+    assert 0 in experts(answers[1], memory)[0]
+
+
+def test_a_superseded_edit_opens_the_gate_no_more_for_its_own_subject_either(
+    base: lemoe.BaseModel, settings_of_gate: lemoe.Settings
+) -> None:
+    about_the_lake = ("Lake Como", "In the tale of Lake Como and Marie Curie, the winner is", "Rome")
+    about_her = ("Marie Curie", about_the_lake[1], "Bergen")
+    text = encode(base, "In the tale of Marie Curie, the winner is").prompt
+    alone = Anchors((anchor_of(base, about_her),)).live(base, settings_of_gate)
+    both = Anchors(tuple(anchor_of(base, fact) for fact in (about_her, about_the_lake))).live(base, settings_of_gate)
+    assert alone.explain([text])[0].expert == 0
+    assert both.explain([text])[0].expert == -1
+
+
 DISTANT = (
     ("Zanzibar Ferry", "Zanzibar Ferry was born in the town of", "Rome"),
     ("Zanzibar Ferry", "The colour of Zanzibar Ferry is", "red"),
@@ -435,7 +468,6 @@ def test_the_gate_stays_open_for_the_answer_and_shuts_after_it(
     assert answer <= opened <= 2 * (answer + settings_of_gate.gate_slack) + 1
 
 
-@pytest.mark.xfail(strict=True, reason="the first comparison after the lock counts as new evidence and prolongs")
 def test_the_gate_shuts_once_the_answer_and_the_slack_are_over(
     base: lemoe.BaseModel, settings_of_gate: lemoe.Settings
 ) -> None:

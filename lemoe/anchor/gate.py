@@ -226,6 +226,7 @@ class Route:
         self._until = -1  # last token for which the gate stays open
         self._locked = -1  # last token for which an own prompt's route is locked
         self._lock_start = 0
+        self._settling = False  # the answer to an own prompt was just read; its words are no new evidence
         self._opened = -1
         self._word_start = -1
         self._signature: tuple[int, int] | None = None
@@ -277,6 +278,7 @@ class Route:
         self._locked = time + len(anchor.target)
         self._lock_start = start
         self._until = self._locked + self._gate.slack
+        self._settling = True
         return True
 
     def _read_something(self, time: int) -> bool:
@@ -348,7 +350,9 @@ class Route:
                     best = (key, reading, fresh)
                 if nearest is None or compared.conflict < nearest.conflict:
                     nearest = reading
-        if best is not None:
+        if self._settling:
+            self._settling = False
+        elif best is not None:
             self._take(best[0], best[1], best[2], scores, time)
         elif nearest is not None and self._now.edit < 0:
             self._now = nearest

@@ -7,6 +7,7 @@ nothing depends on earlier rounds: they can be trained in any order, on any mach
 
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,7 +24,7 @@ from lemoe.frozen import FrozenBatch, ffn_inputs, freeze, residual_scale
 from lemoe.models import BaseModel
 from lemoe.settings import Settings
 from lemoe.structure import FFNSite
-from lemoe.tokens import Batch, Passage, encode, length_buckets
+from lemoe.tokens import Batch, Passage, encode, encode_all, length_buckets
 from lemoe.training import OnStep, Step, encode_edits
 
 DEFAULT_WIDTH = 4
@@ -196,24 +197,40 @@ class LessonMaker:
     def _variants(self) -> list[list[Teaching]]:
         edits, settings = self._edits, self._settings
         texts = [rewordings(edits, place, settings.variants, self._rng) for place in range(len(edits))]
+        usable = [self._usable([(text, edit.target) for text in own]) for own, edit in zip(texts, edits, strict=True)]
         if settings.train_rephrases:
-            texts = [
-                [*own, *(probe.prompt for probe in edit.rephrases)] for own, edit in zip(texts, edits, strict=True)
-            ]
+            rephrased = self._rephrases()
+            usable = [[*own, *theirs] for own, theirs in zip(usable, rephrased, strict=True)]
         kinds = [
-            [(place, self._encoded(own[kind], edits[place])) for place, own in enumerate(texts) if kind < len(own)]
-            for kind in range(max(map(len, texts), default=0))
+            [(place, own[kind]) for place, own in enumerate(usable) if kind < len(own)]
+            for kind in range(max(map(len, usable), default=0))
         ]
         return [self._teachings(rows) for rows in kinds]
 
-    def _encoded(self, text: str, edit: Edit) -> Passage:
-        return encode(self._base, text, edit.target)
+    def _rephrases(self) -> list[list[Passage]]:
+        """The user's own; one that cannot be used is the user's to mend."""
+        return [
+            encode_all(self._base, ((f"rephrase of edit {e.id}", p.prompt, e.target) for p in e.rephrases))
+            for e in self._edits
+        ]
+
+    def _usable(self, texts: Sequence[tuple[str, str | None]]) -> list[Passage]:
+        """The passages of made-up texts; one that this tokenizer or context cannot take is left out."""
+        passages = []
+        for text, target in texts:
+            with suppress(ValueError):
+                passages.append(encode(self._base, text, target))
+        return passages
 
     def _teachings(self, rows: Sequence[tuple[int, Passage]]) -> list[Teaching]:
         """Frozen batches of passages, each with the token that ends an answer behind its target."""
-        ended = [Passage(passage.prompt, (*passage.target, self._base.end_token)) for _, passage in rows]
+        ended = [self._ended(passage) for _, passage in rows]
         buckets = length_buckets(list(map(len, ended)), self._settings.batch_tokens)
         return [self._teaching(rows, ended, bucket) for bucket in buckets]
+
+    def _ended(self, passage: Passage) -> Passage:
+        full = self._base.max_length is not None and len(passage) >= self._base.max_length
+        return passage if full else Passage(passage.prompt, (*passage.target, self._base.end_token))
 
     def _teaching(
         self, rows: Sequence[tuple[int, Passage]], ended: Sequence[Passage], bucket: Sequence[int]
@@ -246,11 +263,13 @@ class LessonMaker:
         gate = build_gate(base, self._anchors, self._settings)
         count = self._settings.negatives
         rows = [
-            (place, text)
+            (place, passage)
             for place in range(len(edits))
-            for text in other_questions(gate, edits, place, count, self._rng)
+            for passage in self._usable(
+                [(text, None) for text in other_questions(gate, edits, place, count, self._rng)]
+            )
         ]
-        passages = [encode(base, text) for _, text in rows]
+        passages = [passage for _, passage in rows]
         silences = []
         for bucket in length_buckets(list(map(len, passages)), self._settings.batch_tokens):
             batch = Batch.of(passages, bucket, base.pad_token, base.device)

@@ -1,8 +1,10 @@
 """From token ids to words and sentences, one token at a time, so that a route never depends on what comes later."""
 
+import codecs
 import re
 import unicodedata
 from dataclasses import dataclass
+from functools import partial
 
 _LETTERS = str.maketrans(
     {"ł": "l", "ø": "o", "đ": "d", "ı": "i", "æ": "ae", "œ": "oe", "ß": "ss", "’": "'", "ʼ": "'", "ʻ": "'"}
@@ -14,8 +16,13 @@ _ROMAN = re.compile(r"^(?=[ivxl])(l?x{0,3})(ix|iv|v?i{0,3})$")
 
 def fold(text: str) -> str:
     """Casefold and strip diacritics."""
-    text = unicodedata.normalize("NFKD", text.casefold().translate(_LETTERS))
+    text = unicodedata.normalize("NFKD", text.casefold().translate(_LETTERS)).casefold()
     return text if text.isascii() else "".join(c for c in text if not unicodedata.combining(c))
+
+
+def _letters(char: str) -> str:
+    """The folded letters and digits of one character; empty if it belongs to no word."""
+    return "".join(c for c in fold(char) if c.isalnum()) if char.isalnum() else ""
 
 
 def stem(word: str) -> str:
@@ -33,8 +40,17 @@ def stem(word: str) -> str:
 
 
 def split_words(text: str) -> list[str]:
-    """The folded words of a text: runs of letters and digits."""
-    return re.findall(r"[^\W_]+", fold(text))
+    """The folded words of a text: runs of letters and digits, as a `Reader` reads them."""
+    words: list[str] = []
+    growing = False
+    for char in text:
+        letters = _letters(char)
+        if letters and growing:
+            words[-1] += letters
+        elif letters:
+            words.append(letters)
+        growing = bool(letters) or (growing and bool(unicodedata.combining(char)))
+    return words
 
 
 def rigid(word: str) -> bool:
@@ -64,6 +80,9 @@ class Word:
     first: bool
 
 
+_decoder = partial(codecs.getincrementaldecoder("utf-8"), "replace")
+
+
 class Reader:
     """The words of the sentence being read; the last one may still grow.
 
@@ -74,51 +93,37 @@ class Reader:
     def __init__(self) -> None:
         self.words: list[Word] = []
         self.growing = False
-        self._bytes = b""
+        self._decoder = _decoder()
         self._stop = 0  # 0: none, 1: a stop was read, 2: a stop and space
         self._hard = False  # the stop was none that abbreviations use
 
     def copy(self) -> "Reader":
         other = Reader()
         other.words = [Word(w.text, w.capital, w.first) for w in self.words]
-        other.growing, other._bytes = self.growing, self._bytes
+        other.growing = self.growing
+        other._decoder.setstate(self._decoder.getstate())
         other._stop, other._hard = self._stop, self._hard
         return other
 
     def push(self, piece: bytes) -> bool:
         """Read one token's bytes; returns whether a new sentence began with it."""
         fresh = False
-        for char in self._decoded(piece):
-            if char.isalnum():
-                fresh |= self._letter(char)
+        for char in self._decoder.decode(piece):
+            if letters := _letters(char):
+                fresh |= self._letter(char, letters)
             elif not (unicodedata.combining(char) and self.growing):
                 self._other(char)
         return fresh
 
-    def _decoded(self, piece: bytes) -> str:
-        """Whole characters; the bytes of an unfinished one wait for the next token."""
-        self._bytes += piece
-        try:
-            text = self._bytes.decode("utf-8")
-            self._bytes = b""
-        except UnicodeDecodeError as error:
-            if len(self._bytes) - error.start < 4:
-                text = self._bytes[: error.start].decode("utf-8", "ignore")
-                self._bytes = self._bytes[error.start :]
-            else:
-                text = self._bytes.decode("utf-8", "replace")
-                self._bytes = b""
-        return text
-
-    def _letter(self, char: str) -> bool:
+    def _letter(self, char: str, letters: str) -> bool:
         capital = char.isupper() or char.isdigit()
         fresh = self._stop == 2 and not self.growing and (capital or self._hard)
         if fresh:
             self.words = []
         if self.growing:
-            self.words[-1].text += fold(char)
+            self.words[-1].text += letters
         else:
-            self.words.append(Word(fold(char), capital, not self.words))
+            self.words.append(Word(letters, capital, not self.words))
             self.growing = True
         self._stop = 0
         return fresh
