@@ -1,0 +1,52 @@
+"""The README says what is true: its Python runs, its commands exist, its edit can be read."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import lemoe
+from lemoe_cli.main import COMMANDS
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+def block(language: str) -> str:
+    """The first code block of a language."""
+    found = re.search(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    assert found, f"README.md has no {language} block"
+    return found[1]
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_every_command_is_in_the_readme(command: str) -> None:
+    assert f"`lemoe {command} " in README
+
+
+@pytest.mark.parametrize("preset", ["anchor", "paper"])
+def test_every_preset_is_in_the_readme_and_resolves(preset: str) -> None:
+    assert f"| `{preset}`" in README
+    assert lemoe.resolve_settings(preset).method == preset
+
+
+def test_the_edit_on_the_first_screen_can_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "edits.jsonl"
+    path.write_text(block("json"))
+    (edit,) = lemoe.read_edits(path)
+    assert edit.subject == json.loads(block("json"))["subject"]
+
+
+@pytest.mark.real
+def test_the_python_example_teaches_and_restores_the_model(
+    tmp_path: Path, real_base: lemoe.BaseModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edits = lemoe.read_edits(REPOSITORY / "examples" / "edits.jsonl")[:4]
+    adaptor = tmp_path / "adaptor.safetensors"
+    lemoe.save_adaptor(lemoe.train_round(real_base, edits, lemoe.resolve_settings()), adaptor)
+    code = block("python").replace("examples/edits.lemoe/adaptor.safetensors", str(adaptor))
+    exec(compile(code, "README.md", "exec"), {})
+    said = capsys.readouterr().out.strip().split("\n")
+    assert "Paris" in said[0]
+    assert said[-1].strip() == "Rome"
