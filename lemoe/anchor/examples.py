@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from lemoe.anchor.gate import Gate, Question, around, compare
 from lemoe.anchor.lexicon import infer_subject
-from lemoe.anchor.words import Reader
+from lemoe.anchor.words import Reader, Word
 from lemoe.conflicts import question
 from lemoe.edits import Edit
 
@@ -145,7 +145,7 @@ def other_questions(gate: Gate, edits: Sequence[Edit], place: int, count: int, r
     about = gate.index.subjects[stored.subject]
     scored = []
     for text in dict.fromkeys(texts):
-        words = _read(text, gate)
+        words = _read(text)
         mention = about.find(words)
         if mention is None:
             continue
@@ -166,8 +166,8 @@ def _about(other: Edit, edit: Edit, subject: str) -> str:
     return other.prompt[:start] + subject + other.prompt[end:] if end else ""
 
 
-def _read(text: str, gate: Gate) -> list:  # type: ignore[type-arg]
+def _read(text: str) -> list[Word]:
+    """The last sentence of a text."""
     reader = Reader()
-    for word in re.findall(r"\s*\S+", text):
-        reader.push(word.encode())
+    reader.push(text.encode())
     return reader.words
