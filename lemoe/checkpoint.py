@@ -3,7 +3,6 @@
 All metadata is sorted JSON under one key, so that equal states give equal files, byte for byte.
 """
 
-import hashlib
 import json
 import os
 import tempfile
@@ -28,18 +27,17 @@ from lemoe.routing import Lineage, offsets_hold
 from lemoe.settings import Settings, coerce_settings
 
 FORMAT = 1
+ADAPTOR_NAME = "adaptor.safetensors"
 METADATA_KEY = "lemoe"
 
 Record = TypeVar("Record", Fingerprint, RoundRecord)
 
 
-def save_adaptor(state: AdaptorState, path: Path | str, *, overwrite: bool = False) -> str:
+def save_adaptor(state: AdaptorState, path: Path | str, *, overwrite: bool = False) -> None:
     """Write `state` to `path`, whole or not at all.
 
-    Returns:
-        the SHA-256 of the file.
-
     Raises:
+        AdaptorError: if the state holds values that are not finite, which no file may.
         OutputError: if the file exists and `overwrite` is not given, or cannot be written.
     """
     header = {
@@ -49,9 +47,12 @@ def save_adaptor(state: AdaptorState, path: Path | str, *, overwrite: bool = Fal
         "settings": state.settings.as_dict(),
         "rounds": [asdict(record) for record in state.rounds],
     }
-    content = save(_tensors(state), {METADATA_KEY: json.dumps(header, sort_keys=True)})
+    tensors = _tensors(state)
+    broken = [name for name, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
+    if broken:
+        raise AdaptorError(f"{path}: not written, these hold values that are not finite: {', '.join(broken)}")
+    content = save(tensors, {METADATA_KEY: json.dumps(header, sort_keys=True)})
     write_whole(Path(path), content, overwrite=overwrite)
-    return hashlib.sha256(content).hexdigest()
 
 
 def write_whole(path: Path, content: bytes, *, overwrite: bool = False) -> None:
@@ -107,13 +108,15 @@ def _sync_folder(folder: Path) -> None:
 
 
 def load_adaptor(path: Path | str) -> AdaptorState:
-    """Read an adaptor file.
+    """Read an adaptor file, or the one in a run's folder.
 
     Raises:
         AdaptorError: if the file is missing, truncated, of another kind or version, or if any tensor is missing,
             unexpected, of the wrong shape or type, or not finite; all such tensors are listed.
     """
     path = Path(path)
+    if path.is_dir():
+        path = path / ADAPTOR_NAME
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             header = _header(path, file.metadata() or {})

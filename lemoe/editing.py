@@ -4,6 +4,7 @@ A run's folder holds `plan.yaml`, one state a round under `rounds/`, each writte
 and `adaptor.safetensors`, the stack of all rounds and of the adaptor that the run started from.
 """
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -12,9 +13,9 @@ from pathlib import Path
 from typing import Protocol
 
 from lemoe.adaptor import AdaptorState, RoundRecord, check_settings, round_id, stack
-from lemoe.checkpoint import load_adaptor, save_adaptor, write_whole
+from lemoe.checkpoint import ADAPTOR_NAME, load_adaptor, save_adaptor, write_whole
 from lemoe.edits import Edit
-from lemoe.errors import InputError, OutputError
+from lemoe.errors import AdaptorError, InputError, LemoeError, OutputError
 from lemoe.evaluation import evaluate
 from lemoe.insertion import check_base
 from lemoe.methods import parent_of, train_round
@@ -23,7 +24,6 @@ from lemoe.planning import load_plan, plan, save_plan
 from lemoe.settings import Settings
 from lemoe.training import Step, encode_edits
 
-ADAPTOR_NAME = "adaptor.safetensors"
 PLAN_NAME = "plan.yaml"
 
 
@@ -56,7 +56,7 @@ class EditReport:
         reliability_before, reliability_after: share of their target tokens that the model predicts.
         exact_before, exact_after: share of them whose whole target it predicts.
         seconds: for training.
-        unreached: new rounds that ended above the loss target.
+        unreached: numbers of the new rounds that ended above the loss target.
     """
 
     state: AdaptorState
@@ -68,7 +68,7 @@ class EditReport:
     exact_before: float
     exact_after: float
     seconds: float
-    unreached: tuple[RoundRecord, ...]
+    unreached: tuple[int, ...]
 
 
 def edit(
@@ -106,8 +106,13 @@ def edit(
     layer = start.base.layer if start else settings.layer_of(len(base.layers), base.source.layers)
     base.site(layer, settings.layer_path)
     encode_edits(base, edits)
+    if resume and plan_file is None and (folder / PLAN_NAME).exists():
+        plan_file = folder / PLAN_NAME
     new = _not_yet_taught(edits, start, listener)
-    rounds = _rounds(base, new, settings, folder, source, plan_file, listener, overwrite=force or resume)
+    if plan_file is not None:
+        rounds = _follow(plan_file, edits, new, folder, overwrite=force or resume)
+    else:
+        rounds = _plan(base, new, settings, folder, source, listener, overwrite=force or resume)
     began = time.monotonic()
     trained = _train_rounds(base, rounds, settings, folder, start, listener, force=force, resume=resume)
     seconds = time.monotonic() - began
@@ -116,7 +121,8 @@ def edit(
         listener.note(f"edit {earlier.id} is superseded: {later.id} answers its question now")
     path = folder / ADAPTOR_NAME
     save_adaptor(state, path, overwrite=force or resume)
-    _remove_leftovers(folder, len(rounds))
+    if force:
+        _remove_leftovers(folder, len(rounds))
     taught = [edit for members in rounds for edit in members]
     measured = evaluate(base, state, taught, only=("reliability",), batch_tokens=settings.batch_tokens)
     return EditReport(
@@ -129,7 +135,7 @@ def edit(
         exact_before=measured.value("reliability", "exact_match", stage="before"),
         exact_after=measured.value("reliability", "exact_match"),
         seconds=seconds,
-        unreached=tuple(s.rounds[0] for s in trained if s.rounds[0].loss >= settings.loss_target),
+        unreached=tuple(n for n, s in enumerate(trained, 1) if not s.rounds[0].loss < settings.loss_target),
     )
 
 
@@ -152,7 +158,7 @@ def check_folder(folder: Path, *, force: bool = False, resume: bool = False) -> 
 
 
 def _remove_leftovers(folder: Path, rounds: int) -> None:
-    """Round files of a longer earlier run in the same folder, which `force` or `resume` replaced."""
+    """Round files of a longer earlier run in the same folder, which `force` replaced."""
     for path in (folder / "rounds").glob("[0-9]*.safetensors"):
         if path.stem.isdigit() and int(path.stem) > rounds:
             path.unlink()
@@ -168,30 +174,38 @@ def _not_yet_taught(edits: Sequence[Edit], start: AdaptorState | None, listener:
     return new
 
 
-def _rounds(
+def _follow(
+    plan_file: Path | str, edits: Sequence[Edit], new: Sequence[Edit], folder: Path, *, overwrite: bool
+) -> list[list[Edit]]:
+    """The rounds of a plan file, without the edits that are taught already."""
+    wanted = {edit.id for edit in new}
+    rounds = [[edit for edit in members if edit.id in wanted] for members in load_plan(plan_file, edits)]
+    rounds = [members for members in rounds if members]
+    if not rounds:
+        raise InputError(f"{plan_file}: all edits of the plan are already in the adaptor; there is nothing to teach")
+    content = Path(plan_file).read_bytes()
+    if not (folder / PLAN_NAME).exists() or (folder / PLAN_NAME).read_bytes() != content:
+        write_whole(folder / PLAN_NAME, content, overwrite=overwrite)
+    return rounds
+
+
+def _plan(
     base: BaseModel,
     edits: Sequence[Edit],
     settings: Settings,
     folder: Path,
     source: str,
-    plan_file: Path | str | None,
     listener: Listener,
     *,
     overwrite: bool,
 ) -> list[list[Edit]]:
     by_id = {edit.id: edit for edit in edits}
-    if plan_file is not None:
-        rounds = load_plan(plan_file, edits)
-        content = Path(plan_file).read_text(encoding="utf-8")
-    else:
-        planned = plan(base, edits, settings)
-        for conflict in planned.conflicts:
-            if conflict.relation != "contradiction":
-                listener.note(f"{conflict.earlier} is {conflict.relation} by {conflict.later} and is left out")
-        rounds = [[by_id[name] for name in members] for members in planned.rounds]
-        content = save_plan(planned, edits, source)
-    write_whole(folder / PLAN_NAME, content.encode(), overwrite=overwrite)
-    return rounds
+    planned = plan(base, edits, settings)
+    for conflict in planned.conflicts:
+        if conflict.relation != "contradiction":
+            listener.note(f"{conflict.earlier} is left out: {conflict.relation} by {conflict.later}")
+    write_whole(folder / PLAN_NAME, save_plan(planned, edits, source).encode(), overwrite=overwrite)
+    return [[by_id[name] for name in members] for members in planned.rounds]
 
 
 def _train_rounds(
@@ -213,6 +227,8 @@ def _train_rounds(
         kept = state is not None
         if state is None:
             state = train_round(base, members, settings, before, listener.step)
+            if not math.isfinite(state.rounds[0].loss):
+                raise LemoeError(f"round {number} diverged (loss {state.rounds[0].loss}); lower --learning-rate")
             save_adaptor(state, path, overwrite=force or resume)
         trained.append(state)
         before = stack([before, state]) if before else state
@@ -223,11 +239,20 @@ def _train_rounds(
 def _finished(
     base: BaseModel, path: Path, members: Sequence[Edit], settings: Settings, before: AdaptorState | None
 ) -> AdaptorState | None:
-    """The round's state from an interrupted run, if it is the very round that would be trained now."""
+    """The round's state from an interrupted run; None if it is not there, or damaged.
+
+    Raises:
+        OutputError: if it is another round than would be trained now.
+    """
     if not path.exists():
         return None
-    state = load_adaptor(path)
+    try:
+        state = load_adaptor(path)
+    except AdaptorError:
+        return None
     check_base(base, state)
     resolved = replace(settings, layer=state.base.layer)
     expected = round_id(state.base, resolved, members, parent_of(settings, before))
-    return state if [record.id for record in state.rounds] == [expected] else None
+    if [record.id for record in state.rounds] != [expected]:
+        raise OutputError(f"{path} was trained on other edits or with other settings; --force starts anew")
+    return state

@@ -185,16 +185,21 @@ def _answers(base: BaseModel, batch: Batch, hidden: Tensor) -> list[Answer]:
 
 
 def _greedy(base: BaseModel, state: AdaptorState | None, passages: list[Passage], batch_tokens: int) -> Answered:
-    for rows in length_buckets([len(passage) for passage in passages], batch_tokens):
-        chosen = [passages[row] for row in rows]
-        before = _written(base, chosen)
-        if state is None:
-            yield rows, [(answer, answer, UNROUTED) for answer in before]
-            continue
-        with InsertedAdaptor(base, state) as adaptor:
+    adaptor = InsertedAdaptor(base, state) if state else None
+    try:
+        for rows in length_buckets([len(passage) for passage in passages], batch_tokens):
+            chosen = [passages[row] for row in rows]
+            if adaptor is None:
+                yield rows, [(answer, answer, UNROUTED) for answer in _written(base, chosen)]
+                continue
+            with adaptor.bypassed():
+                before = _written(base, chosen)
             after = _written(base, chosen)
             routes = adaptor.router.explain([passage.prompt for passage in chosen])
-        yield rows, list(zip(before, after, routes, strict=True))
+            yield rows, list(zip(before, after, routes, strict=True))
+    finally:
+        if adaptor:
+            adaptor.remove()
 
 
 def _written(base: BaseModel, passages: Sequence[Passage]) -> list[Answer]:

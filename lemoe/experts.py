@@ -38,13 +38,13 @@ class Experts:
     def __len__(self) -> int:
         return len(self.scale)
 
-    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "Experts":
-        """The same experts with parameters on `device` (and in `dtype`)."""
-        gate = None if self.gate is None else self.gate.to(device, dtype)
+    def to(self, device: torch.device) -> "Experts":
+        """The same experts with parameters on `device`."""
+        gate = None if self.gate is None else self.gate.to(device)
         return replace(
             self,
-            up=self.up.to(device, dtype),
-            down=self.down.to(device, dtype),
+            up=self.up.to(device),
+            down=self.down.to(device),
             gate=gate,
             scale=self.scale.to(device),
         )

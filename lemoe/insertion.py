@@ -147,6 +147,7 @@ class InsertedAdaptor:
         self._routing, self._memory = self.router.route(Sequences(ids, embeddings, mask, prompt, memory))
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._routing = None
         cache = getattr(output, "past_key_values", None)
         if self._bypass or not isinstance(cache, Cache) or self._memory is None:
             return

@@ -6,6 +6,7 @@ from lemoe.adaptor import AdaptorState
 from lemoe.anchor import training as anchor_training
 from lemoe.anchor.anchors import Anchors
 from lemoe.edits import Edit
+from lemoe.errors import InputError
 from lemoe.models import BaseModel
 from lemoe.paper import training as paper_training
 from lemoe.paper.routing import KeyRouter
@@ -36,8 +37,10 @@ def train_round(
         a state with this round alone; stack it onto `before`.
 
     Raises:
-        InputError: listing the edits that cannot be used with this model.
+        InputError: listing the edits that cannot be used with this model, or if there are none.
     """
+    if not edits:
+        raise InputError("a round needs at least one edit")
     if settings.method == "anchor":
         return anchor_training.train_round(base, edits, settings, before, on_step)
     return paper_training.train_round(base, edits, settings, before, on_step)

@@ -5,12 +5,13 @@
 | token_accuracy | share of the expected tokens that stand at their place |
 | exact_match | 1 if all do |
 | complete_match | 1 if the model writes the target and then ends (greedy) |
-| perplexity | exp of the mean negative log-likelihood (nats) of the target's tokens (teacher) |
+| loss | mean negative log-likelihood (nats) of the target's tokens (teacher) |
+| perplexity | exp of the mean loss of all probes; the spread is the loss's |
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lemoe.routing import Explanation
 from lemoe.tokens import Passage
@@ -77,12 +78,12 @@ def token_accuracy(given: Sequence[int], expected: Sequence[int]) -> float:
 
 
 def summarise(measured: Sequence[Measured], decode: str, *, edited: bool) -> list[Metric]:
-    """Each name over all its probes, and by kind where there are several, before and (if `edited`) after."""
+    """Each name over all its probes, and by kind, before and (if `edited`) after."""
     metrics = []
     for name in dict.fromkeys(each.item.name for each in measured):
         chosen = [each for each in measured if each.item.name == name]
         kinds = list(dict.fromkeys(each.item.kind for each in chosen))
-        for kind in ["all", *(kinds if len(kinds) > 1 else [])]:
+        for kind in ["all", *kinds]:
             group = [each for each in chosen if kind in ("all", each.item.kind)]
             for stage in ("before", "after") if edited else ("before",):
                 metrics += _figures(group, name, kind, decode, stage)
@@ -103,13 +104,8 @@ def _figures(group: Sequence[Measured], name: str, kind: str, decode: str, stage
         complete = [float(score == 1.0 and answer.ended) for score, answer in zip(scores, answers, strict=True)]
         return [*figures, mean(name, kind, "complete_match", decode, stage, complete)]
     losses = [answer.loss for answer in answers if answer.loss is not None]
-    return [*figures, _perplexity(mean(name, kind, "perplexity", decode, stage, losses))]
-
-
-def _perplexity(loss: Metric) -> Metric:
-    value = math.exp(min(loss.value, 700.0))
-    stderr = None if loss.stderr is None else value * loss.stderr
-    return Metric(loss.name, loss.kind, loss.measure, loss.decode, loss.stage, value, stderr, loss.n)
+    loss = mean(name, kind, "loss", decode, stage, losses)
+    return [*figures, loss, replace(loss, measure="perplexity", value=math.exp(min(loss.value, 700.0)), stderr=None)]
 
 
 def agreement(measured: Sequence[Measured], home: Callable[[Item], tuple[int, frozenset[int]] | None]) -> list[Metric]:

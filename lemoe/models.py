@@ -101,14 +101,13 @@ class BaseModel:
         self.source = source
         self.layers_path, self.decoder, self.layers = find_layers(model)
         self.embedding: nn.Embedding = model.get_input_embeddings()
-        self.hidden_size: int = self.embedding.weight.shape[1]
         head = model.get_output_embeddings()
         if head is None:
             raise ModelError(f"{source}: has no language-model head; lemoe edits causal language models")
         self.head: nn.Linear = head
         self.vocabulary: int = head.weight.shape[0]
         text_config = model.config.get_text_config()
-        self.hidden_size = getattr(text_config, "hidden_size", self.hidden_size)
+        self.hidden_size: int = getattr(text_config, "hidden_size", self.embedding.weight.shape[1])
         self._softcap: float | None = getattr(text_config, "final_logit_softcapping", None)
         self.max_length: int | None = getattr(text_config, "max_position_embeddings", None)
         self._finish = steps_after_layers(self.decoder, self.layers, self._probe_input())
@@ -236,6 +235,8 @@ def resolve_model(name: str, revision: str | None = None) -> ModelSource:
     presets = model_presets()
     if name in presets:
         entry = presets[name]
+        if "embedded" in entry and revision:
+            raise ModelError(f"--revision {revision}: {name} is embedded and has one revision only")
         if "embedded" in entry:
             return ModelSource(name, str(entry["embedded"]), None, embedded=True, layers=entry.get("layers", {}))
         return _hub_source(name, str(entry["hub"]), revision, entry.get("layers", {}))
@@ -264,10 +265,11 @@ def pick_device(name: str = "auto") -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        there = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-        reason = str(error).splitlines()[0][:120]
+        accelerators = (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()))
+        there = ["cpu", *(kind for kind, available in accelerators if available)]
+        reason = str(error).splitlines()[0][:80]
         raise ModelError(f"--device {name}: not available here ({reason}); there is: {', '.join(there)}") from None
     return device
 

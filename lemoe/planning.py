@@ -21,7 +21,7 @@ from sklearn.cluster import BisectingKMeans
 from lemoe.anchor.anchors import lexicon_of
 from lemoe.anchor.lexicon import infer_subject
 from lemoe.conflicts import Conflict, find_conflicts, left_out, question
-from lemoe.edits import Edit, digest_of
+from lemoe.edits import Edit
 from lemoe.errors import InputError
 from lemoe.models import BaseModel
 from lemoe.settings import Order, Settings
@@ -50,7 +50,6 @@ class Plan:
         similarity: of this plan, and of the same edits in the file's and in a random order.
         cohesion: mean similarity inside each round.
         inferred: the subjects that were inferred, by edit id, where the file names none.
-        digest: of the edits that were planned.
     """
 
     rounds: tuple[tuple[str, ...], ...]
@@ -58,7 +57,6 @@ class Plan:
     similarity: dict[str, Similarity]
     cohesion: tuple[float, ...]
     inferred: dict[str, str]
-    digest: str
 
 
 def plan(base: BaseModel, edits: Sequence[Edit], settings: Settings) -> Plan:
@@ -67,10 +65,13 @@ def plan(base: BaseModel, edits: Sequence[Edit], settings: Settings) -> Plan:
     Raises:
         InputError: listing the edits that cannot be used with this model.
     """
+    if not edits:
+        raise InputError("there are no edits to plan")
     inferred = _inferred_subjects(base, edits)
-    conflicts = find_conflicts(edits)
+    named = [replace(edit, subject=edit.subject or inferred[edit.id]) for edit in edits]
+    conflicts = find_conflicts(named)
     dropped = left_out(conflicts)
-    kept = [replace(edit, subject=edit.subject or inferred[edit.id]) for edit in edits if edit.id not in dropped]
+    kept = [edit for edit in named if edit.id not in dropped]
     vectors = embed_prompts(base, kept)
     orders: dict[Order, list[list[int]]] = {
         "planned": _planned(kept, vectors, settings),
@@ -84,7 +85,6 @@ def plan(base: BaseModel, edits: Sequence[Edit], settings: Settings) -> Plan:
         similarity={name: _similarity(vectors, rounds) for name, rounds in orders.items()},
         cohesion=tuple(_cohesion(vectors[members]) for members in chosen),
         inferred=inferred,
-        digest=digest_of(edits),
     )
 
 
@@ -248,7 +248,6 @@ def save_plan(chosen: Plan, edits: Sequence[Edit], source: str) -> str:
     texts = {edit.id: f"{edit.prompt} -> {edit.target}" for edit in edits}
     document: dict[str, Any] = {
         "edits": source,
-        "digest": chosen.digest,
         "similarity": {
             name: {"within": round(s.within, 4), "between": round(s.between, 4)}
             for name, s in chosen.similarity.items()
@@ -287,7 +286,7 @@ def load_plan(path: Path | str, edits: Sequence[Edit]) -> list[list[Edit]]:
     named = [[str(name) for name in members] for members in rounds if members]
     by_id = {edit.id: edit for edit in edits}
     counts = Counter(name for members in named for name in members)
-    problems = [f"edit {name!r} is not in the edits file" for name in counts if name not in by_id]
+    problems = [f"edit {name!r} is not among the edits read" for name in counts if name not in by_id]
     problems += [f"edit {name!r} is in {count} places" for name, count in counts.items() if count > 1]
     if problems or not named:
         raise InputError.listing(f"{path}: the plan does not fit the edits", problems or ["it has no rounds"])

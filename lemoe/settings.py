@@ -137,6 +137,8 @@ def resolve_settings(
         InputError: for an unknown name (with the nearest right one) or a value of the wrong type or range.
     """
     from_file = _read_yaml(Path(config)) if config is not None else {}
+    if "method" in from_file:
+        raise InputError(f"{config}: `method` is the preset's to say; write `preset: {from_file['method']}`")
     filed = from_file.pop("preset", None)
     preset = preset or filed or DEFAULT_PRESET
     if preset not in presets():

@@ -33,7 +33,6 @@ class FFNSite:
     intermediate: int
     gated: bool
     activation: Activation
-    down: nn.Module
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Name and value of every parameter of the frozen FFN, in a stable order."""
@@ -102,12 +101,12 @@ def _candidates(layer: nn.Module, hidden: int, layer_path: str) -> list[FFNSite]
         linears = {name: child for name, child in module.named_children() if _out_in(child)}
         site = _site(module, linears, hidden)
         if site:
-            entry, exit_, intermediate, gated, down = site
+            entry, exit_, intermediate, gated = site
             activation = _activation(module)
             if activation is not None:
                 exit_ = (_norm_behind(layer) if path else None) or exit_
                 full = f"{layer_path}.{path or '+'.join(linears)}"
-                found.append(FFNSite(full, entry, exit_, hidden, intermediate, gated, activation, down))
+                found.append(FFNSite(full, entry, exit_, hidden, intermediate, gated, activation))
     return found
 
 
@@ -117,8 +116,8 @@ def _is_attention(path: str, module: nn.Module) -> bool:
 
 def _site(
     module: nn.Module, linears: dict[str, nn.Module], hidden: int
-) -> tuple[nn.Module, nn.Module, int, bool, nn.Module] | None:
-    """Entry, exit, width, gated and the down projection, if the linear children form an FFN."""
+) -> tuple[nn.Module, nn.Module, int, bool] | None:
+    """Entry, exit, width and whether it is gated, if the linear children form an FFN."""
     shapes = {name: shape for name, child in linears.items() if (shape := _out_in(child))}
     for down_name, (out, width) in shapes.items():
         if out != hidden or width == hidden:
@@ -130,7 +129,7 @@ def _site(
         alone = len(ups) + len(fused) + 1 == len(linears) and not _has_own_norms(module)
         entry = module if alone else linears[(ups or fused)[0]]
         exit_ = module if alone else linears[down_name]
-        return entry, exit_, width, len(ups) == 2 or bool(fused), linears[down_name]
+        return entry, exit_, width, len(ups) == 2 or bool(fused)
     return None
 
 

@@ -49,7 +49,9 @@ _SETTINGS = (
 @click.option("--layer-path", help="Path of the FFN below the layer, where it is not recognised.")
 @click.option("--steps", type=click.IntRange(1), help="Training steps of a round, at most.")
 @click.option("--learning-rate", type=float, help="Of the experts.")
-@click.option("--width", type=click.IntRange(1), help="Neurons of an expert.  [default: as the base's FFN]")
+@click.option(
+    "--width", type=click.IntRange(1), help="Neurons of an expert.  [default: anchor 4, paper as the base's FFN]"
+)
 @click.option("--batch-tokens", type=click.IntRange(1), help="Tokens that run through the model at once.")
 @click.option("--train-rephrases", is_flag=True, default=None, help="Train on the edits' own rephrases too.")
 @selection_options
@@ -125,5 +127,5 @@ def _show(report: "EditReport") -> None:
         ],
         left=2,
     )
-    for record in report.unreached:
-        notes.print(f"round {record.id[:10]} ended at loss {record.loss:.3f}, above the target; give it more --steps")
+    for number in report.unreached:
+        notes.print(f"round {number} ended above its loss target; give it more --steps")

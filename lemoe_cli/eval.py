@@ -114,7 +114,12 @@ def _show(result: "EvalResult") -> None:
     groups: dict[tuple[str, str], list[Metric]] = {}
     for metric in result.metrics:
         groups.setdefault((metric.name, metric.kind), []).append(metric)
-    scored = {key: group for key, group in groups.items() if key[0] != "routing"}
+    several = {name for name, kind in groups if sum(n == name for n, _ in groups) > 2}
+    scored = {
+        (name, kind): group
+        for (name, kind), group in groups.items()
+        if name != "routing" and (kind == "all" or name in several)
+    }
     rows = [
         (name if kind == "all" else "", kind, *_cells(group), str(group[0].n)) for (name, kind), group in scored.items()
     ]

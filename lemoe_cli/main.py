@@ -40,7 +40,8 @@ class LazyGroup(click.Group):
             click.echo(f"error: {error}", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
-            click.echo("interrupted; finished rounds are kept, `lemoe edit ... --resume` goes on from them", err=True)
+            kept = "; finished rounds are kept, --resume goes on from them" if ctx.invoked_subcommand == "edit" else ""
+            click.echo(f"interrupted{kept}", err=True)
             ctx.exit(130)
         except (MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):

@@ -94,7 +94,7 @@ class EditProgress:
         self._progress.update(self._task, completed=int(self._done))
         how = "kept from the unfinished run" if kept else f"{record.steps} steps, loss {record.loss:.3f}"
         if record.retried and not kept:
-            how += f", {record.retried} trained on"
+            how += f", {record.retried} needed more"
         self.note(f"{self._label}: {self._size} edits, {how}")
 
     def note(self, text: str) -> None:

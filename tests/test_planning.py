@@ -177,7 +177,7 @@ def test_a_plan_edited_by_hand_is_followed(
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("rounds: [[fact-0, fact-99]]", "edit 'fact-99' is not in the edits file"),
+        ("rounds: [[fact-0, fact-99]]", "edit 'fact-99' is not among the edits read"),
         ("rounds: [[fact-0], [fact-0]]", "edit 'fact-0' is in 2 places"),
         ("rounds: []", "it has no rounds"),
         ("rounds: fact-0", "not a plan; expected `rounds:`"),
@@ -196,3 +196,11 @@ def test_a_bad_plan_is_refused_with_what_is_wrong(
         load_plan(path, facts)
     assert str(path) in str(caught.value)
     assert expected in str(caught.value)
+
+
+def test_contradictions_are_found_where_the_subject_is_inferred(base: lemoe.BaseModel) -> None:
+    first = lemoe.Edit("first", "The headquarters of Quillmere Systems are in", "Oslo")
+    second = lemoe.Edit("second", "Quillmere Systems has its headquarters in", "Bergen")
+    planned = lemoe.plan(base, [first, second], lemoe.Settings())
+    assert set(planned.inferred) == {"first", "second"}
+    assert [conflict.relation for conflict in planned.conflicts] == ["contradiction"]

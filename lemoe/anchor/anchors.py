@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import numpy
 import torch
@@ -111,17 +112,14 @@ def build_gate(base: "BaseModel", anchors: Sequence[Anchor], settings: "Settings
     return gate
 
 
-_lexicons: "OrderedDict[int, tuple[BaseModel, Lexicon]]" = OrderedDict()
+_lexicons: "WeakKeyDictionary[BaseModel, Lexicon]" = WeakKeyDictionary()
 
 
 def lexicon_of(base: "BaseModel") -> Lexicon:
     """The lexicon of a base model, made once."""
-    found = _lexicons.get(id(base))
-    if found is None or found[0] is not base:
-        found = _lexicons[id(base)] = (base, Lexicon(base))
-        while len(_lexicons) > 2:
-            _lexicons.popitem(last=False)
-    return found[1]
+    if base not in _lexicons:
+        _lexicons[base] = Lexicon(base)
+    return _lexicons[base]
 
 
 class LiveAnchors(LiveRouter):

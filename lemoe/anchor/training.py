@@ -102,9 +102,15 @@ def train_round(
         end_loss=outcome.end_loss,
         steps=outcome.steps,
         retried=outcome.retried,
-        routed=len(edits),
+        routed=_routed(base, anchors, settings),
     )
     return AdaptorState(fingerprint, settings, (record,), blocks.experts(), Anchors(tuple(anchors)))
+
+
+def _routed(base: BaseModel, anchors: Sequence[Anchor], settings: Settings) -> int:
+    """How many own prompts reach their own expert, among all of the round."""
+    live = Anchors(tuple(anchors)).live(base, settings)
+    return sum(live.reading(anchor.prompt).edit == number for number, anchor in enumerate(anchors))
 
 
 @dataclass(frozen=True)

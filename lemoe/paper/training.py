@@ -130,11 +130,18 @@ class Trainee(nn.Module):
             self.top_k,
         )
 
-    def experts(self) -> Experts:
-        """Frozen experts and the one in training."""
-        width = torch.tensor([0, len(self.up)])
-        new = Experts(self.up, self.down, self.gate, width, self.scale.to(self.up.device))
-        return Experts.stack([self.frozen_experts, new]) if self.frozen_experts else new
+    def delta(self, inputs: Tensor, routing: Routing) -> Tensor | None:
+        """What the frozen experts and the one in training add to the FFN's output, `[batch, seq, hidden]`."""
+        offsets = torch.tensor([0, len(self.up)])
+        new = Experts(self.up, self.down, self.gate, offsets, self.scale.to(self.up.device))
+        own = torch.where(routing.experts == self.index, 0, -1)
+        total = new.delta(inputs, Routing(own, routing.weights), self.activation)
+        if self.frozen_experts is None:
+            return total
+        others = routing.experts.masked_fill(routing.experts == self.index, -1)
+        frozen = self.frozen_experts.delta(inputs, Routing(others, routing.weights), self.activation)
+        parts = [part for part in (total, frozen) if part is not None]
+        return torch.stack(parts).sum(0) if parts else None
 
     def route(self, frozen: FrozenBatch, pooled: Tensor) -> Routing:
         """The route of each sequence of a batch, as it would be taken in use; padding bypasses."""
@@ -206,6 +213,6 @@ def _optimise(
 
 def _loss(base: BaseModel, trainee: Trainee, frozen: FrozenBatch, pooled: Tensor) -> Tensor:
     """Summed cross entropy of the target tokens of one batch."""
-    delta = trainee.experts().delta(frozen.inputs, trainee.route(frozen, pooled), trainee.activation)
+    delta = trainee.delta(frozen.inputs, trainee.route(frozen, pooled))
     logits = base.logits(frozen.replay(delta))
     return functional.cross_entropy(logits.float(), frozen.batch.labels, reduction="sum")
