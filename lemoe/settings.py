@@ -113,7 +113,7 @@ _BOUNDS = (
     ("layer", "at least 0", lambda value: value >= 0),
     ("depth", "between 0 and 1", lambda value: 0 <= value <= 1),
     *((name, "at least 0", lambda value: value >= 0) for name in _NOT_NEGATIVE),
-    *((name, "above 0", lambda value: value > 0) for name in ("learning_rate", "router_learning_rate")),
+    *((name, "above 0, at most 1", lambda value: 0 < value <= 1) for name in ("learning_rate", "router_learning_rate")),
 )
 
 

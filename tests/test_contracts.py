@@ -346,10 +346,17 @@ def test_resuming_follows_the_plan_of_the_interrupted_run(
 
 
 def test_a_run_that_diverges_says_so_and_writes_no_round(
-    base: lemoe.BaseModel, facts: list[lemoe.Edit], paper: SettingsOf, tmp_path: Path
+    base: lemoe.BaseModel,
+    facts: list[lemoe.Edit],
+    paper: SettingsOf,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    state = lemoe.train_round(base, facts, paper(steps=1))
+    diverged = replace(state, rounds=(replace(state.rounds[0], loss=float("nan")),))
+    monkeypatch.setattr("lemoe.editing.train_round", lambda *args: diverged)
     with pytest.raises(lemoe.LemoeError, match=r"diverged.*learning-rate"):
-        lemoe.edit(base, facts, paper(learning_rate=3e38, steps=6, loss_target=0.0), tmp_path / "run")
+        lemoe.edit(base, facts, paper(), tmp_path / "run")
     assert not list((tmp_path / "run").rglob("*.safetensors"))
 
 
