@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,7 +44,7 @@ def choose_layer(
     """
     first = list(edits[:EDITS])
     cache = _cache_file(base, first, settings)
-    if cache.is_file():
+    with suppress(OSError, ValueError, KeyError, TypeError):  # not there yet, or damaged: measured again
         return int(json.loads(cache.read_text())["layer"])
     scores = [_score(base, first, settings, layer, notify) for layer in _candidates(len(base.layers))]
     best = min(scores, key=lambda score: (score.generality, score.reliability))
@@ -65,7 +67,7 @@ def _score(base: BaseModel, edits: Sequence[Edit], settings: Settings, layer: in
     ]
     result = evaluate(base, state, probed, only=("reliability", "generality"))
     reliability, generality = (result.value(name, "perplexity") for name in ("reliability", "generality"))
-    return LayerScore(layer, reliability, generality if generality == generality else reliability)
+    return LayerScore(layer, reliability, generality if math.isfinite(generality) else reliability)
 
 
 def _unseen(edits: Sequence[Edit], rng: random.Random) -> list[list[str]]:
