@@ -25,7 +25,7 @@ from lemoe.edits import Edit
 from lemoe.errors import InputError
 from lemoe.models import BaseModel
 from lemoe.settings import Order, Settings
-from lemoe.tokens import encode_all
+from lemoe.training import encode_edits
 
 BALANCED_LIMIT = 1000  # edits; size-constrained k-means grows faster than the set, larger sets are split first
 
@@ -97,7 +97,7 @@ def _inferred_subjects(base: BaseModel, edits: Sequence[Edit]) -> dict[str, str]
 @torch.no_grad()
 def embed_prompts(base: BaseModel, edits: Sequence[Edit]) -> Vectors:
     """Unit vectors `[edits, hidden]`: the mean over each prompt of the embedding layer's output (paper, 3.2)."""
-    passages = encode_all(base, ((f"edit {edit.id}", edit.prompt, edit.target) for edit in edits))
+    passages = encode_edits(base, edits)
     rows = []
     for passage in passages:
         ids = torch.tensor(passage.prompt, device=base.device)
