@@ -92,7 +92,7 @@ def evaluate(
     items = _items(base, edits, only, batch_tokens)
     run = _teacher if decode == "teacher" else _greedy
     places: dict[int, Measured] = {}
-    for rows, given in run(base, state, [item.passage for item in items], batch_tokens):
+    for rows, given in run(base, state, items, batch_tokens):
         for row, (before, after, route) in zip(rows, given, strict=True):
             places[row] = Measured(items[row], before, after, route)
         on_progress(len(places), len(items))
@@ -129,9 +129,10 @@ def _items(base: BaseModel, edits: Sequence[Edit], only: Sequence[str] | None, b
     written = _write(base, [passages[row] for row in open_rows], OPEN_ANSWER_TOKENS, batch_tokens)
     for row, answer in zip(open_rows, written, strict=True):
         passages[row] = Passage(passages[row].prompt, answer)
+    free = frozenset(open_rows)
     return [
-        Item(index, name, probe.kind, probe.prompt, passage)
-        for (index, name, probe), passage in zip(probes, passages, strict=True)
+        Item(index, name, probe.kind, probe.prompt, passage, open=row in free)
+        for row, ((index, name, probe), passage) in enumerate(zip(probes, passages, strict=True))
     ]
 
 
@@ -151,28 +152,51 @@ Answered = Iterator[tuple[list[int], list[Pair]]]
 
 
 @torch.no_grad()
-def _teacher(base: BaseModel, state: AdaptorState | None, passages: list[Passage], batch_tokens: int) -> Answered:
+def _teacher(base: BaseModel, state: AdaptorState | None, items: Sequence[Item], batch_tokens: int) -> Answered:
     """Both stages from one frozen pass: the base's answers come with it, the edited ones from replaying its top."""
-    layer = state.base.layer if state else len(base.layers) - 1
+    passages = [item.passage for item in items]
     adaptor = InsertedAdaptor(base, state) if state else None
-    site = adaptor.site if adaptor else base.site(layer)
     try:
         for rows in length_buckets([len(passage) for passage in passages], batch_tokens):
             batch = Batch.of(passages, rows, base.pad_token, base.device)
             if adaptor is None:
+                site, layer = base.site(len(base.layers) - 1), len(base.layers) - 1
                 before = _answers(base, batch, freeze(base, site, layer, batch).base_hidden)
                 yield rows, [(answer, answer, UNROUTED) for answer in before]
-                continue
-            with adaptor.bypassed():
-                frozen = freeze(base, site, layer, batch)
-            before = _answers(base, batch, frozen.base_hidden)
-            delta = adaptor.delta_for(frozen)
-            after = before if delta is None else _answers(base, batch, frozen.replay(delta))
-            routes = adaptor.router.explain([passages[row].prompt for row in rows])
-            yield rows, list(zip(before, after, routes, strict=True))
+            else:
+                yield rows, _both(base, adaptor, batch, [items[row] for row in rows])
     finally:
         if adaptor:
             adaptor.remove()
+
+
+def _both(base: BaseModel, adaptor: InsertedAdaptor, batch: Batch, items: Sequence[Item]) -> list[Pair]:
+    """Before and after for one batch; nothing is computed that is known.
+
+    Where no expert acts, the edited model is the base model, bit for bit; and what the base model wrote itself, its
+    likeliest tokens are.
+    """
+    routing = adaptor.routing_of(batch)
+    acting = (routing.experts >= 0).flatten(1).any(1)
+    known = [Answer(item.passage.target) if item.open else None for item in items]
+    needed = acting | torch.tensor([answer is None for answer in known], device=acting.device)
+    pairs = [(answer, answer, why) for answer, why in zip(known, routing.explained, strict=True)]
+    asked = needed.nonzero().squeeze(1)
+    if len(asked):
+        part, _ = batch.take(asked)
+        with adaptor.bypassed():
+            frozen = freeze(base, adaptor.site, adaptor.state.base.layer, part)
+        before = after = _answers(base, part, frozen.base_hidden)
+        replayed = acting[asked].nonzero().squeeze(1)
+        if len(replayed):
+            few = frozen.take(replayed)
+            after = list(before)
+            changed = _answers(base, few.batch, adaptor.replay(few, routing.take(asked[replayed])))
+            for place, answer in zip(replayed.tolist(), changed, strict=True):
+                after[place] = answer
+        for row, one, other in zip(asked.tolist(), before, after, strict=True):
+            pairs[row] = (one, other, routing.explained[row])
+    return [(one, other, why) for one, other, why in pairs if one is not None and other is not None]
 
 
 def _answers(base: BaseModel, batch: Batch, hidden: Tensor) -> list[Answer]:
@@ -184,7 +208,8 @@ def _answers(base: BaseModel, batch: Batch, hidden: Tensor) -> list[Answer]:
     return [Answer(tuple(tokens.tolist()), float(loss.mean())) for tokens, loss in pairs]
 
 
-def _greedy(base: BaseModel, state: AdaptorState | None, passages: list[Passage], batch_tokens: int) -> Answered:
+def _greedy(base: BaseModel, state: AdaptorState | None, items: Sequence[Item], batch_tokens: int) -> Answered:
+    passages = [item.passage for item in items]
     adaptor = InsertedAdaptor(base, state) if state else None
     try:
         for rows in length_buckets([len(passage) for passage in passages], batch_tokens):

@@ -2,17 +2,20 @@
 
 A forward pass over a batch records the edited layer's FFN input and output, and the arguments (masks, rotary angles)
 with which each layer above was called. Replaying those layers from the output plus the experts' delta then costs only
-what lies above the edit, and the head runs at target positions alone.
+what lies above the edit, and the head runs at target positions alone. Columns before any expert acts keep their keys
+and values, so that they are not replayed either; and an opening that all rows share runs once for all of them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from lemoe.models import BaseModel
 from lemoe.structure import FFNSite
@@ -44,6 +47,7 @@ class FrozenBatch:
 
     Attributes:
         batch: what was run.
+        start: the first column that is kept; the `seq` below are the columns from here.
         inputs: `[batch, seq, hidden]`, the input of the edited FFN.
         output: `[batch, seq, hidden]`, the output of the edited layer.
         calls: the layers above it, ready to be replayed.
@@ -52,6 +56,7 @@ class FrozenBatch:
     """
 
     batch: Batch
+    start: int
     inputs: Tensor
     output: Tensor
     calls: tuple[LayerCall, ...]
@@ -65,7 +70,7 @@ class FrozenBatch:
         hidden = self.output + delta.to(self.output.dtype)
         for call in self.calls:
             hidden = call(hidden)
-        return hidden[self.batch.target_rows, self.batch.target_columns]
+        return hidden[self.batch.target_rows, self.batch.target_columns - self.start]
 
     def take(self, rows: Tensor) -> "FrozenBatch":
         """The frozen batch of some of its passages, `rows` `[n]` in ascending order."""
@@ -75,7 +80,13 @@ class FrozenBatch:
             LayerCall(call.layer, _take(call.args, rows, size), _take(call.kwargs, rows, size)) for call in self.calls
         )
         return FrozenBatch(
-            batch, self.inputs[rows], self.output[rows], calls, self.base_hidden[targets], self.embeddings[rows]
+            batch,
+            self.start,
+            self.inputs[rows],
+            self.output[rows],
+            calls,
+            self.base_hidden[targets],
+            self.embeddings[rows],
         )
 
 
@@ -83,6 +94,8 @@ def _take(value: Any, rows: Tensor, size: int) -> Any:
     """`rows` of every tensor with a batch dimension of `size` inside nested arguments."""
     if isinstance(value, Tensor):
         return value[rows] if value.dim() and value.shape[0] == size > 1 else value
+    if isinstance(value, Cache):
+        return _constant(value, lambda kept: kept[rows])
     if isinstance(value, (tuple, list)):
         return type(value)(_take(item, rows, size) for item in value)
     if isinstance(value, dict):
@@ -90,13 +103,37 @@ def _take(value: Any, rows: Tensor, size: int) -> Any:
     return value
 
 
+class _ConstantLayer(DynamicLayer):
+    """Keys and values `[batch, heads, seq, width]` that come before whatever a layer is called with, each time anew."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
+
+
+def _constant(cache: Cache, part: Callable[[Tensor], Tensor]) -> Cache:
+    """A cache that never grows, of a part of each layer's keys and values."""
+    constant = DynamicCache()
+    for layer in cache.layers:
+        kept = _ConstantLayer()
+        kept.lazy_initialization(layer.keys, layer.values)
+        kept.keys, kept.values = part(layer.keys), part(layer.values)
+        constant.layers.append(kept)
+    return constant
+
+
 class _Enough(Exception):
     """Leaves a forward pass early; never seen outside."""
 
 
 @torch.no_grad()
-def freeze(base: BaseModel, site: FFNSite, layer: int, batch: Batch) -> FrozenBatch:
-    """Run the base model once over `batch` and keep what replaying from `layer` needs."""
+def freeze(base: BaseModel, site: FFNSite, layer: int, batch: Batch, start: int = 0) -> FrozenBatch:
+    """Run the base model once over `batch` and keep what replaying from `layer` needs.
+
+    Args:
+        start: the first column at which anything will ever be added; nothing is kept of those before it but the
+            keys and values that the layers above attend to.
+    """
+    cache = _opening(base, batch, start)
     calls: list[LayerCall] = []
     seen: dict[str, Tensor] = {}
 
@@ -117,31 +154,73 @@ def freeze(base: BaseModel, site: FFNSite, layer: int, batch: Batch) -> FrozenBa
         base.layers[-1].register_forward_hook(keep("last")),
         base.embedding.register_forward_hook(keep("embeddings")),
     ]
-    _run(base, batch, handles)
+    _run(base, batch.ids[:, start:], batch.mask, cache, handles)
     output = seen["output"]
-    base_hidden = seen["last"][batch.target_rows, batch.target_columns]
     return FrozenBatch(
-        batch, seen["inputs"].reshape(output.shape), output, tuple(calls), base_hidden, seen["embeddings"]
+        batch=batch,
+        start=start,
+        inputs=seen["inputs"].reshape(output.shape),
+        output=output,
+        calls=tuple(calls) if cache is None else _behind(cache, start, calls),
+        base_hidden=seen["last"][batch.target_rows, batch.target_columns - start],
+        embeddings=seen["embeddings"],
     )
 
 
 @torch.no_grad()
-def ffn_inputs(base: BaseModel, site: FFNSite, batch: Batch) -> Tensor:
-    """`[batch, seq, hidden]`, the input of the FFN at `site`; nothing above it runs."""
+def ffn_inputs(base: BaseModel, site: FFNSite, batch: Batch, start: int = 0) -> Tensor:
+    """`[batch, seq, hidden]`, the input of the FFN at `site` from column `start` on; nothing above it runs."""
     seen: list[Tensor] = []
 
     def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
         seen.append(args[0])
         raise _Enough
 
+    cache = _opening(base, batch, start)
     with suppress(_Enough):
-        _run(base, batch, [site.entry.register_forward_pre_hook(stop)])
-    return seen[0].reshape(*batch.ids.shape, -1)
+        _run(base, batch.ids[:, start:], batch.mask, cache, [site.entry.register_forward_pre_hook(stop)])
+    return seen[0].reshape(len(batch.ids), batch.ids.shape[1] - start, -1)
 
 
-def _run(base: BaseModel, batch: Batch, handles: Sequence[RemovableHandle]) -> None:
+def _opening(base: BaseModel, batch: Batch, start: int) -> Cache | None:
+    """Keys and values of the columns before `start`; those in which all rows are alike run as one row."""
+    if not start:
+        return None
+    cache = DynamicCache()
+    alike = _alike(batch, start)
+    if alike:
+        _run(base, batch.ids[:1, :alike], batch.mask[:1, :alike], cache)
+        cache.batch_repeat_interleave(len(batch.ids))
+    if alike < start:
+        _run(base, batch.ids[:, alike:start], batch.mask[:, :start], cache)
+    return cache
+
+
+def _alike(batch: Batch, start: int) -> int:
+    """How many columns, of the first `start`, hold the same token in every row."""
+    same = (batch.ids == batch.ids[:1])[:, :start].all(0) & batch.mask[:, :start].bool().all(0)
+    return int(same.long().cumprod(0).sum())
+
+
+def _behind(cache: Cache, start: int, calls: Sequence[LayerCall]) -> tuple[LayerCall, ...]:
+    """Calls that read the keys and values of the first `start` columns, and leave them as they are."""
+    before = _constant(cache, lambda kept: kept[..., :start, :])
+
+    def swap(value: Any) -> Any:
+        return before if isinstance(value, Cache) else value
+
+    return tuple(
+        LayerCall(call.layer, tuple(map(swap, call.args)), {name: swap(value) for name, value in call.kwargs.items()})
+        for call in calls
+    )
+
+
+def _run(
+    base: BaseModel, ids: Tensor, mask: Tensor, cache: Cache | None, handles: Sequence[RemovableHandle] = ()
+) -> None:
+    """One forward pass over new columns; `mask` covers those in the cache too."""
     try:
-        base.decoder(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+        base.decoder(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=cache is not None)
     finally:
         for handle in handles:
             handle.remove()
@@ -181,12 +260,22 @@ CALIBRATION = (
 )
 
 
-@torch.no_grad()
+_scales: "WeakKeyDictionary[BaseModel, dict[int, float]]" = WeakKeyDictionary()
+
+
 def residual_scale(base: BaseModel, layer: int) -> float:
-    """Median RMS of the residual stream where it enters `layer`, over a fixed text.
+    """Median RMS of the residual stream where it enters `layer`, over a fixed text; measured once.
 
     The text is fixed so that the scale depends on the base model alone and rounds stay independent.
     """
+    known = _scales.setdefault(base, {})
+    if layer not in known:
+        known[layer] = _measure_scale(base, layer)
+    return known[layer]
+
+
+@torch.no_grad()
+def _measure_scale(base: BaseModel, layer: int) -> float:
     levels = []
     for text in CALIBRATION:
         ids = torch.tensor([base.tokenizer(text).input_ids or [base.end_token]], device=base.device)

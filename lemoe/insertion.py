@@ -21,6 +21,7 @@ from lemoe.errors import AdaptorError
 from lemoe.frozen import FrozenBatch, beside
 from lemoe.models import BaseModel
 from lemoe.routing import Routing, Sequences
+from lemoe.tokens import Batch
 
 
 class RouteMemory(DynamicLayer):
@@ -106,15 +107,12 @@ class InsertedAdaptor:
         finally:
             self._bypass = before
 
-    @torch.no_grad()
-    def delta_for(self, frozen: FrozenBatch) -> Tensor | None:
-        """What the experts add to the edited layer's output, `[batch, seq, hidden]`; None if none act."""
-        batch = frozen.batch
+    def routing_of(self, batch: Batch) -> Routing:
+        """The routes that a batch's passages take, explained."""
         columns = torch.arange(batch.ids.shape[1], device=batch.ids.device)
         mask = batch.mask.bool()
         prompt = mask & (columns < batch.prompt_lengths.unsqueeze(1))
-        routing, _ = self.router.route(Sequences(batch.ids, None, mask, prompt))
-        return self._experts.delta(frozen.inputs, routing, self.site.activation)
+        return self.router.route(Sequences(batch.ids, None, mask, prompt))[0]
 
     def opens(self, ids: Sequence[int]) -> bool:
         """Whether any expert acts anywhere on a text (token ids)."""
@@ -122,6 +120,11 @@ class InsertedAdaptor:
         everywhere = torch.ones_like(tokens, dtype=torch.bool)
         routing, _ = self.router.route(Sequences(tokens, None, everywhere, everywhere))
         return bool((routing.experts >= 0).any())
+
+    @torch.no_grad()
+    def replay(self, frozen: FrozenBatch, routing: Routing) -> Tensor:
+        """Last hidden states `[targets, hidden]` of a frozen batch with the routed experts at work."""
+        return frozen.replay(self._experts.delta(frozen.inputs, routing, self.site.activation))
 
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))

@@ -63,15 +63,11 @@ def _score(base: BaseModel, edits: Sequence[Edit], settings: Settings, layer: in
     rng = random.Random(settings.seed + 1)
     probed = [
         replace(edit, rephrases=tuple(Probe(text, edit.target, "reworded") for text in texts))
-        for edit, texts in zip(edits, _unseen(edits, rng), strict=True)
+        for edit, texts in zip(edits, rewordings(edits, REWORDINGS, rng), strict=True)
     ]
     result = evaluate(base, state, probed, only=("reliability", "generality"))
     reliability, generality = (result.value(name, "perplexity") for name in ("reliability", "generality"))
     return LayerScore(layer, reliability, generality if math.isfinite(generality) else reliability)
-
-
-def _unseen(edits: Sequence[Edit], rng: random.Random) -> list[list[str]]:
-    return [rewordings(edits, place, REWORDINGS, rng) for place in range(len(edits))]
 
 
 def _cache_file(base: BaseModel, edits: Sequence[Edit], settings: Settings) -> Path:

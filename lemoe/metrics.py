@@ -48,13 +48,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Item:
-    """One probe of one edit (by its place), with its tokens."""
+    """One probe of one edit (by its place), with its tokens; `open`: its target is what the base itself writes."""
 
     edit: int
     name: str
     kind: str
     prompt: str
     passage: Passage
+    open: bool = False
 
 
 @dataclass(frozen=True)

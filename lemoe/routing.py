@@ -18,14 +18,6 @@ Self = TypeVar("Self", bound="Router")
 
 
 @dataclass(frozen=True)
-class Routing:
-    """Which experts act where: `experts` `[batch, seq, k]`, -1 for none, and their `weights`, same shape."""
-
-    experts: Tensor
-    weights: Tensor
-
-
-@dataclass(frozen=True)
 class Explanation:
     """Why a prompt took its route, read at its last token.
 
@@ -46,6 +38,26 @@ class Explanation:
     coverage: float = 1.0
     conflict: float = 0.0
     fit: float = 0.0
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which experts act where.
+
+    Attributes:
+        experts: `[batch, seq, k]`, -1 for none.
+        weights: `[batch, seq, k]`, theirs.
+        explained: why each row's prompt takes its route; empty if it was not asked.
+    """
+
+    experts: Tensor
+    weights: Tensor
+    explained: tuple[Explanation, ...] = ()
+
+    def take(self, rows: Tensor) -> "Routing":
+        """The routing of some of its rows `[n]`."""
+        explained = tuple(self.explained[row] for row in rows.tolist()) if self.explained else ()
+        return Routing(self.experts[rows], self.weights[rows], explained)
 
 
 @dataclass(frozen=True)
@@ -77,15 +89,22 @@ class Sequences:
 
 
 class LiveRouter(ABC):
-    """A router at work in one base model."""
+    """A router at work in one base model, on `device`."""
+
+    device: torch.device
 
     @abstractmethod
     def route(self, sequences: Sequences) -> tuple[Routing, Tensor]:
         """The routes of new tokens, and their memory `[batch, 1, seq, k]`, which travels in the KV cache."""
 
-    @abstractmethod
     def explain(self, prompts: Sequence[Sequence[int]]) -> list[Explanation]:
         """Why each prompt (token ids) takes its route."""
+        return [self._routed(prompt).explained[0] for prompt in prompts]
+
+    def _routed(self, prompt: Sequence[int]) -> Routing:
+        ids = torch.tensor([list(prompt)], device=self.device)
+        everything = torch.ones_like(ids, dtype=torch.bool)
+        return self.route(Sequences(ids, None, everything, everything))[0]
 
 
 class Router(ABC):

@@ -1,7 +1,9 @@
 """Prompts and targets as token ids, and batches of them without padding waste."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -124,21 +126,79 @@ class Batch:
         return batch, kept
 
 
-def length_buckets(lengths: Sequence[int], max_tokens: int, max_waste: float = 0.25) -> list[list[int]]:
-    """Indices grouped by like length, longest group first, so that running out of memory happens at once.
+PASS = 24  # padded tokens whose cost equals that of one more pass over the weights
 
-    A group holds at most `max_tokens` padded tokens, and no member is shorter than the group's longest by more
-    than `max_waste` of it (and four tokens).
+
+def length_buckets(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices grouped by length, longest group first, so that running out of memory happens at once.
+
+    A group holds at most `max_tokens` padded tokens. Groups are cut so that padding and the number of passes cost
+    the least together.
     """
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    groups: list[list[int]] = []
-    for index in order:
-        group = groups[-1] if groups else []
-        longest = lengths[group[0]] if group else 0
-        fits = (len(group) + 1) * longest <= max_tokens
-        alike = lengths[index] >= longest * (1 - max_waste) - 4
-        if group and fits and alike:
-            group.append(index)
-        else:
-            groups.append([index])
+    members: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        members.setdefault(length, []).append(index)
+    distinct = sorted(members, reverse=True)
+    groups = []
+    for start, end in pairwise(_cheapest_cuts([(length, len(members[length])) for length in distinct])):
+        together = [index for length in distinct[start:end] for index in members[length]]
+        size = max(1, max_tokens // distinct[start])
+        groups += [together[first : first + size] for first in range(0, len(together), size)]
     return groups
+
+
+def _cheapest_cuts(counts: Sequence[tuple[int, int]]) -> list[int]:
+    """Where to cut `(length, how many)`, longest first, so that padded tokens and passes cost the least."""
+    cost, cut = [0.0] + [math.inf] * len(counts), [0] * (len(counts) + 1)
+    for start, (longest, _) in enumerate(counts):
+        rows = 0
+        for end in range(start + 1, len(counts) + 1):
+            rows += counts[end - 1][1]
+            total = cost[start] + longest * rows + PASS
+            if total < cost[end]:
+                cost[end], cut[end] = total, start
+    cuts = [len(counts)]
+    while cuts[-1]:
+        cuts.append(cut[cuts[-1]])
+    return cuts[::-1]
+
+
+FEW = 8  # rows that a matrix product should not be split below
+
+
+def replay_buckets(passages: Sequence[Passage], starts: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices grouped so that little is computed twice or in vain.
+
+    Passages with a common opening stand together, then those of like length, then those whose `starts`, the columns
+    from which a batch is run again and again, lie close.
+    """
+    buckets = []
+    for group in _by_opening(passages):
+        for bucket in length_buckets([len(passages[index]) for index in group], max_tokens):
+            buckets += _split_by_start([group[index] for index in bucket], passages, starts)
+    return buckets
+
+
+OPENING = 6  # tokens that are worth reading once for all
+
+
+def _by_opening(passages: Sequence[Passage]) -> list[list[int]]:
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, passage in enumerate(passages):
+        groups.setdefault(passage.prompt[:OPENING], []).append(index)
+    large = [group for group in groups.values() if len(group) >= FEW]
+    rest = [index for group in groups.values() if len(group) < FEW for index in group]
+    return [*large, rest] if rest else large
+
+
+def _split_by_start(bucket: Sequence[int], passages: Sequence[Passage], starts: Sequence[int]) -> list[list[int]]:
+    """The bucket whole, or in two where that saves a sixth of the columns that run again."""
+    order = sorted(bucket, key=lambda index: starts[index])
+    width = max(len(passages[index]) for index in order)
+    whole = len(order) * (width - starts[order[0]])
+
+    def cost(cut: int) -> int:
+        return cut * (width - starts[order[0]]) + (len(order) - cut) * (width - starts[order[cut]])
+
+    cut = min(range(FEW, len(order) - FEW + 1), key=cost, default=0)
+    return [order[:cut], order[cut:]] if cut and cost(cut) * 6 <= whole * 5 else [order]

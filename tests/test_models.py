@@ -14,7 +14,7 @@ from torch import nn
 
 import lemoe
 from lemoe.errors import InputError, LemoeError, ModelError
-from lemoe.frozen import freeze
+from lemoe.frozen import ffn_inputs, freeze
 from lemoe.models import resolve_model
 from lemoe.structure import find_ffn
 from lemoe.tokens import Batch, encode_all
@@ -71,6 +71,31 @@ def test_replaying_the_upper_layers_gives_the_logits_of_the_whole_model(
         torch.testing.assert_close(base.logits(frozen.base_hidden), expected, **CLOSE)
         torch.testing.assert_close(base.logits(frozen.replay(torch.zeros_like(delta))), expected, **CLOSE)
         torch.testing.assert_close(base.logits(frozen.replay(delta)), shifted, **CLOSE)
+
+
+@pytest.mark.parametrize("opening", ["", "He was there, at the time, and said: "])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_replay_may_start_where_the_first_expert_acts(
+    tiny: Tiny, facts: list[lemoe.Edit], family: str, opening: str
+) -> None:
+    base, layer, start = tiny(family), 1, 3 if not opening else 14
+    passages = encode_all(base, [(edit.id, opening + edit.prompt, edit.target) for edit in facts[:4]])
+    batch = Batch.of(passages, range(4), base.pad_token, base.device)
+    site = base.site(layer)
+    whole, part = freeze(base, site, layer, batch), freeze(base, site, layer, batch, start)
+    delta = torch.randn(whole.inputs.shape, generator=torch.Generator().manual_seed(1))
+    delta[:, :start] = 0
+    rows = torch.tensor([1, 3])
+    with torch.no_grad():
+        assert part.inputs.shape[1] == batch.ids.shape[1] - start
+        real = batch.mask[:, start:].bool()
+        torch.testing.assert_close(part.inputs[real], whole.inputs[:, start:][real], **CLOSE)
+        torch.testing.assert_close(ffn_inputs(base, site, batch, start)[real], part.inputs[real], **CLOSE)
+        expected = whole.replay(delta)
+        for _ in range(2):  # a replay leaves nothing behind
+            torch.testing.assert_close(part.replay(delta[:, start:]), expected, **CLOSE)
+        few = part.take(rows).replay(delta[rows, start:])
+        torch.testing.assert_close(few, expected[torch.isin(batch.target_rows, rows)], **CLOSE)
 
 
 class Odd(nn.Module):

@@ -132,7 +132,7 @@ class LiveAnchors(LiveRouter):
         self.gate = build_gate(base, anchors.anchors, settings)
         for number in anchors.superseded():
             self.gate.retire(number)
-        self._device = base.device
+        self.device = base.device
         self._states: OrderedDict[bytes, Route] = OrderedDict()
         self._remembered = remembered
 
@@ -142,16 +142,18 @@ class LiveAnchors(LiveRouter):
         ids = sequences.ids.masked_fill(~sequences.mask, PADDING).cpu()
         past = None if sequences.memory is None else sequences.memory[:, 0, :, 0].cpu().numpy()
         rows = [self._row(None if past is None else past[row], new) for row, new in enumerate(ids.numpy())]
-        experts = torch.tensor(rows, device=self._device).unsqueeze(-1)
-        memory = ids.to(self._device).unsqueeze(1).unsqueeze(-1)
-        return Routing(experts, torch.ones_like(experts, dtype=torch.float32)), memory
+        experts = torch.tensor([[reading.edit for reading in row] for row in rows], device=self.device).unsqueeze(-1)
+        ends = _last_columns(sequences.prompt.expand_as(sequences.mask))
+        explained = tuple(_explanation(row[end]) for row, end in zip(rows, ends, strict=True))
+        memory = ids.to(self.device).unsqueeze(1).unsqueeze(-1)
+        return Routing(experts, torch.ones_like(experts, dtype=torch.float32), explained), memory
 
-    def _row(self, past: "numpy.ndarray[tuple[int], numpy.dtype[numpy.int64]] | None", new: "Ids") -> list[int]:
+    def _row(self, past: "Ids | None", new: "Ids") -> list[Reading]:
         known = new[:0] if past is None else past[past != PADDING]
         route = self._resume(known)
-        experts = [route.push(int(token)).edit if token != PADDING else -1 for token in new]
+        readings = [route.push(int(token)) if token != PADDING else SHUT for token in new]
         self._remember(numpy.concatenate([known, new[new != PADDING]]), route)
-        return experts
+        return readings
 
     def _resume(self, known: "Ids") -> Route:
         stored = self._states.get(known.tobytes()) if len(known) else None
@@ -167,9 +169,6 @@ class LiveAnchors(LiveRouter):
         while len(self._states) > self._remembered:
             self._states.popitem(last=False)
 
-    def explain(self, prompts: Sequence[Sequence[int]]) -> list[Explanation]:
-        return [_explanation(self.reading(prompt)) for prompt in prompts]
-
     def reading(self, prompt: Sequence[int]) -> Reading:
         """How the gate stands at the end of a prompt."""
         route = Route(self.gate)
@@ -180,6 +179,13 @@ class LiveAnchors(LiveRouter):
 
 
 Ids = numpy.ndarray[tuple[int], numpy.dtype[numpy.int64]]
+
+
+def _last_columns(prompt: Tensor) -> list[int]:
+    """The last column of each row's prompt `[batch, seq]`; the last of all where none is marked."""
+    columns = torch.arange(1, prompt.shape[1] + 1, device=prompt.device)
+    last: list[int] = ((prompt * columns).amax(1) - 1).tolist()
+    return last
 
 
 def _explanation(reading: Reading) -> Explanation:

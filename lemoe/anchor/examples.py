@@ -5,7 +5,7 @@ Nothing here sees a rephrase or a locality prompt, unless `train_rephrases` asks
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lemoe.anchor.gate import Gate, Question, around, compare
 from lemoe.anchor.lexicon import infer_subject
@@ -71,25 +71,61 @@ _OTHER_QUESTIONS = (
 )
 
 
-def rewordings(edits: Sequence[Edit], place: int, count: int, rng: random.Random) -> list[str]:
-    """`count` other texts that end in the question of `edits[place]`.
+def rewordings(edits: Sequence[Edit], count: int, rng: random.Random) -> list[list[str]]:
+    """For each of `edits`, `count` other texts that end in its question; none for a long one.
 
     By turns: words outside the subject dropped, a distracting sentence in front (another edit's, or a stock one), a
     question made a statement or the reverse (models end the turn after a question mark, start a phrase elsewhere), a
-    neutral opening, and several of these together.
+    neutral opening, and several of these together. Edits share an opening where they can, so that it is read once.
     """
-    edit = edits[place]
-    if len(edit.prompt) > LONG_PROMPT:
-        return []
-    makers = (
-        lambda: _dropped(edit, rng),
-        lambda: f"{_other_sentence(edits, place, rng)} {edit.prompt}",
-        lambda: _turned(edit.prompt, rng),
-        lambda: f"{rng.choice(_SENTENCES)} {_dropped(edit, rng)}",
-        lambda: f"{rng.choice(_NEUTRAL)} {_turned(_dropped(edit, rng), rng)}",
-        lambda: f"{_other_sentence(edits, place, rng)} {_dropped(edit, rng)}",
-    )
-    return [makers[number % len(makers)]() for number in range(count)]
+    made: list[list[str]] = [[] for _ in edits]
+    for number in range(count):
+        maker = _MAKERS[number % len(_MAKERS)](edits, rng)
+        for place, edit in enumerate(edits):
+            if len(edit.prompt) <= LONG_PROMPT:
+                made[place].append(maker(edit))
+    return made
+
+
+Maker = Callable[[Edit], str]
+
+
+def _dropping(edits: Sequence[Edit], rng: random.Random) -> Maker:
+    return lambda edit: _dropped(edit, rng)
+
+
+def _turning(edits: Sequence[Edit], rng: random.Random) -> Maker:
+    return lambda edit: _turned(edit.prompt, rng)
+
+
+def _behind_another(edits: Sequence[Edit], rng: random.Random) -> Maker:
+    sentence = _other_sentence(edits, rng)
+    return lambda edit: f"{sentence(edit)} {edit.prompt}"
+
+
+def _dropping_behind_another(edits: Sequence[Edit], rng: random.Random) -> Maker:
+    sentence = _other_sentence(edits, rng)
+    return lambda edit: f"{sentence(edit)} {_dropped(edit, rng)}"
+
+
+def _dropping_behind_a_sentence(edits: Sequence[Edit], rng: random.Random) -> Maker:
+    sentence = rng.choice(_SENTENCES)
+    return lambda edit: f"{sentence} {_dropped(edit, rng)}"
+
+
+def _turning_behind_an_opening(edits: Sequence[Edit], rng: random.Random) -> Maker:
+    opening = rng.choice(_NEUTRAL)
+    return lambda edit: f"{opening} {_turned(_dropped(edit, rng), rng)}"
+
+
+_MAKERS = (
+    _dropping,
+    _behind_another,
+    _turning,
+    _dropping_behind_a_sentence,
+    _turning_behind_an_opening,
+    _dropping_behind_another,
+)
 
 
 def _dropped(edit: Edit, rng: random.Random) -> str:
@@ -116,15 +152,19 @@ def _subject_span(edit: Edit) -> tuple[int, int]:
     return (start, start + len(edit.subject or "")) if start >= 0 else (0, 0)
 
 
-def _other_sentence(edits: Sequence[Edit], place: int, rng: random.Random) -> str:
-    others = [
-        e for e in edits if question(e.subject or e.prompt) != question(edits[place].subject or edits[place].prompt)
-    ]
-    others = [e for e in others if len(e.prompt) + len(e.target) <= LONG_PROMPT]
-    if not others:
-        return rng.choice(_SENTENCES)
-    other = rng.choice(others)
-    return f"{other.prompt} {other.target.strip()}."
+def _other_sentence(edits: Sequence[Edit], rng: random.Random) -> Callable[[Edit], str]:
+    """A sentence that states one of `edits`, for the others; for those on its subject, a stock one."""
+    short = [edit for edit in edits if len(edit.prompt) + len(edit.target) <= LONG_PROMPT]
+    stock = rng.choice(_SENTENCES)
+    if not short:
+        return lambda edit: stock
+    other = rng.choice(short)
+    stated = f"{other.prompt} {other.target.strip()}."
+    return lambda edit: stock if _subject_key(edit) == _subject_key(other) else stated
+
+
+def _subject_key(edit: Edit) -> str:
+    return question(edit.subject or edit.prompt)
 
 
 def other_questions(gate: Gate, edits: Sequence[Edit], place: int, count: int, rng: random.Random) -> list[str]:

@@ -18,7 +18,7 @@ from lemoe.frozen import FrozenBatch, ffn_inputs, freeze
 from lemoe.models import BaseModel
 from lemoe.settings import Settings
 from lemoe.structure import FFNSite
-from lemoe.tokens import Batch, Passage, encode, encode_all, length_buckets
+from lemoe.tokens import Batch, Passage, encode, encode_all, replay_buckets
 
 DECISIVE = 3.0  # weight of a question's last token among those on which an expert shall stay silent
 
@@ -27,8 +27,8 @@ DECISIVE = 3.0  # weight of a question's last token among those on which an expe
 class Teaching:
     """A frozen batch of texts that end in an answer: one row for each, of the edit `owners` `[batch]`.
 
-    `active` `[batch, seq]`: where the expert acts. `ends` `[targets]`: which labels end an answer. `weights`
-    `[targets]`: of each label, so that every text counts the same.
+    `active` `[batch, seq]`: where the expert acts, from the frozen batch's first column on. `ends` `[targets]`: which
+    labels end an answer. `weights` `[targets]`: of each label, so that every text counts the same.
     """
 
     frozen: FrozenBatch
@@ -109,7 +109,7 @@ class LessonMaker:
 
     def _variants(self) -> list[list[Teaching]]:
         edits, settings = self._edits, self._settings
-        texts = [rewordings(edits, place, settings.variants, self._rng) for place in range(len(edits))]
+        texts = rewordings(edits, settings.variants, self._rng)
         usable = [self._usable([(text, edit.target) for text in own]) for own, edit in zip(texts, edits, strict=True)]
         if settings.train_rephrases:
             rephrased = self._rephrases()
@@ -138,30 +138,41 @@ class LessonMaker:
     def _teachings(self, rows: Sequence[tuple[int, Passage]]) -> list[Teaching]:
         """Frozen batches of passages, each with the token that ends an answer behind its target."""
         ended = [self._ended(passage) for _, passage in rows]
-        buckets = length_buckets(list(map(len, ended)), self._settings.batch_tokens)
-        return [self._teaching(rows, ended, bucket) for bucket in buckets]
+        owners = [place for place, _ in rows]
+        starts = self._starts(owners, ended)
+        buckets = replay_buckets(ended, starts, self._settings.batch_tokens)
+        return [self._teaching(owners, ended, starts, bucket) for bucket in buckets]
 
     def _ended(self, passage: Passage) -> Passage:
         full = self._base.max_length is not None and len(passage) >= self._base.max_length
         return passage if full else Passage(passage.prompt, (*passage.target, self._base.end_token))
 
     def _teaching(
-        self, rows: Sequence[tuple[int, Passage]], ended: Sequence[Passage], bucket: Sequence[int]
+        self, owners: Sequence[int], ended: Sequence[Passage], starts: Sequence[int], bucket: Sequence[int]
     ) -> Teaching:
         base = self._base
         batch = Batch.of(ended, bucket, base.pad_token, base.device)
-        starts = [self._start(rows[index][0], ended[index]) for index in bucket]
-        columns = torch.arange(batch.ids.shape[1], device=base.device)
-        active = (columns >= torch.tensor(starts, device=base.device).unsqueeze(1)) & batch.mask.bool()
         lengths = torch.tensor([len(ended[index].target) for index in bucket], device=base.device)
         last = batch.prompt_lengths + lengths - 2
+        first, active = self._active(batch, [starts[index] for index in bucket])
         return Teaching(
-            frozen=freeze(base, self._site, self._layer, batch),
-            owners=torch.tensor([rows[index][0] for index in bucket], device=base.device),
+            frozen=freeze(base, self._site, self._layer, batch, first),
+            owners=torch.tensor([owners[index] for index in bucket], device=base.device),
             active=active,
             ends=batch.target_columns == last[batch.target_rows],
             weights=1.0 / lengths[batch.target_rows],
         )
+
+    def _active(self, batch: Batch, starts: Sequence[int]) -> tuple[int, Tensor]:
+        """The first column at which an expert acts, and from there `[batch, seq]`, bool: where it does."""
+        first = min(starts)
+        columns = torch.arange(first, batch.ids.shape[1], device=self._base.device)
+        return first, (columns >= torch.tensor(starts, device=self._base.device).unsqueeze(1)) & batch.mask[
+            :, first:
+        ].bool()
+
+    def _starts(self, owners: Sequence[int], passages: Sequence[Passage]) -> list[int]:
+        return [self._start(place, passage) for place, passage in zip(owners, passages, strict=True)]
 
     def _start(self, place: int, passage: Passage) -> int:
         """Where the gate opens on a text, in use; at the prompt's last token where it would not open at all."""
@@ -182,15 +193,23 @@ class LessonMaker:
                 [(text, None) for text in other_questions(gate, edits, place, count, self._rng)]
             )
         ]
-        passages = [passage for _, passage in rows]
-        silences = []
-        for bucket in length_buckets(list(map(len, passages)), self._settings.batch_tokens):
-            batch = Batch.of(passages, bucket, base.pad_token, base.device)
-            starts = [self._start(rows[index][0], passages[index]) for index in bucket]
-            columns = torch.arange(batch.ids.shape[1], device=base.device)
-            weights = ((columns >= torch.tensor(starts, device=base.device).unsqueeze(1)) & batch.mask.bool()).float()
-            weights = torch.where(columns == batch.prompt_lengths.unsqueeze(1) - 1, DECISIVE * weights, weights)
-            weights = weights / weights.sum(1, keepdim=True)
-            owners = torch.tensor([rows[index][0] for index in bucket], device=base.device)
-            silences.append(Silence(rms_normal(ffn_inputs(base, self._site, batch)), owners, weights))
-        return silences
+        owners, passages = [place for place, _ in rows], [passage for _, passage in rows]
+        starts = self._starts(owners, passages)
+        return [
+            self._silence(owners, passages, starts, bucket)
+            for bucket in replay_buckets(passages, starts, self._settings.batch_tokens)
+        ]
+
+    def _silence(
+        self, owners: Sequence[int], passages: Sequence[Passage], starts: Sequence[int], bucket: Sequence[int]
+    ) -> Silence:
+        base = self._base
+        batch = Batch.of(passages, bucket, base.pad_token, base.device)
+        first, active = self._active(batch, [starts[index] for index in bucket])
+        last = torch.arange(first, batch.ids.shape[1], device=base.device) == batch.prompt_lengths.unsqueeze(1) - 1
+        weights = torch.where(last, DECISIVE, 1.0) * active
+        return Silence(
+            rms_normal(ffn_inputs(base, self._site, batch, first)),
+            torch.tensor([owners[index] for index in bucket], device=base.device),
+            weights / weights.sum(1, keepdim=True),
+        )

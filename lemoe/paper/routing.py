@@ -170,6 +170,7 @@ class LiveKeyRouter(LiveRouter):
     """Decides once, at a sequence's first tokens; its memory is the decision, which later tokens inherit."""
 
     def __init__(self, base: "BaseModel", router: KeyRouter):
+        self.device = base.device
         self._base = base
         self._router = router
 
@@ -178,22 +179,18 @@ class LiveKeyRouter(LiveRouter):
         if sequences.memory is not None:
             memory = sequences.memory[:, :, -1:].expand(-1, -1, length, -1)
             experts, weights = memory.squeeze(1).chunk(2, dim=-1)
-            return Routing(experts.long(), weights), memory
+            return _explained(Routing(experts.long(), weights)), memory
         embeddings = sequences.embeddings
         if embeddings is None:
             embeddings = self._base.embedding(sequences.ids)
         routing = self._router.route(pool(embeddings, sequences.prompt), length)
-        return routing, torch.cat([routing.experts.float(), routing.weights], dim=-1).unsqueeze(1)
+        memory = torch.cat([routing.experts.float(), routing.weights], dim=-1).unsqueeze(1)
+        return _explained(routing), memory
 
-    def explain(self, prompts: Sequence[Sequence[int]]) -> list[Explanation]:
-        explained = []
-        for prompt in prompts:
-            ids = torch.tensor([list(prompt)], device=self._base.device)
-            everything = torch.ones_like(ids, dtype=torch.bool)
-            routing, _ = self.route(Sequences(ids, None, everything, everything))
-            expert = int(routing.experts[0, 0, 0])
-            explained.append(Explanation(expert, float(routing.weights[0, 0, 0]), nearest=expert))
-        return explained
+
+def _explained(routing: Routing) -> Routing:
+    pairs = zip(routing.experts[:, 0, 0].tolist(), routing.weights[:, 0, 0].tolist(), strict=True)
+    return replace(routing, explained=tuple(Explanation(int(e), w, nearest=int(e)) for e, w in pairs))
 
 
 def pool(embeddings: Tensor, mask: Tensor) -> Tensor:
