@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,19 +108,61 @@ def bars(base: lemoe.BaseModel, names: list[str], out: Path) -> None:
         write(out / f"{name}.json", measured | figures(teacher) | figures(greedy), worst(teacher.records))
 
 
+FEW = 3  # locality prompts of each kind and edit, where many settings are compared
+
+
+def few_probes(name: str) -> list[lemoe.Edit]:
+    """100 edits of a data set, each with at most `FEW` locality prompts of a kind, and of portability only aliases."""
+    chosen = []
+    for edit in CASES[name].edits()[:100]:
+        kinds: dict[str, list[lemoe.Probe]] = {}
+        for probe in edit.locality:
+            kinds.setdefault(probe.kind, []).append(probe)
+        locality = tuple(probe for group in kinds.values() for probe in group[:FEW])
+        aliases = tuple(probe for probe in edit.portability if probe.kind == "subject_alias")
+        chosen.append(replace(edit, locality=locality, portability=aliases))
+    return chosen
+
+
+COMPARED = ("zsre-unique", "counterfact", "knowedit")
+
+
+Table = dict[str, dict[str, dict[str, float]]]
+
+
 def tradeoff(base: lemoe.BaseModel, out: Path) -> None:
-    """The gate's threshold against the weight of negatives, on KnowEdit, ZsRE and CounterFact."""
-    sets = {name: CASES[name].edits()[:100] for name in ("zsre-unique", "counterfact", "knowedit")}
+    """The gate's threshold against the weight of negatives."""
+    table: Table = {}
     for weight in (0.0, 1.0, 3.0, 10.0):
-        for name, edits in sets.items():
-            settings = replace(lemoe.resolve_settings("anchor"), negative_weight=weight)
-            folder = out / f"tradeoff-{name}-{weight:g}"
-            train(base, edits, settings, folder)
-            state = load_adaptor(folder / "adaptor.safetensors")
-            for threshold in (1.5, 2.5, 3.5, 5.0, 8.0, 1e9):
-                opened = replace(state, settings=replace(state.settings, gate_conflict=threshold))
-                result = lemoe.evaluate(base, opened, edits, only=("reliability", "generality", "locality"))
-                write(out / f"tradeoff-{name}-{weight:g}-{threshold:g}.json", figures(result), [])
+        settings = replace(lemoe.resolve_settings("anchor"), negative_weight=weight)
+        for threshold in (1.5, 3.5, 8.0, 1e9):
+            row = table.setdefault(f"negatives {weight:g}, threshold {threshold:g}", {})
+            for name in COMPARED:
+                folder = out / f"tradeoff-{name}-{weight:g}"
+                row[name] = once(folder, f"-{threshold:g}", partial(compared, base, name, settings, folder, threshold))
+    print_table(table)
+
+
+def compared(
+    base: lemoe.BaseModel, name: str, settings: lemoe.Settings, folder: Path, threshold: float | None = None
+) -> dict[str, float]:
+    """Figures of one data set, with the gate's threshold changed after training if given."""
+    edits = few_probes(name)
+    trained = (folder / "adaptor.safetensors").exists()
+    measured = {} if trained else train(base, edits, settings, folder)
+    state = load_adaptor(folder / "adaptor.safetensors")
+    if threshold is not None:
+        state = replace(state, settings=replace(state.settings, gate_conflict=threshold))
+    return measured | figures(lemoe.evaluate(base, state, edits))
+
+
+def once(folder: Path, variant: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """What was measured before, or is now."""
+    path = folder.with_name(f"{folder.name}{variant}.json")
+    if not path.exists():
+        write(path, measure(), [])
+    stored: dict[str, float] = json.loads(path.read_text())["figures"]
+    return stored
 
 
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -134,16 +177,34 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 
 def ablation(base: lemoe.BaseModel, out: Path) -> None:
-    """Preset `paper`, and preset `anchor` without each of its parts, on 100 edits of each of three sets."""
-    for name in ("zsre-unique", "counterfact", "knowedit"):
-        edits = CASES[name].edits()[:100]
-        runs = {"paper": lemoe.resolve_settings("paper")}
-        runs |= {label: lemoe.resolve_settings("anchor", None, given) for label, given in ABLATIONS.items()}
-        for label, settings in runs.items():
-            slug = f"ablation-{name}-{label.replace(' ', '-')}"
-            measured = train(base, edits, settings, out / slug)
-            state = load_adaptor(out / slug / "adaptor.safetensors")
-            write(out / f"{slug}.json", measured | figures(lemoe.evaluate(base, state, edits)), [])
+    """Preset `paper`, and preset `anchor` without each of its parts."""
+    runs = {"paper": lemoe.resolve_settings("paper")}
+    runs |= {label: lemoe.resolve_settings("anchor", None, given) for label, given in ABLATIONS.items()}
+    table: Table = {}
+    for label, settings in runs.items():
+        for name in COMPARED:
+            folder = out / f"ablation-{name}-{label.replace(' ', '-')}"
+            table.setdefault(label, {})[name] = once(folder, "", partial(compared, base, name, settings, folder))
+    print_table(table)
+
+
+COLUMNS = ("reliability/all", "generality/all", "portability/subject_alias", "locality/all", "locality/same_subject")
+
+
+def print_table(table: Table) -> None:
+    """A Markdown table: token accuracy, with the share of whole answers in brackets."""
+    heads = [f"{name} {column.removesuffix('/all').split('/')[-1]}" for name in COMPARED for column in COLUMNS]
+    rows = {label: [cell(row[name], column) for name in COMPARED for column in COLUMNS] for label, row in table.items()}
+    kept = [index for index in range(len(heads)) if any(cells[index] for cells in rows.values())]
+    print("| | " + " | ".join(heads[index] for index in kept) + " |\n|" + "---|" * (len(kept) + 1))
+    for label, cells in rows.items():
+        print(f"| {label} | " + " | ".join(cells[index] for index in kept) + " |")
+
+
+def cell(values: dict[str, float], column: str) -> str:
+    tokens = values.get(f"{column}/token_accuracy/teacher")
+    exact = values.get(f"{column}/exact_match/teacher", math.nan)
+    return "" if tokens is None else f"{tokens:.3f} ({exact:.3f})"
 
 
 def collapse(base: lemoe.BaseModel, adaptor: Path) -> None:
