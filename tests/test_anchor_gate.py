@@ -9,8 +9,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import lemoe
-from lemoe.anchor.anchors import Anchors, LiveAnchors, build_gate
+from lemoe.anchor.anchors import Anchors, LiveAnchors, build_gate, lexicon_of
 from lemoe.anchor.gate import SHUT, Anchor, Gate, Reading, Route
+from lemoe.anchor.subjects import SubjectIndex
+from lemoe.anchor.words import Reader
 from lemoe.errors import AdaptorError
 from lemoe.routing import Sequences
 from lemoe.tokens import encode
@@ -61,6 +63,33 @@ def at_end(base: lemoe.BaseModel, gate: Gate, text: str) -> Reading:
 # What a text reaches: the real tokenizer and embeddings.
 
 
+names = st.lists(
+    st.sampled_from(["Ada", "Bo", "Carlow", "Denver", "Elm", "42", "II", "Fitzgerald"]), min_size=1, max_size=4
+)
+
+
+def imperfect(word: str, how: int) -> str:
+    """A form in which a word of a name may be met: whole, an initial, cut short, or misspelt."""
+    forms = (word, f"{word[0]}.", word[:4], word[:2] + "x" + word[3:], word[:-1])
+    return word if word.isdigit() or word.isupper() else forms[how]
+
+
+@few
+@given(names, st.integers(0, 3), st.integers(0, 4))
+def test_the_index_looks_at_every_subject_that_a_text_mentions_with_one_imperfect_word(
+    tiny: Callable[[str], lemoe.BaseModel], name: list[str], place: int, how: int
+) -> None:
+    lexicon = lexicon_of(tiny("llama"))
+    index = SubjectIndex(lexicon)
+    number = [index.add(other) for other in ("Ada Denver", "Carlow Elm 42", " ".join(name))][-1]
+    reader, seen, mentioned = Reader(), set[int](), False
+    for word in ["of", *(imperfect(word, how) if at == place else word for at, word in enumerate(name)), "once"]:
+        reader.push(f" {word}".encode())
+        seen.update(index.near(reader.words))
+        mentioned |= index.subjects[number].at(reader.words, len(reader.words) - 1, growing=False) is not None
+    assert number in seen or not mentioned
+
+
 @pytest.fixture(scope="module")
 def known(real_base: lemoe.BaseModel) -> Gate:
     """A gate over `KNOWN` with the default thresholds."""
@@ -87,6 +116,7 @@ def test_an_edits_own_prompt_reaches_it(real_base: lemoe.BaseModel, known: Gate,
         ("What was the profession of J. R. R. Tolkien?", TOLKIEN),
         ("Which fish is the largest of Lake Como?", COMO),
         ("Which city is the University of Oxford in?", OXFORD),
+        ("Who made Windows 95?", WINDOWS),
     ],
 )
 def test_a_rewording_that_names_the_subject_opens_the_gate(

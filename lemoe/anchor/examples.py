@@ -189,7 +189,7 @@ def other_questions(gate: Gate, edits: Sequence[Edit], place: int, count: int, r
         mention = about.find(words)
         if mention is None:
             continue
-        compared = compare(stored, Question.of(around(words, mention), gate.lexicon))
+        compared = compare(stored, Question.of(around(words, mention), gate.lexicon), gate.lexicon)
         if compared.conflict >= SAME_QUESTION:
             scored.append((not (compared.enough and compared.conflict <= gate.threshold), text))
     scored.sort(key=lambda pair: pair[0])

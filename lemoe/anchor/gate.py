@@ -10,15 +10,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy
-from numpy.typing import NDArray
-
-from lemoe.anchor.lexicon import Lexicon, Vector, infer_subject
+from lemoe.anchor.lexicon import Lexicon, infer_subject
 from lemoe.anchor.subjects import Mention, Subject, SubjectIndex
 from lemoe.anchor.words import Reader, Word, split_words
 from lemoe.routing import Scope
 
-FLOOR = 0.15  # cosine below which two words are unrelated
 EVIDENCE = 0.02  # share of what the anchor asks before its subject that must be read before deciding
 WORDS_BEFORE = 12  # words in front of a mention that tell what is asked
 TAIL = 12  # tokens of an anchor by which its own prompt is looked up
@@ -59,22 +55,18 @@ SHUT = Reading(-1, "subject", -1, 0.0, 0.0, 0.0)
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked about a subject: the words around its mention, with weights, vectors and stems."""
+    """What is asked about a subject: the words around its mention, with their stems, weights and the weights' sum."""
 
     words: tuple[str, ...]
     stems: tuple[str, ...]
-    weights: NDArray[numpy.float64]
-    vectors: Vector
+    weights: tuple[float, ...]
+    total: float
 
     @classmethod
     def of(cls, words: Sequence[str], lexicon: Lexicon) -> "Question":
         unique = tuple(dict.fromkeys(words))
-        return cls(
-            unique,
-            tuple(lexicon.stem(word) for word in unique),
-            numpy.array([lexicon.relation_weight(word) for word in unique]),
-            numpy.stack([lexicon.vector(word) for word in unique]) if unique else numpy.zeros((0, 1), numpy.float32),
-        )
+        weights = tuple(map(lexicon.relation_weight, unique))
+        return cls(unique, tuple(map(lexicon.stem, unique)), weights, sum(weights))
 
 
 @dataclass(frozen=True)
@@ -98,24 +90,32 @@ class Comparison:
     enough: bool
 
 
-def compare(stored: Stored, read: Question) -> Comparison:
+def compare(stored: Stored, read: Question, lexicon: Lexicon) -> Comparison:
     """How well what was read asks what the anchor asks.
 
     `conflict` is the weight that both sides hold beyond what they share, the lesser of the two, against what they
     share: a side without content is no conflict. The words of the answer are no evidence, so that reading it changes
     nothing.
     """
-    asked = stored.question
-    weights = read.weights
-    if stored.answer and len(weights):
-        weights = weights * numpy.array([stemmed not in stored.answer for stemmed in read.stems])
-    if len(weights) and len(asked.weights):
-        alike = numpy.clip((asked.vectors @ read.vectors.T - FLOOR) / (1 - FLOOR), 0, 1)
-        alike[numpy.array([[one == other for other in read.stems] for one in asked.stems])] = 1.0
-        matched, matched_read = float(asked.weights @ alike.max(1)), float(weights @ alike.max(0))
-    else:
-        matched = matched_read = 0.0
-    total, total_read = float(asked.weights.sum()), float(weights.sum())
+    asked, answer = stored.question, stored.answer
+    total, total_read = asked.total, read.total
+    best_read = [0.0] * len(read.words)
+    matched = 0.0
+    for word, weight in zip(asked.words, asked.weights, strict=True):
+        best = 0.0
+        for place, other in enumerate(read.words):
+            alike = lexicon.likeness(word, other)
+            if alike > best:
+                best = alike
+            if alike > best_read[place]:
+                best_read[place] = alike
+        matched += weight * best
+    matched_read = 0.0
+    for stemmed, weight, alike in zip(read.stems, read.weights, best_read, strict=True):
+        if stemmed in answer:
+            total_read -= weight
+        else:
+            matched_read += weight * alike
     conflict = min(total - matched, total_read - matched_read) / (1 + matched + matched_read)
     fit = (matched + 1) / (total + 1) + (matched_read + 1) / (total_read + 1)
     enough = stored.front < 0.5 or (total_read > 0 and total_read >= EVIDENCE * total * stored.front)
@@ -139,6 +139,7 @@ class Gate:
         self.index = SubjectIndex(lexicon)
         self._of_subject: dict[int, list[int]] = defaultdict(list)
         self._by_tail: dict[tuple[int, ...] | bytes, list[int]] = defaultdict(list)
+        self._endings: dict[int, set[int]] = defaultdict(set)  # lengths of the tails that end in a token
 
     def add(self, anchor: Anchor, text: str, answer: str) -> int:
         """Store an anchor with the texts of its prompt and target; returns its number."""
@@ -147,11 +148,13 @@ class Gate:
         question = Question.of(words, self.lexicon)
         heavy = sum(w for word, w in zip(question.words, question.weights, strict=True) if word in front)
         stems = frozenset(self.lexicon.stem(word) for word in split_words(answer)) - frozenset(question.stems)
-        share = float(heavy / max(question.weights.sum(), 1e-9)) if len(question.weights) else 0.0
+        share = heavy / max(question.total, 1e-9)
         number = len(self.anchors)
         self.anchors.append(Stored(anchor, subject, question, stems, share))
         self._of_subject[subject].append(number)
         self._by_tail[self._tail(anchor.prompt)].append(number)
+        if len(anchor.prompt) > 1:
+            self._endings[anchor.prompt[-1]].add(min(TAIL, len(anchor.prompt) - 1))
         return number
 
     def _tail(self, prompt: tuple[int, ...]) -> tuple[int, ...] | bytes:
@@ -172,8 +175,10 @@ class Gate:
         The first token is compared without its leading space, which depends on where a text begins.
         """
         hits = list(self._by_tail.get(self.lexicon.piece(ids[-1]).strip(), ()))
-        for length in range(1, min(TAIL, len(ids) - 1) + 1):
+        for length in self._endings.get(ids[-1], ()):
             hits += self._by_tail.get(tuple(ids[-length:]), ())
+        if not hits:
+            return -1
         return max(
             (number for number in hits if self._ends_with(ids, self.anchors[number].anchor.prompt)),
             key=lambda number: (len(self.anchors[number].anchor.prompt), number),
@@ -303,7 +308,7 @@ class Route:
                 self._withdraw(number)
         near = self._gate.index.near(words)
         for number, at in list(self._waiting.items()):
-            if number in self._mentions or last - at > len(subjects[number].words) + 1:
+            if number in self._mentions or last - at > subjects[number].patience:
                 del self._waiting[number]
             elif found := subjects[number].at(words, at, growing=growing):
                 self._mentions[number] = found
@@ -311,7 +316,7 @@ class Route:
         for number in near:
             if number in self._mentions:
                 continue
-            if found := subjects[number].at(words, last, growing=growing):
+            if found := subjects[number].ending(words, growing=growing):
                 self._mentions[number] = found
             elif len(subjects[number].words) > 1:
                 self._waiting[number] = last
@@ -331,7 +336,7 @@ class Route:
         for subject, mention in self._mentions.items():
             read = Question.of(around(self._reader.words, mention), self._gate.lexicon)
             for number in self._gate.of_subject(subject):
-                compared = compare(self._gate.anchors[number], read)
+                compared = compare(self._gate.anchors[number], read, self._gate.lexicon)
                 fresh = compared.matched > self._matched.get(number, -1.0) + 1e-6
                 self._matched[number] = max(compared.matched, self._matched.get(number, -1.0))
                 scores[number] = compared.fit

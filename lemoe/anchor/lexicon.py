@@ -13,6 +13,8 @@ from lemoe.anchor.words import fold, stem
 from lemoe.models import BaseModel
 
 RELATION_UNIT = 1.6
+FLOOR = 0.15  # cosine below which two words are unrelated
+REMEMBERED = 1 << 20  # pairs of words
 RELATION_POWER = 4.0  # steep, so that "the name of" does not outweigh "mother"
 
 Vector = NDArray[numpy.float32]
@@ -30,6 +32,7 @@ class Lexicon:
         self._rarity: dict[str, float] = {}
         self._relation: dict[str, float] = {}
         self._vector: dict[str, Vector] = {}
+        self._likeness: dict[tuple[str, str], float] = {}
         self._piece: dict[int, bytes] = {}
         self._stem: dict[str, str] = {}
 
@@ -66,6 +69,22 @@ class Lexicon:
         if word not in self._relation:
             self._relation[word] = (self.rarity(word) / RELATION_UNIT) ** RELATION_POWER
         return self._relation[word]
+
+    def likeness(self, word: str, other: str) -> float:
+        """How far two words mean the same, 0 to 1; 1 with a common stem."""
+        pair = (word, other)
+        known = self._likeness.get(pair)
+        if known is None:
+            if len(self._likeness) >= REMEMBERED:
+                self._likeness.clear()
+            known = self._likeness[pair] = self._compare(word, other)
+        return known
+
+    def _compare(self, word: str, other: str) -> float:
+        if self.stem(word) == self.stem(other):
+            return 1.0
+        cosine = float(self.vector(word) @ self.vector(other))
+        return min(max((cosine - FLOOR) / (1 - FLOOR), 0.0), 1.0)
 
     def vector(self, word: str) -> Vector:
         """Unit vector `[hidden]`: the mean of the word's token embeddings without their common direction."""

@@ -3,12 +3,17 @@
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import permutations
 
 from lemoe.anchor.lexicon import Lexicon
 from lemoe.anchor.words import Word, one_edit_apart, rigid, split_words
 
 COVERAGE = 0.75  # share of the subject's weight that must be present
 PLAIN = 8.0  # a capitalised subject lighter than this must be read with a capital
+LONG = 5  # letters from which a word may be misspelt
+SHORT = 3  # letters below which a word that may still grow is no evidence of its own
+NEAR = 6  # words between which two words of a subject are looked for
 INITIAL, NICKNAME, MISSPELT = 0.75, 0.7, 0.9  # credit for an imperfect word
 
 
@@ -31,6 +36,8 @@ class Subject:
         self.capital = any(char.isupper() for char in text)
         self.joined = "".join(self.words)
         self.rigid = [rigid(word) for word in self.words]
+        count = len(self.words)
+        self.patience = count + 1 if count > 2 else 1  # words after one of it within which the rest may follow
         self._lexicon = lexicon
         self._stem_set = frozenset(self.stems)
 
@@ -52,9 +59,17 @@ class Subject:
         stemmed = self._lexicon.stem(word.text) in self._stem_set
         return stemmed or word.text == self.joined or (at > 0 and words[at - 1].text + word.text == self.joined)
 
+    def ending(self, words: Sequence[Word], *, growing: bool) -> Mention | None:
+        """The mention that the last word belongs to; one too short to be told apart counts beside the one before."""
+        last = len(words) - 1
+        if growing and len(words[last].text) < SHORT and last:
+            found = self.at(words, last - 1, growing=True)
+            return found if found and last in found.positions else None
+        return self.at(words, last, growing=growing)
+
     def at(self, words: Sequence[Word], at: int, *, growing: bool) -> Mention | None:
         """The mention that holds position `at`; `growing` says that the last word may not be whole yet."""
-        if growing and at == len(words) - 1 and len(words[at].text) < 3:
+        if growing and at == len(words) - 1 and len(words[at].text) < SHORT:
             return None
         for used in ((at,), (at - 1, at)):  # one word written as two, or two as one
             if used[0] >= 0 and "".join(words[position].text for position in used) == self.joined:
@@ -128,7 +143,7 @@ class Subject:
                 for position in window
                 if position not in used
                 and position != unfinished
-                and (credit := _credit(self.words[index], words[position], last=last))
+                and (credit := _credit(self.words[index], words[position].text, words[position].capital, last))
             }
             if credits:
                 best = max(credits, key=lambda position: (credits[position], -abs(position - at)))
@@ -144,28 +159,29 @@ class Subject:
         return inside or all(words[position].capital for position in used)
 
 
-def _credit(stored: str, read: Word, *, last: bool) -> float:
-    """How far `read` stands for the subject's word `stored`: an initial, a misspelling, a nickname."""
-    word = read.text
+@lru_cache(1 << 16)
+def _credit(stored: str, word: str, capital: bool, last: bool) -> float:
+    """How far a word that was read stands for the subject's (`last`) word `stored`: initial, misspelling, nickname."""
     if stored[0] != word[0] or rigid(stored) or rigid(word):
         return 0.0
     if len(stored) == 1 or len(word) == 1:
-        return INITIAL if read.capital and not last else 0.0
-    if min(len(stored), len(word)) >= 5 and one_edit_apart(stored, word):
+        return INITIAL if capital and not last else 0.0
+    if min(len(stored), len(word)) >= LONG and one_edit_apart(stored, word):
         return MISSPELT
-    if read.capital and (stored.startswith(word) or word.startswith(stored)):
+    if capital and (stored.startswith(word) or word.startswith(stored)):
         return NICKNAME
     return 0.0
 
 
 class SubjectIndex:
-    """Subjects by the words that a mention cannot all miss (prefix filtering): a look-up touches only likely ones."""
+    """Subjects by the pairs of words of which every mention holds one, so that a look-up touches only likely ones."""
 
     def __init__(self, lexicon: Lexicon):
         self.subjects: list[Subject] = []
         self._lexicon = lexicon
         self._numbers: dict[tuple[str, ...], int] = {}
         self._by_key: dict[str, list[int]] = defaultdict(list)
+        self._paired: set[str] = set()  # stems that stand exactly in some pair
 
     def add(self, text: str) -> int:
         """The number of the subject `text`, stored if it is new."""
@@ -173,36 +189,99 @@ class SubjectIndex:
         if subject.key not in self._numbers:
             number = self._numbers[subject.key] = len(self.subjects)
             self.subjects.append(subject)
+            self._paired.update(subject.stems)
             for key in sorted(set(self._stored_keys(subject))):
                 self._by_key[key].append(number)
         return self._numbers[subject.key]
 
     def near(self, words: Sequence[Word]) -> list[int]:
         """Numbers of the subjects that the last word of `words` may complete."""
-        keys = self._read_keys(words)
-        return sorted({number for key in keys for number in self._by_key.get(key, ())})
+        found = self._by_key
+        hits = [numbers for key in self._read_keys(words) if (numbers := found.get(key))]
+        if len(hits) < 2:
+            return hits[0] if hits else []
+        return sorted({number for numbers in hits for number in numbers})
 
     def _stored_keys(self, subject: Subject) -> Iterator[str]:
-        order = sorted(range(len(subject.words)), key=lambda index: -subject.weights[index])
-        rest = subject.total
-        for index in order:
-            yield subject.stems[index]
-            if not subject.rigid[index]:  # a misspelt heavy word beside another word of the subject
-                for other in range(len(subject.words)):
-                    if other != index and subject.weights[other] >= 1.0:
-                        yield f"{subject.words[index][0]}|{subject.stems[other]}"
-            rest -= subject.weights[index]
-            if rest < COVERAGE * subject.total:
-                break
+        """Keys of which every mention has one: its decisive word, or two words that must be read near each other."""
+        stems, weights = subject.stems, subject.weights
+        order = sorted(range(len(stems)), key=lambda index: -weights[index])
+        enough = COVERAGE * subject.total
+        if weights[order[0]] >= enough:
+            yield stems[order[0]]
+        for first, second in permutations(_two_of_these(order, weights, enough), 2):
+            yield _pair(stems[first], stems[second])
+            if not subject.rigid[second]:
+                yield from _beside(_stored_forms(subject.words[second]), stems[first])
+        yield from self._misspelt_keys(subject, order, enough)
         if 1 < len(subject.words) <= 3:
             yield subject.joined
 
+    def _misspelt_keys(self, subject: Subject, order: Sequence[int], enough: float) -> Iterator[str]:
+        """Each heavy word that may be misspelt or abbreviated, beside any other word of some weight."""
+        rest = subject.total
+        for index in order:
+            if not subject.rigid[index]:
+                for other, weight in enumerate(subject.weights):
+                    if other != index and weight >= 1.0:
+                        yield from _beside(_stored_forms(subject.words[index]), subject.stems[other])
+            rest -= subject.weights[index]
+            if rest < enough:
+                break
+
     def _read_keys(self, words: Sequence[Word]) -> Iterator[str]:
-        word = words[-1].text
-        stemmed = self._lexicon.stem(word)
+        word = words[-1]
+        stemmed = self._lexicon.stem(word.text)
         yield stemmed
-        if len(words) > 1:
-            yield words[-2].text + word
-        for before in words[-4:-1]:
-            yield f"{before.text[0]}|{stemmed}"
-            yield f"{word[0]}|{self._lexicon.stem(before.text)}"
+        if len(words) < 2:
+            return
+        yield words[-2].text + word.text
+        known = stemmed in self._paired
+        for before in words[-NEAR - 1 : -1]:
+            other = self._lexicon.stem(before.text)
+            if known:
+                yield from _beside(_read_forms(before), stemmed)
+            if other in self._paired:
+                yield from _beside(_read_forms(word), other)
+                if known:
+                    yield _pair(stemmed, other)
+
+
+def _stored_forms(word: str) -> Iterator[str]:
+    """What a subject's word shares with every imperfect form of it: see `_credit`."""
+    yield f"{word[0]}_" if len(word) == 1 else f"{word[0]}."
+    yield word[:2]
+    if len(word) >= LONG:
+        yield word[0] + word[-2:]
+
+
+def _read_forms(read: Word) -> Iterator[str]:
+    """What a word that was read shares with any that it may stand for.
+
+    One edit behind the first letter leaves the second letter or the last two; a nickname keeps the first two.
+    """
+    word = read.text
+    if read.capital:
+        yield f"{word[0]}." if len(word) == 1 else f"{word[0]}_"
+    if read.capital or len(word) >= LONG:
+        yield word[:2]
+    if len(word) >= LONG:
+        yield word[0] + word[-2:]
+
+
+def _beside(forms: Iterator[str], stemmed: str) -> Iterator[str]:
+    return (f"{form}|{stemmed}" for form in forms)
+
+
+def _pair(one: str, other: str) -> str:
+    return f"{one}&{other}" if one < other else f"{other}&{one}"
+
+
+def _two_of_these(order: Sequence[int], weights: Sequence[float], enough: float) -> Sequence[int]:
+    """The fewest heaviest words of which a mention must hold two; none where one may be enough."""
+    rest = sum(weights)
+    for count, index in enumerate(order, 1):
+        rest -= weights[index]
+        if count > 1 and weights[order[0]] + rest < enough:
+            return order[:count]
+    return ()

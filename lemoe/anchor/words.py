@@ -4,7 +4,7 @@ import codecs
 import re
 import unicodedata
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 _LETTERS = str.maketrans(
     {"ł": "l", "ø": "o", "đ": "d", "ı": "i", "æ": "ae", "œ": "oe", "ß": "ss", "’": "'", "ʼ": "'", "ʻ": "'"}
@@ -20,6 +20,7 @@ def fold(text: str) -> str:
     return text if text.isascii() else "".join(c for c in text if not unicodedata.combining(c))
 
 
+@lru_cache(4096)
 def _letters(char: str) -> str:
     """The folded letters and digits of one character; empty if it belongs to no word."""
     return "".join(c for c in fold(char) if c.isalnum()) if char.isalnum() else ""
@@ -53,6 +54,7 @@ def split_words(text: str) -> list[str]:
     return words
 
 
+@lru_cache(1 << 16)
 def rigid(word: str) -> bool:
     """Whether a subject's word must be met exactly: numbers, and Roman numerals of two letters or more."""
     return any(c.isdigit() for c in word) or (len(word) > 1 and _ROMAN.match(word) is not None)
