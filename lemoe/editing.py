@@ -18,7 +18,7 @@ from lemoe.edits import Edit
 from lemoe.errors import AdaptorError, InputError, LemoeError, OutputError
 from lemoe.evaluation import evaluate
 from lemoe.insertion import check_base
-from lemoe.methods import parent_of, train_round
+from lemoe.methods import parent_of, rounds_depend, train_round
 from lemoe.models import BaseModel
 from lemoe.planning import load_plan, plan, save_plan
 from lemoe.settings import Settings
@@ -231,7 +231,10 @@ def _train_rounds(
                 raise LemoeError(f"round {number} diverged (loss {state.rounds[0].loss}); lower --learning-rate")
             save_adaptor(state, path, overwrite=force or resume)
         trained.append(state)
-        before = stack([before, state]) if before else state
+        if before is None:
+            before = state
+        elif rounds_depend(settings):
+            before = stack([before, state])
         listener.round_done(state.rounds[0], kept=kept)
     return trained
 

@@ -45,11 +45,15 @@ def choose_layer(
     first = list(edits[:EDITS])
     cache = _cache_file(base, first, settings)
     with suppress(OSError, ValueError, KeyError, TypeError):  # not there yet, or damaged: measured again
-        return int(json.loads(cache.read_text())["layer"])
+        layer = int(json.loads(cache.read_text())["layer"])
+        notify(f"layer {layer} of {len(base.layers)}, as measured on these edits before")
+        return layer
     scores = [_score(base, first, settings, layer, notify) for layer in _candidates(len(base.layers))]
     best = min(scores, key=lambda score: (score.generality, score.reliability))
     content = {"layer": best.layer, "scores": [vars(score) for score in scores]}
     write_whole(cache, json.dumps(content, indent=1).encode(), overwrite=True)
+    found = ", ".join(f"{score.layer}: {score.generality:.2f}" for score in scores)
+    notify(f"layer {best.layer} of {len(base.layers)}: targets after unseen rewordings have perplexity {found}")
     return best.layer
 
 

@@ -17,9 +17,14 @@ from lemoe.training import OnStep
 ROUTERS: dict[str, type[Router]] = {kind.method: kind for kind in (Anchors, KeyRouter)}
 
 
+def rounds_depend(settings: Settings) -> bool:
+    """Whether a round is trained beside those before it; with method `anchor` none is."""
+    return settings.method != "anchor"
+
+
 def parent_of(settings: Settings, before: AdaptorState | None) -> str | None:
-    """The round that a new one depends on: with method `anchor`, none."""
-    return before.rounds[-1].id if before and settings.method != "anchor" else None
+    """The round that a new one depends on."""
+    return before.rounds[-1].id if before and rounds_depend(settings) else None
 
 
 def train_round(

@@ -1,0 +1,407 @@
+"""Speed of the default preset: operations and bytes first, then timings, as ratios against references of the same run.
+
+    python tests/benchmarks/speed.py count            # what an edit costs on paper
+    python tests/benchmarks/speed.py training         # against a plain full-model loop over the same texts
+    python tests/benchmarks/speed.py routing          # the gate over 1,000, 10,000 and 100,000 anchors
+    python tests/benchmarks/speed.py inference        # prefill and decode of an edited model against the base
+    python tests/benchmarks/speed.py gpu              # a random model of the 7B shape, bfloat16, on a GPU
+
+Reads the real edits in ../shared/data where they are there, else examples/edits.jsonl. Nothing here is part of the
+test run.
+"""
+
+import argparse
+import random
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lemoe
+from lemoe.adaptor import AdaptorState
+from lemoe.anchor.anchors import Anchors
+from lemoe.anchor.gate import Anchor
+from lemoe.anchor.lessons import LessonMaker, Lessons, Teaching
+from lemoe.anchor.training import DEFAULT_WIDTH, Blocks
+from lemoe.frozen import beside, residual_scale
+from lemoe.models import ModelSource
+from lemoe.tokens import Batch, length_buckets
+from lemoe.training import encode_edits
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DATA = REPOSITORY / ".." / "shared" / "data"
+LOSS_WORDS = 8192  # token ids that take part in the loss, about
+
+
+def real_edits(count: int) -> list[lemoe.Edit]:
+    """ZsRE edits, the first of each subject; the examples where the data is not there."""
+    source = DATA / "zsre_dev.json"
+    edits = lemoe.read_edits(source if source.exists() else REPOSITORY / "examples" / "edits.jsonl")
+    first = {edit.subject: edit for edit in reversed(edits)}
+    return list(reversed(first.values()))[:count]
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
+    """Operations a second of a large matrix product."""
+    one, other = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / timed(lambda: one @ other, repeats=5)
+
+
+def timed(work: Callable[[], object], repeats: int = 3) -> float:
+    """Median seconds, after one run to warm up."""
+    work()
+    seconds = []
+    for _ in range(repeats):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the arithmetic depends on."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    key_width: int
+    vocabulary: int
+
+    @property
+    def layer_parameters(self) -> int:
+        return 2 * self.hidden * (self.hidden + self.key_width) + 3 * self.hidden * self.intermediate
+
+    def forward(self, tokens: float) -> float:
+        """Operations of a whole forward pass with logits at every position."""
+        return 2 * tokens * (self.layers * self.layer_parameters + self.hidden * self.vocabulary)
+
+    def editing(self, frozen: float, replayed: float, targets: float, steps: int, layer: int, words: int) -> float:
+        """Operations an edit: the frozen pass up to `layer`, then forward and backward above it at each step."""
+        above = self.layers - 1 - layer
+        step = replayed * above * self.layer_parameters + targets * words * self.hidden
+        return 2 * frozen * (layer + 1) * self.layer_parameters + steps * 2 * 2 * step
+
+
+SHAPES = {
+    "embedded, 135M": Shape(30, 576, 1536, 192, 49152),
+    "7B": Shape(32, 4096, 11008, 4096, 32000),
+}
+
+
+def count() -> None:
+    """Operations and bytes of an edit, from the texts of one round of real edits."""
+    base = lemoe.load_base("llama")
+    settings = lemoe.resolve_settings("anchor")
+    edits = real_edits(settings.round_size)
+    with counted(base) as columns:
+        lessons = make_lessons(base, edits, settings)
+    frozen = sum(columns) / len(edits)
+    texts = [*lessons.own, *(teaching for kind in lessons.variants for teaching in kind)]
+    kinds = 1 + len(lessons.variants)
+    tokens = sum(int(teaching.frozen.batch.mask.sum()) for teaching in lessons.own) / len(edits)
+    replayed = 2 * sum(teaching.active.numel() for teaching in texts) / len(edits) / kinds
+    targets = 2 * sum(len(teaching.weights) for teaching in texts) / len(edits) / kinds
+    print(f"An edit has {tokens:.1f} tokens of prompt and target. Its own prompt, rewordings and negatives take")
+    print(f"{frozen:.0f} columns of the frozen pass; each step replays {replayed:.1f} and predicts {targets:.1f}.\n")
+    print("| shape | base forward pass | editing | in passes | expert, float32 | expert, bfloat16 |")
+    print("|---|---|---|---|---|---|")
+    for name, shape in SHAPES.items():
+        layer = min(round(settings.depth * shape.layers), shape.layers - 2)
+        forward = shape.forward(tokens)
+        editing = shape.editing(frozen, replayed, targets, settings.steps, layer, LOSS_WORDS)
+        size = 3 * (settings.width or DEFAULT_WIDTH) * shape.hidden
+        print(
+            f"| {name} | {forward / 1e9:.1f} GFLOP | {editing / 1e9:.0f} GFLOP | {editing / forward:.1f} "
+            f"| {4 * size / 1024:.0f} KiB | {2 * size / 1024:.0f} KiB |"
+        )
+
+
+@contextmanager
+def counted(base: lemoe.BaseModel) -> Iterator[list[int]]:
+    """Padded tokens of each forward pass while open."""
+    columns: list[int] = []
+    hook = base.embedding.register_forward_hook(lambda module, args, output: columns.append(args[0].numel()))
+    try:
+        yield columns
+    finally:
+        hook.remove()
+
+
+def make_lessons(base: lemoe.BaseModel, edits: Sequence[lemoe.Edit], settings: lemoe.Settings) -> Lessons:
+    layer = settings.layer_of(len(base.layers), base.source.layers)
+    passages = encode_edits(base, edits)
+    anchors = [Anchor(p.prompt, p.target, e.subject) for p, e in zip(passages, edits, strict=True)]
+    maker = LessonMaker(base, base.site(layer), layer, settings, edits, passages, anchors, random.Random(0))
+    return maker.lessons()
+
+
+def training() -> None:
+    """Seconds an edit, against the base's forward pass and against plain training loops over the same texts."""
+    base = lemoe.load_base("llama")
+    settings = lemoe.resolve_settings("anchor")
+    edits = real_edits(200)
+    rounds = [edits[start : start + settings.round_size] for start in range(0, len(edits), settings.round_size)]
+    rate = matrix_rate(base.device, torch.float32)
+    print(f"matrix products: {rate / 1e9:.0f} GFLOP/s on {torch.get_num_threads()} threads")
+    forward = timed(lambda: full_forward(base, edits)) / len(edits)
+    print(f"one base forward pass, full logits: {1e3 * forward:.1f} ms an edit")
+    process = psutil.Process()
+    resident = process.memory_info().rss
+    peak = Peak(process)
+    started = time.perf_counter()
+    with peak:
+        states = [lemoe.train_round(base, members, settings) for members in rounds]
+    ours = (time.perf_counter() - started) / len(edits)
+    steps = statistics.mean(state.rounds[0].steps for state in states)
+    print(f"lemoe: {1e3 * ours:.0f} ms an edit = {ours / forward:.1f} forward passes; {steps:.0f} steps a round")
+    print(f"peak memory above the loaded base: {(peak.bytes - resident) / 2**20:.0f} MiB")
+    lessons = make_lessons(base, rounds[0], settings)
+    for label, size in (("the same batch", settings.round_size), ("batch 1", 1)):
+        plain = steps * plain_step(base, lessons, settings, size)
+        print(f"plain full-model loop, {label}: {1e3 * plain:.0f} ms an edit: {plain / ours:.1f} times slower")
+
+
+class Peak:
+    """Peak resident memory while open, sampled."""
+
+    def __init__(self, process: psutil.Process):
+        self._process, self.bytes, self._open = process, 0, False
+
+    def __enter__(self) -> "Peak":
+        self._open = True
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open = False
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while self._open:
+            self.bytes = max(self.bytes, self._process.memory_info().rss)
+            time.sleep(0.01)
+
+
+@torch.no_grad()
+def full_forward(base: lemoe.BaseModel, edits: Sequence[lemoe.Edit]) -> None:
+    passages = encode_edits(base, edits)
+    for rows in length_buckets([len(passage) for passage in passages], 2048):
+        batch = Batch.of(passages, rows, base.pad_token, base.device)
+        base.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
+
+
+def plain_step(base: lemoe.BaseModel, lessons: Lessons, settings: lemoe.Settings, size: int, repeats: int = 3) -> float:
+    """Seconds an edit and step of a plain loop: the whole model, full logits, the same experts, own and one variant."""
+    layer = settings.layer_of(len(base.layers), base.source.layers)
+    site = base.site(layer)
+    chosen = [*lessons.own, *lessons.variants[0]]
+    edits = sum(len(teaching.owners) for teaching in lessons.own)
+    blocks = Blocks(edits, site, settings.width or DEFAULT_WIDTH, residual_scale(base, layer), 0).to(base.device)
+    optimiser = torch.optim.AdamW(blocks.parameters(), lr=settings.learning_rate)
+    rows = [(teaching, row) for teaching in chosen for row in range(len(teaching.owners))]
+    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    batches = batches if size > 1 else batches[:: max(1, len(batches) // 12)]
+
+    def step() -> None:
+        for batch in batches:
+            optimiser.zero_grad()
+            plain_loss(base, blocks, batch, settings).backward()
+            optimiser.step()
+
+    return timed(step, repeats) * (len(rows) / edits) / sum(map(len, batches))
+
+
+def plain_loss(
+    base: lemoe.BaseModel, blocks: Blocks, rows: Sequence[tuple[Teaching, int]], settings: lemoe.Settings
+) -> Tensor:
+    site = base.site(settings.layer_of(len(base.layers), base.source.layers))
+    width = max(int(teaching.frozen.batch.mask[row].sum()) for teaching, row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask, active = torch.zeros_like(ids), torch.zeros(len(rows), width)
+    owners, targets = [], []
+    for place, (teaching, row) in enumerate(rows):
+        batch, start = teaching.frozen.batch, teaching.frozen.start
+        length = int(batch.mask[row].sum())
+        ids[place, :length], mask[place, :length] = batch.ids[row, :length], 1
+        active[place, start:length] = teaching.active[row, : length - start].float()
+        owners.append(int(teaching.owners[row]))
+        here = batch.target_rows == row
+        targets += [
+            (place, int(c), int(t)) for c, t in zip(batch.target_columns[here], batch.labels[here], strict=True)
+        ]
+    places = torch.tensor(owners)
+
+    def delta(inputs: Tensor) -> Tensor:
+        normal = inputs * torch.rsqrt(inputs.pow(2).mean(-1, keepdim=True) + 1e-6)
+        noise = settings.noise * torch.randn_like(normal)
+        return blocks.scale * blocks(normal + noise, places) * active.unsqueeze(-1)
+
+    with beside(site, delta):
+        logits = base.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    row, column, label = torch.tensor(targets).unbind(1)
+    return functional.cross_entropy(logits[row, column], label)
+
+
+def synthetic_anchors(
+    base: lemoe.BaseModel, edits: Sequence[lemoe.Edit], count: int
+) -> tuple[Anchors, list[list[int]]]:
+    """Anchors of real questions about made-up names, and rewordings of some of them as token ids."""
+    rng = random.Random(0)
+    usable = [edit for edit in edits if edit.subject and edit.subject in edit.prompt and edit.rephrases]
+    words = sorted(
+        {w for edit in usable for w in (edit.subject or "").split() if w[:1].isupper() and w.isalpha() and len(w) > 4}
+    )
+    made: dict[str, lemoe.Edit] = {}
+    while len(made) < count:
+        edit = rng.choice(usable)
+        made.setdefault(" ".join(rng.choice(words) for _ in range(max(2, len((edit.subject or "").split())))), edit)
+
+    def renamed(text: str, edit: lemoe.Edit, name: str) -> str:
+        return text.replace(edit.subject or "", name)
+
+    prompts = base.tokenizer([renamed(edit.prompt, edit, name) for name, edit in made.items()]).input_ids
+    targets = base.tokenizer([" " + edit.target for edit in made.values()]).input_ids
+    few = rng.sample(list(made.items()), min(500, count))
+    asked: list[list[int]] = base.tokenizer(
+        [renamed(edit.rephrases[0].prompt, edit, name) for name, edit in few]
+    ).input_ids
+    anchors = tuple(
+        Anchor(tuple(prompt), tuple(target), name) for name, prompt, target in zip(made, prompts, targets, strict=True)
+    )
+    return Anchors(anchors), asked
+
+
+def routing() -> None:
+    """Milliseconds to route one prompt: rewordings of stored edits, and unrelated questions."""
+    base = lemoe.load_base("llama")
+    edits = real_edits(2000)
+    unrelated = base.tokenizer([probe.prompt for edit in edits for probe in edit.locality][:500]).input_ids
+    settings = lemoe.resolve_settings("anchor")
+    print("| anchors | index built, s | in scope, ms | out of scope, ms |\n|---|---|---|---|")
+    for count in (1_000, 10_000, 100_000):
+        anchors, asked = synthetic_anchors(base, edits, count)
+        started = time.perf_counter()
+        live = anchors.live(base, settings)
+        built = time.perf_counter() - started
+        inside, outside = (timed(partial(live.explain, prompts)) / len(prompts) for prompts in (asked, unrelated))
+        print(f"| {count:,} | {built:.1f} | {1e3 * inside:.3f} | {1e3 * outside:.3f} |", flush=True)
+
+
+def random_adaptor(base: lemoe.BaseModel, taught: AdaptorState, anchors: Anchors) -> AdaptorState:
+    """The experts of `taught` over and over, one for each of `anchors`."""
+    count = len(anchors.anchors)
+    places = [place % len(taught.experts) for place in range(count)]
+    return replace(taught, experts=taught.experts.select(places), router=anchors)
+
+
+@torch.no_grad()
+def inference(device: str = "auto") -> None:
+    """Prefill and decode of an edited model, as overhead over the base."""
+    base = lemoe.load_base("llama", device=device)
+    settings = lemoe.resolve_settings("anchor", None, {"variants": 0, "negatives": 0, "steps": 2, "retries": 0})
+    edits = real_edits(2000)
+    taught = lemoe.train_round(base, edits[:20], settings)
+    unrelated = base.tokenizer([probe.prompt for edit in edits for probe in edit.locality][:64]).input_ids
+    print("| adaptor | prompts | batch | prefill | decode |\n|---|---|---|---|---|")
+    for count in (20, 1_000, 10_000):
+        anchors, asked = synthetic_anchors(base, edits, count)
+        state = random_adaptor(base, taught, anchors)
+        for label, prompts in (("in scope", asked), ("out of scope", unrelated)):
+            for size in (1, 32):
+                ids = [prompt[-10:] for prompt in prompts if len(prompt) >= 10][:size]
+                prefill, decode = overhead(base, state, torch.tensor((ids * size)[:size], device=base.device))
+                print(f"| {count:,} | {label} | {size} | {prefill:+.1%} | {decode:+.1%} |", flush=True)
+
+
+def overhead(base: lemoe.BaseModel, state: AdaptorState, ids: Tensor, tokens: int = 24) -> tuple[float, float]:
+    """Extra time of prefill, and of decoding behind it, of the edited model; base and edited alternate."""
+    options = {"do_sample": False, "pad_token_id": base.pad_token, "eos_token_id": None}
+    adaptor = lemoe.insert(base, state)
+
+    def run(new: int) -> float:
+        started = time.perf_counter()
+        base.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, **options)
+        return time.perf_counter() - started
+
+    times: dict[tuple[bool, int], list[float]] = {}
+    with adaptor:
+        for _ in range(7):
+            for new in (1, tokens):
+                times.setdefault((True, new), []).append(run(new))
+                with adaptor.bypassed():
+                    times.setdefault((False, new), []).append(run(new))
+    best = {key: statistics.median(values) for key, values in times.items()}
+    prefill = best[True, 1] / best[False, 1] - 1
+    decode = (best[True, tokens] - best[True, 1]) / (best[False, tokens] - best[False, 1]) - 1
+    return prefill, decode
+
+
+def gpu(count: int = 400) -> None:
+    """Edits a second and memory on a random Llama of the 7B shape."""
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA device here")
+    tokenizer = lemoe.load_base("llama", device="cpu").tokenizer
+    config = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    base = lemoe.BaseModel(model, tokenizer, ModelSource("random 7B", "random"))
+    loaded = torch.cuda.memory_allocated()
+    edits = real_edits(count)
+    for size in (50, 200):
+        settings = lemoe.resolve_settings("anchor", None, {"round_size": size, "batch_tokens": 16384, "retries": 0})
+        lemoe.train_round(base, edits[:size], settings)
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for start in range(0, count, size):
+            lemoe.train_round(base, edits[start : start + size], settings)
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        peak = torch.cuda.max_memory_allocated()
+        print(
+            f"{torch.cuda.get_device_name()}: rounds of {size}: {count / seconds:.1f} edits/s, "
+            f"{peak / 2**30:.1f} GiB in all, {(peak - loaded) / 2**30:.1f} GiB above the base"
+        )
+
+
+def main() -> None:
+    parts = {"count": count, "training": training, "routing": routing, "inference": inference, "gpu": gpu}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(parts)}; all but gpu by default")
+    given = parser.parse_args()
+    unknown = set(given.parts) - set(parts)
+    if unknown:
+        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(parts)}")
+    for name in given.parts or [name for name in parts if name != "gpu"]:
+        print(f"\n## {name}\n")
+        parts[name]()
+
+
+if __name__ == "__main__":
+    main()
