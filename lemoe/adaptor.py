@@ -32,6 +32,7 @@ class RoundRecord:
         end_loss: the same of the token that ends each answer; None where endings are not taught.
         steps: training steps it took.
         retried: how many edits missed their target at first and were trained on.
+        missed: names of those that missed it in the end; None where that is not looked at.
         routed: how many of its edits took the route to its own expert when training ended.
     """
 
@@ -47,6 +48,7 @@ class RoundRecord:
     end_loss: float | None
     steps: int
     retried: int
+    missed: tuple[str, ...] | None
     routed: int
 
 

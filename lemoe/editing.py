@@ -57,6 +57,7 @@ class EditReport:
         exact_before, exact_after: share of them whose whole target it predicts.
         seconds: for training.
         unreached: numbers of the new rounds that ended above the loss target.
+        missed: names of the edits whose own prompt was not answered when their round ended.
     """
 
     state: AdaptorState
@@ -69,6 +70,7 @@ class EditReport:
     exact_after: float
     seconds: float
     unreached: tuple[int, ...]
+    missed: tuple[str, ...]
 
 
 def edit(
@@ -136,6 +138,7 @@ def edit(
         exact_after=measured.value("reliability", "exact_match"),
         seconds=seconds,
         unreached=tuple(n for n, s in enumerate(trained, 1) if not s.rounds[0].loss < settings.loss_target),
+        missed=tuple(name for state in trained for name in state.rounds[0].missed or ()),
     )
 
 

@@ -24,6 +24,7 @@ from lemoe_cli.options import (
 if TYPE_CHECKING:
     from lemoe.editing import EditReport
 
+SHOWN = 5  # names in a message
 _SETTINGS = (
     "order",
     "round_size",
@@ -127,5 +128,8 @@ def _show(report: "EditReport") -> None:
         ],
         left=2,
     )
+    if report.missed:
+        names = ", ".join(report.missed[:SHOWN]) + (", ..." if len(report.missed) > SHOWN else "")
+        notes.print(f"{len(report.missed)} edit(s) still missed their target after all retries: {names}")
     for number in report.unreached:
         notes.print(f"round {number} ended above its loss target; give it more --steps")

@@ -425,6 +425,7 @@ def test_edits_that_miss_their_target_are_trained_on_and_counted(
     hard = {"loss_target": 0.0, "steps": 3}
     record = lemoe.train_round(base, facts[:2], anchor(**hard, retries=2)).rounds[0]
     assert (record.retried, record.steps) == (2, 3 + 2 * 2)
+    assert record.missed == ("fact-0", "fact-1")
     record = lemoe.train_round(base, facts[:2], anchor(**hard, retries=0)).rounds[0]
     assert (record.retried, record.steps) == (0, 3)
 
@@ -684,6 +685,7 @@ def test_the_evaluation_sees_that_answers_end_behind_the_target(
     result = lemoe.evaluate(real_base, ten_taught, ten, decode="greedy", only=("reliability",))
     assert result.value("reliability", "complete_match", stage="before") == 0.0
     assert result.value("reliability", "complete_match") == 1.0
+    assert ten_taught.rounds[0].missed == ()
 
 
 @pytest.mark.real

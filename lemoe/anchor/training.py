@@ -102,6 +102,7 @@ def train_round(
         end_loss=outcome.end_loss,
         steps=outcome.steps,
         retried=outcome.retried,
+        missed=tuple(edits[place].id for place in outcome.missed),
         routed=_routed(base, anchors, settings),
     )
     return AdaptorState(fingerprint, settings, (record,), blocks.experts(), Anchors(tuple(anchors)))
@@ -115,12 +116,20 @@ def _routed(base: BaseModel, anchors: Sequence[Anchor], settings: Settings) -> i
 
 @dataclass(frozen=True)
 class Outcome:
-    """Mean cross entropy (nats) of target tokens and of ending tokens, steps taken, and edits trained on again."""
+    """How a round ended.
+
+    Attributes:
+        loss, end_loss: mean cross entropy (nats) of target tokens, and of ending tokens.
+        steps: taken in all.
+        retried: how many edits were trained on again.
+        missed: places of the edits whose own prompt is still not answered.
+    """
 
     loss: float
     end_loss: float
     steps: int
     retried: int
+    missed: list[int]
 
 
 def _teach(
@@ -134,16 +143,17 @@ def _teach(
     """Train all experts, then those whose own prompt is not answered exactly again, with fresh optimiser state."""
     vocabulary = _loss_vocabulary(base, lessons)
     steps = _optimise(base, blocks, lessons, settings, settings.steps, vocabulary, generator, on_step)
-    retried = torch.zeros(len(blocks.up), dtype=torch.bool, device=base.device)
+    missed = _missed(base, blocks, lessons, settings)
+    retried = torch.zeros_like(missed)
     for _ in range(settings.retries):
-        missed = _missed(base, blocks, lessons, settings)
         if not bool(missed.any()):
             break
         retried |= missed
         few = lessons.of(missed)
         steps += _optimise(base, blocks, few, settings, -(-settings.steps // 2), None, generator, on_step)
+        missed = _missed(base, blocks, lessons, settings)
     loss, end_loss = _losses(base, blocks, lessons)
-    return Outcome(loss, end_loss, steps, int(retried.sum()))
+    return Outcome(loss, end_loss, steps, int(retried.sum()), missed.nonzero().flatten().tolist())
 
 
 def _optimise(

@@ -60,6 +60,7 @@ def train_round(
         end_loss=None,
         steps=steps,
         retried=0,
+        missed=None,
         routed=routed,
     )
     return AdaptorState(fingerprint, settings, (record,), experts, router)

@@ -111,10 +111,10 @@ def bars(base: lemoe.BaseModel, names: list[str], out: Path) -> None:
 FEW = 3  # locality prompts of each kind and edit, where many settings are compared
 
 
-def few_probes(name: str) -> list[lemoe.Edit]:
-    """100 edits of a data set, each with at most `FEW` locality prompts of a kind, and of portability only aliases."""
+def few_probes(name: str, count: int) -> list[lemoe.Edit]:
+    """`count` edits of a data set, each with `FEW` locality prompts of a kind at most, and aliases for portability."""
     chosen = []
-    for edit in CASES[name].edits()[:100]:
+    for edit in CASES[name].edits()[:count]:
         kinds: dict[str, list[lemoe.Probe]] = {}
         for probe in edit.locality:
             kinds.setdefault(probe.kind, []).append(probe)
@@ -131,7 +131,7 @@ Table = dict[str, dict[str, dict[str, float]]]
 
 
 def tradeoff(base: lemoe.BaseModel, out: Path) -> None:
-    """The gate's threshold against the weight of negatives."""
+    """The gate's threshold against the weight of negatives, on 50 edits of each of three sets."""
     table: Table = {}
     for weight in (0.0, 1.0, 3.0, 10.0):
         settings = replace(lemoe.resolve_settings("anchor"), negative_weight=weight)
@@ -139,15 +139,22 @@ def tradeoff(base: lemoe.BaseModel, out: Path) -> None:
             row = table.setdefault(f"negatives {weight:g}, threshold {threshold:g}", {})
             for name in COMPARED:
                 folder = out / f"tradeoff-{name}-{weight:g}"
-                row[name] = once(folder, f"-{threshold:g}", partial(compared, base, name, settings, folder, threshold))
+                row[name] = once(
+                    folder,
+                    f"-{threshold:g}",
+                    partial(compared, base, few_probes(name, 50), settings, folder, threshold),
+                )
     print_table(table)
 
 
 def compared(
-    base: lemoe.BaseModel, name: str, settings: lemoe.Settings, folder: Path, threshold: float | None = None
+    base: lemoe.BaseModel,
+    edits: list[lemoe.Edit],
+    settings: lemoe.Settings,
+    folder: Path,
+    threshold: float | None = None,
 ) -> dict[str, float]:
     """Figures of one data set, with the gate's threshold changed after training if given."""
-    edits = few_probes(name)
     trained = (folder / "adaptor.safetensors").exists()
     measured = {} if trained else train(base, edits, settings, folder)
     state = load_adaptor(folder / "adaptor.safetensors")
@@ -177,14 +184,16 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 
 def ablation(base: lemoe.BaseModel, out: Path) -> None:
-    """Preset `paper`, and preset `anchor` without each of its parts."""
+    """Preset `paper`, and preset `anchor` without each of its parts, on 100 edits of each of three sets."""
     runs = {"paper": lemoe.resolve_settings("paper")}
     runs |= {label: lemoe.resolve_settings("anchor", None, given) for label, given in ABLATIONS.items()}
     table: Table = {}
     for label, settings in runs.items():
         for name in COMPARED:
             folder = out / f"ablation-{name}-{label.replace(' ', '-')}"
-            table.setdefault(label, {})[name] = once(folder, "", partial(compared, base, name, settings, folder))
+            table.setdefault(label, {})[name] = once(
+                folder, "", partial(compared, base, few_probes(name, 100), settings, folder)
+            )
     print_table(table)
 
 
