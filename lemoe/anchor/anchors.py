@@ -107,8 +107,7 @@ def build_gate(base: "BaseModel", anchors: Sequence[Anchor], settings: "Settings
     """A gate over `anchors`, with the thresholds of `settings`."""
     gate = Gate(lexicon_of(base), threshold=settings.gate_conflict, slack=settings.gate_slack)
     for anchor in anchors:
-        text, answer = (base.tokenizer.decode(list(ids)) for ids in (anchor.prompt, anchor.target))
-        gate.add(anchor, text, answer)
+        gate.add(anchor)
     return gate
 
 

@@ -181,8 +181,7 @@ def other_questions(gate: Gate, edits: Sequence[Edit], place: int, count: int, r
     texts = [_about(other, edit, subject) for other in edits if other is not edit]
     texts += [template.replace("{}", subject) for template in _OTHER_QUESTIONS]
     rng.shuffle(texts)
-    stored = gate.anchors[place]
-    about = gate.index.subjects[stored.subject]
+    stored, about = gate.prepared(place), gate.index.subjects[gate.subjects[place]]
     scored = []
     for text in dict.fromkeys(texts):
         words = _read(text)

@@ -70,11 +70,9 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Stored:
-    """An anchor made ready: its question, the stems of its target, and the share of its question before the subject."""
+class Prepared:
+    """What an anchor asks, the stems of its target, and the share of its question that stands before the subject."""
 
-    anchor: Anchor
-    subject: int
     question: Question
     answer: frozenset[str]
     front: float
@@ -90,7 +88,7 @@ class Comparison:
     enough: bool
 
 
-def compare(stored: Stored, read: Question, lexicon: Lexicon) -> Comparison:
+def compare(stored: Prepared, read: Question, lexicon: Lexicon) -> Comparison:
     """How well what was read asks what the anchor asks.
 
     `conflict` is the weight that both sides hold beyond what they share, the lesser of the two, against what they
@@ -135,36 +133,49 @@ class Gate:
         self.lexicon = lexicon
         self.threshold = threshold
         self.slack = slack
-        self.anchors: list[Stored] = []
+        self.anchors: list[Anchor] = []
+        self.subjects: list[int] = []  # number of each anchor's subject
         self.index = SubjectIndex(lexicon)
+        self._prepared: dict[int, Prepared] = {}
         self._of_subject: dict[int, list[int]] = defaultdict(list)
         self._by_tail: dict[tuple[int, ...] | bytes, list[int]] = defaultdict(list)
         self._endings: dict[int, set[int]] = defaultdict(set)  # lengths of the tails that end in a token
 
-    def add(self, anchor: Anchor, text: str, answer: str) -> int:
-        """Store an anchor with the texts of its prompt and target; returns its number."""
-        subject = self.index.add(anchor.subject or infer_subject(text, self.lexicon))
-        words, front = self._question_words(anchor.prompt, self.index.subjects[subject])
-        question = Question.of(words, self.lexicon)
-        heavy = sum(w for word, w in zip(question.words, question.weights, strict=True) if word in front)
-        stems = frozenset(self.lexicon.stem(word) for word in split_words(answer)) - frozenset(question.stems)
-        share = heavy / max(question.total, 1e-9)
+    def add(self, anchor: Anchor) -> int:
+        """Store an anchor; returns its number. What it asks is worked out when its subject is first met."""
         number = len(self.anchors)
-        self.anchors.append(Stored(anchor, subject, question, stems, share))
+        subject = self.index.add(anchor.subject or infer_subject(self.lexicon.text(anchor.prompt), self.lexicon))
+        self.anchors.append(anchor)
+        self.subjects.append(subject)
         self._of_subject[subject].append(number)
         self._by_tail[self._tail(anchor.prompt)].append(number)
         if len(anchor.prompt) > 1:
             self._endings[anchor.prompt[-1]].add(min(TAIL, len(anchor.prompt) - 1))
         return number
 
+    def prepared(self, number: int) -> Prepared:
+        """What an anchor asks."""
+        known = self._prepared.get(number)
+        if known is None:
+            known = self._prepared[number] = self._prepare(number)
+        return known
+
+    def _prepare(self, number: int) -> Prepared:
+        anchor = self.anchors[number]
+        words, front = self._question_words(anchor.prompt, self.index.subjects[self.subjects[number]])
+        question = Question.of(words, self.lexicon)
+        heavy = sum(w for word, w in zip(question.words, question.weights, strict=True) if word in front)
+        answer = split_words(self.lexicon.text(anchor.target))
+        stems = frozenset(map(self.lexicon.stem, answer)) - frozenset(question.stems)
+        return Prepared(question, stems, heavy / max(question.total, 1e-9))
+
     def _tail(self, prompt: tuple[int, ...]) -> tuple[int, ...] | bytes:
         return prompt[1:][-TAIL:] or self.lexicon.piece(prompt[0]).strip()
 
     def retire(self, number: int) -> None:
         """Let an anchor open the gate no more; its number stays taken."""
-        stored = self.anchors[number]
-        self._of_subject[stored.subject].remove(number)
-        self._by_tail[self._tail(stored.anchor.prompt)].remove(number)
+        self._of_subject[self.subjects[number]].remove(number)
+        self._by_tail[self._tail(self.anchors[number].prompt)].remove(number)
 
     def of_subject(self, subject: int) -> list[int]:
         return self._of_subject[subject]
@@ -180,8 +191,8 @@ class Gate:
         if not hits:
             return -1
         return max(
-            (number for number in hits if self._ends_with(ids, self.anchors[number].anchor.prompt)),
-            key=lambda number: (len(self.anchors[number].anchor.prompt), number),
+            (number for number in hits if self._ends_with(ids, self.anchors[number].prompt)),
+            key=lambda number: (len(self.anchors[number].prompt), number),
             default=-1,
         )
 
@@ -275,7 +286,7 @@ class Route:
         number = self._gate.own_prompt(self._ids)
         if number < 0:
             return False
-        anchor = self._gate.anchors[number].anchor
+        anchor = self._gate.anchors[number]
         start = time - len(anchor.prompt) + 1
         if time <= self._locked and start > self._lock_start:  # a prompt inside the answer of another
             return False
@@ -325,7 +336,7 @@ class Route:
         """The word grew into another one; what opened on it was a mistake."""
         del self._mentions[subject]
         active = self._now.edit
-        if active >= 0 and self._gate.anchors[active].subject == subject and self._opened >= self._word_start:
+        if active >= 0 and self._gate.subjects[active] == subject and self._opened >= self._word_start:
             self._shut()
 
     def _decide(self, time: int) -> None:
@@ -336,7 +347,7 @@ class Route:
         for subject, mention in self._mentions.items():
             read = Question.of(around(self._reader.words, mention), self._gate.lexicon)
             for number in self._gate.of_subject(subject):
-                compared = compare(self._gate.anchors[number], read, self._gate.lexicon)
+                compared = compare(self._gate.prepared(number), read, self._gate.lexicon)
                 fresh = compared.matched > self._matched.get(number, -1.0) + 1e-6
                 self._matched[number] = max(compared.matched, self._matched.get(number, -1.0))
                 scores[number] = compared.fit
@@ -366,12 +377,12 @@ class Route:
         self, key: tuple[float, float, int], reading: Reading, fresh: bool, scores: dict[int, float], time: int
     ) -> None:
         number, active = reading.edit, self._now.edit
-        reach = time + len(self._gate.anchors[number].anchor.target) + self._gate.slack
+        reach = time + len(self._gate.anchors[number].target) + self._gate.slack
         if number == active:
             self._until = max(self._until, reach) if fresh else self._until
         elif active < 0:
             last = len(self._reader.words) - 1
-            if fresh or last in self._mentions[self._gate.anchors[number].subject].positions:
+            if fresh or last in self._mentions[self._gate.subjects[number]].positions:
                 self._now, self._until, self._opened = reading, reach, time
         elif fresh and self._beats(key, active, scores):
             self._now, self._until, self._opened = reading, reach, time

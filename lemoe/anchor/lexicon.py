@@ -5,6 +5,7 @@ Nothing here depends on which edits are stored: that is what keeps an edit's rou
 
 import math
 import re
+from collections.abc import Sequence
 
 import numpy
 from numpy.typing import NDArray
@@ -35,6 +36,11 @@ class Lexicon:
         self._likeness: dict[tuple[str, str], float] = {}
         self._piece: dict[int, bytes] = {}
         self._stem: dict[str, str] = {}
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of a run of tokens."""
+        decoded: str = self._tokenizer.decode(list(ids))
+        return decoded
 
     def piece(self, token: int) -> bytes:
         """The bytes of a token; a special token reads as a space."""

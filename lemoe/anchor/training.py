@@ -168,8 +168,14 @@ def _optimise(
 ) -> int:
     """AdamW over the own prompts and one kind of rewording a step; experts without lessons stay as they are."""
     optimiser = torch.optim.AdamW(
-        blocks.parameters(), lr=settings.learning_rate, betas=BETAS, weight_decay=settings.weight_decay
+        blocks.parameters(),
+        lr=settings.learning_rate,
+        betas=BETAS,
+        weight_decay=settings.weight_decay,
+        fused=base.device.type == "cuda",
     )
+    kinds = _kinds(lessons, steps, generator)
+    shown: Tensor | None = None
     edits = sum(len(teaching.owners) for teaching in lessons.own)
     head = None if vocabulary is None else base.head.weight[vocabulary]
     for number in range(steps):
@@ -180,13 +186,17 @@ def _optimise(
         for teaching in lessons.own:
             total = total + _step_loss(base, blocks, teaching, settings, vocabulary, head, generator)
         own = total.detach()
-        for teaching in _variant(lessons, number, generator):
+        for teaching in kinds[number]:
             total = total + _step_loss(base, blocks, teaching, settings, vocabulary, head, generator)
         if settings.negative_weight and lessons.silences:
             total = total + settings.negative_weight * _noise_on_silence(blocks, lessons)
         total.backward()
         optimiser.step()
-        on_step(Step(number, steps, float(own) / edits))
+        if shown is not None:  # one step late, so that a GPU is never waited for
+            on_step(Step(number - 1, steps, float(shown) / edits))
+        shown = own
+    if shown is not None:
+        on_step(Step(steps - 1, steps, float(shown) / edits))
     return steps
 
 
@@ -196,10 +206,11 @@ def _pace(number: int, steps: int) -> float:
     return min(1.0, (number + 1) / WARM_UP) * (1 - 0.9 * falling)
 
 
-def _variant(lessons: Lessons, number: int, generator: torch.Generator) -> Sequence[Teaching]:
-    if not lessons.variants:
-        return lessons.own
-    return lessons.variants[int(torch.randint(len(lessons.variants), (), generator=generator, device=generator.device))]
+def _kinds(lessons: Lessons, steps: int, generator: torch.Generator) -> list[list[Teaching]]:
+    """The rewordings of each step, all of one kind; the own prompts again where there are none."""
+    kinds = lessons.variants or [lessons.own]
+    drawn = torch.randint(len(kinds), (steps,), generator=generator, device=generator.device)
+    return [kinds[kind] for kind in drawn.tolist()]
 
 
 def _step_loss(
