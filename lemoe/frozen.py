@@ -7,7 +7,7 @@ and values, so that they are not replayed either; and an opening that all rows s
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from lemoe.errors import ModelError
 from lemoe.models import BaseModel
 from lemoe.structure import FFNSite
 from lemoe.tokens import Batch
@@ -51,6 +52,7 @@ class FrozenBatch:
         inputs: `[batch, seq, hidden]`, the input of the edited FFN.
         output: `[batch, seq, hidden]`, the output of the edited layer.
         calls: the layers above it, ready to be replayed.
+        top: the FFN of the last of them, which runs at target positions alone; None where that cannot be.
         base_hidden: `[targets, hidden]`, the base model's last hidden states at the target positions.
         embeddings: `[batch, seq, hidden]`, the output of the embedding layer.
     """
@@ -60,6 +62,7 @@ class FrozenBatch:
     inputs: Tensor
     output: Tensor
     calls: tuple[LayerCall, ...]
+    top: FFNSite | None
     base_hidden: Tensor
     embeddings: Tensor
 
@@ -68,9 +71,13 @@ class FrozenBatch:
         if delta is None:
             return self.base_hidden
         hidden = self.output + delta.to(self.output.dtype)
-        for call in self.calls:
+        rows, columns = self.batch.target_rows, self.batch.target_columns - self.start
+        for call in self.calls[:-1]:
             hidden = call(hidden)
-        return hidden[self.batch.target_rows, self.batch.target_columns - self.start]
+        with _only_at(self.top, rows * hidden.shape[1] + columns) if self.top else nullcontext():
+            for call in self.calls[-1:]:
+                hidden = call(hidden)
+        return hidden[rows, columns]
 
     def take(self, rows: Tensor) -> "FrozenBatch":
         """The frozen batch of some of its passages, `rows` `[n]` in ascending order."""
@@ -85,6 +92,7 @@ class FrozenBatch:
             self.inputs[rows],
             self.output[rows],
             calls,
+            self.top,
             self.base_hidden[targets],
             self.embeddings[rows],
         )
@@ -101,6 +109,28 @@ def _take(value: Any, rows: Tensor, size: int) -> Any:
     if isinstance(value, dict):
         return {name: _take(item, rows, size) for name, item in value.items()}
     return value
+
+
+@contextmanager
+def _only_at(site: FFNSite, places: Tensor) -> Iterator[None]:
+    """While open, the FFN at `site` runs at `places` `[n]` of all positions, row after row, and gives 0 elsewhere."""
+    shapes: list[torch.Size] = []
+
+    def entry(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        shapes.append(args[0].shape)
+        return (args[0].reshape(-1, args[0].shape[-1])[places], *args[1:])
+
+    def exit_(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        shape = shapes.pop()
+        everywhere = output.new_zeros(shape.numel() // shape[-1], output.shape[-1])
+        return everywhere.index_put((places,), output).reshape(*shape[:-1], output.shape[-1])
+
+    handles = (site.entry.register_forward_pre_hook(entry), site.exit.register_forward_hook(exit_))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _ConstantLayer(DynamicLayer):
@@ -162,9 +192,19 @@ def freeze(base: BaseModel, site: FFNSite, layer: int, batch: Batch, start: int 
         inputs=seen["inputs"].reshape(output.shape),
         output=output,
         calls=tuple(calls) if cache is None else _behind(cache, start, calls),
+        top=_top(base, site, layer) if calls else None,
         base_hidden=seen["last"][batch.target_rows, batch.target_columns - start],
         embeddings=seen["embeddings"],
     )
+
+
+def _top(base: BaseModel, site: FFNSite, layer: int) -> FFNSite | None:
+    """The last layer's FFN, where it stands as the edited one does and all of it reads one module's input."""
+    below = site.path.removeprefix(f"{base.layers_path}.{layer}.")
+    with suppress(ModelError):
+        top = base.site(len(base.layers) - 1, below)
+        return top if top.whole or not top.gated else None
+    return None
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ class FFNSite:
     """One layer's FFN: `entry` receives the FFN input, `exit` returns what is added to the residual stream.
 
     The two are one module in most families (`mlp`), two in OPT (`fc1`, `fc2`) and in Gemma 2 and 3 (`mlp` and
-    the norm behind it).
+    the norm behind it). `whole` says that `entry` holds all of the FFN, so that nothing else reads its input.
     """
 
     path: str
@@ -33,6 +33,7 @@ class FFNSite:
     intermediate: int
     gated: bool
     activation: Activation
+    whole: bool
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Name and value of every parameter of the frozen FFN, in a stable order."""
@@ -106,7 +107,7 @@ def _candidates(layer: nn.Module, hidden: int, layer_path: str) -> list[FFNSite]
             if activation is not None:
                 exit_ = (_norm_behind(layer) if path else None) or exit_
                 full = f"{layer_path}.{path or '+'.join(linears)}"
-                found.append(FFNSite(full, entry, exit_, hidden, intermediate, gated, activation))
+                found.append(FFNSite(full, entry, exit_, hidden, intermediate, gated, activation, entry is module))
     return found
 
 
