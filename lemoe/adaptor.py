@@ -61,8 +61,12 @@ class Taught:
 
 
 def round_id(base: Fingerprint, settings: Settings, edits: Sequence[Edit], parent: str | None) -> str:
-    """Hash of all that decides a round's tensors: base, settings, its edits in order, and the round before."""
-    made_of = [base.ffn_sha256, base.tokenizer_sha256, base.ffn, settings.as_dict(), digest_of(edits), parent]
+    """Hash of all that decides a round's tensors: base, settings, its edits in order, and the round before.
+
+    How much runs at once is a matter of the machine, as the device is, and takes no part.
+    """
+    decisive = {name: value for name, value in settings.as_dict().items() if name != "batch_tokens"}
+    made_of = [base.ffn_sha256, base.tokenizer_sha256, base.ffn, decisive, digest_of(edits), parent]
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
 

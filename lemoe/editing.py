@@ -12,12 +12,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from lemoe.adaptor import AdaptorState, RoundRecord, check_settings, round_id, stack
 from lemoe.checkpoint import ADAPTOR_NAME, load_adaptor, save_adaptor, write_whole
 from lemoe.edits import Edit
 from lemoe.errors import AdaptorError, InputError, LemoeError, OutputError
 from lemoe.evaluation import evaluate
 from lemoe.insertion import check_base
+from lemoe.memory import SMALLEST, fitting_tokens, free_memory
 from lemoe.methods import parent_of, rounds_depend, train_round
 from lemoe.models import BaseModel
 from lemoe.planning import load_plan, plan, save_plan
@@ -115,6 +118,7 @@ def edit(
         rounds = _follow(plan_file, edits, new, folder, overwrite=force or resume)
     else:
         rounds = _plan(base, new, settings, folder, source, listener, overwrite=force or resume)
+    settings = _fitting(base, settings, listener)
     began = time.monotonic()
     trained = _train_rounds(base, rounds, settings, folder, start, listener, force=force, resume=resume)
     seconds = time.monotonic() - began
@@ -140,6 +144,32 @@ def edit(
         unreached=tuple(n for n, s in enumerate(trained, 1) if not s.rounds[0].loss < settings.loss_target),
         missed=tuple(name for state in trained for name in state.rounds[0].missed or ()),
     )
+
+
+def _fitting(base: BaseModel, settings: Settings, listener: Listener) -> Settings:
+    """The settings with batches that fit into the free memory."""
+    tokens = fitting_tokens(base, settings.batch_tokens)
+    if tokens < settings.batch_tokens:
+        free = free_memory(base.device) >> 20
+        listener.note(f"{free:,} MiB of memory are free: batches of {tokens} tokens, not {settings.batch_tokens}")
+    return replace(settings, batch_tokens=tokens)
+
+
+def _train_within_memory(
+    base: BaseModel, members: Sequence[Edit], settings: Settings, before: AdaptorState | None, listener: Listener
+) -> AdaptorState:
+    """One round; where a device runs out of memory after all, again with smaller batches."""
+    while True:
+        try:
+            return train_round(base, members, settings, before, listener.step)
+        except torch.OutOfMemoryError:
+            if settings.batch_tokens <= SMALLEST:
+                raise LemoeError(
+                    f"{base.device} has too little memory for this model, even with the smallest batches"
+                ) from None
+        torch.cuda.empty_cache()
+        settings = replace(settings, batch_tokens=max(SMALLEST, settings.batch_tokens // 2))
+        listener.note(f"out of memory: trying again with batches of {settings.batch_tokens} tokens")
 
 
 def check_folder(folder: Path, *, force: bool = False, resume: bool = False) -> None:
@@ -229,7 +259,7 @@ def _train_rounds(
         state = _finished(base, path, members, settings, before) if resume else None
         kept = state is not None
         if state is None:
-            state = train_round(base, members, settings, before, listener.step)
+            state = _train_within_memory(base, members, settings, before, listener)
             if not math.isfinite(state.rounds[0].loss):
                 raise LemoeError(f"round {number} diverged (loss {state.rounds[0].loss}); lower --learning-rate")
             save_adaptor(state, path, overwrite=force or resume)

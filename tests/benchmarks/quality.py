@@ -131,9 +131,9 @@ Table = dict[str, dict[str, dict[str, float]]]
 
 
 def tradeoff(base: lemoe.BaseModel, out: Path) -> None:
-    """The gate's threshold against the weight of negatives, on 50 edits of each of three sets."""
+    """The gate's threshold against the weight of negatives, on 30 edits of each of three sets."""
     table: Table = {}
-    for weight in (0.0, 1.0, 3.0, 10.0):
+    for weight in (0.0, 3.0, 10.0):
         settings = replace(lemoe.resolve_settings("anchor"), negative_weight=weight)
         for threshold in (1.5, 3.5, 8.0, 1e9):
             row = table.setdefault(f"negatives {weight:g}, threshold {threshold:g}", {})
@@ -142,7 +142,7 @@ def tradeoff(base: lemoe.BaseModel, out: Path) -> None:
                 row[name] = once(
                     folder,
                     f"-{threshold:g}",
-                    partial(compared, base, few_probes(name, 50), settings, folder, threshold),
+                    partial(compared, base, few_probes(name, 30), settings, folder, threshold),
                 )
     print_table(table)
 

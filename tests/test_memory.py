@@ -1,0 +1,89 @@
+"""Batches follow the memory that is free, and a round that does not fit is tried again instead of dying."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES
+
+import lemoe
+from lemoe import editing, memory
+from lemoe.editing import Silent
+
+SettingsOf = Callable[..., lemoe.Settings]
+
+
+class Notes(Silent):
+    """A listener that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_cost_of_a_token_is_known_for_every_family(tiny: Callable[[str], lemoe.BaseModel], family: str) -> None:
+    base = tiny(family)
+    least = base.hidden_size * base.dtype.itemsize * len(base.layers)
+    assert least < memory.bytes_per_token(base) < 100 * least
+
+
+def test_short_memory_makes_smaller_batches_and_says_so(
+    base: lemoe.BaseModel,
+    facts: list[lemoe.Edit],
+    anchor: SettingsOf,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usual = lemoe.edit(base, facts, anchor(noise=0.0), tmp_path / "usual")
+    free = 2 * 100 * memory.bytes_per_token(base)
+    for module in (memory, editing):
+        monkeypatch.setattr(module, "free_memory", lambda device: free)
+    notes = Notes()
+    short = lemoe.edit(base, facts, anchor(noise=0.0), tmp_path / "short", listener=notes)
+    assert [line for line in notes.said if "batches of 100 tokens, not 2048" in line]
+    assert short.state.settings.batch_tokens == 100
+    assert [record.id for record in short.state.rounds] == [record.id for record in usual.state.rounds]
+    torch.testing.assert_close(short.state.experts.up, usual.state.experts.up, atol=1e-3, rtol=1e-3)
+
+
+def test_a_round_that_runs_out_of_memory_is_tried_again_with_smaller_batches(
+    base: lemoe.BaseModel,
+    facts: list[lemoe.Edit],
+    anchor: SettingsOf,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train_round, sizes = editing.train_round, list[int]()
+
+    def hungry(base: lemoe.BaseModel, edits: Any, settings: lemoe.Settings, *rest: Any) -> lemoe.AdaptorState:
+        sizes.append(settings.batch_tokens)
+        if settings.batch_tokens > 512:
+            raise torch.OutOfMemoryError("too much")
+        return train_round(base, edits, settings, *rest)
+
+    monkeypatch.setattr(editing, "train_round", hungry)
+    notes = Notes()
+    report = lemoe.edit(base, facts[:2], anchor(), tmp_path / "run", listener=notes)
+    assert sizes == [2048, 1024, 512]
+    assert report.taught == 2
+    assert notes.said[-1] == "out of memory: trying again with batches of 512 tokens"
+
+
+def test_a_model_that_leaves_no_memory_at_all_is_an_error_that_says_so(
+    base: lemoe.BaseModel,
+    facts: list[lemoe.Edit],
+    anchor: SettingsOf,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def greedy(*args: Any) -> lemoe.AdaptorState:
+        raise torch.OutOfMemoryError("too much")
+
+    monkeypatch.setattr(editing, "train_round", greedy)
+    with pytest.raises(lemoe.LemoeError, match="too little memory"):
+        lemoe.edit(base, facts[:2], anchor(), tmp_path / "run")
