@@ -7,6 +7,7 @@ read from a file without the others'.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from torch import Tensor
 from lemoe.routing import Routing
 
 EPSILON = 1e-6
+NARROW = 64  # neurons up to which experts are gathered and run in one product
+CROWD = 4  # rows an expert below which gathering is cheaper than taking the experts one by one
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -86,18 +89,37 @@ class Experts:
         Returns:
             `[batch, seq, hidden]` in float32, or None if no expert acts anywhere.
         """
-        acting = routing.experts.unique()
-        acting = acting[acting >= 0]
-        if not len(acting):
+        rows, columns, slots = (routing.experts >= 0).nonzero(as_tuple=True)
+        if not len(rows):
             return None
-        normal = rms_normal(inputs)
-        total = torch.zeros_like(normal)
+        normal = rms_normal(inputs[rows, columns])
+        output = self._outputs(routing.experts[rows, columns, slots], normal, activation)
+        output = output * routing.weights[rows, columns, slots].unsqueeze(-1)
+        return torch.zeros(inputs.shape, device=inputs.device).index_put((rows, columns), output, accumulate=True)
+
+    def _outputs(self, chosen: Tensor, normal: Tensor, activation: Activation) -> Tensor:
+        """Each row of `normal` `[n, hidden]` through its expert, `chosen` `[n]`."""
+        acting = chosen.unique()
+        if self._width and len(acting) > 1 and len(acting) * CROWD >= len(chosen):
+            return self._one_each(chosen, normal, activation)
+        output = torch.empty_like(normal)
         for index in acting.tolist():
-            rows, columns, slots = (routing.experts == index).nonzero(as_tuple=True)
-            output = self._expert(index, normal[rows, columns], activation)
-            weights = routing.weights[rows, columns, slots].unsqueeze(-1)
-            total = total.index_put((rows, columns), weights * output, accumulate=True)
-        return total
+            mine = chosen == index
+            output[mine] = self._expert(index, normal[mine], activation)
+        return output
+
+    @cached_property
+    def _width(self) -> int:
+        """Neurons of an expert, where all have the same few; else 0."""
+        widths = self.offsets.diff().unique()
+        return int(widths) if len(widths) == 1 and int(widths) <= NARROW else 0
+
+    def _one_each(self, chosen: Tensor, normal: Tensor, activation: Activation) -> Tensor:
+        """All rows at once, each with its own expert's neurons."""
+        neurons = (chosen * self._width).unsqueeze(1) + torch.arange(self._width, device=chosen.device)
+        gate = None if self.gate is None else self.gate[neurons]
+        output = expert_output(normal.unsqueeze(1), gate, self.up[neurons], self.down[neurons], activation)
+        return self.scale[chosen].unsqueeze(1) * output.squeeze(1)
 
     def _expert(self, index: int, normal: Tensor, activation: Activation) -> Tensor:
         start, end = int(self.offsets[index]), int(self.offsets[index + 1])
@@ -112,10 +134,10 @@ def rms_normal(inputs: Tensor) -> Tensor:
 
 
 def expert_output(normal: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, activation: Activation) -> Tensor:
-    """The FFN `down(act(gate x) * up x)`, or `down(act(up x))` without a gate, for `normal` `[n, hidden]`."""
-    raised = torch.matmul(normal, up.float().T)
+    """The FFN `down(act(gate x) * up x)`, or `down(act(up x))` without a gate, for `normal` `[..., n, hidden]`."""
+    raised = torch.matmul(normal, up.float().mT)
     if gate is None:
         inner = activation(raised)
     else:
-        inner = activation(torch.matmul(normal, gate.float().T)) * raised
+        inner = activation(torch.matmul(normal, gate.float().mT)) * raised
     return torch.matmul(inner, down.float())
