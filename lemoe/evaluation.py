@@ -177,26 +177,22 @@ def _both(base: BaseModel, adaptor: InsertedAdaptor, batch: Batch, items: Sequen
     likeliest tokens are.
     """
     routing = adaptor.routing_of(batch)
-    acting = (routing.experts >= 0).flatten(1).any(1)
-    known = [Answer(item.passage.target) if item.open else None for item in items]
-    needed = acting | torch.tensor([answer is None for answer in known], device=acting.device)
-    pairs = [(answer, answer, why) for answer, why in zip(known, routing.explained, strict=True)]
-    asked = needed.nonzero().squeeze(1)
-    if len(asked):
-        part, _ = batch.take(asked)
+    acting = (routing.experts >= 0).flatten(1).any(1).tolist()
+    before = {row: Answer(item.passage.target) for row, item in enumerate(items) if item.open and not acting[row]}
+    asked = [row for row in range(len(items)) if row not in before]
+    after: dict[int, Answer] = {}
+    if asked:
+        part, _ = batch.take(torch.tensor(asked, device=batch.ids.device))
         with adaptor.bypassed():
             frozen = freeze(base, adaptor.site, adaptor.state.base.layer, part)
-        before = after = _answers(base, part, frozen.base_hidden)
-        replayed = acting[asked].nonzero().squeeze(1)
-        if len(replayed):
-            few = frozen.take(replayed)
-            after = list(before)
-            changed = _answers(base, few.batch, adaptor.replay(few, routing.take(asked[replayed])))
-            for place, answer in zip(replayed.tolist(), changed, strict=True):
-                after[place] = answer
-        for row, one, other in zip(asked.tolist(), before, after, strict=True):
-            pairs[row] = (one, other, routing.explained[row])
-    return [(one, other, why) for one, other, why in pairs if one is not None and other is not None]
+        before.update(zip(asked, _answers(base, part, frozen.base_hidden), strict=True))
+        places = [place for place, row in enumerate(asked) if acting[row]]
+        if places:
+            changed = [asked[place] for place in places]
+            few = frozen.take(torch.tensor(places, device=batch.ids.device))
+            hidden = adaptor.replay(few, routing.take(torch.tensor(changed, device=batch.ids.device)))
+            after.update(zip(changed, _answers(base, few.batch, hidden), strict=True))
+    return [(before[row], after.get(row, before[row]), why) for row, why in enumerate(routing.explained)]
 
 
 def _answers(base: BaseModel, batch: Batch, hidden: Tensor) -> list[Answer]:
