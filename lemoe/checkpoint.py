@@ -114,9 +114,7 @@ def load_adaptor(path: Path | str) -> AdaptorState:
         AdaptorError: if the file is missing, truncated, of another kind or version, or if any tensor is missing,
             unexpected, of the wrong shape or type, or not finite; all such tensors are listed.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / ADAPTOR_NAME
+    path = _file_of(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             header = _header(path, file.metadata() or {})
@@ -132,6 +130,19 @@ def load_adaptor(path: Path | str) -> AdaptorState:
         return _state(path, header, tensors)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise AdaptorError(f"{path}: its metadata is damaged ({type(error).__name__}: {error})") from None
+
+
+def stored_tool(path: Path | str) -> tuple[Path, str]:
+    """The file that `path` means, and the version that wrote it; for a file that `load_adaptor` takes."""
+    path = _file_of(path)
+    with safe_open(path, framework="pt", device="cpu") as file:
+        return path, str(_header(path, file.metadata() or {}).get("tool", "unknown"))
+
+
+def _file_of(path: Path | str) -> Path:
+    """The adaptor file itself, or the one in a run's folder."""
+    path = Path(path)
+    return path / ADAPTOR_NAME if path.is_dir() else path
 
 
 def _header(path: Path, stored: Mapping[str, str]) -> dict[str, Any]:

@@ -32,9 +32,21 @@ class LayerScore:
     generality: float
 
 
+@dataclass(frozen=True)
+class LayerChoice:
+    """The layers that were tried."""
+
+    scores: tuple[LayerScore, ...]
+
+    @property
+    def layer(self) -> int:
+        """The best: by generality, then by reliability."""
+        return min(self.scores, key=lambda score: (score.generality, score.reliability)).layer
+
+
 def choose_layer(
     base: BaseModel, edits: Sequence[Edit], settings: Settings, notify: Notify = lambda stage: None
-) -> int:
+) -> LayerChoice:
     """The layer whose expert answers unseen rewordings of the first edits best; measured once, then remembered.
 
     The edits' own rephrases take no part, so that their generality stays a measurement.
@@ -45,16 +57,10 @@ def choose_layer(
     first = list(edits[:EDITS])
     cache = _cache_file(base, first, settings)
     with suppress(OSError, ValueError, KeyError, TypeError):  # not there yet, or damaged: measured again
-        layer = int(json.loads(cache.read_text())["layer"])
-        notify(f"layer {layer} of {len(base.layers)}, as measured on these edits before")
-        return layer
-    scores = [_score(base, first, settings, layer, notify) for layer in _candidates(len(base.layers))]
-    best = min(scores, key=lambda score: (score.generality, score.reliability))
-    content = {"layer": best.layer, "scores": [vars(score) for score in scores]}
-    write_whole(cache, json.dumps(content, indent=1).encode(), overwrite=True)
-    found = ", ".join(f"{score.layer}: {score.generality:.2f}" for score in scores)
-    notify(f"layer {best.layer} of {len(base.layers)}: targets after unseen rewordings have perplexity {found}")
-    return best.layer
+        return LayerChoice(tuple(LayerScore(**score) for score in json.loads(cache.read_text())))
+    scores = tuple(_score(base, first, settings, layer, notify) for layer in _candidates(len(base.layers)))
+    write_whole(cache, json.dumps([vars(score) for score in scores], indent=1).encode(), overwrite=True)
+    return LayerChoice(scores)
 
 
 def _candidates(layers: int) -> list[int]:

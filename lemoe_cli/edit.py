@@ -90,7 +90,11 @@ def command(
 
     if measure_layer and earlier is None:
         with stage("choosing the layer", quiet=quiet) as notify:
-            settings = replace(settings, layer=choose_layer(base, read, settings, notify))
+            chosen = choose_layer(base, read, settings, notify)
+        settings = replace(settings, layer=chosen.layer)
+        if not quiet:
+            found = ", ".join(f"{score.layer}: {score.generality:.2f}" for score in chosen.scores)
+            click.echo(f"layer: {chosen.layer}; perplexity of targets after unseen rewordings {found}", err=True)
 
     with EditProgress(len(read), quiet=quiet) as progress:
         report = edit(
@@ -109,7 +113,7 @@ def command(
 
 
 def _show(report: "EditReport") -> None:
-    from lemoe_cli.ui import duration_text, notes, size_text, table
+    from lemoe_cli.ui import duration_text, notes, plain, size_text, table
 
     per_edit = report.seconds / max(1, report.taught)
     rows = [
@@ -130,6 +134,6 @@ def _show(report: "EditReport") -> None:
     )
     if report.missed:
         names = ", ".join(report.missed[:SHOWN]) + (", ..." if len(report.missed) > SHOWN else "")
-        notes.print(f"{len(report.missed)} edit(s) still missed their target after all retries: {names}")
+        notes.print(plain(f"{len(report.missed)} edit(s) still missed their target after all retries: {names}"))
     for number in report.unreached:
         notes.print(f"round {number} ended above its loss target; give it more --steps")

@@ -14,6 +14,7 @@ COMMANDS = {
     "edit": "Teach edits to a model: plan, train one expert a round, write the adaptor.",
     "eval": "Measure an adaptor: reliability, generality, locality, portability, routing.",
     "merge": "Stack adaptors of the same base model into one.",
+    "show": "Show what an adaptor holds, and check it.",
 }
 
 
@@ -37,7 +38,10 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except LemoeError as error:
-            click.echo(f"error: {error}", err=True)
+            from lemoe_cli.ui import plain
+
+            for line in f"error: {error}".split("\n"):
+                click.echo(plain(line), err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
             kept = "; finished rounds are kept, --resume goes on from them" if ctx.invoked_subcommand == "edit" else ""

@@ -1,5 +1,6 @@
 """What the terminal shows: stages, live progress, tables. Progress goes to stderr, results to stdout."""
 
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -10,8 +11,13 @@ from rich.table import Table
 from lemoe.adaptor import RoundRecord
 from lemoe.training import Step
 
-notes = Console(stderr=True, highlight=False)
-results = Console(highlight=False, soft_wrap=False)
+notes = Console(stderr=True, highlight=False, markup=False)
+results = Console(highlight=False, soft_wrap=False, markup=False)
+
+
+def plain(text: str) -> str:
+    """Text that a terminal shows and never obeys: control and formatting characters become spaces."""
+    return "".join(" " if unicodedata.category(char) in ("Cc", "Cf", "Cs") else char for char in text)
 
 
 @contextmanager
@@ -49,7 +55,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
     for index, name in enumerate(columns):
         shown.add_column(name, justify="left" if index < left else "right", overflow="fold")
     for row in rows:
-        shown.add_row(*row)
+        shown.add_row(*map(plain, row))
     results.print(shown)
 
 
@@ -99,7 +105,7 @@ class EditProgress:
 
     def note(self, text: str) -> None:
         if not self._quiet:
-            self._progress.console.print(text)
+            self._progress.console.print(plain(text))
 
 
 def size_text(count: int) -> str:

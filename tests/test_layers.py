@@ -20,11 +20,11 @@ def test_the_layer_is_measured_once_and_then_remembered(
 ) -> None:
     said: list[str] = []
     first = choose_layer(base, facts, anchor(layer=None), said.append)
-    assert 0 <= first < len(base.layers)
-    assert said[-1].startswith(f"layer {first} of {len(base.layers)}: ")
+    assert first.layer in [score.layer for score in first.scores]
+    assert len(said) == len(first.scores)
     said.clear()
     assert choose_layer(base, facts, anchor(layer=None), said.append) == first
-    assert said == [f"layer {first} of {len(base.layers)}, as measured on these edits before"]
+    assert said == []
 
 
 def test_other_edits_are_measured_anew(
@@ -33,7 +33,7 @@ def test_other_edits_are_measured_anew(
     choose_layer(base, facts, anchor(layer=None))
     said: list[str] = []
     choose_layer(base, facts[:2], anchor(layer=None), said.append)
-    assert any("trying" in line for line in said)
+    assert said
     assert len(list((cache / "layers").iterdir())) == 2
 
 

@@ -1,0 +1,100 @@
+"""`lemoe show`: what an adaptor file holds."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lemoe_cli.options import FILE, model_options_if_any, open_base
+
+if TYPE_CHECKING:
+    from lemoe.inspection import Inspection
+
+SCHEMA = 1
+SHOWN = 20
+
+
+@click.command("show")
+@click.argument("adaptor", type=FILE)
+@click.option("--verify", is_flag=True, help="Check hashes and records too, and with --model the base.")
+@click.option("--json", "as_json", is_flag=True, help="Everything as JSON on stdout.")
+@click.option("--edits", "list_edits", is_flag=True, help="Name every edit.")
+@model_options_if_any
+def command(adaptor: Path, verify: bool, as_json: bool, list_edits: bool, **options: Any) -> None:
+    """Show what ADAPTOR holds: its base, rounds, edits, and which of them are superseded.
+
+    ADAPTOR is an adaptor file or the folder of a run. Texts of edits are not in it, but their tokens are.
+    """
+    from lemoe.inspection import inspect_adaptor
+    from lemoe.inspection import verify as check
+
+    found = inspect_adaptor(adaptor)
+    checked: list[str] = []
+    if verify or options["model"]:
+        base = open_base(options, quiet=False) if options["model"] else None
+        checked = check(found, base)
+    if as_json:
+        click.echo(json.dumps(_document(found, checked), indent=1, ensure_ascii=True))
+        return
+    _show(found, list_edits=list_edits)
+    for line in checked:
+        click.echo(f"checked: {line}", err=True)
+
+
+def _document(found: "Inspection", checked: list[str]) -> dict[str, Any]:
+    state = found.state
+    return {
+        "schema": SCHEMA,
+        "path": str(found.path),
+        "size": found.size,
+        "sha256": found.sha256,
+        "tool": found.tool,
+        "base": state.base.as_dict(),
+        "settings": state.settings.as_dict(),
+        "edits": found.edits,
+        "rounds": [asdict(record) for record in state.rounds],
+        "superseded": [{"edit": earlier.id, "by": later.id} for earlier, later in found.replaced],
+        "checked": checked,
+    }
+
+
+def _show(found: "Inspection", *, list_edits: bool) -> None:
+    from lemoe_cli.ui import size_text, table
+
+    state, base = found.state, found.state.base
+    rows = [
+        ("base", f"{base.name}{'@' + base.revision if base.revision else ''} ({base.architecture})"),
+        ("beside", f"{base.ffn} (layer {base.layer})"),
+        ("method", f"{state.settings.method}, {len(state.experts)} expert(s)"),
+        ("edits", f"{found.edits:,} in {len(state.rounds)} round(s), {len(found.replaced)} superseded"),
+        ("size", f"{size_text(found.size)} ({size_text(found.size // max(1, found.edits))} an edit)"),
+        ("written by", found.tool),
+        ("sha256", found.sha256),
+        ("FFN sha256", base.ffn_sha256),
+        ("tokenizer sha256", base.tokenizer_sha256),
+    ]
+    table(str(found.path), ("", ""), rows, left=2)
+    rounds = [
+        (
+            str(number),
+            record.id[:12],
+            str(len(record.edits)),
+            f"{record.loss:.3f}",
+            "" if record.end_loss is None else f"{record.end_loss:.3f}",
+            str(record.steps),
+            "" if record.missed is None else str(len(record.missed)),
+        )
+        for number, record in enumerate(state.rounds, 1)
+    ]
+    shown = rounds if len(rounds) <= SHOWN else rounds[:SHOWN]
+    table("\nRounds", ("", "id", "edits", "loss", "end loss", "steps", "missed"), shown, left=2)
+    if len(rounds) > len(shown):
+        click.echo(f"... and {len(rounds) - len(shown)} more, all with --json")
+    if found.replaced:
+        pairs = [(earlier.id, later.id) for earlier, later in found.replaced]
+        table("\nSuperseded", ("edit", "answered now by"), pairs, left=2)
+    if list_edits:
+        names = [(str(number), name) for number, record in enumerate(state.rounds, 1) for name in record.ids]
+        table("\nEdits", ("round", "id"), names, left=2)

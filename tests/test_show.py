@@ -1,0 +1,88 @@
+"""`lemoe show`: what an adaptor holds, told without obeying it."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_cli import lemoe_command, refused
+
+import lemoe
+
+SettingsOf = Callable[..., lemoe.Settings]
+
+HOSTILE = "\x1b[2J\x1b]0;owned\x07[red]\u202e../../etc/passwd"
+
+
+@pytest.fixture
+def state(base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf) -> lemoe.AdaptorState:
+    """Two rounds, the second of which answers a question of the first anew."""
+    anew = replace(facts[0], id="anew", target="elsewhere")
+    return lemoe.stack([lemoe.train_round(base, edits, anchor()) for edits in (facts[:2], [anew])])
+
+
+@pytest.fixture
+def file(state: lemoe.AdaptorState, tmp_path: Path) -> Path:
+    path = tmp_path / "adaptor.safetensors"
+    lemoe.save_adaptor(state, path)
+    return path
+
+
+def test_show_tells_base_rounds_edits_and_supersessions(file: Path, state: lemoe.AdaptorState) -> None:
+    result = lemoe_command("show", file, "--edits")
+    assert result.exit_code == 0
+    for part in ("LlamaForCausalLM", "3 in 2 round(s), 1 superseded", state.rounds[0].id[:12], "fact-0", "anew"):
+        assert part in result.stdout
+    assert lemoe_command("show", file.parent, "--edits").stdout == result.stdout
+
+
+def test_show_as_json_holds_everything_and_is_checked(file: Path, state: lemoe.AdaptorState) -> None:
+    shown = json.loads(lemoe_command("show", file, "--json", "--verify").stdout)
+    assert shown["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert shown["size"] == file.stat().st_size
+    assert [record["id"] for record in shown["rounds"]] == [record.id for record in state.rounds]
+    assert shown["superseded"] == [{"edit": "fact-0", "by": "anew"}]
+    assert len(shown["checked"]) == 2
+
+
+def test_verify_with_a_model_tells_whether_it_is_the_adaptors(file: Path, tiny_folder: Callable[[str], Path]) -> None:
+    right = lemoe_command("show", file, "--model", tiny_folder("llama"), "--device", "cpu")
+    assert right.exit_code == 0
+    assert "edited FFN and tokenizer are the same" in right.stderr
+    assert "made for another base model" in refused("show", file, "--model", tiny_folder("mistral"), "--device", "cpu")
+
+
+def test_records_that_contradict_themselves_are_found(state: lemoe.AdaptorState, tmp_path: Path) -> None:
+    first = replace(state.rounds[0], edits=state.rounds[0].edits[::-1])
+    path = tmp_path / "bent.safetensors"
+    lemoe.save_adaptor(replace(state, rounds=(first, state.rounds[1])), path)
+    assert lemoe_command("show", path).exit_code == 0
+    assert "round 1: the digests of its edits do not give its hash" in refused("show", path, "--verify")
+
+
+def test_values_that_are_not_finite_are_never_shown_as_fine(state: lemoe.AdaptorState, tmp_path: Path) -> None:
+    path = tmp_path / "adaptor.safetensors"
+    lemoe.save_adaptor(state, path)
+    with safe_open(path, framework="pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(path)
+    tensors["experts.up"][0, 0] = torch.nan
+    save_file(tensors, path, metadata)
+    assert "experts.up: holds values that are not finite" in refused("show", path)
+
+
+def test_names_from_a_file_cannot_drive_the_terminal(state: lemoe.AdaptorState, tmp_path: Path) -> None:
+    hostile = replace(state.rounds[0], ids=(HOSTILE, "fact-1"))
+    bent = replace(state, base=replace(state.base, name=HOSTILE), rounds=(hostile, state.rounds[1]))
+    path = tmp_path / "adaptor.safetensors"
+    lemoe.save_adaptor(bent, path)
+    for arguments in (["--edits"], ["--json"]):
+        said = lemoe_command("show", path, *arguments)
+        assert said.exit_code == 0
+        assert not {"\x1b", "\x07", "\u202e"} & set(said.output)
+    assert "[red]" in lemoe_command("show", path, "--edits").stdout
