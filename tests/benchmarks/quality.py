@@ -197,23 +197,29 @@ def ablation(base: lemoe.BaseModel, out: Path) -> None:
     print_table(table)
 
 
-COLUMNS = ("reliability/all", "generality/all", "portability/subject_alias", "locality/all", "locality/same_subject")
+COLUMNS = {
+    "ZsRE reliability": ("zsre-unique", "reliability/all"),
+    "ZsRE generality": ("zsre-unique", "generality/all"),
+    "ZsRE unrelated": ("zsre-unique", "locality/all"),
+    "CounterFact generality": ("counterfact", "generality/all"),
+    "CounterFact same template": ("counterfact", "locality/same_template"),
+    "KnowEdit alias": ("knowedit", "portability/subject_alias"),
+    "KnowEdit same subject": ("knowedit", "locality/same_subject"),
+}
 
 
 def print_table(table: Table) -> None:
     """A Markdown table: token accuracy, with the share of whole answers in brackets."""
-    heads = [f"{name} {column.removesuffix('/all').split('/')[-1]}" for name in COMPARED for column in COLUMNS]
-    rows = {label: [cell(row[name], column) for name in COMPARED for column in COLUMNS] for label, row in table.items()}
-    kept = [index for index in range(len(heads)) if any(cells[index] for cells in rows.values())]
-    print("| | " + " | ".join(heads[index] for index in kept) + " |\n|" + "---|" * (len(kept) + 1))
-    for label, cells in rows.items():
-        print(f"| {label} | " + " | ".join(cells[index] for index in kept) + " |")
+    print("| | " + " | ".join(COLUMNS) + " |\n|" + "---|" * (len(COLUMNS) + 1))
+    for label, row in table.items():
+        cells = [cell(row[name], metric) for name, metric in COLUMNS.values()]
+        print(f"| {label} | " + " | ".join(cells) + " |")
 
 
-def cell(values: dict[str, float], column: str) -> str:
-    tokens = values.get(f"{column}/token_accuracy/teacher")
-    exact = values.get(f"{column}/exact_match/teacher", math.nan)
-    return "" if tokens is None else f"{tokens:.3f} ({exact:.3f})"
+def cell(values: dict[str, float], metric: str) -> str:
+    shares = [f"{values[f'{metric}/{measure}/teacher']:.3f}" for measure in ("token_accuracy", "exact_match")]
+    tokens, exact = (share.removeprefix("0") for share in shares)
+    return f"{tokens} ({exact})"
 
 
 def collapse(base: lemoe.BaseModel, adaptor: Path) -> None:
