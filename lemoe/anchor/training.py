@@ -207,10 +207,11 @@ def _pace(number: int, steps: int) -> float:
 
 
 def _kinds(lessons: Lessons, steps: int, generator: torch.Generator) -> list[list[Teaching]]:
-    """The rewordings of each step, all of one kind; the own prompts again where there are none."""
+    """The rewordings of each step, all of one kind, each kind as often as the others; else the own prompts again."""
     kinds = lessons.variants or [lessons.own]
-    drawn = torch.randint(len(kinds), (steps,), generator=generator, device=generator.device)
-    return [kinds[kind] for kind in drawn.tolist()]
+    turns = -(-steps // len(kinds))
+    drawn = [torch.randperm(len(kinds), generator=generator, device=generator.device) for _ in range(turns)]
+    return [kinds[kind] for kind in torch.cat(drawn)[:steps].tolist()]
 
 
 def _step_loss(
