@@ -25,7 +25,7 @@ SHOWN = 20
 def command(adaptor: Path, verify: bool, as_json: bool, list_edits: bool, **options: Any) -> None:
     """Show what ADAPTOR holds: its base, rounds, edits, and which of them are superseded.
 
-    ADAPTOR is an adaptor file or the folder of a run. Texts of edits are not in it, but their tokens are.
+    ADAPTOR is an adaptor file or the folder of a run. Hashes are shortened; --json has them whole.
     """
     from lemoe.inspection import inspect_adaptor
     from lemoe.inspection import verify as check
@@ -60,6 +60,10 @@ def _document(found: "Inspection", checked: list[str]) -> dict[str, Any]:
     }
 
 
+def _short(digest: str) -> str:
+    return f"{digest[:32]}..."
+
+
 def _show(found: "Inspection", *, list_edits: bool) -> None:
     from lemoe_cli.ui import size_text, table
 
@@ -71,9 +75,9 @@ def _show(found: "Inspection", *, list_edits: bool) -> None:
         ("edits", f"{found.edits:,} in {len(state.rounds)} round(s), {len(found.replaced)} superseded"),
         ("size", f"{size_text(found.size)} ({size_text(found.size // max(1, found.edits))} an edit)"),
         ("written by", found.tool),
-        ("sha256", found.sha256),
-        ("FFN sha256", base.ffn_sha256),
-        ("tokenizer sha256", base.tokenizer_sha256),
+        ("sha256", _short(found.sha256)),
+        ("FFN sha256", _short(base.ffn_sha256)),
+        ("tokenizer sha256", _short(base.tokenizer_sha256)),
     ]
     table(str(found.path), ("", ""), rows, left=2)
     rounds = [
