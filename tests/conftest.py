@@ -140,7 +140,7 @@ def anchor() -> Callable[..., lemoe.Settings]:
     """Settings of preset `anchor`, small enough for a tiny model."""
 
     def settings(**given: object) -> lemoe.Settings:
-        small = {"layer": 1, "steps": 6, "round_size": 2, "variants": 2, "negatives": 2}
+        small = {"layer": 1, "steps": 12, "round_size": 2, "variants": 2, "negatives": 2}
         return lemoe.resolve_settings("anchor", None, {**small, **given})
 
     return settings
