@@ -310,7 +310,6 @@ def random_adaptor(base: lemoe.BaseModel, taught: AdaptorState, anchors: Anchors
     return replace(taught, experts=taught.experts.select(places), router=anchors)
 
 
-@torch.no_grad()
 def inference(device: str = "auto") -> None:
     """Prefill and decode of an edited model, as overhead over the base."""
     base = lemoe.load_base("llama", device=device)
