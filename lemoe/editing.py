@@ -25,6 +25,7 @@ from lemoe.methods import parent_of, rounds_depend, train_round
 from lemoe.models import BaseModel
 from lemoe.planning import load_plan, plan, save_plan
 from lemoe.settings import Settings
+from lemoe.structure import FFNSite
 from lemoe.training import Step, encode_edits
 
 PLAN_NAME = "plan.yaml"
@@ -109,7 +110,7 @@ def edit(
         check_base(base, start)
         check_settings(start, settings)
     layer = start.base.layer if start else settings.layer_of(len(base.layers), base.source.layers)
-    base.site(layer, settings.layer_path)
+    site = base.site(layer, settings.layer_path)
     encode_edits(base, edits)
     if resume and plan_file is None and (folder / PLAN_NAME).exists():
         plan_file = folder / PLAN_NAME
@@ -118,7 +119,7 @@ def edit(
         rounds = _follow(plan_file, edits, new, folder, overwrite=force or resume)
     else:
         rounds = _plan(base, new, settings, folder, source, listener, overwrite=force or resume)
-    settings = _fitting(base, settings, listener)
+    settings = _fitting(base, site, settings, listener)
     began = time.monotonic()
     trained = _train_rounds(base, rounds, settings, folder, start, listener, force=force, resume=resume)
     seconds = time.monotonic() - began
@@ -146,9 +147,9 @@ def edit(
     )
 
 
-def _fitting(base: BaseModel, settings: Settings, listener: Listener) -> Settings:
+def _fitting(base: BaseModel, site: FFNSite, settings: Settings, listener: Listener) -> Settings:
     """The settings with batches that fit into the free memory."""
-    tokens = fitting_tokens(base, settings.batch_tokens)
+    tokens = fitting_tokens(base, site, settings.batch_tokens)
     if tokens < settings.batch_tokens:
         free = free_memory(base.device) >> 20
         listener.note(f"{free:,} MiB of memory are free: batches of {tokens} tokens, not {settings.batch_tokens}")

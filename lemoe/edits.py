@@ -49,7 +49,12 @@ class Edit:
 
 def digest_of(edits: Iterable[Edit]) -> str:
     """SHA-256 over the digests of `edits`, in their order."""
-    return hashlib.sha256("".join(edit.digest for edit in edits).encode()).hexdigest()
+    return digest_over(edit.digest for edit in edits)
+
+
+def digest_over(digests: Iterable[str]) -> str:
+    """SHA-256 over the digests of edits, in their order."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def read_edits(path: Path | str) -> list[Edit]:

@@ -7,7 +7,7 @@ and values, so that they are not replayed either; and an opening that all rows s
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -112,7 +112,17 @@ def _take(value: Any, rows: Tensor, size: int) -> Any:
 
 
 @contextmanager
-def _only_at(site: FFNSite, places: Tensor) -> Iterator[None]:
+def _hooked(site: FFNSite, entry: Callable[..., Any], exit_: Callable[..., Any]) -> Iterator[None]:
+    """While open, `entry` hooks what the FFN at `site` is called with, and `exit_` what it gives."""
+    handles = (site.entry.register_forward_pre_hook(entry), site.exit.register_forward_hook(exit_))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _only_at(site: FFNSite, places: Tensor) -> AbstractContextManager[None]:
     """While open, the FFN at `site` runs at `places` `[n]` of all positions, row after row, and gives 0 elsewhere."""
     shapes: list[torch.Size] = []
 
@@ -125,12 +135,7 @@ def _only_at(site: FFNSite, places: Tensor) -> Iterator[None]:
         everywhere = output.new_zeros(shape.numel() // shape[-1], output.shape[-1])
         return everywhere.index_put((places,), output).reshape(*shape[:-1], output.shape[-1])
 
-    handles = (site.entry.register_forward_pre_hook(entry), site.exit.register_forward_hook(exit_))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return _hooked(site, entry, exit_)
 
 
 class _ConstantLayer(DynamicLayer):
@@ -266,8 +271,7 @@ def _run(
             handle.remove()
 
 
-@contextmanager
-def beside(site: FFNSite, delta: Delta) -> Iterator[None]:
+def beside(site: FFNSite, delta: Delta) -> AbstractContextManager[None]:
     """While open, `delta(FFN input)` is added to what the FFN at `site` gives.
 
     `delta` gets the FFN input `[..., hidden]` and returns a tensor of that shape, or None for nothing to add, in
@@ -282,12 +286,7 @@ def beside(site: FFNSite, delta: Delta) -> Iterator[None]:
         change = delta(seen.pop("input"))
         return None if change is None else output + change.to(output.dtype)
 
-    handles = (site.entry.register_forward_pre_hook(entry), site.exit.register_forward_hook(exit_))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return _hooked(site, entry, exit_)
 
 
 CALIBRATION = (

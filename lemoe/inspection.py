@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lemoe.adaptor import AdaptorState, Taught
 from lemoe.checkpoint import load_adaptor, stored_tool
+from lemoe.edits import digest_over
 from lemoe.errors import AdaptorError
 from lemoe.insertion import check_base
 from lemoe.models import BaseModel
@@ -62,7 +63,7 @@ def verify(found: Inspection, base: BaseModel | None = None) -> list[str]:
     """
     problems = []
     for number, record in enumerate(found.state.rounds, 1):
-        if hashlib.sha256("".join(record.edits).encode()).hexdigest() != record.edits_sha256:
+        if digest_over(record.edits) != record.edits_sha256:
             problems.append(f"round {number}: the digests of its edits do not give its hash")
         if len(record.ids) != len(record.edits):
             problems.append(f"round {number}: {len(record.ids)} names for {len(record.edits)} edits")

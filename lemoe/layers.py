@@ -33,7 +33,7 @@ class LayerScore:
 
 
 @dataclass(frozen=True)
-class LayerChoice:
+class MeasuredLayers:
     """The layers that were tried."""
 
     scores: tuple[LayerScore, ...]
@@ -46,7 +46,7 @@ class LayerChoice:
 
 def choose_layer(
     base: BaseModel, edits: Sequence[Edit], settings: Settings, notify: Notify = lambda stage: None
-) -> LayerChoice:
+) -> MeasuredLayers:
     """The layer whose expert answers unseen rewordings of the first edits best; measured once, then remembered.
 
     The edits' own rephrases take no part, so that their generality stays a measurement.
@@ -57,10 +57,10 @@ def choose_layer(
     first = list(edits[:EDITS])
     cache = _cache_file(base, first, settings)
     with suppress(OSError, ValueError, KeyError, TypeError):  # not there yet, or damaged: measured again
-        return LayerChoice(tuple(LayerScore(**score) for score in json.loads(cache.read_text())))
+        return MeasuredLayers(tuple(LayerScore(**score) for score in json.loads(cache.read_text())))
     scores = tuple(_score(base, first, settings, layer, notify) for layer in _candidates(len(base.layers)))
     write_whole(cache, json.dumps([vars(score) for score in scores], indent=1).encode(), overwrite=True)
-    return LayerChoice(scores)
+    return MeasuredLayers(scores)
 
 
 def _candidates(layers: int) -> list[int]:

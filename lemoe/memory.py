@@ -4,6 +4,7 @@ import psutil
 import torch
 
 from lemoe.models import BaseModel
+from lemoe.structure import FFNSite
 
 SHARE = 0.5  # of the free memory that batches may take
 SMALLEST = 64  # tokens; below this a run is not worth starting
@@ -16,7 +17,7 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def bytes_per_token(base: BaseModel) -> int:
+def bytes_per_token(base: BaseModel, site: FFNSite) -> int:
     """What one padded token of a batch takes at most, bytes.
 
     Keys and values of every layer, one layer's activations at its widest, and what is kept of it for the replay: the
@@ -26,11 +27,10 @@ def bytes_per_token(base: BaseModel) -> int:
     heads = getattr(config, "num_attention_heads", 1)
     width = getattr(config, "head_dim", None) or base.hidden_size // heads
     key_width = width * (getattr(config, "num_key_value_heads", None) or heads)
-    intermediate = base.site(len(base.layers) - 1).intermediate
-    elements = 2 * key_width * len(base.layers) + 4 * base.hidden_size + 3 * intermediate
+    elements = 2 * key_width * len(base.layers) + 4 * base.hidden_size + 3 * site.intermediate
     return elements * base.dtype.itemsize + 4 * 4 * base.hidden_size
 
 
-def fitting_tokens(base: BaseModel, wanted: int) -> int:
+def fitting_tokens(base: BaseModel, site: FFNSite, wanted: int) -> int:
     """`wanted` padded tokens a batch, or as many as half of the free memory holds."""
-    return max(SMALLEST, min(wanted, int(SHARE * free_memory(base.device)) // bytes_per_token(base)))
+    return max(SMALLEST, min(wanted, int(SHARE * free_memory(base.device)) // bytes_per_token(base, site)))

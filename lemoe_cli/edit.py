@@ -113,7 +113,7 @@ def command(
 
 
 def _show(report: "EditReport") -> None:
-    from lemoe_cli.ui import duration_text, notes, plain, size_text, table
+    from lemoe_cli.ui import duration_text, say, size_text, table
 
     per_edit = report.seconds / max(1, report.taught)
     rows = [
@@ -134,6 +134,6 @@ def _show(report: "EditReport") -> None:
     )
     if report.missed:
         names = ", ".join(report.missed[:SHOWN]) + (", ..." if len(report.missed) > SHOWN else "")
-        notes.print(plain(f"{len(report.missed)} edit(s) still missed their target after all retries: {names}"))
+        say(f"{len(report.missed)} edit(s) still missed their target after all retries: {names}")
     for number in report.unreached:
-        notes.print(f"round {number} ended above its loss target; give it more --steps")
+        say(f"round {number} ended above its loss target; give it more --steps")

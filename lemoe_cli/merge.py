@@ -29,7 +29,7 @@ def command(adaptors: tuple[Path, ...], output: Path, on_conflict: "OnConflict",
     the differences listed.
     """
     from lemoe.merging import merge
-    from lemoe_cli.ui import notes, plain, size_text, table
+    from lemoe_cli.ui import say, size_text, table
 
     merged = merge(adaptors, output, on_conflict=on_conflict, overwrite=force)
     edits = sum(len(record.edits) for record in merged.rounds)
@@ -41,4 +41,4 @@ def command(adaptors: tuple[Path, ...], output: Path, on_conflict: "OnConflict",
     ]
     table(f"{len(adaptors)} adaptors stacked", ("", ""), rows, left=2)
     for earlier, later in merged.replaced:
-        notes.print(plain(f"edit {earlier.id} is superseded: {later.id} answers its question now"))
+        say(f"edit {earlier.id} is superseded: {later.id} answers its question now")

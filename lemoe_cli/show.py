@@ -92,10 +92,9 @@ def _show(found: "Inspection", *, list_edits: bool) -> None:
         )
         for number, record in enumerate(state.rounds, 1)
     ]
-    shown = rounds if len(rounds) <= SHOWN else rounds[:SHOWN]
-    table("\nRounds", ("", "id", "edits", "loss", "end loss", "steps", "missed"), shown, left=2)
-    if len(rounds) > len(shown):
-        click.echo(f"... and {len(rounds) - len(shown)} more, all with --json")
+    table("\nRounds", ("", "id", "edits", "loss", "end loss", "steps", "missed"), rounds[:SHOWN], left=2)
+    if len(rounds) > SHOWN:
+        click.echo(f"... and {len(rounds) - SHOWN} more, all with --json")
     if found.replaced:
         pairs = [(earlier.id, later.id) for earlier, later in found.replaced]
         table("\nSuperseded", ("edit", "answered now by"), pairs, left=2)

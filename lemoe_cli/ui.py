@@ -20,6 +20,11 @@ def plain(text: str) -> str:
     return "".join(" " if unicodedata.category(char) in ("Cc", "Cf", "Cs") else char for char in text)
 
 
+def say(text: str) -> None:
+    """One line on stderr."""
+    notes.print(plain(text))
+
+
 @contextmanager
 def stage(text: str, *, quiet: bool) -> Iterator[Callable[[str], None]]:
     """A spinner while something takes time; yields a function that changes its text."""

@@ -13,6 +13,7 @@ from lemoe import editing, memory
 from lemoe.editing import Silent
 
 SettingsOf = Callable[..., lemoe.Settings]
+Teach = Callable[..., "editing.EditReport"]
 
 
 class Notes(Silent):
@@ -25,26 +26,32 @@ class Notes(Silent):
         self.said.append(text)
 
 
+@pytest.fixture
+def teach(base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, tmp_path: Path) -> Teach:
+    """Runs `lemoe.edit` on the first facts into a folder of this name."""
+
+    def run(name: str, count: int, listener: Silent | None = None, **given: Any) -> editing.EditReport:
+        return lemoe.edit(base, facts[:count], anchor(**given), tmp_path / name, listener=listener)
+
+    return run
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_cost_of_a_token_is_known_for_every_family(tiny: Callable[[str], lemoe.BaseModel], family: str) -> None:
     base = tiny(family)
     least = base.hidden_size * base.dtype.itemsize * len(base.layers)
-    assert least < memory.bytes_per_token(base) < 100 * least
+    assert least < memory.bytes_per_token(base, base.site(1)) < 100 * least
 
 
 def test_short_memory_makes_smaller_batches_and_says_so(
-    base: lemoe.BaseModel,
-    facts: list[lemoe.Edit],
-    anchor: SettingsOf,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    base: lemoe.BaseModel, teach: Teach, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usual = lemoe.edit(base, facts, anchor(noise=0.0), tmp_path / "usual")
-    free = 2 * 100 * memory.bytes_per_token(base)
+    usual = teach("usual", 6, noise=0.0)
+    free = 2 * 100 * memory.bytes_per_token(base, base.site(1))
     for module in (memory, editing):
         monkeypatch.setattr(module, "free_memory", lambda device: free)
     notes = Notes()
-    short = lemoe.edit(base, facts, anchor(noise=0.0), tmp_path / "short", listener=notes)
+    short = teach("short", 6, notes, noise=0.0)
     assert [line for line in notes.said if "batches of 100 tokens, not 2048" in line]
     assert short.state.settings.batch_tokens == 100
     assert [record.id for record in short.state.rounds] == [record.id for record in usual.state.rounds]
@@ -52,11 +59,7 @@ def test_short_memory_makes_smaller_batches_and_says_so(
 
 
 def test_a_round_that_runs_out_of_memory_is_tried_again_with_smaller_batches(
-    base: lemoe.BaseModel,
-    facts: list[lemoe.Edit],
-    anchor: SettingsOf,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    teach: Teach, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_round, sizes = editing.train_round, list[int]()
 
@@ -68,22 +71,18 @@ def test_a_round_that_runs_out_of_memory_is_tried_again_with_smaller_batches(
 
     monkeypatch.setattr(editing, "train_round", hungry)
     notes = Notes()
-    report = lemoe.edit(base, facts[:2], anchor(), tmp_path / "run", listener=notes)
+    report = teach("run", 2, notes)
     assert sizes == [2048, 1024, 512]
     assert report.taught == 2
     assert notes.said[-1] == "out of memory: trying again with batches of 512 tokens"
 
 
 def test_a_model_that_leaves_no_memory_at_all_is_an_error_that_says_so(
-    base: lemoe.BaseModel,
-    facts: list[lemoe.Edit],
-    anchor: SettingsOf,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    teach: Teach, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def greedy(*args: Any) -> lemoe.AdaptorState:
         raise torch.OutOfMemoryError("too much")
 
     monkeypatch.setattr(editing, "train_round", greedy)
     with pytest.raises(lemoe.LemoeError, match="too little memory"):
-        lemoe.edit(base, facts[:2], anchor(), tmp_path / "run")
+        teach("run", 2)

@@ -80,52 +80,12 @@ def rewordings(edits: Sequence[Edit], count: int, rng: random.Random) -> list[li
     """
     made: list[list[str]] = [[] for _ in edits]
     for number in range(count):
-        maker = _MAKERS[number % len(_MAKERS)](edits, rng)
+        choose_opening, worded = _KINDS[number % len(_KINDS)]
+        opening = choose_opening(edits, rng)
         for place, edit in enumerate(edits):
             if len(edit.prompt) <= LONG_PROMPT:
-                made[place].append(maker(edit))
+                made[place].append(opening(edit) + worded(edit, rng))
     return made
-
-
-Maker = Callable[[Edit], str]
-
-
-def _dropping(edits: Sequence[Edit], rng: random.Random) -> Maker:
-    return lambda edit: _dropped(edit, rng)
-
-
-def _turning(edits: Sequence[Edit], rng: random.Random) -> Maker:
-    return lambda edit: _turned(edit.prompt, rng)
-
-
-def _behind_another(edits: Sequence[Edit], rng: random.Random) -> Maker:
-    sentence = _other_sentence(edits, rng)
-    return lambda edit: f"{sentence(edit)} {edit.prompt}"
-
-
-def _dropping_behind_another(edits: Sequence[Edit], rng: random.Random) -> Maker:
-    sentence = _other_sentence(edits, rng)
-    return lambda edit: f"{sentence(edit)} {_dropped(edit, rng)}"
-
-
-def _dropping_behind_a_sentence(edits: Sequence[Edit], rng: random.Random) -> Maker:
-    sentence = rng.choice(_SENTENCES)
-    return lambda edit: f"{sentence} {_dropped(edit, rng)}"
-
-
-def _turning_behind_an_opening(edits: Sequence[Edit], rng: random.Random) -> Maker:
-    opening = rng.choice(_NEUTRAL)
-    return lambda edit: f"{opening} {_turned(_dropped(edit, rng), rng)}"
-
-
-_MAKERS = (
-    _dropping,
-    _behind_another,
-    _turning,
-    _dropping_behind_a_sentence,
-    _turning_behind_an_opening,
-    _dropping_behind_another,
-)
 
 
 def _dropped(edit: Edit, rng: random.Random) -> str:
@@ -152,15 +112,42 @@ def _subject_span(edit: Edit) -> tuple[int, int]:
     return (start, start + len(edit.subject or "")) if start >= 0 else (0, 0)
 
 
-def _other_sentence(edits: Sequence[Edit], rng: random.Random) -> Callable[[Edit], str]:
+Opening = Callable[[Edit], str]
+
+
+def _nothing(edits: Sequence[Edit], rng: random.Random) -> Opening:
+    return lambda edit: ""
+
+
+def _one_of(texts: Sequence[str]) -> Callable[[Sequence[Edit], random.Random], Opening]:
+    """The same text, drawn from `texts`, in front of every edit."""
+
+    def draw(edits: Sequence[Edit], rng: random.Random) -> Opening:
+        text = rng.choice(texts)
+        return lambda edit: f"{text} "
+
+    return draw
+
+
+def _another_edit(edits: Sequence[Edit], rng: random.Random) -> Opening:
     """A sentence that states one of `edits`, for the others; for those on its subject, a stock one."""
     short = [edit for edit in edits if len(edit.prompt) + len(edit.target) <= LONG_PROMPT]
     stock = rng.choice(_SENTENCES)
     if not short:
-        return lambda edit: stock
+        return lambda edit: f"{stock} "
     other = rng.choice(short)
     stated = f"{other.prompt} {other.target.strip()}."
-    return lambda edit: stock if _subject_key(edit) == _subject_key(other) else stated
+    return lambda edit: f"{stock if _subject_key(edit) == _subject_key(other) else stated} "
+
+
+_KINDS = (  # what stands in front, and how the prompt is worded
+    (_nothing, _dropped),
+    (_another_edit, lambda edit, rng: edit.prompt),
+    (_nothing, lambda edit, rng: _turned(edit.prompt, rng)),
+    (_one_of(_SENTENCES), _dropped),
+    (_one_of(_NEUTRAL), lambda edit, rng: _turned(_dropped(edit, rng), rng)),
+    (_another_edit, _dropped),
+)
 
 
 def _subject_key(edit: Edit) -> str:

@@ -33,8 +33,10 @@ from lemoe.anchor.anchors import Anchors
 from lemoe.anchor.gate import Anchor
 from lemoe.anchor.lessons import LessonMaker, Lessons, Teaching
 from lemoe.anchor.training import DEFAULT_WIDTH, Blocks
+from lemoe.experts import rms_normal
 from lemoe.frozen import beside, residual_scale
 from lemoe.models import ModelSource
+from lemoe.structure import FFNSite
 from lemoe.tokens import Batch, length_buckets
 from lemoe.training import encode_edits
 
@@ -215,46 +217,60 @@ def plain_step(base: lemoe.BaseModel, lessons: Lessons, settings: lemoe.Settings
     blocks = Blocks(edits, site, settings.width or DEFAULT_WIDTH, residual_scale(base, layer), 0).to(base.device)
     optimiser = torch.optim.AdamW(blocks.parameters(), lr=settings.learning_rate)
     rows = [(teaching, row) for teaching in chosen for row in range(len(teaching.owners))]
-    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-    batches = batches if size > 1 else batches[:: max(1, len(batches) // 12)]
+    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+    parts = parts if size > 1 else parts[:: max(1, len(parts) // 12)]
+    batches = [PlainBatch.of(part) for part in parts]
 
     def step() -> None:
         for batch in batches:
             optimiser.zero_grad()
-            plain_loss(base, blocks, batch, settings).backward()
+            plain_loss(base, site, blocks, batch, settings.noise).backward()
             optimiser.step()
 
-    return timed(step, repeats) * (len(rows) / edits) / sum(map(len, batches))
+    return timed(step, repeats) * (len(rows) / edits) / sum(map(len, parts))
 
 
-def plain_loss(
-    base: lemoe.BaseModel, blocks: Blocks, rows: Sequence[tuple[Teaching, int]], settings: lemoe.Settings
-) -> Tensor:
-    site = base.site(settings.layer_of(len(base.layers), base.source.layers))
-    width = max(int(teaching.frozen.batch.mask[row].sum()) for teaching, row in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask, active = torch.zeros_like(ids), torch.zeros(len(rows), width)
-    owners, targets = [], []
-    for place, (teaching, row) in enumerate(rows):
-        batch, start = teaching.frozen.batch, teaching.frozen.start
-        length = int(batch.mask[row].sum())
-        ids[place, :length], mask[place, :length] = batch.ids[row, :length], 1
-        active[place, start:length] = teaching.active[row, : length - start].float()
-        owners.append(int(teaching.owners[row]))
-        here = batch.target_rows == row
-        targets += [
-            (place, int(c), int(t)) for c, t in zip(batch.target_columns[here], batch.labels[here], strict=True)
-        ]
-    places = torch.tensor(owners)
+@dataclass(frozen=True)
+class PlainBatch:
+    """Whole texts, right-padded: what a plain loop runs through the whole model.
 
+    `ids`, `mask`, `active` (where the expert acts): `[batch, seq]`; `owners` `[batch]`; `targets` `[targets, 3]`: row,
+    column and token.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    active: Tensor
+    owners: Tensor
+    targets: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[Teaching, int]]) -> "PlainBatch":
+        width = max(int(teaching.frozen.batch.mask[row].sum()) for teaching, row in rows)
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        mask, active = torch.zeros_like(ids), torch.zeros(len(rows), width)
+        targets = []
+        for place, (teaching, row) in enumerate(rows):
+            batch, start = teaching.frozen.batch, teaching.frozen.start
+            length = int(batch.mask[row].sum())
+            ids[place, :length], mask[place, :length] = batch.ids[row, :length], 1
+            active[place, start:length] = teaching.active[row, : length - start].float()
+            mine = (batch.target_rows == row).nonzero().squeeze(1)
+            columns, labels = batch.target_columns[mine], batch.labels[mine]
+            targets.append(torch.stack([torch.full_like(columns, place), columns, labels], 1))
+        owners = torch.stack([teaching.owners[row] for teaching, row in rows])
+        return cls(ids, mask, active, owners, torch.cat(targets))
+
+
+def plain_loss(base: lemoe.BaseModel, site: FFNSite, blocks: Blocks, batch: PlainBatch, noise: float) -> Tensor:
     def delta(inputs: Tensor) -> Tensor:
-        normal = inputs * torch.rsqrt(inputs.pow(2).mean(-1, keepdim=True) + 1e-6)
-        noise = settings.noise * torch.randn_like(normal)
-        return blocks.scale * blocks(normal + noise, places) * active.unsqueeze(-1)
+        normal = rms_normal(inputs)
+        normal = normal + noise * torch.randn_like(normal)
+        return blocks.scale * blocks(normal, batch.owners) * batch.active.unsqueeze(-1)
 
     with beside(site, delta):
-        logits = base.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    row, column, label = torch.tensor(targets).unbind(1)
+        logits = base.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
+    row, column, label = batch.targets.unbind(1)
     return functional.cross_entropy(logits[row, column], label)
 
 
