@@ -16,11 +16,13 @@ from torch.nn import functional
 
 from lemoe.adaptor import AdaptorState
 from lemoe.edits import Edit, Probe
-from lemoe.frozen import freeze
+from lemoe.frozen import Below, run_below
 from lemoe.insertion import InsertedAdaptor
 from lemoe.metrics import Answer, Item, Measured, Metric, agreement, summarise, token_accuracy
-from lemoe.models import BaseModel
+from lemoe.models import LOGIT_ROWS, BaseModel
+from lemoe.products import fast_products
 from lemoe.routing import Explanation
+from lemoe.structure import FFNSite
 from lemoe.tokens import Batch, Passage, encode_all, length_buckets
 
 UNROUTED = Explanation(-1, 0.0, scope="subject")
@@ -89,13 +91,15 @@ def evaluate(
         InputError: listing the probes that cannot be used with this model.
         AdaptorError: if the state belongs to another base model.
     """
-    items = _items(base, edits, only, batch_tokens)
+    with fast_products(base.model):
+        items = _items(base, edits, only, batch_tokens)
     run = _teacher if decode == "teacher" else _greedy
     places: dict[int, Measured] = {}
-    for rows, given in run(base, state, items, batch_tokens):
-        for row, (before, after, route) in zip(rows, given, strict=True):
-            places[row] = Measured(items[row], before, after, route)
-        on_progress(len(places), len(items))
+    with fast_products(base.model):
+        for rows, given in run(base, state, items, batch_tokens):
+            for row, (before, after, route) in zip(rows, given, strict=True):
+                places[row] = Measured(items[row], before, after, route)
+            on_progress(len(places), len(items))
     measured = [places[row] for row in range(len(items))]
     metrics = summarise(measured, decode, edited=state is not None)
     if state is not None and not only:
@@ -157,50 +161,65 @@ def _teacher(base: BaseModel, state: AdaptorState | None, items: Sequence[Item],
     passages = [item.passage for item in items]
     adaptor = InsertedAdaptor(base, state) if state else None
     try:
-        for rows in length_buckets([len(passage) for passage in passages], batch_tokens):
-            batch = Batch.of(passages, rows, base.pad_token, base.device)
+        for rows in length_buckets([len(passage.read) for passage in passages], batch_tokens):
+            chosen = [items[row] for row in rows]
             if adaptor is None:
-                site, layer = base.site(len(base.layers) - 1), len(base.layers) - 1
-                before = _answers(base, batch, freeze(base, site, layer, batch).base_hidden)
+                top = len(base.layers) - 1
+                before = _before(base, base.site(top), top, chosen, batch_tokens)[1]
                 yield rows, [(answer, answer, UNROUTED) for answer in before]
             else:
-                yield rows, _both(base, adaptor, batch, [items[row] for row in rows])
+                yield rows, _both(base, adaptor, chosen, batch_tokens)
     finally:
         if adaptor:
             adaptor.remove()
 
 
-def _both(base: BaseModel, adaptor: InsertedAdaptor, batch: Batch, items: Sequence[Item]) -> list[Pair]:
+def _both(base: BaseModel, adaptor: InsertedAdaptor, items: Sequence[Item], batch_tokens: int) -> list[Pair]:
     """Before and after for one batch; nothing is computed that is known.
 
     Where no expert acts, the edited model is the base model, bit for bit; and what the base model wrote itself, its
     likeliest tokens are.
     """
+    batch = Batch.of([item.passage for item in items], range(len(items)), base.pad_token, base.device)
     routing = adaptor.routing_of(batch)
     acting = (routing.experts >= 0).flatten(1).any(1).tolist()
     before = {row: Answer(item.passage.target) for row, item in enumerate(items) if item.open and not acting[row]}
     asked = [row for row in range(len(items)) if row not in before]
     after: dict[int, Answer] = {}
     if asked:
-        part, _ = batch.take(torch.tensor(asked, device=batch.ids.device))
+        layer = adaptor.state.base.layer
         with adaptor.bypassed():
-            frozen = freeze(base, adaptor.site, adaptor.state.base.layer, part)
-        before.update(zip(asked, _answers(base, part, frozen.base_hidden), strict=True))
+            below, answers = _before(base, adaptor.site, layer, [items[row] for row in asked], batch_tokens)
+        before.update(zip(asked, answers, strict=True))
         places = [place for place, row in enumerate(asked) if acting[row]]
         if places:
             changed = [asked[place] for place in places]
-            few = frozen.take(torch.tensor(places, device=batch.ids.device))
-            hidden = adaptor.replay(few, routing.take(torch.tensor(changed, device=batch.ids.device)))
+            passages = [items[row].passage for row in asked]
+            with adaptor.bypassed():
+                few = below.freeze(Batch.of(passages, places, base.pad_token, base.device))
+            hidden = adaptor.replay(few, routing.take(torch.tensor(changed, device=base.device), few.output.shape[1]))
             after.update(zip(changed, _answers(base, few.batch, hidden), strict=True))
     return [(before[row], after.get(row, before[row]), why) for row, why in enumerate(routing.explained)]
 
 
+def _before(
+    base: BaseModel, site: FFNSite, layer: int, items: Sequence[Item], batch_tokens: int
+) -> tuple[Below, list[Answer]]:
+    """The base model's answers, with what the layers up to `layer` give."""
+    passages = [item.passage for item in items]
+    below = run_below(base, site, layer, passages, batch_tokens, whole=True)
+    batch = Batch.of(passages, range(len(passages)), base.pad_token, base.device)
+    return below, _answers(base, batch, below.base_hidden(batch))
+
+
 def _answers(base: BaseModel, batch: Batch, hidden: Tensor) -> list[Answer]:
     """The likeliest token at each target position and the target's loss, for last hidden states `[targets, hidden]`."""
-    logits = base.logits(hidden).float()
-    losses = functional.cross_entropy(logits, batch.labels, reduction="none")
     counts = torch.bincount(batch.target_rows, minlength=len(batch.rows)).tolist()
-    pairs = zip(logits.argmax(-1).split(counts), losses.split(counts), strict=True)
+    written, losses = [], []
+    for logits, labels in zip(base.logits_in_parts(hidden), batch.labels.split(LOGIT_ROWS), strict=True):
+        written.append(logits.argmax(-1))
+        losses.append(functional.cross_entropy(logits.float(), labels, reduction="none"))
+    pairs = zip(torch.cat(written).split(counts), torch.cat(losses).split(counts), strict=True)
     return [Answer(tuple(tokens.tolist()), float(loss.mean())) for tokens, loss in pairs]
 
 
@@ -208,7 +227,7 @@ def _greedy(base: BaseModel, state: AdaptorState | None, items: Sequence[Item], 
     passages = [item.passage for item in items]
     adaptor = InsertedAdaptor(base, state) if state else None
     try:
-        for rows in length_buckets([len(passage) for passage in passages], batch_tokens):
+        for rows in length_buckets([len(passage.read) for passage in passages], batch_tokens):
             chosen = [passages[row] for row in rows]
             if adaptor is None:
                 yield rows, [(answer, answer, UNROUTED) for answer in _written(base, chosen)]
@@ -238,7 +257,7 @@ def _written(base: BaseModel, passages: Sequence[Passage]) -> list[Answer]:
 def _write(base: BaseModel, passages: list[Passage], tokens: int, batch_tokens: int) -> list[tuple[int, ...]]:
     """The base model's own greedy answers of `tokens` tokens."""
     answers: list[tuple[int, ...]] = [()] * len(passages)
-    for rows in length_buckets([len(passage) for passage in passages], batch_tokens):
+    for rows in length_buckets([len(passage.read) for passage in passages], batch_tokens):
         for row, answer in zip(rows, _generate(base, [passages[row] for row in rows], tokens), strict=True):
             answers[row] = answer
     return answers

@@ -10,6 +10,7 @@ from lemoe.errors import InputError
 from lemoe.models import BaseModel
 from lemoe.paper import training as paper_training
 from lemoe.paper.routing import KeyRouter
+from lemoe.products import fast_products
 from lemoe.routing import Router
 from lemoe.settings import Settings
 from lemoe.training import OnStep
@@ -46,6 +47,6 @@ def train_round(
     """
     if not edits:
         raise InputError("a round needs at least one edit")
-    if settings.method == "anchor":
-        return anchor_training.train_round(base, edits, settings, before, on_step)
-    return paper_training.train_round(base, edits, settings, before, on_step)
+    train = anchor_training.train_round if settings.method == "anchor" else paper_training.train_round
+    with fast_products(base.model):
+        return train(base, edits, settings, before, on_step)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -20,8 +20,10 @@ from transformers.utils import logging as transformers_logging
 from lemoe import embedded
 from lemoe.embedded import Notify
 from lemoe.errors import InputError, ModelError
+from lemoe.products import frozen_linear
 from lemoe.structure import FFNSite, find_ffn, find_layers, steps_after_layers
 
+LOGIT_ROWS = 64  # positions whose logits over the whole vocabulary stand in memory at once, outside training steps
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -144,10 +146,19 @@ class BaseModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[..., vocab]` of the last layer's output `hidden` `[..., hidden]`."""
-        logits: Tensor = self.head(self.finish(hidden))
-        if self._softcap:
-            logits = torch.tanh(logits / self._softcap) * self._softcap
-        return logits
+        return self._capped(self.head(self.finish(hidden)))
+
+    def logits_over(self, words: Tensor) -> Callable[[Tensor], Tensor]:
+        """What gives logits `[..., words]` over the token ids `words` alone, for last layer outputs `[..., hidden]`."""
+        weight, bias = self.head.weight[words], None if self.head.bias is None else self.head.bias[words]
+        return lambda hidden: self._capped(frozen_linear(self.finish(hidden), weight, bias))
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        return torch.tanh(logits / self._softcap) * self._softcap if self._softcap else logits
+
+    def logits_in_parts(self, hidden: Tensor) -> Iterator[Tensor]:
+        """Logits of `hidden` `[rows, hidden]`, `LOGIT_ROWS` rows at a time: all at once they fill the memory."""
+        return (self.logits(part) for part in hidden.split(LOGIT_ROWS))
 
     def finish(self, hidden: Tensor) -> Tensor:
         """What the head reads, `[..., width]`, of the last layer's output `hidden` `[..., hidden]`."""

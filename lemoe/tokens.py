@@ -25,6 +25,11 @@ class Passage:
     def __len__(self) -> int:
         return len(self.prompt) + len(self.target)
 
+    @property
+    def read(self) -> tuple[int, ...]:
+        """What the model reads to predict the target: all but its last token, which nothing comes after."""
+        return self.prompt + self.target[:-1]
+
 
 def encode(base: "BaseModel", prompt: str, target: str | None = None) -> Passage:
     """Tokenise a prompt and the target that continues it after one space.
@@ -78,7 +83,7 @@ class Batch:
 
     Attributes:
         rows: index of each passage in the sequence that was batched.
-        ids, mask: `[batch, seq]`.
+        ids, mask: `[batch, seq]`, what is read.
         prompt_lengths: `[batch]`, tokens.
         target_rows, target_columns: `[targets]`, the positions whose logits predict a target token.
         labels: `[targets]`, those target tokens.
@@ -95,12 +100,12 @@ class Batch:
     @classmethod
     def of(cls, passages: Sequence[Passage], rows: Sequence[int], pad: int, device: torch.device) -> "Batch":
         chosen = [passages[row] for row in rows]
-        width = max(map(len, chosen))
+        width = max(len(passage.read) for passage in chosen)
         ids = torch.full((len(chosen), width), pad)
         mask = torch.zeros((len(chosen), width), dtype=torch.long)
         for index, passage in enumerate(chosen):
-            ids[index, : len(passage)] = torch.tensor(passage.prompt + passage.target)
-            mask[index, : len(passage)] = 1
+            ids[index, : len(passage.read)] = torch.tensor(passage.read)
+            mask[index, : len(passage.read)] = 1
         spots = [
             (index, len(passage.prompt) + offset - 1, token)
             for index, passage in enumerate(chosen)
@@ -111,10 +116,10 @@ class Batch:
         tensors = (ids, mask, lengths, target_rows, target_columns, labels)
         return cls(tuple(rows), *(tensor.to(device) for tensor in tensors))
 
-    def take(self, chosen: Tensor) -> "tuple[Batch, Tensor]":
-        """The batch of some of its passages, `chosen` `[n]` in ascending order, and which targets are theirs."""
+    def take(self, chosen: Tensor) -> "Batch":
+        """The batch of some of its passages, `chosen` `[n]` in ascending order."""
         kept = torch.isin(self.target_rows, chosen)
-        batch = Batch(
+        return Batch(
             tuple(self.rows[index] for index in chosen.tolist()),
             self.ids[chosen],
             self.mask[chosen],
@@ -123,7 +128,6 @@ class Batch:
             self.target_columns[kept],
             self.labels[kept],
         )
-        return batch, kept
 
 
 PASS = 24  # padded tokens whose cost equals that of one more pass over the weights
@@ -166,35 +170,18 @@ def _cheapest_cuts(counts: Sequence[tuple[int, int]]) -> list[int]:
 FEW = 8  # rows that a matrix product should not be split below
 
 
-def replay_buckets(passages: Sequence[Passage], starts: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices grouped so that little is computed twice or in vain.
+def replay_buckets(lengths: Sequence[int], starts: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices of texts in batches that run again and again from the first of their `starts` on.
 
-    Passages with a common opening stand together, then those of like length, then those whose `starts`, the columns
-    from which a batch is run again and again, lie close.
+    Texts of like length stand together, then those whose starts lie close.
     """
-    buckets = []
-    for group in _by_opening(passages):
-        for bucket in length_buckets([len(passages[index]) for index in group], max_tokens):
-            buckets += _split_by_start([group[index] for index in bucket], passages, starts)
-    return buckets
+    return [part for bucket in length_buckets(lengths, max_tokens) for part in _split_by_start(bucket, lengths, starts)]
 
 
-OPENING = 6  # tokens that are worth reading once for all
-
-
-def _by_opening(passages: Sequence[Passage]) -> list[list[int]]:
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for index, passage in enumerate(passages):
-        groups.setdefault(passage.prompt[:OPENING], []).append(index)
-    large = [group for group in groups.values() if len(group) >= FEW]
-    rest = [index for group in groups.values() if len(group) < FEW for index in group]
-    return [*large, rest] if rest else large
-
-
-def _split_by_start(bucket: Sequence[int], passages: Sequence[Passage], starts: Sequence[int]) -> list[list[int]]:
+def _split_by_start(bucket: Sequence[int], lengths: Sequence[int], starts: Sequence[int]) -> list[list[int]]:
     """The bucket whole, or in two where that saves a sixth of the columns that run again."""
     order = sorted(bucket, key=lambda index: starts[index])
-    width = max(len(passages[index]) for index in order)
+    width = max(lengths[index] for index in order)
     whole = len(order) * (width - starts[order[0]])
 
     def cost(cut: int) -> int:

@@ -14,7 +14,7 @@ from torch import nn
 
 import lemoe
 from lemoe.errors import InputError, LemoeError, ModelError
-from lemoe.frozen import ffn_inputs, freeze
+from lemoe.frozen import run_below
 from lemoe.models import resolve_model
 from lemoe.structure import find_ffn
 from lemoe.tokens import Batch, encode_all
@@ -60,7 +60,8 @@ def test_replaying_the_upper_layers_gives_the_logits_of_the_whole_model(
     passages = encode_all(base, [(edit.id, edit.prompt, edit.target) for edit in facts[:3]])
     batch = Batch.of(passages, range(3), base.pad_token, base.device)
     site = base.site(layer)
-    frozen = freeze(base, site, layer, batch)
+    below = run_below(base, site, layer, passages, 64, whole=True)
+    frozen = below.freeze(batch)
     delta = torch.randn(frozen.inputs.shape, generator=torch.Generator().manual_seed(1))
     spots = (batch.target_rows, batch.target_columns)
     with torch.no_grad():
@@ -68,6 +69,7 @@ def test_replaying_the_upper_layers_gives_the_logits_of_the_whole_model(
         hook = site.exit.register_forward_hook(lambda module, args, output: output + delta.reshape(output.shape))
         shifted = base.model(input_ids=batch.ids, attention_mask=batch.mask).logits[spots]
         hook.remove()
+        torch.testing.assert_close(base.logits(below.base_hidden(batch)), expected, **CLOSE)
         torch.testing.assert_close(base.logits(frozen.base_hidden), expected, **CLOSE)
         torch.testing.assert_close(base.logits(frozen.replay(torch.zeros_like(delta))), expected, **CLOSE)
         torch.testing.assert_close(base.logits(frozen.replay(delta)), shifted, **CLOSE)
@@ -82,7 +84,8 @@ def test_a_replay_may_start_where_the_first_expert_acts(
     passages = encode_all(base, [(edit.id, opening + edit.prompt, edit.target) for edit in facts[:4]])
     batch = Batch.of(passages, range(4), base.pad_token, base.device)
     site = base.site(layer)
-    whole, part = freeze(base, site, layer, batch), freeze(base, site, layer, batch, start)
+    below = run_below(base, site, layer, passages, 64, whole=True)
+    whole, part = below.freeze(batch), below.freeze(batch, start)
     delta = torch.randn(whole.inputs.shape, generator=torch.Generator().manual_seed(1))
     delta[:, :start] = 0
     rows = torch.tensor([1, 3])
@@ -90,7 +93,7 @@ def test_a_replay_may_start_where_the_first_expert_acts(
         assert part.inputs.shape[1] == batch.ids.shape[1] - start
         real = batch.mask[:, start:].bool()
         torch.testing.assert_close(part.inputs[real], whole.inputs[:, start:][real], **CLOSE)
-        torch.testing.assert_close(ffn_inputs(base, site, batch, start)[real], part.inputs[real], **CLOSE)
+        torch.testing.assert_close(below.inputs[below.at(batch, start)][real], part.inputs[real], **CLOSE)
         expected = whole.replay(delta)
         for _ in range(2):  # a replay leaves nothing behind
             torch.testing.assert_close(part.replay(delta[:, start:]), expected, **CLOSE)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from lemoe.anchor.examples import other_questions, rewordings
 from lemoe.anchor.gate import Anchor, Route
 from lemoe.edits import Edit
 from lemoe.experts import rms_normal
-from lemoe.frozen import FrozenBatch, ffn_inputs, freeze
+from lemoe.frozen import Below, FrozenBatch, run_below
 from lemoe.models import BaseModel
 from lemoe.settings import Settings
 from lemoe.structure import FFNSite
@@ -69,11 +70,22 @@ class Silence:
 
 @dataclass(frozen=True)
 class Lessons:
-    """All texts of a round after the frozen pass: own prompts, rewordings by kind, and other questions."""
+    """All texts of a round after the frozen pass.
+
+    Attributes:
+        own: the edits' prompts, and those of their rephrases that are to be trained on.
+        variants: made-up rewordings, by kind.
+        silences: other questions.
+    """
 
     own: list[Teaching]
     variants: list[list[Teaching]]
     silences: list[Silence]
+
+    @cached_property
+    def edits(self) -> int:
+        """How many edits they teach."""
+        return len(torch.cat([teaching.owners for teaching in self.own]).unique())
 
     def of(self, chosen: Tensor) -> "Lessons":
         """The lessons of the edits `chosen` `[edits]`, bool."""
@@ -82,6 +94,15 @@ class Lessons:
             [[kept for teaching in kind if (kept := teaching.of(chosen))] for kind in self.variants],
             [quiet for silence in self.silences if (quiet := silence.of(chosen))],
         )
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text of the round: the edit it is made for, its tokens, and the column at which that edit's expert acts."""
+
+    owner: int
+    passage: Passage
+    start: int
 
 
 class LessonMaker:
@@ -103,28 +124,54 @@ class LessonMaker:
         self._gates = [build_gate(base, [anchor], settings) for anchor in anchors]
 
     def lessons(self) -> Lessons:
-        everyone = range(len(self._edits))
-        own = self._teachings([(place, self._passages[place]) for place in everyone])
-        return Lessons(own, self._variants(), self._silences())
+        own = [self._answered(place, passage) for place, passage in enumerate(self._passages)]
+        if self._settings.train_rephrases:
+            own += self._rephrases()
+        kinds = self._rewordings()
+        silent = self._other_questions()
+        groups = [own, *kinds, silent]
+        texts = [text for group in groups for text in group]
+        below = run_below(
+            self._base,
+            self._site,
+            self._layer,
+            [text.passage for text in texts],
+            self._settings.batch_tokens,
+            whole=any(text.start for text in texts),
+        )
+        ends = list(accumulate(map(len, groups)))
+        numbers = [range(end - len(group), end) for group, end in zip(groups, ends, strict=True)]
+        first, *taught = [[self._teaching(below, texts, rows) for rows in self._rows(texts, n)] for n in numbers[:-1]]
+        silences = [self._silence(below, texts, rows) for rows in self._rows(texts, numbers[-1])]
+        return Lessons(first, taught, silences)
 
-    def _variants(self) -> list[list[Teaching]]:
+    def _rewordings(self) -> list[list[Text]]:
+        """By kind."""
         edits, settings = self._edits, self._settings
         texts = rewordings(edits, settings.variants, self._rng)
         usable = [self._usable([(text, edit.target) for text in own]) for own, edit in zip(texts, edits, strict=True)]
-        if settings.train_rephrases:
-            rephrased = self._rephrases()
-            usable = [[*own, *theirs] for own, theirs in zip(usable, rephrased, strict=True)]
-        kinds = [
-            [(place, own[kind]) for place, own in enumerate(usable) if kind < len(own)]
+        return [
+            [self._answered(place, own[kind]) for place, own in enumerate(usable) if kind < len(own)]
             for kind in range(max(map(len, usable), default=0))
         ]
-        return [self._teachings(rows) for rows in kinds]
 
-    def _rephrases(self) -> list[list[Passage]]:
+    def _rephrases(self) -> list[Text]:
         """The user's own; one that cannot be used is the user's to mend."""
+        places = [place for place, edit in enumerate(self._edits) for _ in edit.rephrases]
+        texts = [(f"rephrase of edit {e.id}", p.prompt, e.target) for e in self._edits for p in e.rephrases]
+        return [self._answered(*pair) for pair in zip(places, encode_all(self._base, texts), strict=True)]
+
+    def _other_questions(self) -> list[Text]:
+        gate = build_gate(self._base, self._anchors, self._settings)
         return [
-            encode_all(self._base, ((f"rephrase of edit {e.id}", p.prompt, e.target) for p in e.rephrases))
-            for e in self._edits
+            Text(place, passage, self._start(place, passage))
+            for place in range(len(self._edits))
+            for passage in self._usable(
+                [
+                    (text, None)
+                    for text in other_questions(gate, self._edits, place, self._settings.negatives, self._rng)
+                ]
+            )
         ]
 
     def _usable(self, texts: Sequence[tuple[str, str | None]]) -> list[Passage]:
@@ -135,44 +182,10 @@ class LessonMaker:
                 passages.append(encode(self._base, text, target))
         return passages
 
-    def _teachings(self, rows: Sequence[tuple[int, Passage]]) -> list[Teaching]:
-        """Frozen batches of passages, each with the token that ends an answer behind its target."""
-        ended = [self._ended(passage) for _, passage in rows]
-        owners = [place for place, _ in rows]
-        starts = self._starts(owners, ended)
-        buckets = replay_buckets(ended, starts, self._settings.batch_tokens)
-        return [self._teaching(owners, ended, starts, bucket) for bucket in buckets]
-
-    def _ended(self, passage: Passage) -> Passage:
-        full = self._base.max_length is not None and len(passage) >= self._base.max_length
-        return passage if full else Passage(passage.prompt, (*passage.target, self._base.end_token))
-
-    def _teaching(
-        self, owners: Sequence[int], ended: Sequence[Passage], starts: Sequence[int], bucket: Sequence[int]
-    ) -> Teaching:
-        base = self._base
-        batch = Batch.of(ended, bucket, base.pad_token, base.device)
-        lengths = torch.tensor([len(ended[index].target) for index in bucket], device=base.device)
-        last = batch.prompt_lengths + lengths - 2
-        first, active = self._active(batch, [starts[index] for index in bucket])
-        return Teaching(
-            frozen=freeze(base, self._site, self._layer, batch, first),
-            owners=torch.tensor([owners[index] for index in bucket], device=base.device),
-            active=active,
-            ends=batch.target_columns == last[batch.target_rows],
-            weights=1.0 / lengths[batch.target_rows],
-        )
-
-    def _active(self, batch: Batch, starts: Sequence[int]) -> tuple[int, Tensor]:
-        """The first column at which an expert acts, and from there `[batch, seq]`, bool: where it does."""
-        first = min(starts)
-        columns = torch.arange(first, batch.ids.shape[1], device=self._base.device)
-        return first, (columns >= torch.tensor(starts, device=self._base.device).unsqueeze(1)) & batch.mask[
-            :, first:
-        ].bool()
-
-    def _starts(self, owners: Sequence[int], passages: Sequence[Passage]) -> list[int]:
-        return [self._start(place, passage) for place, passage in zip(owners, passages, strict=True)]
+    def _answered(self, place: int, passage: Passage) -> Text:
+        """A text with the token that ends an answer behind its target."""
+        ended = Passage(passage.prompt, (*passage.target, self._base.end_token))
+        return Text(place, ended, self._start(place, ended))
 
     def _start(self, place: int, passage: Passage) -> int:
         """Where the gate opens on a text, in use; at the prompt's last token where it would not open at all."""
@@ -182,34 +195,40 @@ class LessonMaker:
                 return column
         return len(passage.prompt) - 1
 
-    def _silences(self) -> list[Silence]:
-        base, edits = self._base, self._edits
-        gate = build_gate(base, self._anchors, self._settings)
-        count = self._settings.negatives
-        rows = [
-            (place, passage)
-            for place in range(len(edits))
-            for passage in self._usable(
-                [(text, None) for text in other_questions(gate, edits, place, count, self._rng)]
-            )
-        ]
-        owners, passages = [place for place, _ in rows], [passage for _, passage in rows]
-        starts = self._starts(owners, passages)
-        return [
-            self._silence(owners, passages, starts, bucket)
-            for bucket in replay_buckets(passages, starts, self._settings.batch_tokens)
-        ]
+    def _rows(self, texts: Sequence[Text], numbers: Sequence[int]) -> list[list[int]]:
+        """The texts `numbers` in batches."""
+        lengths = [len(texts[number].passage.read) for number in numbers]
+        starts = [texts[number].start for number in numbers]
+        buckets = replay_buckets(lengths, starts, self._settings.batch_tokens)
+        return [[numbers[place] for place in bucket] for bucket in buckets]
 
-    def _silence(
-        self, owners: Sequence[int], passages: Sequence[Passage], starts: Sequence[int], bucket: Sequence[int]
-    ) -> Silence:
-        base = self._base
-        batch = Batch.of(passages, bucket, base.pad_token, base.device)
-        first, active = self._active(batch, [starts[index] for index in bucket])
-        last = torch.arange(first, batch.ids.shape[1], device=base.device) == batch.prompt_lengths.unsqueeze(1) - 1
-        weights = torch.where(last, DECISIVE, 1.0) * active
-        return Silence(
-            rms_normal(ffn_inputs(base, self._site, batch, first)),
-            torch.tensor([owners[index] for index in bucket], device=base.device),
-            weights / weights.sum(1, keepdim=True),
+    def _batch(self, texts: Sequence[Text], rows: Sequence[int]) -> tuple[Batch, int, Tensor, Tensor]:
+        """The texts `rows` as a batch, the first column at which an expert acts, and, from there, `[batch, seq]`, bool:
+        where it does; and whose text each is, `[batch]`.
+        """
+        device = self._base.device
+        batch = Batch.of([text.passage for text in texts], rows, self._base.pad_token, device)
+        starts = torch.tensor([texts[row].start for row in rows], device=device)
+        first = min(texts[row].start for row in rows)
+        columns = torch.arange(first, batch.ids.shape[1], device=device)
+        active = (columns >= starts.unsqueeze(1)) & batch.mask[:, first:].bool()
+        return batch, first, active, torch.tensor([texts[row].owner for row in rows], device=device)
+
+    def _teaching(self, below: Below, texts: Sequence[Text], rows: Sequence[int]) -> Teaching:
+        batch, first, active, owners = self._batch(texts, rows)
+        lengths = torch.tensor([len(texts[row].passage.target) for row in rows], device=self._base.device)
+        last = batch.prompt_lengths + lengths - 2
+        return Teaching(
+            frozen=below.freeze(batch, first),
+            owners=owners,
+            active=active,
+            ends=batch.target_columns == last[batch.target_rows],
+            weights=1.0 / lengths[batch.target_rows],
         )
+
+    def _silence(self, below: Below, texts: Sequence[Text], rows: Sequence[int]) -> Silence:
+        batch, first, active, owners = self._batch(texts, rows)
+        columns = torch.arange(first, batch.ids.shape[1], device=self._base.device)
+        last = columns == batch.prompt_lengths.unsqueeze(1) - 1
+        weights = torch.where(last, DECISIVE, 1.0) * active
+        return Silence(rms_normal(below.inputs[below.at(batch, first)]), owners, weights / weights.sum(1, keepdim=True))

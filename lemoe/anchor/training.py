@@ -6,7 +6,7 @@ nothing depends on earlier rounds: they can be trained in any order, on any mach
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +20,7 @@ from lemoe.anchor.lessons import LessonMaker, Lessons, Teaching
 from lemoe.edits import Edit, digest_of
 from lemoe.experts import Experts
 from lemoe.frozen import residual_scale
-from lemoe.models import BaseModel
+from lemoe.models import LOGIT_ROWS, BaseModel
 from lemoe.settings import Settings
 from lemoe.structure import FFNSite
 from lemoe.training import OnStep, Step, encode_edits
@@ -122,7 +122,7 @@ class Outcome:
         loss, end_loss: mean cross entropy (nats) of target tokens, and of ending tokens.
         steps: taken in all.
         retried: how many edits were trained on again.
-        missed: places of the edits whose own prompt is still not answered.
+        missed: places of the edits whose own prompt, or a rephrase trained on, is still not answered.
     """
 
     loss: float
@@ -143,17 +143,17 @@ def _teach(
     """Train all experts, then those whose own prompt is not answered exactly again, with fresh optimiser state."""
     vocabulary = _loss_vocabulary(base, lessons)
     steps = _optimise(base, blocks, lessons, settings, settings.steps, vocabulary, generator, on_step)
-    missed = _missed(base, blocks, lessons, settings)
-    retried = torch.zeros_like(missed)
+    found = _examine(base, blocks, lessons, settings)
+    retried = torch.zeros_like(found.missed)
     for _ in range(settings.retries):
-        if not bool(missed.any()):
+        if not bool(found.missed.any()):
             break
-        retried |= missed
-        few = lessons.of(missed)
-        steps += _optimise(base, blocks, few, settings, -(-settings.steps // 2), None, generator, on_step)
-        missed = _missed(base, blocks, lessons, settings)
-    loss, end_loss = _losses(base, blocks, lessons)
-    return Outcome(loss, end_loss, steps, int(retried.sum()), missed.nonzero().flatten().tolist())
+        retried |= found.missed
+        few = lessons.of(found.missed)
+        vocabulary = torch.cat([vocabulary, found.rivals]).unique()
+        steps += _optimise(base, blocks, few, settings, -(-settings.steps // 2), vocabulary, generator, on_step)
+        found = _examine(base, blocks, lessons, settings)
+    return Outcome(found.loss, found.end_loss, steps, int(retried.sum()), found.missed.nonzero().flatten().tolist())
 
 
 def _optimise(
@@ -162,7 +162,7 @@ def _optimise(
     lessons: Lessons,
     settings: Settings,
     steps: int,
-    vocabulary: Tensor | None,
+    vocabulary: Tensor,
     generator: torch.Generator,
     on_step: OnStep,
 ) -> int:
@@ -176,27 +176,23 @@ def _optimise(
     )
     kinds = _kinds(lessons, steps, generator)
     shown: Tensor | None = None
-    edits = sum(len(teaching.owners) for teaching in lessons.own)
-    head = None if vocabulary is None else base.head.weight[vocabulary]
+    own = sum(len(teaching.weights) for teaching in lessons.own)
+    logits = base.logits_over(vocabulary)
     for number in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = settings.learning_rate * _pace(number, steps)
         optimiser.zero_grad()
-        total = torch.zeros((), device=base.device)
-        for teaching in lessons.own:
-            total = total + _step_loss(base, blocks, teaching, settings, vocabulary, head, generator)
-        own = total.detach()
-        for teaching in kinds[number]:
-            total = total + _step_loss(base, blocks, teaching, settings, vocabulary, head, generator)
+        losses = _losses(blocks, [*lessons.own, *kinds[number]], settings, vocabulary, logits, generator)
+        total = losses.sum()
         if settings.negative_weight and lessons.silences:
             total = total + settings.negative_weight * _noise_on_silence(blocks, lessons)
         total.backward()
         optimiser.step()
         if shown is not None:  # one step late, so that a GPU is never waited for
-            on_step(Step(number - 1, steps, float(shown) / edits))
-        shown = own
+            on_step(Step(number - 1, steps, float(shown) / lessons.edits))
+        shown = losses[:own].detach().sum()
     if shown is not None:
-        on_step(Step(steps - 1, steps, float(shown) / edits))
+        on_step(Step(steps - 1, steps, float(shown) / lessons.edits))
     return steps
 
 
@@ -214,28 +210,29 @@ def _kinds(lessons: Lessons, steps: int, generator: torch.Generator) -> list[lis
     return [kinds[kind] for kind in torch.cat(drawn)[:steps].tolist()]
 
 
-def _step_loss(
-    base: BaseModel,
+def _losses(
     blocks: Blocks,
-    teaching: Teaching,
+    teachings: Sequence[Teaching],
     settings: Settings,
-    vocabulary: Tensor | None,
-    head: Tensor | None,
+    vocabulary: Tensor,
+    logits: Callable[[Tensor], Tensor],
     generator: torch.Generator,
 ) -> Tensor:
-    """Cross entropy of targets and endings, a mean over each text, summed over texts."""
-    normal = teaching.normal
-    if settings.noise:
-        normal = normal + settings.noise * torch.randn(normal.shape, generator=generator, device=normal.device)
-    hidden = teaching.frozen.replay(_delta(blocks, teaching, normal))
-    labels = teaching.frozen.batch.labels
-    if vocabulary is None or head is None:
-        logits = base.logits(hidden)
-    else:
-        logits = base.finish(hidden) @ head.T
-        labels = torch.searchsorted(vocabulary, labels.contiguous())
-    losses = functional.cross_entropy(logits.float(), labels, reduction="none")
-    return (losses * teaching.weights).sum()
+    """Cross entropy `[targets]` of targets and endings, weighted so that each text's sum is a mean.
+
+    Args:
+        vocabulary: `[words]`, sorted token ids over which the loss is taken, every label among them.
+        logits: gives `[targets, words]` over them, for `[targets, hidden]`.
+    """
+    hidden = []
+    for teaching in teachings:
+        normal = teaching.normal
+        if settings.noise:
+            normal = normal + settings.noise * torch.randn(normal.shape, generator=generator, device=normal.device)
+        hidden.append(teaching.frozen.replay(_delta(blocks, teaching, normal)))
+    labels = torch.searchsorted(vocabulary, torch.cat([teaching.frozen.batch.labels for teaching in teachings]))
+    weights = torch.cat([teaching.weights for teaching in teachings])
+    return functional.cross_entropy(logits(torch.cat(hidden)).float(), labels, reduction="none") * weights
 
 
 def _delta(blocks: Blocks, teaching: Teaching, normal: Tensor) -> Tensor:
@@ -245,7 +242,7 @@ def _delta(blocks: Blocks, teaching: Teaching, normal: Tensor) -> Tensor:
 def _noise_on_silence(blocks: Blocks, lessons: Lessons) -> Tensor:
     """Mean squared expert output on other questions, summed over edits."""
     total = torch.zeros((), device=blocks.up.device)
-    count = sum(len(s.owners) for s in lessons.silences) / sum(len(teaching.owners) for teaching in lessons.own)
+    count = sum(len(silence.owners) for silence in lessons.silences) / lessons.edits
     for silence in lessons.silences:
         squares = blocks(silence.normal, silence.owners).pow(2).mean(-1)
         total = total + (squares * silence.weights).sum()
@@ -257,33 +254,51 @@ def _loss_vocabulary(base: BaseModel, lessons: Lessons) -> Tensor:
     """Token ids, sorted, over which the loss is taken: labels, the base model's own answers, and frequent tokens."""
     parts = [torch.arange(min(FREQUENT, base.vocabulary), device=base.device)]
     for teaching in lessons.own:
-        logits = base.logits(teaching.frozen.base_hidden)
-        parts += [teaching.frozen.batch.labels, logits.topk(min(RIVALS, base.vocabulary)).indices.flatten()]
+        parts.append(teaching.frozen.batch.labels)
+        parts += [_likeliest(logits) for logits in base.logits_in_parts(teaching.frozen.base_hidden)]
     return torch.cat(parts).unique()
 
 
+def _likeliest(logits: Tensor) -> Tensor:
+    """The likeliest token ids of all rows of `logits` `[rows, vocab]`, `[n]`."""
+    return logits.topk(min(RIVALS, logits.shape[-1])).indices.unique()
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What own prompts now get for an answer, over the whole vocabulary.
+
+    Attributes:
+        missed: `[edits]`, bool: not answered, to the end, by the likeliest tokens, or at a loss above the target.
+        rivals: `[n]`, token ids, the likeliest where another one was wanted.
+        loss, end_loss: mean cross entropy (nats) of target tokens, and of ending tokens.
+    """
+
+    missed: Tensor
+    rivals: Tensor
+    loss: float
+    end_loss: float
+
+
 @torch.no_grad()
-def _missed(base: BaseModel, blocks: Blocks, lessons: Lessons, settings: Settings) -> Tensor:
-    """`[edits]`: whose own prompt is not answered, to the end, by the likeliest tokens, or at a loss above target."""
+def _examine(base: BaseModel, blocks: Blocks, lessons: Lessons, settings: Settings) -> Examined:
     missed = torch.zeros(len(blocks.up), dtype=torch.bool, device=base.device)
+    rivals = [torch.zeros(0, dtype=torch.long, device=base.device)]
+    sums = torch.zeros(2, 2, device=base.device)
     for teaching in lessons.own:
-        logits = base.logits(teaching.frozen.replay(_delta(blocks, teaching, teaching.normal))).float()
         labels, rows = teaching.frozen.batch.labels, teaching.frozen.batch.target_rows
-        losses = functional.cross_entropy(logits, labels, reduction="none") * teaching.weights
-        level = torch.zeros(len(teaching.owners), device=base.device).index_add(0, rows, losses)
+        hidden = teaching.frozen.replay(_delta(blocks, teaching, teaching.normal))
+        parts = []
+        for logits, wanted in zip(base.logits_in_parts(hidden), labels.split(LOGIT_ROWS), strict=True):
+            losses = functional.cross_entropy(logits.float(), wanted, reduction="none")
+            wrong = logits.argmax(-1) != wanted
+            parts.append((losses, wrong))
+            rivals.append(_likeliest(logits[wrong]))
+        losses, wrong = (torch.cat(part) for part in zip(*parts, strict=True))
+        level = torch.zeros(len(teaching.owners), device=base.device).index_add(0, rows, losses * teaching.weights)
         missed[teaching.owners[level > settings.loss_target]] = True
-        missed[teaching.owners[rows[logits.argmax(-1) != labels]]] = True
-    return missed
-
-
-@torch.no_grad()
-def _losses(base: BaseModel, blocks: Blocks, lessons: Lessons) -> tuple[float, float]:
-    """Mean cross entropy over all target tokens, and over all ending tokens, of the own prompts."""
-    sums = torch.zeros(2, 2)
-    for teaching in lessons.own:
-        logits = base.logits(teaching.frozen.replay(_delta(blocks, teaching, teaching.normal))).float()
-        losses = functional.cross_entropy(logits, teaching.frozen.batch.labels, reduction="none").cpu()
-        for index, mask in enumerate((~teaching.ends.cpu(), teaching.ends.cpu())):
-            sums[index] += torch.stack([losses[mask].sum(), mask.sum()])
-    means = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
-    return means[0], means[1]
+        missed[teaching.owners[rows[wrong]]] = True
+        for place, mask in enumerate((~teaching.ends, teaching.ends)):
+            sums[place] += torch.stack([losses[mask].sum(), mask.sum()])
+    loss, end_loss = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
+    return Examined(missed, torch.cat(rivals), loss, end_loss)

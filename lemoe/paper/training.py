@@ -11,7 +11,7 @@ from lemoe.adaptor import AdaptorState, RoundRecord, round_id
 from lemoe.edits import Edit, digest_of
 from lemoe.errors import AdaptorError
 from lemoe.experts import Experts
-from lemoe.frozen import FrozenBatch, freeze, residual_scale
+from lemoe.frozen import FrozenBatch, residual_scale, run_below
 from lemoe.models import BaseModel
 from lemoe.paper.routing import KeyRouter, Projection, pool, unit_rms
 from lemoe.routing import Routing
@@ -38,8 +38,9 @@ def train_round(
     layer = before.base.layer if before else settings.layer_of(len(base.layers), base.source.layers)
     passages = encode_edits(base, edits)
     site = base.site(layer, settings.layer_path)
-    buckets = length_buckets([len(passage) for passage in passages], settings.batch_tokens)
-    batches = [freeze(base, site, layer, Batch.of(passages, rows, base.pad_token, base.device)) for rows in buckets]
+    buckets = length_buckets([len(passage.read) for passage in passages], settings.batch_tokens)
+    below = run_below(base, site, layer, passages, settings.batch_tokens)
+    batches = [below.freeze(Batch.of(passages, rows, base.pad_token, base.device)) for rows in buckets]
     fingerprint = before.base if before else base.fingerprint(layer, settings.layer_path)
     settings = replace(settings, layer=layer)
     identity = round_id(fingerprint, settings, edits, before.rounds[-1].id if before else None)

@@ -1,0 +1,256 @@
+"""What never changes while editing is computed once: the pass through the layers up to the edited one.
+
+Every distinct beginning of the texts goes through once (see `lemoe.frozen.prefixes`), and what the layers give for it
+is kept. A batch of the texts is then frozen from that: the layers above are called with its tokens in their places,
+which records the arguments (masks, rotary angles) with which they can be replayed.
+"""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from lemoe.errors import ModelError
+from lemoe.frozen.hooks import released, standing_in
+from lemoe.frozen.prefixes import Forest, Rows, Tree
+from lemoe.frozen.replay import FrozenBatch, LayerCall, constant_cache
+from lemoe.models import BaseModel
+from lemoe.structure import FFNSite
+from lemoe.tokens import Batch, Passage, length_buckets
+
+
+class _NoLayer(DynamicLayer):
+    """Remembers nothing."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+
+class _Enough(Exception):
+    """Leaves a forward pass early; never seen outside."""
+
+
+@dataclass(frozen=True)
+class Below:
+    """Texts after the layers up to the edited one, in which every distinct beginning went through once.
+
+    Attributes:
+        paths: for each text, which of the `nodes` below its tokens are.
+        inputs: `[nodes, hidden]`, the input of the edited FFN.
+        output: `[nodes, hidden]`, the output of the edited layer.
+        last: `[nodes, hidden]`, the output of the last layer.
+        openings: keys and values `[nodes, heads, width]` in each layer above.
+        in_tuple: whether the layers wrap what they give.
+
+    `last` and `openings` are None and empty if the texts went no further than the edited layer.
+    """
+
+    base: BaseModel
+    site: FFNSite
+    layer: int
+    paths: list[Tensor]
+    inputs: Tensor
+    output: Tensor
+    last: Tensor | None
+    openings: list[tuple[Tensor, Tensor]]
+    in_tuple: bool
+
+    def base_hidden(self, batch: Batch) -> Tensor:
+        """`[targets, hidden]`, the base model's last hidden states at a batch's target positions."""
+        if self.last is None:
+            raise ValueError("these texts did not run through the whole model")
+        return self.last[self.at(batch)[batch.target_rows, batch.target_columns]]
+
+    def at(self, batch: Batch, start: int = 0) -> Tensor:
+        """`[batch, seq]`, the nodes of a batch's tokens from column `start` on; padding takes any."""
+        width = batch.ids.shape[1]
+        paths = [self.paths[row] for row in batch.rows]
+        return torch.stack([functional.pad(path, (0, width - len(path))) for path in paths])[:, start:]
+
+    @torch.no_grad()
+    def freeze(self, batch: Batch, start: int = 0) -> FrozenBatch:
+        """Keep what replaying a batch of the texts needs, `batch.rows` being their numbers.
+
+        Args:
+            start: the first column at which anything will ever be added; nothing is kept of those before it but the
+                keys and values that the layers above attend to.
+        """
+        layers, calls, embeddings = self.base.layers, [], []
+
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            rest = args[1:] if args else ()
+            calls.append(LayerCall(module, rest, {k: v for k, v in kwargs.items() if k != "hidden_states"}))
+
+        handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in layers[self.layer + 1 :]]
+        handles.append(
+            self.base.embedding.register_forward_hook(lambda module, args, output: embeddings.append(output))
+        )
+        nodes = self.at(batch, start)
+        output = self.output[nodes]
+        cache = self._opening(self.at(batch)[:, :start]) if start else None
+        with released(handles), standing_in(list(layers), (output,) if self.in_tuple else output):
+            _forward(self.base, cache, input_ids=batch.ids[:, start:], attention_mask=batch.mask)
+        return FrozenBatch(
+            batch=batch,
+            start=start,
+            inputs=self.inputs[nodes],
+            output=output,
+            calls=tuple(calls),
+            top=_top(self.base, self.site, self.layer) if calls else None,
+            embeddings=embeddings[0],
+        )
+
+    def _opening(self, nodes: Tensor) -> Cache:
+        """A cache that never grows, of `nodes` `[batch, seq]`; the layers that do not run only know its length."""
+        if self.last is None:
+            raise ValueError("these texts did not run through the whole model")
+        nothing = self.output.new_zeros(1, 1, 1, 1).expand(len(nodes), 1, nodes.shape[1], 1)
+        above = [(keys[nodes].transpose(1, 2), values[nodes].transpose(1, 2)) for keys, values in self.openings]
+        return constant_cache([*[(nothing, nothing)] * (self.layer + 1), *above])
+
+
+@torch.no_grad()
+def run_below(
+    base: BaseModel, site: FFNSite, layer: int, passages: Sequence[Passage], max_tokens: int, whole: bool = False
+) -> Below:
+    """Run `passages` through the layers up to `layer`, whose FFN is at `site`.
+
+    Args:
+        max_tokens: padded tokens that run through the model at once.
+        whole: run them through the layers above as well, for the base model's answers, and for keys and values, so
+            that replays can start behind an opening.
+    """
+    shared = token_trees(base, max((len(passage.read) for passage in passages), default=0))
+    forest = Forest.of([passage.read for passage in passages], shared)
+    firsts, parts, total = [0] * len(forest.trees), [], 0
+    for members in length_buckets([len(tree) for tree in forest.trees], max_tokens):
+        parts.append(_run_trees(base, site, layer, [forest.trees[tree] for tree in members], shared, whole))
+        for tree in members:
+            firsts[tree], total = total, total + len(forest.trees[tree])
+    paths = [torch.tensor(line, device=base.device) + firsts[tree] for tree, line in forest.places]
+    return Below(
+        base,
+        site,
+        layer,
+        paths,
+        torch.cat([part.inputs for part in parts]),
+        torch.cat([part.output for part in parts]),
+        torch.cat([part.last for part in parts if part.last is not None]) if whole else None,
+        [
+            (torch.cat([keys for keys, _ in each]), torch.cat([values for _, values in each]))
+            for each in zip(*(part.openings for part in parts), strict=True)
+        ],
+        parts[0].in_tuple,
+    )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one pass gives; see `Below`."""
+
+    inputs: Tensor
+    output: Tensor
+    last: Tensor | None
+    openings: list[tuple[Tensor, Tensor]]
+    in_tuple: bool
+
+
+def _run_trees(base: BaseModel, site: FFNSite, layer: int, trees: Sequence[Tree], shared: bool, whole: bool) -> _Part:
+    rows = Rows.of(trees, base.pad_token, base.device)
+    sizes = torch.tensor([len(tree) for tree in trees], device=base.device)
+    real = torch.arange(rows.ids.shape[1], device=base.device) < sizes.unsqueeze(1)
+    seen: dict[str, Any] = {}
+    cache = DynamicCache()
+    cache.layers = [_NoLayer() for _ in range(layer + 1)]
+
+    def done(module: nn.Module, args: tuple[Any, ...], given: Any) -> None:
+        seen["output"] = given
+        if not whole:
+            raise _Enough
+
+    handles = [
+        site.entry.register_forward_pre_hook(lambda module, args: seen.update(inputs=args[0])),
+        base.layers[-1].register_forward_hook(lambda module, args, given: seen.update(last=_hidden(given)[real])),
+        base.layers[layer].register_forward_hook(done),
+    ]
+    with released(handles), suppress(_Enough):
+        if shared:
+            mask = rows.mask(base.dtype)
+            _forward(base, cache, input_ids=rows.ids, attention_mask=mask, position_ids=rows.positions)
+        else:
+            _forward(base, cache, input_ids=rows.ids, attention_mask=real.long())
+    above = cache.layers[layer + 1 :]
+    return _Part(
+        inputs=seen["inputs"].reshape(*rows.ids.shape, -1)[real],
+        output=_hidden(seen["output"])[real],
+        last=seen.get("last"),
+        openings=[(kept.keys.transpose(1, 2)[real], kept.values.transpose(1, 2)[real]) for kept in above],
+        in_tuple=isinstance(seen["output"], tuple),
+    )
+
+
+_takes_trees: "WeakKeyDictionary[BaseModel, bool]" = WeakKeyDictionary()
+NARROW = ("sliding_window", "attention_chunk_size")  # how far a config says that some layers see
+
+
+def token_trees(base: BaseModel, longest: int) -> bool:
+    """Whether the model can run texts of at most `longest` tokens as token trees: tried once, on two short texts.
+
+    It cannot where positions or masks are its own affair (ALiBi, some attention kernels), or where a layer sees less
+    far than the texts reach.
+    """
+    config = base.model.config.get_text_config()
+    if any(longest > (getattr(config, name, None) or longest) for name in NARROW):
+        return False
+    if base not in _takes_trees:
+        _takes_trees[base] = _try_trees(base)
+    return _takes_trees[base]
+
+
+def _try_trees(base: BaseModel) -> bool:
+    one, other = (1, 2, 3, 4), (1, 2, 5)
+    rows = Rows.of(Forest.of([one, other]).trees, base.pad_token, base.device)
+    apart = [_last_hidden(base, input_ids=torch.tensor([ids], device=base.device)) for ids in (one, other)]
+    try:
+        mask = rows.mask(base.dtype)
+        together = _last_hidden(base, input_ids=rows.ids, attention_mask=mask, position_ids=rows.positions)
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
+        return False
+    expected = torch.cat([apart[0], apart[1][-1:]]).float()
+    near = torch.finfo(base.dtype).eps ** 0.5 * float(expected.abs().max())
+    return bool(((together.float() - expected).abs() <= near).all())
+
+
+@torch.no_grad()
+def _last_hidden(base: BaseModel, **inputs: Any) -> Tensor:
+    """`[seq, hidden]` of one text, after the last layer."""
+    seen: list[Tensor] = []
+    handle = base.layers[-1].register_forward_hook(lambda module, args, output: seen.append(_hidden(output)[0]))
+    with released([handle]):
+        _forward(base, **inputs)
+    return seen[0]
+
+
+def _hidden(output: Any) -> Tensor:
+    """The hidden states among what a layer gives."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def _forward(base: BaseModel, past_key_values: Cache | None = None, **inputs: Any) -> None:
+    base.decoder(**inputs, past_key_values=past_key_values, use_cache=past_key_values is not None)
+
+
+def _top(base: BaseModel, site: FFNSite, layer: int) -> FFNSite | None:
+    """The last layer's FFN, where it stands as the edited one does and all of it reads one module's input."""
+    below = site.path.removeprefix(f"{base.layers_path}.{layer}.")
+    with suppress(ModelError):
+        top = base.site(len(base.layers) - 1, below)
+        return top if top.whole or not top.gated else None
+    return None

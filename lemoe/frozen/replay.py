@@ -1,0 +1,126 @@
+"""Running again, and again, what lies above the edited layer.
+
+Replaying the layers above from the edited layer's output plus the experts' delta costs only what lies above the edit,
+and the head runs at target positions alone. Columns before any expert acts keep their keys and values, so that they
+are not replayed either.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from lemoe.frozen.hooks import only_at
+from lemoe.structure import FFNSite
+from lemoe.tokens import Batch
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One decoder layer with the arguments, besides hidden states, of a recorded call."""
+
+    layer: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        output = self.layer(hidden, *self.args, **self.kwargs)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+
+@dataclass(frozen=True)
+class FrozenBatch:
+    """A batch after the frozen pass.
+
+    What the edited FFN gives is added to the residual stream, so that the edited layer's new output is its old one
+    plus the experts' delta: that layer need not run again either.
+
+    Attributes:
+        batch: what was run.
+        start: the first column that is kept; the `seq` below are the columns from here.
+        inputs: `[batch, seq, hidden]`, the input of the edited FFN.
+        output: `[batch, seq, hidden]`, the output of the edited layer.
+        calls: the layers above it, ready to be replayed.
+        top: the FFN of the last of them, which runs at target positions alone; None where that cannot be.
+        embeddings: `[batch, seq, hidden]`, the output of the embedding layer.
+    """
+
+    batch: Batch
+    start: int
+    inputs: Tensor
+    output: Tensor
+    calls: tuple[LayerCall, ...]
+    top: FFNSite | None
+    embeddings: Tensor
+
+    @cached_property
+    def base_hidden(self) -> Tensor:
+        """`[targets, hidden]`, the base model's last hidden states at the target positions."""
+        return self._above(self.output)
+
+    def replay(self, delta: Tensor | None) -> Tensor:
+        """Last hidden states `[targets, hidden]` at the target positions, with `delta` `[batch, seq, hidden]` added."""
+        return self.base_hidden if delta is None else self._above(self.output + delta.to(self.output.dtype))
+
+    def _above(self, hidden: Tensor) -> Tensor:
+        rows, columns = self.batch.target_rows, self.batch.target_columns - self.start
+        for call in self.calls[:-1]:
+            hidden = call(hidden)
+        with only_at(self.top, rows * hidden.shape[1] + columns) if self.top else nullcontext():
+            for call in self.calls[-1:]:
+                hidden = call(hidden)
+        return hidden[rows, columns]
+
+    def take(self, rows: Tensor) -> "FrozenBatch":
+        """The frozen batch of some of its passages, `rows` `[n]` in ascending order."""
+        size = len(self.batch.ids)
+        calls = tuple(
+            LayerCall(call.layer, _take(call.args, rows, size), _take(call.kwargs, rows, size)) for call in self.calls
+        )
+        return FrozenBatch(
+            self.batch.take(rows),
+            self.start,
+            self.inputs[rows],
+            self.output[rows],
+            calls,
+            self.top,
+            self.embeddings[rows],
+        )
+
+
+def _take(value: Any, rows: Tensor, size: int) -> Any:
+    """`rows` of every tensor with a batch dimension of `size` inside nested arguments."""
+    if isinstance(value, Tensor):
+        return value[rows] if value.dim() and value.shape[0] == size > 1 else value
+    if isinstance(value, Cache):
+        return constant_cache([(kept.keys[rows], kept.values[rows]) for kept in value.layers])
+    if isinstance(value, (tuple, list)):
+        return type(value)(_take(item, rows, size) for item in value)
+    if isinstance(value, dict):
+        return {name: _take(item, rows, size) for name, item in value.items()}
+    return value
+
+
+class _ConstantLayer(DynamicLayer):
+    """Keys and values `[batch, heads, seq, width]` that come before whatever a layer is called with, each time anew."""
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
+
+
+def constant_cache(layers: Sequence[tuple[Tensor, Tensor]]) -> Cache:
+    """A cache that never grows, of each layer's keys and values `[batch, heads, seq, width]`."""
+    cache = DynamicCache()
+    cache.layers = [_ConstantLayer(keys, values) for keys, values in layers]
+    return cache
