@@ -116,19 +116,6 @@ class Batch:
         tensors = (ids, mask, lengths, target_rows, target_columns, labels)
         return cls(tuple(rows), *(tensor.to(device) for tensor in tensors))
 
-    def take(self, chosen: Tensor) -> "Batch":
-        """The batch of some of its passages, `chosen` `[n]` in ascending order."""
-        kept = torch.isin(self.target_rows, chosen)
-        return Batch(
-            tuple(self.rows[index] for index in chosen.tolist()),
-            self.ids[chosen],
-            self.mask[chosen],
-            self.prompt_lengths[chosen],
-            torch.searchsorted(chosen, self.target_rows[kept].contiguous()),
-            self.target_columns[kept],
-            self.labels[kept],
-        )
-
 
 PASS = 24  # padded tokens whose cost equals that of one more pass over the weights
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import lemoe
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
-FAMILIES += ("phi", "phi3", "gpt2", "gptj", "neox", "opt")
+FAMILIES += ("phi", "phi3", "gpt2", "gptj", "neox", "opt", "bloom", "falcon", "mpt")
 
 FACTS = (
     ("The Eiffel Tower", "The Eiffel Tower stands in the city of", "Rome"),
@@ -38,6 +38,7 @@ def config_of(family: str, vocabulary: int, *, layers: int = 3) -> hf.Pretrained
     grouped = {**common, "num_key_value_heads": 2}
     short = {"vocab_size": vocabulary, "n_layer": layers, "n_embd": 32, "n_head": 4, "n_positions": 128}
     specials = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    alibi = {"vocab_size": vocabulary, "hidden_size": 32, **specials}
     opt = {name: value for name, value in common.items() if name != "intermediate_size"}
     configs = {
         "llama": lambda: hf.LlamaConfig(**grouped, **specials),
@@ -53,6 +54,9 @@ def config_of(family: str, vocabulary: int, *, layers: int = 3) -> hf.Pretrained
         "gptj": lambda: hf.GPTJConfig(**short, **specials, rotary_dim=4),
         "neox": lambda: hf.GPTNeoXConfig(**common, **specials),
         "opt": lambda: hf.OPTConfig(**opt, **specials, ffn_dim=48, word_embed_proj_dim=32),
+        "bloom": lambda: hf.BloomConfig(**alibi, n_layer=layers, n_head=4),
+        "falcon": lambda: hf.FalconConfig(**alibi, num_hidden_layers=layers, num_attention_heads=4, alibi=True),
+        "mpt": lambda: hf.MptConfig(vocab_size=vocabulary, n_layers=layers, d_model=32, n_heads=4, **specials),
         "opt-narrow": lambda: hf.OPTConfig(**opt, **specials, ffn_dim=48, word_embed_proj_dim=16),
     }
     return configs[family]()

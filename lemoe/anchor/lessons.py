@@ -1,7 +1,7 @@
 """The texts of a round of preset `anchor`, after the frozen pass: answers to learn, and questions to stay silent on."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,16 +43,6 @@ class Teaching:
         """`[batch, seq, hidden]`, what experts read."""
         return rms_normal(self.frozen.inputs)
 
-    def of(self, chosen: Tensor) -> "Teaching | None":
-        """The rows of the edits `chosen` `[edits]`, bool; None if there are none."""
-        rows = chosen[self.owners].nonzero().squeeze(1)
-        if not len(rows):
-            return None
-        targets = torch.isin(self.frozen.batch.target_rows, rows)
-        return Teaching(
-            self.frozen.take(rows), self.owners[rows], self.active[rows], self.ends[targets], self.weights[targets]
-        )
-
 
 @dataclass(frozen=True)
 class Silence:
@@ -61,11 +51,6 @@ class Silence:
     normal: Tensor
     owners: Tensor
     weights: Tensor
-
-    def of(self, chosen: Tensor) -> "Silence | None":
-        """The rows of the edits `chosen` `[edits]`, bool; None if there are none."""
-        rows = chosen[self.owners]
-        return Silence(self.normal[rows], self.owners[rows], self.weights[rows]) if bool(rows.any()) else None
 
 
 @dataclass(frozen=True)
@@ -87,14 +72,6 @@ class Lessons:
         """How many edits they teach."""
         return len(torch.cat([teaching.owners for teaching in self.own]).unique())
 
-    def of(self, chosen: Tensor) -> "Lessons":
-        """The lessons of the edits `chosen` `[edits]`, bool."""
-        return Lessons(
-            [kept for teaching in self.own if (kept := teaching.of(chosen))],
-            [[kept for teaching in kind if (kept := teaching.of(chosen))] for kind in self.variants],
-            [quiet for silence in self.silences if (quiet := silence.of(chosen))],
-        )
-
 
 @dataclass(frozen=True)
 class Text:
@@ -106,7 +83,7 @@ class Text:
 
 
 class LessonMaker:
-    """Makes a round's texts and runs the frozen pass over them."""
+    """Makes a round's texts, runs the frozen pass over them once, and gives lessons from it."""
 
     def __init__(
         self,
@@ -123,27 +100,47 @@ class LessonMaker:
         self._edits, self._passages, self._anchors, self._rng = edits, passages, anchors, rng
         self._gates = [build_gate(base, [anchor], settings) for anchor in anchors]
 
-    def lessons(self) -> Lessons:
+    def lessons(self, places: Collection[int] | None = None) -> Lessons:
+        """The lessons of all edits, or of those at `places`."""
+        own, *kinds, silent = [
+            [number for number in group if places is None or self._texts[number].owner in places]
+            for group in self._groups
+        ]
+        return Lessons(
+            [self._teaching(rows) for rows in self._rows(own)],
+            [[self._teaching(rows) for rows in self._rows(kind)] for kind in kinds],
+            [self._silence(rows) for rows in self._rows(silent)],
+        )
+
+    @cached_property
+    def _made(self) -> list[list[Text]]:
+        """Own prompts, rewordings by kind, other questions."""
         own = [self._answered(place, passage) for place, passage in enumerate(self._passages)]
         if self._settings.train_rephrases:
             own += self._rephrases()
-        kinds = self._rewordings()
-        silent = self._other_questions()
-        groups = [own, *kinds, silent]
-        texts = [text for group in groups for text in group]
-        below = run_below(
+        return [own, *self._rewordings(), self._other_questions()]
+
+    @cached_property
+    def _texts(self) -> list[Text]:
+        return [text for group in self._made for text in group]
+
+    @cached_property
+    def _groups(self) -> list[range]:
+        """The numbers of the texts of each group."""
+        ends = accumulate(map(len, self._made))
+        return [range(end - len(group), end) for group, end in zip(self._made, ends, strict=True)]
+
+    @cached_property
+    def _below(self) -> Below:
+        """All texts, run once."""
+        return run_below(
             self._base,
             self._site,
             self._layer,
-            [text.passage for text in texts],
+            [text.passage for text in self._texts],
             self._settings.batch_tokens,
-            whole=any(text.start for text in texts),
+            whole=any(text.start for text in self._texts),
         )
-        ends = list(accumulate(map(len, groups)))
-        numbers = [range(end - len(group), end) for group, end in zip(groups, ends, strict=True)]
-        first, *taught = [[self._teaching(below, texts, rows) for rows in self._rows(texts, n)] for n in numbers[:-1]]
-        silences = [self._silence(below, texts, rows) for rows in self._rows(texts, numbers[-1])]
-        return Lessons(first, taught, silences)
 
     def _rewordings(self) -> list[list[Text]]:
         """By kind."""
@@ -195,18 +192,18 @@ class LessonMaker:
                 return column
         return len(passage.prompt) - 1
 
-    def _rows(self, texts: Sequence[Text], numbers: Sequence[int]) -> list[list[int]]:
+    def _rows(self, numbers: Sequence[int]) -> list[list[int]]:
         """The texts `numbers` in batches."""
-        lengths = [len(texts[number].passage.read) for number in numbers]
-        starts = [texts[number].start for number in numbers]
+        lengths = [len(self._texts[number].passage.read) for number in numbers]
+        starts = [self._texts[number].start for number in numbers]
         buckets = replay_buckets(lengths, starts, self._settings.batch_tokens)
         return [[numbers[place] for place in bucket] for bucket in buckets]
 
-    def _batch(self, texts: Sequence[Text], rows: Sequence[int]) -> tuple[Batch, int, Tensor, Tensor]:
+    def _batch(self, rows: Sequence[int]) -> tuple[Batch, int, Tensor, Tensor]:
         """The texts `rows` as a batch, the first column at which an expert acts, and, from there, `[batch, seq]`, bool:
         where it does; and whose text each is, `[batch]`.
         """
-        device = self._base.device
+        device, texts = self._base.device, self._texts
         batch = Batch.of([text.passage for text in texts], rows, self._base.pad_token, device)
         starts = torch.tensor([texts[row].start for row in rows], device=device)
         first = min(texts[row].start for row in rows)
@@ -214,21 +211,22 @@ class LessonMaker:
         active = (columns >= starts.unsqueeze(1)) & batch.mask[:, first:].bool()
         return batch, first, active, torch.tensor([texts[row].owner for row in rows], device=device)
 
-    def _teaching(self, below: Below, texts: Sequence[Text], rows: Sequence[int]) -> Teaching:
-        batch, first, active, owners = self._batch(texts, rows)
-        lengths = torch.tensor([len(texts[row].passage.target) for row in rows], device=self._base.device)
+    def _teaching(self, rows: Sequence[int]) -> Teaching:
+        batch, first, active, owners = self._batch(rows)
+        lengths = torch.tensor([len(self._texts[row].passage.target) for row in rows], device=self._base.device)
         last = batch.prompt_lengths + lengths - 2
         return Teaching(
-            frozen=below.freeze(batch, first),
+            frozen=self._below.freeze(batch, first),
             owners=owners,
             active=active,
             ends=batch.target_columns == last[batch.target_rows],
             weights=1.0 / lengths[batch.target_rows],
         )
 
-    def _silence(self, below: Below, texts: Sequence[Text], rows: Sequence[int]) -> Silence:
-        batch, first, active, owners = self._batch(texts, rows)
+    def _silence(self, rows: Sequence[int]) -> Silence:
+        batch, first, active, owners = self._batch(rows)
         columns = torch.arange(first, batch.ids.shape[1], device=self._base.device)
         last = columns == batch.prompt_lengths.unsqueeze(1) - 1
         weights = torch.where(last, DECISIVE, 1.0) * active
-        return Silence(rms_normal(below.inputs[below.at(batch, first)]), owners, weights / weights.sum(1, keepdim=True))
+        inputs = self._below.inputs[self._below.at(batch, first)]
+        return Silence(rms_normal(inputs), owners, weights / weights.sum(1, keepdim=True))

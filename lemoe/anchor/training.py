@@ -84,11 +84,10 @@ def train_round(
         Anchor(passage.prompt, passage.target, edit.subject) for edit, passage in zip(edits, passages, strict=True)
     ]
     maker = LessonMaker(base, site, layer, settings, edits, passages, anchors, random.Random(torch_seed))
-    lessons = maker.lessons()
     width = settings.width or DEFAULT_WIDTH
     blocks = Blocks(len(edits), site, width, residual_scale(base, layer), settings.seed).to(base.device)
     generator = torch.Generator(base.device).manual_seed(torch_seed)
-    outcome = _teach(base, blocks, lessons, settings, generator, on_step)
+    outcome = _teach(base, blocks, maker, settings, generator, on_step)
     record = RoundRecord(
         id=identity,
         depth=1,
@@ -135,25 +134,36 @@ class Outcome:
 def _teach(
     base: BaseModel,
     blocks: Blocks,
-    lessons: Lessons,
+    maker: LessonMaker,
     settings: Settings,
     generator: torch.Generator,
     on_step: OnStep,
 ) -> Outcome:
     """Train all experts, then those whose own prompt is not answered exactly again, with fresh optimiser state."""
+    lessons = maker.lessons()
     vocabulary = _loss_vocabulary(base, lessons)
     steps = _optimise(base, blocks, lessons, settings, settings.steps, vocabulary, generator, on_step)
     found = _examine(base, blocks, lessons, settings)
-    retried = torch.zeros_like(found.missed)
+    sums, missed, retried = found.sums, found.missed, frozenset[int]()
     for _ in range(settings.retries):
-        if not bool(found.missed.any()):
+        if not missed:
             break
-        retried |= found.missed
-        few = lessons.of(found.missed)
+        retried |= missed
+        lessons = maker.lessons(missed)
         vocabulary = torch.cat([vocabulary, found.rivals]).unique()
-        steps += _optimise(base, blocks, few, settings, -(-settings.steps // 2), vocabulary, generator, on_step)
+        steps += _optimise(base, blocks, lessons, settings, -(-settings.steps // 2), vocabulary, generator, on_step)
         found = _examine(base, blocks, lessons, settings)
-    return Outcome(found.loss, found.end_loss, steps, int(retried.sum()), found.missed.nonzero().flatten().tolist())
+        again = sorted(missed)
+        sums[again] = found.sums[again]
+        missed = found.missed
+    (loss, end_loss), (targets, ends) = sums.sum(0).unbind(1)
+    return Outcome(
+        loss=float(loss / targets),
+        end_loss=float(end_loss / ends),
+        steps=steps,
+        retried=len(retried),
+        missed=sorted(missed),
+    )
 
 
 def _optimise(
@@ -269,22 +279,23 @@ class Examined:
     """What own prompts now get for an answer, over the whole vocabulary.
 
     Attributes:
-        missed: `[edits]`, bool: not answered, to the end, by the likeliest tokens, or at a loss above the target.
+        missed: places of the edits that are not answered, to the end, by the likeliest tokens, or at a loss above the
+            target.
         rivals: `[n]`, token ids, the likeliest where another one was wanted.
-        loss, end_loss: mean cross entropy (nats) of target tokens, and of ending tokens.
+        sums: `[edits, 2, 2]`: for target tokens and for ending tokens, the sum of their cross entropies (nats) and
+            their number.
     """
 
-    missed: Tensor
+    missed: frozenset[int]
     rivals: Tensor
-    loss: float
-    end_loss: float
+    sums: Tensor
 
 
 @torch.no_grad()
 def _examine(base: BaseModel, blocks: Blocks, lessons: Lessons, settings: Settings) -> Examined:
     missed = torch.zeros(len(blocks.up), dtype=torch.bool, device=base.device)
     rivals = [torch.zeros(0, dtype=torch.long, device=base.device)]
-    sums = torch.zeros(2, 2, device=base.device)
+    sums = torch.zeros(len(blocks.up), 2, 2, device=base.device)
     for teaching in lessons.own:
         labels, rows = teaching.frozen.batch.labels, teaching.frozen.batch.target_rows
         hidden = teaching.frozen.replay(_delta(blocks, teaching, teaching.normal))
@@ -298,7 +309,6 @@ def _examine(base: BaseModel, blocks: Blocks, lessons: Lessons, settings: Settin
         level = torch.zeros(len(teaching.owners), device=base.device).index_add(0, rows, losses * teaching.weights)
         missed[teaching.owners[level > settings.loss_target]] = True
         missed[teaching.owners[rows[wrong]]] = True
-        for place, mask in enumerate((~teaching.ends, teaching.ends)):
-            sums[place] += torch.stack([losses[mask].sum(), mask.sum()])
-    loss, end_loss = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
-    return Examined(missed, torch.cat(rivals), loss, end_loss)
+        places = (teaching.owners[rows], teaching.ends.long())
+        sums.index_put_(places, torch.stack([losses, torch.ones_like(losses)], 1), accumulate=True)
+    return Examined(frozenset(missed.nonzero().flatten().tolist()), torch.cat(rivals), sums)

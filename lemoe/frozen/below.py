@@ -5,6 +5,7 @@ is kept. A batch of the texts is then frozen from that: the layers above are cal
 which records the arguments (masks, rotary angles) with which they can be replayed.
 """
 
+import inspect
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -248,9 +249,10 @@ def _forward(base: BaseModel, past_key_values: Cache | None = None, **inputs: An
 
 
 def _top(base: BaseModel, site: FFNSite, layer: int) -> FFNSite | None:
-    """The last layer's FFN, where it stands as the edited one does and all of it reads one module's input."""
+    """The last layer's FFN, where it stands as the edited one does and all of it reads one module's one input."""
     below = site.path.removeprefix(f"{base.layers_path}.{layer}.")
     with suppress(ModelError):
         top = base.site(len(base.layers) - 1, below)
-        return top if top.whole or not top.gated else None
+        alone = len(inspect.signature(top.entry.forward).parameters) == 1
+        return top if alone and (top.whole or not top.gated) else None
     return None

@@ -77,35 +77,6 @@ class FrozenBatch:
                 hidden = call(hidden)
         return hidden[rows, columns]
 
-    def take(self, rows: Tensor) -> "FrozenBatch":
-        """The frozen batch of some of its passages, `rows` `[n]` in ascending order."""
-        size = len(self.batch.ids)
-        calls = tuple(
-            LayerCall(call.layer, _take(call.args, rows, size), _take(call.kwargs, rows, size)) for call in self.calls
-        )
-        return FrozenBatch(
-            self.batch.take(rows),
-            self.start,
-            self.inputs[rows],
-            self.output[rows],
-            calls,
-            self.top,
-            self.embeddings[rows],
-        )
-
-
-def _take(value: Any, rows: Tensor, size: int) -> Any:
-    """`rows` of every tensor with a batch dimension of `size` inside nested arguments."""
-    if isinstance(value, Tensor):
-        return value[rows] if value.dim() and value.shape[0] == size > 1 else value
-    if isinstance(value, Cache):
-        return constant_cache([(kept.keys[rows], kept.values[rows]) for kept in value.layers])
-    if isinstance(value, (tuple, list)):
-        return type(value)(_take(item, rows, size) for item in value)
-    if isinstance(value, dict):
-        return {name: _take(item, rows, size) for name, item in value.items()}
-    return value
-
 
 class _ConstantLayer(DynamicLayer):
     """Keys and values `[batch, heads, seq, width]` that come before whatever a layer is called with, each time anew."""
