@@ -39,20 +39,32 @@ def onednn_is_exact() -> bool:
     return float((found - expected).norm() / expected.norm()) < EXACT
 
 
+STEP = 32  # rows; oneDNN keeps a kernel, and memory, for each number of rows that it meets
+
+
+def _multiply(rows: Tensor, matrix: Tensor) -> Tensor:
+    """`rows @ matrix`, with rows of zeros up to the next multiple of `STEP`, or power of two below it."""
+    flat = rows.reshape(-1, rows.shape[-1])
+    count = len(flat)
+    step = min(STEP, 1 << max(count - 1, 0).bit_length())
+    with _through_onednn():
+        product = functional.pad(flat, (0, 0, 0, -count % step)) @ matrix
+    return product[:count].reshape(*rows.shape[:-1], matrix.shape[1])
+
+
 class _FrozenLinear(torch.autograd.Function):
     """`functional.linear` with a weight and a bias that are not trained."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        with _through_onednn():
-            return functional.linear(inputs, weight, bias)
+        product = _multiply(inputs, weight.T)
+        return product if bias is None else product.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        with _through_onednn():
-            return gradients[0] @ weight, None, None
+        return _multiply(gradients[0], weight), None, None
 
 
 def frozen_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

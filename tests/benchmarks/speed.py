@@ -25,6 +25,7 @@ import psutil
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lemoe
@@ -36,8 +37,9 @@ from lemoe.anchor.training import DEFAULT_WIDTH, Blocks
 from lemoe.experts import rms_normal
 from lemoe.frozen import beside, residual_scale
 from lemoe.models import ModelSource
+from lemoe.products import fast_products
 from lemoe.structure import FFNSite
-from lemoe.tokens import Batch, length_buckets
+from lemoe.tokens import Batch, Passage, length_buckets
 from lemoe.training import encode_edits
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -135,9 +137,10 @@ def count() -> None:
 
 @contextmanager
 def counted(base: lemoe.BaseModel) -> Iterator[list[int]]:
-    """Padded tokens of each forward pass while open."""
+    """Padded tokens that run through the first layer, pass after pass, while open."""
     columns: list[int] = []
-    hook = base.embedding.register_forward_hook(lambda module, args, output: columns.append(args[0].numel()))
+    site = base.site(0)
+    hook = site.entry.register_forward_pre_hook(lambda module, args: columns.append(args[0].numel() // site.hidden))
     try:
         yield columns
     finally:
@@ -162,6 +165,9 @@ def training() -> None:
     print(f"matrix products: {rate / 1e9:.0f} GFLOP/s on {torch.get_num_threads()} threads")
     forward = timed(lambda: full_forward(base, edits)) / len(edits)
     print(f"one base forward pass, full logits: {1e3 * forward:.1f} ms an edit")
+    with fast_products(base.model):
+        fast = timed(lambda: full_forward(base, edits)) / len(edits)
+    print(f"the same with lemoe's products: {1e3 * fast:.1f} ms an edit")
     process = psutil.Process()
     resident = process.memory_info().rss
     peak = Peak(process)
@@ -170,12 +176,31 @@ def training() -> None:
         states = [lemoe.train_round(base, members, settings) for members in rounds]
     ours = (time.perf_counter() - started) / len(edits)
     steps = statistics.mean(state.rounds[0].steps for state in states)
-    print(f"lemoe: {1e3 * ours:.0f} ms an edit = {ours / forward:.1f} forward passes; {steps:.0f} steps a round")
+    print(
+        f"lemoe: {1e3 * ours:.0f} ms an edit = {ours / forward:.1f} forward passes, or {ours / fast:.1f} with the same "
+        f"products; {steps:.0f} steps a round"
+    )
     print(f"peak memory above the loaded base: {(peak.bytes - resident) / 2**20:.0f} MiB")
+    operations, seconds = step_cost(base, rounds[0], replace(settings, retries=0))
+    print(
+        f"step loop: {operations / 1e9:.1f} GFLOP in {1e3 * seconds:.0f} ms a step of {len(rounds[0])} edits, "
+        f"{operations / seconds / rate:.0%} of the rate of matrix products"
+    )
     lessons = make_lessons(base, rounds[0], settings)
     for label, size in (("the same batch", settings.round_size), ("batch 1", 1)):
         plain = steps * plain_step(base, lessons, settings, size)
         print(f"plain full-model loop, {label}: {1e3 * plain:.0f} ms an edit: {plain / ours:.1f} times slower")
+
+
+def step_cost(base: lemoe.BaseModel, edits: Sequence[lemoe.Edit], settings: lemoe.Settings) -> tuple[float, float]:
+    """Operations and seconds of one step, a mean over the steps of a round, each in a run of its own."""
+    with FlopCounterMode(display=False) as counter:
+        operations: list[float] = []
+        lemoe.train_round(base, edits, settings, on_step=lambda step: operations.append(counter.get_total_flops()))
+    times: list[float] = []
+    lemoe.train_round(base, edits, settings, on_step=lambda step: times.append(time.perf_counter()))
+    steps = len(times) - 2  # the last of them is told at once
+    return (operations[steps] - operations[0]) / steps, (times[steps] - times[0]) / steps
 
 
 class Peak:
@@ -202,9 +227,9 @@ class Peak:
 
 @torch.no_grad()
 def full_forward(base: lemoe.BaseModel, edits: Sequence[lemoe.Edit]) -> None:
-    passages = encode_edits(base, edits)
-    for rows in length_buckets([len(passage) for passage in passages], 2048):
-        batch = Batch.of(passages, rows, base.pad_token, base.device)
+    texts = [Passage(passage.prompt + passage.target) for passage in encode_edits(base, edits)]
+    for rows in length_buckets([len(text) for text in texts], 2048):
+        batch = Batch.of(texts, rows, base.pad_token, base.device)
         base.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
 
 
