@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from lemoe.edits import Edit, digest_of
+from lemoe.edits import Edit, digest_of, digest_over
 from lemoe.errors import AdaptorError
 from lemoe.experts import Experts
 from lemoe.models import Fingerprint
@@ -34,6 +34,7 @@ class RoundRecord:
         retried: how many edits missed their target at first and were trained on.
         missed: names of those that missed it in the end; None where that is not looked at.
         routed: how many of its edits took the route to its own expert when training ended.
+        dropped: digests, sorted, of edits that it was trained on too and that were taken out since.
     """
 
     id: str
@@ -50,6 +51,27 @@ class RoundRecord:
     retried: int
     missed: tuple[str, ...] | None
     routed: int
+    dropped: tuple[str, ...] = ()
+
+    @property
+    def of_each(self) -> bool:
+        """Whether each edit has an expert of its own."""
+        return self.experts == len(self.edits)
+
+    def without(self, places: Collection[int]) -> "RoundRecord":
+        """The record without the edits at `places`, each of which has an expert of its own."""
+        kept = [place for place in range(len(self.edits)) if place not in places]
+        ids, edits = tuple(self.ids[place] for place in kept), tuple(self.edits[place] for place in kept)
+        return replace(
+            self,
+            experts=len(kept),
+            ids=ids,
+            edits=edits,
+            edits_sha256=digest_over(edits),
+            missed=None if self.missed is None else tuple(name for name in self.missed if name in ids),
+            routed=min(self.routed, len(kept)),
+            dropped=tuple(sorted({*self.dropped, *(self.edits[place] for place in places)})),
+        )
 
 
 @dataclass(frozen=True)
@@ -93,7 +115,7 @@ class AdaptorState:
         taught: list[tuple[Taught, ...]] = []
         for record in self.rounds:
             edits = tuple(Taught(name, digest) for name, digest in zip(record.ids, record.edits, strict=True))
-            taught += [(edit,) for edit in edits] if record.experts == len(edits) else [edits]
+            taught += [(edit,) for edit in edits] if record.of_each else [edits]
         return taught
 
     @property
@@ -118,14 +140,15 @@ class AdaptorState:
         superseded = self.router.superseded()
         return frozenset(e.digest for i, edits in enumerate(self.taught) if i not in superseded for e in edits)
 
-    def _spans(self) -> list[range]:
+    @property
+    def spans(self) -> list[range]:
         """The experts of each round."""
         ends = list(accumulate(record.experts for record in self.rounds))
         return [range(end - record.experts, end) for end, record in zip(ends, self.rounds, strict=True)]
 
     def only(self, rounds: Sequence[int]) -> "AdaptorState":
         """The state with the rounds at these places alone."""
-        spans = self._spans()
+        spans = self.spans
         experts = [expert for place in rounds for expert in spans[place]]
         return replace(
             self,
@@ -134,12 +157,35 @@ class AdaptorState:
             router=self.router.select(experts),
         )
 
+    def without(self, experts: Collection[int]) -> "AdaptorState":
+        """The state that never had these experts.
+
+        Raises:
+            AdaptorError: if a round that stays was trained beside one that goes, or if none stays.
+        """
+        gone = set(experts)
+        records, kept = [], []
+        for record, span in zip(self.rounds, self.spans, strict=True):
+            places = {expert - span.start for expert in span if expert in gone}
+            if len(places) < len(span):
+                records.append(record.without(places) if places else record)
+                kept += [expert for expert in span if expert not in gone]
+        if not records:
+            raise AdaptorError("nothing would be left of the adaptor")
+        there = {record.id for record in records}
+        orphans = [record.id[:12] for record in records if record.parent is not None and record.parent not in there]
+        if orphans:
+            raise AdaptorError(f"trained beside a round that would go: {', '.join(orphans)}; drop these too")
+        experts_kept, router = self.experts.select(kept), self.router.select(kept)
+        return replace(self, rounds=tuple(records), experts=experts_kept, router=router)
+
 
 def stack(states: Sequence[AdaptorState]) -> AdaptorState:
     """One state with the rounds of all `states`, in order; a round that comes twice counts once.
 
     Raises:
-        AdaptorError: if bases, layers or methods differ, listing the differences.
+        AdaptorError: if bases, layers or methods differ, listing the differences; or if one state holds a round whole
+            and another without some of its edits.
     """
     if not states:
         raise AdaptorError("nothing to stack: no adaptor given")
@@ -160,11 +206,17 @@ def stack(states: Sequence[AdaptorState]) -> AdaptorState:
 
 
 def _without_repeats(states: Sequence[AdaptorState]) -> list[AdaptorState]:
-    seen: set[str] = set()
+    seen: dict[str, tuple[str, ...]] = {}
     parts = []
     for state in states:
+        for record in state.rounds:
+            if seen.get(record.id, record.dropped) != record.dropped:
+                raise AdaptorError(
+                    f"round {record.id[:12]} is there twice, without {len(record.dropped)} of its edits and without "
+                    f"{len(seen[record.id])}; drop the same from both, or leave one out"
+                )
         kept = [index for index, record in enumerate(state.rounds) if record.id not in seen]
-        seen.update(record.id for record in state.rounds)
+        seen.update((record.id, record.dropped) for record in state.rounds)
         parts.append(state if len(kept) == len(state.rounds) else state.only(kept))
     return [part for part in parts if part.rounds]
 

@@ -4,31 +4,30 @@ All metadata is sorted JSON under one key, so that equal states give equal files
 """
 
 import json
-import os
-import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import asdict, fields
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from lemoe import __version__
 from lemoe.adaptor import AdaptorState, RoundRecord
-from lemoe.errors import AdaptorError, InputError, OutputError
+from lemoe.errors import AdaptorError, InputError
 from lemoe.experts import Experts
 from lemoe.methods import ROUTERS
 from lemoe.models import Fingerprint
 from lemoe.routing import Lineage, offsets_hold
 from lemoe.settings import Settings, coerce_settings
+from lemoe.tensorfile import Entry, write_tensors
 
 FORMAT = 1
 ADAPTOR_NAME = "adaptor.safetensors"
 METADATA_KEY = "lemoe"
+MATRICES = ("experts.up", "experts.down", "experts.gate")
 
 Record = TypeVar("Record", Fingerprint, RoundRecord)
 
@@ -40,6 +39,24 @@ def save_adaptor(state: AdaptorState, path: Path | str, *, overwrite: bool = Fal
         AdaptorError: if the state holds values that are not finite, which no file may.
         OutputError: if the file exists and `overwrite` is not given, or cannot be written.
     """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _matrices(state).items()}
+    broken = [name for name, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
+    if broken:
+        raise AdaptorError(f"{path}: not written, these hold values that are not finite: {', '.join(broken)}")
+    write_adaptor(state, {name: Entry.of(tensor) for name, tensor in tensors.items()}, path, overwrite=overwrite)
+
+
+def write_adaptor(
+    state: AdaptorState, matrices: Mapping[str, Entry], path: Path | str, *, overwrite: bool = False
+) -> None:
+    """Write `state` to `path`, whole or not at all, with the experts' `matrices` from wherever they are.
+
+    Raises:
+        OutputError: if the file exists and `overwrite` is not given, or cannot be written.
+    """
+    experts = state.experts
+    small = {"experts.offsets": experts.offsets, "experts.scale": experts.scale, **state.router.tensors()}
+    entries = {name: Entry.of(tensor.detach().cpu().contiguous()) for name, tensor in small.items()}
     header = {
         "format": FORMAT,
         "tool": f"lemoe {__version__}",
@@ -47,64 +64,54 @@ def save_adaptor(state: AdaptorState, path: Path | str, *, overwrite: bool = Fal
         "settings": state.settings.as_dict(),
         "rounds": [asdict(record) for record in state.rounds],
     }
-    tensors = _tensors(state)
-    broken = [name for name, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
-    if broken:
-        raise AdaptorError(f"{path}: not written, these hold values that are not finite: {', '.join(broken)}")
-    content = save(tensors, {METADATA_KEY: json.dumps(header, sort_keys=True)})
-    write_whole(Path(path), content, overwrite=overwrite)
+    metadata = {METADATA_KEY: json.dumps(header, sort_keys=True)}
+    write_tensors(Path(path), metadata, {**entries, **matrices}, overwrite=overwrite)
 
 
-def write_whole(path: Path, content: bytes, *, overwrite: bool = False) -> None:
-    """Write through a temporary name in the same folder, fsync, and rename.
+class AdaptorFile:
+    """An adaptor file whose experts stay on disk until they are asked for.
 
-    Raises:
-        OutputError: if the file exists and `overwrite` is not given, or cannot be written.
+    Attributes:
+        path: of the file itself.
+        tool: the version that wrote it.
+        state: what the file holds, with experts that have shapes but no values (device `meta`).
     """
-    check_free(path, overwrite=overwrite)
-    scratch: str | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(scratch).chmod(0o666 & ~_umask())
-        os.replace(scratch, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        if scratch:
-            with suppress(OSError):
-                Path(scratch).unlink(missing_ok=True)
 
+    def __init__(self, path: Path | str):
+        """Open the file at `path`, or the one in a run's folder, and check all but the experts' values.
 
-def check_free(path: Path, *, overwrite: bool = False) -> None:
-    """Refuse, before anything is computed, an output that exists.
+        Raises:
+            AdaptorError: if the file is missing, truncated, of another kind or version, or if any tensor is missing,
+                unexpected, or of the wrong shape or type; all such tensors are listed.
+        """
+        self.path = _file_of(path)
+        with _opened(self.path) as file:
+            header = _header(self.path, file.metadata() or {})
+            self.tool = str(header.get("tool", "unknown"))
+            names = list(file.keys())
+            tensors = {name: _shape_only(file, name) if name in MATRICES else _read(file, name) for name in names}
+        with _damage(self.path):
+            self.state = _state(self.path, header, tensors)
 
-    Raises:
-        OutputError: saying how to go on.
-    """
-    if os.path.lexists(path) and not overwrite:
-        raise OutputError(f"{path} exists; give another path, or --force to replace it")
+    def rows(self, name: str, start: int, end: int) -> Tensor:
+        """Rows `start` to `end` of one of the experts' matrices.
 
+        Raises:
+            AdaptorError: if a value is not finite.
+        """
+        with _opened(self.path) as file:
+            # Cloned, since memory-mapped tensors are aligned by chance, and products differ in the last bit by it.
+            part: Tensor = file.get_slice(name)[start:end].clone()
+        if not bool(part.isfinite().all()):
+            raise AdaptorError(f"{self.path}: not a valid adaptor:\n  {name}: holds values that are not finite")
+        return part
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable; not every system lets a folder be opened."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    def load(self) -> AdaptorState:
+        """The state with all its experts."""
+        experts = self.state.experts
+        gate = None if experts.gate is None else self.rows("experts.gate", 0, len(experts.gate))
+        up, down = (self.rows(name, 0, len(experts.up)) for name in ("experts.up", "experts.down"))
+        return replace(self.state, experts=replace(experts, up=up, down=down, gate=gate))
 
 
 def load_adaptor(path: Path | str) -> AdaptorState:
@@ -114,29 +121,40 @@ def load_adaptor(path: Path | str) -> AdaptorState:
         AdaptorError: if the file is missing, truncated, of another kind or version, or if any tensor is missing,
             unexpected, of the wrong shape or type, or not finite; all such tensors are listed.
     """
-    path = _file_of(path)
+    return AdaptorFile(path).load()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            header = _header(path, file.metadata() or {})
-            # Cloned, since memory-mapped tensors are aligned by chance, and products differ in the last bit by it.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
+            yield file
     except FileNotFoundError:
         raise AdaptorError(f"{path}: no such file") from None
     except OSError as error:
         raise AdaptorError(f"{path}: cannot be read: {error.strerror or error}") from None
     except SafetensorError as error:
         raise AdaptorError(f"{path}: not a whole safetensors file ({error}); copy or train it again") from None
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Take what goes wrong while reading metadata for damage of the file."""
     try:
-        return _state(path, header, tensors)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise AdaptorError(f"{path}: its metadata is damaged ({type(error).__name__}: {error})") from None
 
 
-def stored_tool(path: Path | str) -> tuple[Path, str]:
-    """The file that `path` means, and the version that wrote it; for a file that `load_adaptor` takes."""
-    path = _file_of(path)
-    with safe_open(path, framework="pt", device="cpu") as file:
-        return path, str(_header(path, file.metadata() or {}).get("tool", "unknown"))
+def _shape_only(file: Any, name: str) -> Tensor:
+    part = file.get_slice(name)
+    shape = part.get_shape()
+    return torch.empty(shape, dtype=(part[0:0] if shape else file.get_tensor(name)).dtype, device="meta")
+
+
+def _read(file: Any, name: str) -> Tensor:
+    tensor: Tensor = file.get_tensor(name).clone()
+    return tensor
 
 
 def _file_of(path: Path | str) -> Path:
@@ -159,18 +177,10 @@ def _header(path: Path, stored: Mapping[str, str]) -> dict[str, Any]:
     return header
 
 
-def _tensors(state: AdaptorState) -> dict[str, Tensor]:
-    experts = state.experts
-    tensors = {
-        "experts.up": experts.up,
-        "experts.down": experts.down,
-        "experts.offsets": experts.offsets,
-        "experts.scale": experts.scale,
-        **state.router.tensors(),
-    }
-    if experts.gate is not None:
-        tensors["experts.gate"] = experts.gate
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def _matrices(state: AdaptorState) -> dict[str, Tensor]:
+    """The experts' matrices, by name."""
+    matrices = zip(MATRICES, (state.experts.up, state.experts.down, state.experts.gate), strict=True)
+    return {name: tensor for name, tensor in matrices if tensor is not None}
 
 
 def _state(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdaptorState:
@@ -238,6 +248,6 @@ def _tensor_problems(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: t
         return [f"{name}: shape {list(tensor.shape)}, expected {list(shape)}"]
     if not (tensor.is_floating_point() if dtype is None else tensor.dtype == dtype):
         return [f"{name}: type {tensor.dtype}, expected {dtype or 'floating point'}"]
-    if dtype is None and not bool(tensor.isfinite().all()):
+    if dtype is None and not tensor.is_meta and not bool(tensor.isfinite().all()):
         return [f"{name}: holds values that are not finite"]
     return []

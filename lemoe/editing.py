@@ -15,10 +15,11 @@ from typing import Protocol
 import torch
 
 from lemoe.adaptor import AdaptorState, RoundRecord, check_settings, round_id, stack
-from lemoe.checkpoint import ADAPTOR_NAME, load_adaptor, save_adaptor, write_whole
+from lemoe.checkpoint import ADAPTOR_NAME, load_adaptor, save_adaptor
 from lemoe.edits import Edit
 from lemoe.errors import AdaptorError, InputError, LemoeError, OutputError
 from lemoe.evaluation import evaluate
+from lemoe.files import write_whole
 from lemoe.insertion import check_base
 from lemoe.memory import SMALLEST, fitting_tokens, free_memory
 from lemoe.methods import parent_of, rounds_depend, train_round

@@ -52,6 +52,11 @@ class Experts:
             scale=self.scale.to(device),
         )
 
+    def stored_as(self, dtype: torch.dtype) -> "Experts":
+        """The same experts with matrices of another floating-point type."""
+        gate = None if self.gate is None else self.gate.to(dtype)
+        return replace(self, up=self.up.to(dtype), down=self.down.to(dtype), gate=gate)
+
     def select(self, chosen: Sequence[int]) -> "Experts":
         """The experts `chosen`, in that order."""
         spans = [range(int(self.offsets[index]), int(self.offsets[index + 1])) for index in chosen]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lemoe.adaptor import AdaptorState, Taught
-from lemoe.checkpoint import load_adaptor, stored_tool
+from lemoe.checkpoint import AdaptorFile
 from lemoe.edits import digest_over
 from lemoe.errors import AdaptorError
 from lemoe.insertion import check_base
@@ -41,14 +41,14 @@ def inspect_adaptor(path: Path | str) -> Inspection:
     Raises:
         AdaptorError: if it is not a valid adaptor; see `load_adaptor`.
     """
-    state = load_adaptor(path)
-    file, tool = stored_tool(path)
-    content = file.read_bytes()
+    file = AdaptorFile(path)
+    state = file.load()
+    content = file.path.read_bytes()
     return Inspection(
-        path=file,
+        path=file.path,
         size=len(content),
         sha256=hashlib.sha256(content).hexdigest(),
-        tool=tool,
+        tool=file.tool,
         state=state,
         edits=sum(len(record.edits) for record in state.rounds),
         replaced=tuple(state.replaced),

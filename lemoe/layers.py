@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lemoe.anchor.examples import rewordings
-from lemoe.checkpoint import write_whole
 from lemoe.edits import Edit, Probe, digest_of
 from lemoe.embedded import Notify, cache_root
 from lemoe.evaluation import evaluate
+from lemoe.files import write_whole
 from lemoe.methods import train_round
 from lemoe.models import BaseModel
 from lemoe.settings import Settings

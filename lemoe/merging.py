@@ -1,40 +1,200 @@
-"""Stacking adaptors of one base into one: what was trained apart works together."""
+"""Stacking adaptors of one base into one, and taking out what shall not be there: nothing is trained again."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from lemoe.adaptor import AdaptorState, stack
-from lemoe.checkpoint import load_adaptor, save_adaptor
-from lemoe.errors import AdaptorError
+import torch
+from torch import Tensor
 
-OnConflict = Literal["latest", "error"]
+from lemoe.adaptor import AdaptorState, RoundRecord, Taught, stack
+from lemoe.checkpoint import MATRICES, AdaptorFile, write_adaptor
+from lemoe.errors import AdaptorError, InputError
+from lemoe.files import check_free
+from lemoe.models import DTYPES
+from lemoe.tensorfile import Entry
+
+OnConflict = Literal["latest", "error", "keep"]
+SHOWN = 20  # conflicts named in an error
+PREFIX = 6  # hexadecimal digits of a round's id that name it
+PIECE = 1 << 20  # bytes that are copied at once, if an expert is not larger
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge gives.
+
+    Attributes:
+        state: the stacked adaptor; its experts have shapes, their values are in the file.
+        repeated: rounds that came more than once, and count once.
+        dropped: edits that were taken out because they were named.
+        kept_out: with `on_conflict` keep, edits that an earlier adaptor answers already, each with that one.
+        size: of the file, bytes; 0 if none was written.
+    """
+
+    state: AdaptorState
+    repeated: int
+    dropped: tuple[Taught, ...]
+    kept_out: tuple[tuple[Taught, Taught], ...]
+    size: int
 
 
 def merge(
-    paths: Sequence[Path | str], output: Path | str, *, on_conflict: OnConflict = "latest", overwrite: bool = False
-) -> AdaptorState:
+    paths: Sequence[Path | str],
+    output: Path | str | None,
+    *,
+    on_conflict: OnConflict = "latest",
+    drop: Sequence[str] = (),
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> Merged:
     """Stack the adaptor files `paths`, in order, and write the result to `output`; equal rounds count once.
 
+    Experts are copied from file to file, so that memory holds the anchors of all and a piece of one expert.
+
     Args:
+        output: None writes nothing.
         on_conflict: where edits of several adaptors answer the same question, let the `latest` answer (the others
-            stay in the file and are listed in `AdaptorState.replaced`), or take it as an `error`.
+            stay in the file and are listed in `AdaptorState.replaced`), take it as an `error`, or `keep` the earliest
+            and leave the others out.
+        drop: rounds, by number in the stack or by the start of their id, and edits by id, to take out; `round:` and
+            `edit:` in front tell them apart.
+        dtype: in which experts are stored; as they are if None.
 
     Raises:
         AdaptorError: if a file is not a valid adaptor, or bases, layers or methods differ, all listed; or if edits
-            supersede each other and `on_conflict` is `error`.
+            supersede each other and `on_conflict` is `error`; or if what is to be dropped cannot be.
+        InputError: if nothing, or several things, have the name of what is to be dropped.
         OutputError: if the output exists or cannot be written.
     """
-    states = [load_adaptor(path) for path in paths]
+    if output is not None:
+        check_free(Path(output), overwrite=overwrite)
+    files = [AdaptorFile(path) for path in paths]
+    state, kept_out = _stacked(files, paths, on_conflict)
+    named = sorted({expert for name in drop for expert in _named(state, name)})
+    dropped = tuple(edit for expert in named for edit in state.taught[expert])
+    state = state.without(named) if named else state
+    if dtype:
+        state = replace(state, experts=state.experts.stored_as(DTYPES[dtype]))
+    size = 0
+    if output is not None:
+        matrices = {name: _streamed(name, matrix, files, state) for name, matrix in _shapes(state).items()}
+        write_adaptor(state, matrices, output, overwrite=overwrite)
+        size = Path(output).stat().st_size
+    rounds = [record.id for file in files for record in file.state.rounds]
+    return Merged(state, len(rounds) - len(set(rounds)), dropped, kept_out, size)
+
+
+def _stacked(
+    files: Sequence[AdaptorFile], paths: Sequence[Path | str], on_conflict: OnConflict
+) -> tuple[AdaptorState, tuple[tuple[Taught, Taught], ...]]:
+    """The stack of all files, and what `keep` left out of it."""
     try:
-        merged = stack(states)
+        merged = stack([file.state for file in files])
+        if on_conflict == "latest":
+            return merged, ()
+        merged = files[0].state
+        kept_out: list[tuple[Taught, Taught]] = []
+        conflicts: list[tuple[Taught, Taught]] = []
+        for file in files[1:]:
+            before = len(merged.experts)
+            merged = stack([merged, file.state])
+            while fresh := [(old, new) for old, new in merged.router.superseded().items() if old < before <= new]:
+                taught = merged.taught
+                conflicts += [(taught[old][0], taught[new][0]) for old, new in fresh]
+                kept_out += [(taught[new][0], taught[old][0]) for old, new in fresh]
+                merged = merged.without({new for _, new in fresh})
     except AdaptorError as error:
         names = "".join(f"\n  adaptor {number} is {path}" for number, path in enumerate(paths, 1))
         raise AdaptorError(f"{error}{names}") from None
-    known = {pair for state in states for pair in state.replaced}
-    fresh = [pair for pair in merged.replaced if pair not in known]
-    if fresh and on_conflict == "error":
-        pairs = [f"edit {earlier.id} asks what {later.id} answers anew" for earlier, later in fresh]
-        raise AdaptorError("\n  ".join([f"{len(fresh)} edit(s) would be superseded:", *pairs[:20]]))
-    save_adaptor(merged, output, overwrite=overwrite)
-    return merged
+    if conflicts and on_conflict == "error":
+        pairs = [f"edit {earlier.id} asks what {later.id} answers anew" for earlier, later in conflicts]
+        raise AdaptorError("\n  ".join([f"{len(conflicts)} edit(s) would be superseded:", *pairs[:SHOWN]]))
+    return merged, tuple(kept_out)
+
+
+def _named(state: AdaptorState, name: str) -> list[int]:
+    """The experts of the round or of the edit that `name` means."""
+    kind, _, rest = name.partition(":")
+    rounds = _rounds_named(state, rest if kind == "round" else name) if kind != "edit" else []
+    edits = _edits_named(state, rest if kind == "edit" else name) if kind != "round" else []
+    if rounds and edits:
+        raise InputError(f"--drop {name}: a round and an edit have this name; write round:{name} or edit:{name}")
+    if not rounds and not edits:
+        raise InputError(
+            f"--drop {name}: no such round (1 to {len(state.rounds)}, or {PREFIX} digits of its id) and no such edit"
+        )
+    if len(rounds) > 1:
+        raise InputError(f"--drop {name}: {len(rounds)} rounds have ids that start like this; give more digits")
+    shared = [expert for expert in edits if len(state.taught[expert]) > 1]
+    if shared:
+        raise AdaptorError(
+            f"--drop {name}: shares an expert with {len(state.taught[shared[0]]) - 1} other edits; drop the whole round"
+        )
+    return edits or list(state.spans[rounds[0]])
+
+
+def _rounds_named(state: AdaptorState, name: str) -> list[int]:
+    if name.isdecimal() and 1 <= int(name) <= len(state.rounds):
+        return [int(name) - 1]
+    if len(name) < PREFIX:
+        return []
+    return [place for place, record in enumerate(state.rounds) if record.id.startswith(name)]
+
+
+def _edits_named(state: AdaptorState, name: str) -> list[int]:
+    return [expert for expert, edits in enumerate(state.taught) if any(edit.id == name for edit in edits)]
+
+
+def _shapes(state: AdaptorState) -> dict[str, Tensor]:
+    matrices = zip(MATRICES, (state.experts.up, state.experts.down, state.experts.gate), strict=True)
+    return {name: matrix for name, matrix in matrices if matrix is not None}
+
+
+def _streamed(name: str, matrix: Tensor, files: Sequence[AdaptorFile], state: AdaptorState) -> Entry:
+    """The matrix `name` of a stack, to be copied from the files in pieces."""
+    row = max(1, matrix.shape[1] * matrix.dtype.itemsize)
+
+    def parts() -> Iterator[Tensor]:
+        for file, start, end in _sources(files, state):
+            for first in range(start, end, max(1, PIECE // row)):
+                yield _finite(name, file.rows(name, first, min(end, first + max(1, PIECE // row))), matrix.dtype)
+
+    return Entry(matrix.dtype, tuple(matrix.shape), parts)
+
+
+def _finite(name: str, part: Tensor, dtype: torch.dtype) -> Tensor:
+    stored = part.to(dtype)
+    if not bool(stored.isfinite().all()):
+        raise AdaptorError(f"{name}: holds values too large for {str(dtype).removeprefix('torch.')}")
+    return stored
+
+
+def _sources(files: Sequence[AdaptorFile], state: AdaptorState) -> Iterator[tuple[AdaptorFile, int, int]]:
+    """Where the neurons of each expert of a stack are: a file, and its rows from, to; neighbours together."""
+    homes: dict[str, tuple[AdaptorFile, int]] = {}
+    for file in files:
+        for place, record in enumerate(file.state.rounds):
+            homes.setdefault(record.id, (file, place))
+    run: tuple[AdaptorFile, int, int] | None = None
+    for record in state.rounds:
+        file, place = homes[record.id]
+        there, span = file.state.rounds[place], file.state.spans[place]
+        for expert in _experts_in(record, there, span) if record.of_each else span:
+            start, end = (int(file.state.experts.offsets[index]) for index in (expert, expert + 1))
+            if run and run[0] is file and run[2] == start:
+                run = (file, run[1], end)
+                continue
+            if run:
+                yield run
+            run = (file, start, end)
+    if run:
+        yield run
+
+
+def _experts_in(record: RoundRecord, stored: RoundRecord, span: range) -> Iterator[int]:
+    """The expert of each of the record's edits, which are some of those `stored`, in the same order."""
+    numbers = iter(zip(stored.ids, stored.edits, span, strict=True))
+    for edit in zip(record.ids, record.edits, strict=True):
+        yield next(expert for *there, expert in numbers if tuple(there) == edit)

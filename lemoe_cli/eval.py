@@ -66,8 +66,9 @@ def command(
     Locality is agreement with the base model's own predictions. `teacher` compares the most likely token at each
     position of the target, `greedy` lets the model write.
     """
-    from lemoe.checkpoint import check_free, load_adaptor, write_whole
+    from lemoe.checkpoint import load_adaptor
     from lemoe.evaluation import evaluate
+    from lemoe.files import check_free, write_whole
 
     if records is not None:
         check_free(records, overwrite=force)

@@ -8,37 +8,74 @@ import click
 from lemoe_cli.options import FILE, force_option
 
 if TYPE_CHECKING:
-    from lemoe.merging import OnConflict
+    from lemoe.merging import Merged, OnConflict
 
 
 @click.command("merge")
 @click.argument("adaptors", type=FILE, nargs=-1, required=True)
-@click.option("--output", "-o", type=FILE, required=True, help="The stacked adaptor's file.")
+@click.option("--output", "-o", type=FILE, help="The stacked adaptor's file.")
 @click.option(
     "--on-conflict",
-    type=click.Choice(["latest", "error"]),
+    type=click.Choice(["latest", "error", "keep"]),
     default="latest",
     show_default=True,
-    help="What to do where edits of several adaptors answer the same question.",
+    help="Which edit answers where several adaptors answer the same question; keep takes the earliest.",
 )
+@click.option(
+    "--drop",
+    multiple=True,
+    metavar="ROUND|EDIT-ID",
+    help="Take out a round, by number or id, or an edit.  [several]",
+)
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Store experts so.  [default: as they are]"
+)
+@click.option("--dry-run", is_flag=True, help="Say what the result would hold, and write nothing.")
 @force_option
-def command(adaptors: tuple[Path, ...], output: Path, on_conflict: "OnConflict", force: bool) -> None:
+def command(
+    adaptors: tuple[Path, ...],
+    output: Path | None,
+    on_conflict: "OnConflict",
+    drop: tuple[str, ...],
+    dtype: str | None,
+    dry_run: bool,
+    force: bool,
+) -> None:
     """Stack ADAPTORS of the same base model into one, in the given order.
 
     A round that several of them hold counts once. Adaptors of different bases, layers or methods are refused with
-    the differences listed.
+    the differences listed. One adaptor with --drop is that adaptor as if it had never had what is dropped.
     """
     from lemoe.merging import merge
+
+    if output is None and not dry_run:
+        raise click.UsageError("give the result's file with --output, or --dry-run to see what it would hold")
+    merged = merge(
+        adaptors,
+        None if dry_run else output,
+        on_conflict=on_conflict,
+        drop=drop,
+        dtype=dtype,
+        overwrite=force,
+    )
+    _show(len(adaptors), merged, output, dry_run=dry_run)
+
+
+def _show(count: int, merged: "Merged", output: Path | None, *, dry_run: bool) -> None:
     from lemoe_cli.ui import say, size_text, table
 
-    merged = merge(adaptors, output, on_conflict=on_conflict, overwrite=force)
-    edits = sum(len(record.edits) for record in merged.rounds)
+    state = merged.state
     rows = [
-        ("rounds", str(len(merged.rounds))),
-        ("edits", str(edits)),
-        ("size", size_text(output.stat().st_size)),
-        ("adaptor", str(output)),
+        ("rounds", f"{len(state.rounds)}" + (f", {merged.repeated} came again" if merged.repeated else "")),
+        ("edits", str(sum(len(record.edits) for record in state.rounds))),
+        ("experts stored as", str(state.experts.up.dtype).removeprefix("torch.")),
     ]
-    table(f"{len(adaptors)} adaptors stacked", ("", ""), rows, left=2)
-    for earlier, later in merged.replaced:
+    if not dry_run:
+        rows += [("size", size_text(merged.size)), ("adaptor", str(output))]
+    table(f"{count} adaptor(s) {'would be ' if dry_run else ''}stacked", ("", ""), rows, left=2)
+    for edit in merged.dropped:
+        say(f"edit {edit.id} is dropped")
+    for later, earlier in merged.kept_out:
+        say(f"edit {later.id} is left out: {earlier.id} answers its question")
+    for earlier, later in state.replaced:
         say(f"edit {earlier.id} is superseded: {later.id} answers its question now")

@@ -36,7 +36,7 @@ def command(edits: Path, output: Path | None, force: bool, quiet: bool, **option
 
     EDITS is JSON Lines with `prompt` and `target` (see the README), or a published data set as it is.
     """
-    from lemoe.checkpoint import check_free, write_whole
+    from lemoe.files import check_free, write_whole
 
     if output is not None:
         check_free(output, overwrite=force)
