@@ -22,7 +22,7 @@ from lemoe.methods import ROUTERS
 from lemoe.models import Fingerprint
 from lemoe.routing import Lineage, offsets_hold
 from lemoe.settings import Settings, coerce_settings
-from lemoe.tensorfile import Entry, write_tensors
+from lemoe.tensorfile import Entry, data_sha256, write_tensors
 
 FORMAT = 1
 ADAPTOR_NAME = "adaptor.safetensors"
@@ -57,15 +57,19 @@ def write_adaptor(
     experts = state.experts
     small = {"experts.offsets": experts.offsets, "experts.scale": experts.scale, **state.router.tensors()}
     entries = {name: Entry.of(tensor.detach().cpu().contiguous()) for name, tensor in small.items()}
+    write_tensors(Path(path), lambda digest: _metadata(state, digest), {**entries, **matrices}, overwrite=overwrite)
+
+
+def _metadata(state: AdaptorState, digest: str) -> dict[str, str]:
     header = {
         "format": FORMAT,
         "tool": f"lemoe {__version__}",
+        "data_sha256": digest,
         "base": state.base.as_dict(),
         "settings": state.settings.as_dict(),
         "rounds": [asdict(record) for record in state.rounds],
     }
-    metadata = {METADATA_KEY: json.dumps(header, sort_keys=True)}
-    write_tensors(Path(path), metadata, {**entries, **matrices}, overwrite=overwrite)
+    return {METADATA_KEY: json.dumps(header, sort_keys=True)}
 
 
 class AdaptorFile:
@@ -88,6 +92,7 @@ class AdaptorFile:
         with _opened(self.path) as file:
             header = _header(self.path, file.metadata() or {})
             self.tool = str(header.get("tool", "unknown"))
+            self._data_sha256 = header.get("data_sha256")
             names = list(file.keys())
             tensors = {name: _shape_only(file, name) if name in MATRICES else _read(file, name) for name in names}
         with _damage(self.path):
@@ -105,6 +110,15 @@ class AdaptorFile:
         if not bool(part.isfinite().all()):
             raise AdaptorError(f"{self.path}: not a valid adaptor:\n  {name}: holds values that are not finite")
         return part
+
+    def check_data(self) -> None:
+        """Compare everything behind the header with the hash in it.
+
+        Raises:
+            AdaptorError: if they differ.
+        """
+        if data_sha256(self.path) != self._data_sha256:
+            raise AdaptorError(f"{self.path}: damaged: its tensors are not those that were written")
 
     def load(self) -> AdaptorState:
         """The state with all its experts."""

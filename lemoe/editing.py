@@ -7,19 +7,21 @@ and `adaptor.safetensors`, the stack of all rounds and of the adaptor that the r
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from filelock import FileLock, Timeout
 
 from lemoe.adaptor import AdaptorState, RoundRecord, check_settings, round_id, stack
-from lemoe.checkpoint import ADAPTOR_NAME, load_adaptor, save_adaptor
+from lemoe.checkpoint import ADAPTOR_NAME, AdaptorFile, save_adaptor
 from lemoe.edits import Edit
 from lemoe.errors import AdaptorError, InputError, LemoeError, OutputError
 from lemoe.evaluation import evaluate
-from lemoe.files import write_whole
+from lemoe.files import remove_scratch, write_whole
 from lemoe.insertion import check_base
 from lemoe.memory import SMALLEST, fitting_tokens, free_memory
 from lemoe.methods import parent_of, rounds_depend, train_round
@@ -30,6 +32,8 @@ from lemoe.structure import FFNSite
 from lemoe.training import Step, encode_edits
 
 PLAN_NAME = "plan.yaml"
+ROUNDS_NAME = "rounds"
+LOCK_NAME = ".lock"
 
 
 class Listener(Protocol):
@@ -103,13 +107,54 @@ def edit(
     Raises:
         InputError: for edits or a plan that cannot be used.
         AdaptorError: if `start` belongs to another base model.
-        OutputError: if the folder holds an earlier run, or cannot be written.
+        OutputError: if the folder holds an earlier run, or another is at work in it, or it cannot be written.
     """
     listener = listener or Silent()
     folder = Path(folder)
     if start:
         check_base(base, start)
         check_settings(start, settings)
+    with _locked(folder):
+        return _edit(base, edits, settings, folder, source, plan_file, start, listener, force=force, resume=resume)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of `folder`; a run that dies lets go of it."""
+    lock = FileLock(folder / LOCK_NAME, timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise OutputError(f"{folder}: another run is at work there; wait for it, or give another folder") from None
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written: {error.strerror or error}") from None
+    try:
+        for place in (folder, folder / ROUNDS_NAME):
+            remove_scratch(place)
+        yield
+    finally:
+        with suppress(OSError):
+            (folder / LOCK_NAME).unlink()
+            if not any(folder.iterdir()):
+                folder.rmdir()
+        lock.release()
+
+
+def _edit(
+    base: BaseModel,
+    edits: Sequence[Edit],
+    settings: Settings,
+    folder: Path,
+    source: str,
+    plan_file: Path | str | None,
+    start: AdaptorState | None,
+    listener: Listener,
+    *,
+    force: bool,
+    resume: bool,
+) -> EditReport:
+    """See `edit`."""
     layer = start.base.layer if start else settings.layer_of(len(base.layers), base.source.layers)
     site = base.site(layer, settings.layer_path)
     encode_edits(base, edits)
@@ -194,7 +239,7 @@ def check_folder(folder: Path, *, force: bool = False, resume: bool = False) -> 
 
 def _remove_leftovers(folder: Path, rounds: int) -> None:
     """Round files of a longer earlier run in the same folder, which `force` replaced."""
-    for path in (folder / "rounds").glob("[0-9]*.safetensors"):
+    for path in (folder / ROUNDS_NAME).glob("[0-9]*.safetensors"):
         if path.stem.isdigit() and int(path.stem) > rounds:
             path.unlink()
 
@@ -257,7 +302,7 @@ def _train_rounds(
     before, trained = start, []
     for number, members in enumerate(rounds, 1):
         listener.round_started(number, len(rounds), len(members))
-        path = folder / "rounds" / f"{number:04d}.safetensors"
+        path = folder / ROUNDS_NAME / f"{number:04d}.safetensors"
         state = _finished(base, path, members, settings, before) if resume else None
         kept = state is not None
         if state is None:
@@ -285,7 +330,9 @@ def _finished(
     if not path.exists():
         return None
     try:
-        state = load_adaptor(path)
+        file = AdaptorFile(path)
+        file.check_data()
+        state = file.load()
     except AdaptorError:
         return None
     check_base(base, state)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from lemoe.errors import OutputError
 
+SCRATCH = ".part"  # end of the names under which files are written
+
 
 def write_whole(path: Path, content: bytes | Iterable[bytes], *, overwrite: bool = False) -> None:
     """Write through a temporary name in the same folder, fsync, and rename.
@@ -19,7 +21,7 @@ def write_whole(path: Path, content: bytes | Iterable[bytes], *, overwrite: bool
     scratch: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", suffix=SCRATCH, dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
@@ -33,6 +35,13 @@ def write_whole(path: Path, content: bytes | Iterable[bytes], *, overwrite: bool
         if scratch:
             with suppress(OSError):
                 Path(scratch).unlink(missing_ok=True)
+
+
+def remove_scratch(folder: Path) -> None:
+    """Remove what writers that were killed left under temporary names in `folder`."""
+    for path in folder.glob(f".*{SCRATCH}"):
+        with suppress(OSError):
+            path.unlink()
 
 
 def check_free(path: Path, *, overwrite: bool = False) -> None:

@@ -1,15 +1,17 @@
 """Safetensors files written part by part, so that a file may be larger than the memory."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lemoe.files import write_whole
+from lemoe.files import check_free, write_whole
 
 _NAMES = {
     torch.float32: "F32",
@@ -20,6 +22,7 @@ _NAMES = {
     torch.uint8: "U8",
 }
 ALIGNMENT = 8  # bytes to which the header is padded
+PIECE = 1 << 20  # bytes read at once
 
 
 @dataclass(frozen=True)
@@ -40,18 +43,39 @@ class Entry:
         return prod(self.shape) * self.dtype.itemsize
 
 
-def write_tensors(path: Path, metadata: Mapping[str, str], entries: Mapping[str, Entry], *, overwrite: bool) -> None:
+def write_tensors(
+    path: Path, metadata: Callable[[str], Mapping[str, str]], entries: Mapping[str, Entry], *, overwrite: bool
+) -> None:
     """Write a safetensors file, whole or not at all; equal content gives equal bytes.
+
+    Args:
+        metadata: gives the file's metadata for the SHA-256 of all that follows the header.
 
     Raises:
         OutputError: if the file exists and `overwrite` is not given, or cannot be written.
         ValueError: if the parts of a tensor are not as long as its shape says.
     """
     order = sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, name))
-    write_whole(path, _content(metadata, {name: entries[name] for name in order}), overwrite=overwrite)
+    ordered = {name: entries[name] for name in order}
+    check_free(path, overwrite=overwrite)
+    digest = hashlib.sha256()
+    for part in _data(ordered):
+        digest.update(part)
+    content = chain([_header(metadata(digest.hexdigest()), ordered)], _data(ordered))
+    write_whole(path, content, overwrite=overwrite)
 
 
-def _content(metadata: Mapping[str, str], entries: Mapping[str, Entry]) -> Iterator[bytes]:
+def data_sha256(path: Path) -> str:
+    """SHA-256 of all that follows the header of a safetensors file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        while part := file.read(PIECE):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _header(metadata: Mapping[str, str], entries: Mapping[str, Entry]) -> bytes:
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for name, entry in entries.items():
@@ -59,7 +83,10 @@ def _content(metadata: Mapping[str, str], entries: Mapping[str, Entry]) -> Itera
         header[name] = {"dtype": _NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
     text += b" " * (-len(text) % ALIGNMENT)
-    yield len(text).to_bytes(8, "little") + text
+    return len(text).to_bytes(8, "little") + text
+
+
+def _data(entries: Mapping[str, Entry]) -> Iterator[bytes]:
     for name, entry in entries.items():
         written = 0
         for part in entry.parts():

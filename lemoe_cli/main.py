@@ -1,7 +1,11 @@
 """The `lemoe` command and what all subcommands share: lazy loading, and errors as one clear message."""
 
 import importlib
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -16,6 +20,27 @@ COMMANDS = {
     "merge": "Stack adaptors of the same base model into one.",
     "show": "Show what an adaptor holds, and check it.",
 }
+
+
+class Terminated(BaseException):
+    """SIGTERM came: leave as from Ctrl-C, with everything put away."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """While open, SIGTERM unwinds the stack instead of ending the process on the spot."""
+
+    def terminate(number: int, frame: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class LazyGroup(click.Group):
@@ -36,17 +61,19 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _terminable():
+                return super().invoke(ctx)
         except LemoeError as error:
             from lemoe_cli.ui import plain
 
             for line in f"error: {error}".split("\n"):
                 click.echo(plain(line), err=True)
             ctx.exit(2)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Terminated) as signalled:
             kept = "; finished rounds are kept, --resume goes on from them" if ctx.invoked_subcommand == "edit" else ""
-            click.echo(f"interrupted{kept}", err=True)
-            ctx.exit(130)
+            ended = isinstance(signalled, Terminated)
+            click.echo(f"{'terminated' if ended else 'interrupted'}{kept}", err=True)
+            ctx.exit(143 if ended else 130)
         except (MemoryError, RuntimeError) as error:
             if not _out_of_memory(error):
                 raise

@@ -41,13 +41,21 @@ def test_show_tells_base_rounds_edits_and_supersessions(file: Path, state: lemoe
     assert lemoe_command("show", file.parent, "--edits").stdout == result.stdout
 
 
+def test_a_changed_byte_is_found(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1  # the last byte of the last anchor's subject
+    file.write_bytes(content)
+    lemoe.load_adaptor(file)
+    assert "its tensors are not those that were written" in refused("show", file, "--verify")
+
+
 def test_show_as_json_holds_everything_and_is_checked(file: Path, state: lemoe.AdaptorState) -> None:
     shown = json.loads(lemoe_command("show", file, "--json", "--verify").stdout)
     assert shown["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert shown["size"] == file.stat().st_size
     assert [record["id"] for record in shown["rounds"]] == [record.id for record in state.rounds]
     assert shown["superseded"] == [{"edit": "fact-0", "by": "anew"}]
-    assert len(shown["checked"]) == 2
+    assert len(shown["checked"]) == 3
 
 
 def test_verify_with_a_model_tells_whether_it_is_the_adaptors(file: Path, tiny_folder: Callable[[str], Path]) -> None:
