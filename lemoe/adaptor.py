@@ -35,6 +35,7 @@ class RoundRecord:
         missed: names of those that missed it in the end; None where that is not looked at.
         routed: how many of its edits took the route to its own expert when training ended.
         dropped: digests, sorted, of edits that it was trained on too and that were taken out since.
+        base_differences: how the model that it was trained on differed from the adaptor's base, if that was allowed.
     """
 
     id: str
@@ -52,6 +53,7 @@ class RoundRecord:
     missed: tuple[str, ...] | None
     routed: int
     dropped: tuple[str, ...] = ()
+    base_differences: tuple[str, ...] = ()
 
     @property
     def of_each(self) -> bool:
@@ -88,7 +90,8 @@ def round_id(base: Fingerprint, settings: Settings, edits: Sequence[Edit], paren
     How much runs at once is a matter of the machine, as the device is, and takes no part.
     """
     decisive = {name: value for name, value in settings.as_dict().items() if name != "batch_tokens"}
-    made_of = [base.ffn_sha256, base.tokenizer_sha256, base.ffn, decisive, digest_of(edits), parent]
+    weights = [base.ffn_sha256, base.weights_sha256, base.tokenizer_sha256, base.ffn]
+    made_of = [*weights, decisive, digest_of(edits), parent]
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
 

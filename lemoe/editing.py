@@ -93,6 +93,7 @@ def edit(
     start: AdaptorState | None = None,
     force: bool = False,
     resume: bool = False,
+    allow_base_mismatch: bool = False,
     listener: Listener | None = None,
 ) -> EditReport:
     """Teach `edits` to an adaptor of `base` and write it under `folder`.
@@ -103,6 +104,7 @@ def edit(
         start: an earlier adaptor to continue; its experts stay as they are, and edits it holds are left out.
         force: write into a folder that holds an earlier run, replacing its files.
         resume: keep the rounds that an unfinished run of the same edits and settings left in `folder`.
+        allow_base_mismatch: continue `start` on a base that it was not made for; the new rounds record how it differs.
 
     Raises:
         InputError: for edits or a plan that cannot be used.
@@ -112,7 +114,8 @@ def edit(
     listener = listener or Silent()
     folder = Path(folder)
     if start:
-        check_base(base, start)
+        for difference in check_base(base, start, allow=allow_base_mismatch):
+            listener.note(f"another base than the adaptor was made for: {difference}")
         check_settings(start, settings)
     with _locked(folder):
         return _edit(base, edits, settings, folder, source, plan_file, start, listener, force=force, resume=resume)
@@ -177,7 +180,14 @@ def _edit(
     if force:
         _remove_leftovers(folder, len(rounds))
     taught = [edit for members in rounds for edit in members]
-    measured = evaluate(base, state, taught, only=("reliability",), batch_tokens=settings.batch_tokens)
+    measured = evaluate(
+        base,
+        state,
+        taught,
+        only=("reliability",),
+        batch_tokens=settings.batch_tokens,
+        allow_base_mismatch=True,  # which `edit` has refused unless it was asked for
+    )
     return EditReport(
         state=state,
         path=path,
@@ -335,9 +345,9 @@ def _finished(
         state = file.load()
     except AdaptorError:
         return None
-    check_base(base, state)
     resolved = replace(settings, layer=state.base.layer)
-    expected = round_id(state.base, resolved, members, parent_of(settings, before))
+    there = base.fingerprint(state.base.layer, settings.layer_path)
+    expected = round_id(there, resolved, members, parent_of(settings, before))
     if [record.id for record in state.rounds] != [expected]:
         raise OutputError(f"{path} was trained on other edits or with other settings; --force starts anew")
     return state

@@ -7,6 +7,7 @@ gold answer.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,6 +78,7 @@ def evaluate(
     decode: Decode = "teacher",
     only: Sequence[str] | None = None,
     batch_tokens: int = 4096,
+    allow_base_mismatch: bool = False,
     on_progress: OnProgress = lambda done, of: None,
 ) -> EvalResult:
     """Measure `state` on the probes of `edits`; without a state, the base model alone.
@@ -85,6 +87,7 @@ def evaluate(
         decode: `teacher` or `greedy`.
         only: names of the metrics to measure; all by default.
         batch_tokens: padded tokens that run through the model at once.
+        allow_base_mismatch: measure it on a base that it was not made for, if only it has a place there.
         on_progress: called with probes done and their number.
 
     Raises:
@@ -95,8 +98,9 @@ def evaluate(
         items = _items(base, edits, only, batch_tokens)
     run = _teacher if decode == "teacher" else _greedy
     places: dict[int, Measured] = {}
-    with fast_products(base.model):
-        for rows, given in run(base, state, items, batch_tokens):
+    adaptor = InsertedAdaptor(base, state, allow_base_mismatch=allow_base_mismatch) if state else None
+    with fast_products(base.model), adaptor or nullcontext():
+        for rows, given in run(base, adaptor, items, batch_tokens):
             for row, (before, after, route) in zip(rows, given, strict=True):
                 places[row] = Measured(items[row], before, after, route)
             on_progress(len(places), len(items))
@@ -156,22 +160,16 @@ Answered = Iterator[tuple[list[int], list[Pair]]]
 
 
 @torch.no_grad()
-def _teacher(base: BaseModel, state: AdaptorState | None, items: Sequence[Item], batch_tokens: int) -> Answered:
+def _teacher(base: BaseModel, adaptor: InsertedAdaptor | None, items: Sequence[Item], batch_tokens: int) -> Answered:
     """Both stages from one frozen pass: the base's answers come with it, the edited ones from replaying its top."""
-    passages = [item.passage for item in items]
-    adaptor = InsertedAdaptor(base, state) if state else None
-    try:
-        for rows in length_buckets([len(passage.read) for passage in passages], batch_tokens):
-            chosen = [items[row] for row in rows]
-            if adaptor is None:
-                top = len(base.layers) - 1
-                before = _before(base, base.site(top), top, chosen, batch_tokens)[1]
-                yield rows, [(answer, answer, UNROUTED) for answer in before]
-            else:
-                yield rows, _both(base, adaptor, chosen, batch_tokens)
-    finally:
-        if adaptor:
-            adaptor.remove()
+    for rows in length_buckets([len(item.passage.read) for item in items], batch_tokens):
+        chosen = [items[row] for row in rows]
+        if adaptor is None:
+            top = len(base.layers) - 1
+            before = _before(base, base.site(top), top, chosen, batch_tokens)[1]
+            yield rows, [(answer, answer, UNROUTED) for answer in before]
+        else:
+            yield rows, _both(base, adaptor, chosen, batch_tokens)
 
 
 def _both(base: BaseModel, adaptor: InsertedAdaptor, items: Sequence[Item], batch_tokens: int) -> list[Pair]:
@@ -223,23 +221,17 @@ def _answers(base: BaseModel, batch: Batch, hidden: Tensor) -> list[Answer]:
     return [Answer(tuple(tokens.tolist()), float(loss.mean())) for tokens, loss in pairs]
 
 
-def _greedy(base: BaseModel, state: AdaptorState | None, items: Sequence[Item], batch_tokens: int) -> Answered:
-    passages = [item.passage for item in items]
-    adaptor = InsertedAdaptor(base, state) if state else None
-    try:
-        for rows in length_buckets([len(passage.read) for passage in passages], batch_tokens):
-            chosen = [passages[row] for row in rows]
-            if adaptor is None:
-                yield rows, [(answer, answer, UNROUTED) for answer in _written(base, chosen)]
-                continue
-            with adaptor.bypassed():
-                before = _written(base, chosen)
-            after = _written(base, chosen)
-            routes = adaptor.router.explain([passage.prompt for passage in chosen])
-            yield rows, list(zip(before, after, routes, strict=True))
-    finally:
-        if adaptor:
-            adaptor.remove()
+def _greedy(base: BaseModel, adaptor: InsertedAdaptor | None, items: Sequence[Item], batch_tokens: int) -> Answered:
+    for rows in length_buckets([len(item.passage.read) for item in items], batch_tokens):
+        chosen = [items[row].passage for row in rows]
+        if adaptor is None:
+            yield rows, [(answer, answer, UNROUTED) for answer in _written(base, chosen)]
+            continue
+        with adaptor.bypassed():
+            before = _written(base, chosen)
+        after = _written(base, chosen)
+        routes = adaptor.router.explain([passage.prompt for passage in chosen])
+        yield rows, list(zip(before, after, routes, strict=True))
 
 
 def _written(base: BaseModel, passages: Sequence[Passage]) -> list[Answer]:

@@ -45,14 +45,17 @@ class InsertedAdaptor:
         router: its router at work; `router.explain` tells why a prompt takes its route.
     """
 
-    def __init__(self, base: BaseModel, state: AdaptorState):
+    def __init__(self, base: BaseModel, state: AdaptorState, *, allow_base_mismatch: bool = False):
         """Insert `state` into `base`.
+
+        Args:
+            allow_base_mismatch: insert it into a base that it was not made for, if only it has a place there.
 
         Raises:
             AdaptorError: if the state was made for another base model, listing the differences, or if another
                 adaptor is inserted already.
         """
-        check_base(base, state)
+        check_base(base, state, allow=allow_base_mismatch)
         if "generate" in base.model.__dict__:
             raise AdaptorError("an adaptor is inserted already; remove it first, or stack the two and insert the stack")
         self.base = base
@@ -170,28 +173,38 @@ class InsertedAdaptor:
         return None if change is None else change.reshape(inputs.shape)
 
 
-def insert(base: BaseModel, adaptor: AdaptorState | Path | str) -> InsertedAdaptor:
+def insert(
+    base: BaseModel, adaptor: AdaptorState | Path | str, *, allow_base_mismatch: bool = False
+) -> InsertedAdaptor:
     """Insert an adaptor, given as a state or as the path of its file, into `base`.
+
+    Args:
+        allow_base_mismatch: insert it into a base that it was not made for, if only it has a place there.
 
     Raises:
         AdaptorError: if the file is not a valid adaptor, or was made for another base model.
     """
-    return InsertedAdaptor(base, adaptor if isinstance(adaptor, AdaptorState) else load_adaptor(adaptor))
+    state = adaptor if isinstance(adaptor, AdaptorState) else load_adaptor(adaptor)
+    return InsertedAdaptor(base, state, allow_base_mismatch=allow_base_mismatch)
 
 
-def check_base(base: BaseModel, state: AdaptorState) -> None:
-    """Refuse a state that was made for another base.
+def check_base(base: BaseModel, state: AdaptorState, *, allow: bool = False) -> tuple[str, ...]:
+    """Refuse a state that was made for another base, or, with `allow`, only one that has no place in this one.
+
+    Returns:
+        the differences, with `allow`.
 
     Raises:
         AdaptorError: listing the differences.
     """
     there = base.fingerprint(state.base.layer, state.settings.layer_path)
     differences = state.base.differences(there)
-    if differences:
+    if differences and not (allow and state.base.fits(there)):
         raise AdaptorError(
             f"this adaptor was made for another base model ({state.base.name}) than {base.source.name}:\n  "
             + "\n  ".join(differences)
         )
+    return tuple(differences)
 
 
 def _token_mask(given: Tensor, attention_mask: Tensor | None) -> Tensor:

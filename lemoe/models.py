@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,11 @@ class Fingerprint:
     """What tells one base model from another, as far as an adaptor for `layer` depends on it.
 
     Weights are hashed as bfloat16, so that one checkpoint has one fingerprint however it is loaded.
+
+    Attributes:
+        ffn_sha256: of the edited layer's FFN.
+        weights_sha256: of `SAMPLES` values of every other tensor, so that no fine-tune passes for its base.
+        tokenizer_sha256: of all that decides how text becomes tokens.
     """
 
     name: str
@@ -61,6 +67,7 @@ class Fingerprint:
     gated: bool
     vocabulary: int
     ffn_sha256: str
+    weights_sha256: str
     tokenizer_sha256: str
 
     def differences(self, other: "Fingerprint") -> list[str]:
@@ -71,10 +78,15 @@ class Fingerprint:
             if getattr(self, name) != getattr(other, name)
         ]
 
+    def fits(self, other: "Fingerprint") -> bool:
+        """Whether an adaptor for `self` has a place in `other` at all."""
+        return all(getattr(self, name) == getattr(other, name) for name in _SHAPE)
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
+_SHAPE = ("layer", "ffn", "hidden", "gated")
 _IDENTITY = (
     "architecture",
     "layer",
@@ -83,6 +95,7 @@ _IDENTITY = (
     "intermediate",
     "gated",
     "ffn_sha256",
+    "weights_sha256",
     "tokenizer_sha256",
 )
 
@@ -179,21 +192,42 @@ class BaseModel:
             intermediate=site.intermediate,
             gated=site.gated,
             vocabulary=self.vocabulary,
-            ffn_sha256=_weights_sha256(site),
-            tokenizer_sha256=_tokenizer_sha256(self.tokenizer),
+            ffn_sha256=_ffn_sha256(site),
+            weights_sha256=_weights_sha256(self.model),
+            tokenizer_sha256=self._tokenizer_sha256,
         )
+
+    @cached_property
+    def _tokenizer_sha256(self) -> str:
+        return _tokenizer_sha256(self.tokenizer)
 
     def _probe_input(self) -> dict[str, Tensor]:
         ids = torch.tensor([[0, 1]], device=self.model.device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def _weights_sha256(site: FFNSite) -> str:
+def _ffn_sha256(site: FFNSite) -> str:
     digest = hashlib.sha256()
     for name, tensor in site.tensors():
         digest.update(f"{name}{list(tensor.shape)}".encode())
-        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(_as_bytes(tensor))
     return digest.hexdigest()
+
+
+SAMPLES = 1024  # values of a tensor that are hashed
+
+
+def _weights_sha256(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.named_parameters()):
+        digest.update(f"{name}{list(tensor.shape)}".encode())
+        digest.update(_as_bytes(tensor.detach().flatten()[:: max(1, tensor.numel() // SAMPLES)]))
+    return digest.hexdigest()
+
+
+def _as_bytes(tensor: Tensor) -> bytes:
+    content: bytes = tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
+    return content
 
 
 def _tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:

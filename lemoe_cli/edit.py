@@ -12,6 +12,7 @@ from lemoe_cli.options import (
     LayerChoice,
     edits_argument,
     force_option,
+    mismatch_option,
     model_options,
     open_base,
     open_edits,
@@ -56,6 +57,7 @@ _SETTINGS = (
 @click.option("--batch-tokens", type=click.IntRange(1), help="Tokens that run through the model at once.")
 @click.option("--train-rephrases", is_flag=True, default=None, help="Train on the edits' own rephrases too.")
 @selection_options
+@mismatch_option
 @click.option("--resume", is_flag=True, help="Go on from the finished rounds of an interrupted run.")
 @force_option
 @quiet_option
@@ -64,6 +66,7 @@ def command(
     output: Path | None,
     plan_file: Path | None,
     start: Path | None,
+    allow_base_mismatch: bool,
     resume: bool,
     force: bool,
     quiet: bool,
@@ -107,6 +110,7 @@ def command(
             start=earlier,
             force=force,
             resume=resume,
+            allow_base_mismatch=allow_base_mismatch,
             listener=progress,
         )
     _show(report)

@@ -13,6 +13,7 @@ from lemoe_cli.options import (
     FILE,
     edits_argument,
     force_option,
+    mismatch_option,
     model_options,
     open_base,
     open_edits,
@@ -48,6 +49,7 @@ SCHEMA = 1
     help="Tokens that run through the model at once.",
 )
 @selection_options
+@mismatch_option
 @force_option
 @quiet_option
 def command(
@@ -57,6 +59,7 @@ def command(
     as_json: bool,
     records: Path | None,
     batch_tokens: int,
+    allow_base_mismatch: bool,
     force: bool,
     quiet: bool,
     **options: Any,
@@ -69,6 +72,7 @@ def command(
     from lemoe.checkpoint import load_adaptor
     from lemoe.evaluation import evaluate
     from lemoe.files import check_free, write_whole
+    from lemoe.insertion import check_base
 
     if records is not None:
         check_free(records, overwrite=force)
@@ -77,17 +81,29 @@ def command(
     state = load_adaptor(adaptor) if adaptor else None
     base = open_base(options, quiet=quiet)
 
-    from lemoe_cli.ui import counter
+    from lemoe_cli.ui import counter, say
 
+    differences = check_base(base, state, allow=allow_base_mismatch) if state else ()
+    for difference in differences:
+        say(f"warning: another base than the adaptor was made for: {difference}")
     with counter("measuring", quiet=quiet) as advance:
-        result = evaluate(base, state, read, decode=decode, batch_tokens=batch_tokens, on_progress=advance)
+        result = evaluate(
+            base,
+            state,
+            read,
+            decode=decode,
+            batch_tokens=batch_tokens,
+            allow_base_mismatch=allow_base_mismatch,
+            on_progress=advance,
+        )
     if records is not None:
         lines = (json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in result.records)
         write_whole(records, "".join(lines).encode(), overwrite=force)
     if as_json:
-        settings = {"edits": str(edits), "adaptor": str(adaptor) if adaptor else None, "decode": decode}
+        settings: dict[str, Any] = {"edits": str(edits), "adaptor": str(adaptor) if adaptor else None, "decode": decode}
         settings |= {name: options[name] for name in ("model", "revision", "limit", "sample", "seed")}
         settings |= {"dtype": str(base.dtype).removeprefix("torch."), "device": str(base.device)}
+        settings |= {"base_differences": list(differences)}
         click.echo(json.dumps(_document(result, settings), indent=1, ensure_ascii=False))
     else:
         _show(result)

@@ -72,7 +72,8 @@ def _show(count: int, merged: "Merged", output: Path | None, *, dry_run: bool) -
     ]
     if not dry_run:
         rows += [("size", size_text(merged.size)), ("adaptor", str(output))]
-    table(f"{count} adaptor(s) {'would be ' if dry_run else ''}stacked", ("", ""), rows, left=2)
+    what = "1 adaptor" if count == 1 else f"{count} adaptors"
+    table(f"{what} {'would be ' if dry_run else ''}stacked", ("", ""), rows, left=2)
     for edit in merged.dropped:
         say(f"edit {edit.id} is dropped")
     for later, earlier in merged.kept_out:

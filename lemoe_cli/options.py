@@ -72,6 +72,9 @@ settings_options: Callable[[Any], Any] = combined(
     click.option("--round-size", type=click.IntRange(1), help="Edits in a round, at most."),
 )
 
+mismatch_option = click.option(
+    "--allow-base-mismatch", is_flag=True, help="Take an adaptor of another base model, if it fits at all."
+)
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress, only results and errors.")
 force_option = click.option("--force", is_flag=True, help="Replace what is there.")
 

@@ -229,8 +229,18 @@ def test_another_weight_in_the_edited_ffn_gives_another_fingerprint(tiny_folder:
     one, other = (lemoe.load_base(str(tiny_folder("llama")), device="cpu") for _ in range(2))
     assert one.fingerprint(1) == other.fingerprint(1)
     dict(other.site(1).tensors())["LlamaMLP.down_proj.weight"].data[0, 0] += 1.0
-    assert [line.split(":")[0] for line in one.fingerprint(1).differences(other.fingerprint(1))] == ["ffn_sha256"]
-    assert one.fingerprint(0).differences(other.fingerprint(0)) == []
+    assert [line.split(":")[0] for line in one.fingerprint(1).differences(other.fingerprint(1))] == [
+        "ffn_sha256",
+        "weights_sha256",
+    ]
+    assert [line.split(":")[0] for line in one.fingerprint(0).differences(other.fingerprint(0))] == ["weights_sha256"]
+
+
+def test_another_weight_anywhere_gives_another_fingerprint(tiny_folder: Callable[[str], Path]) -> None:
+    one, other = (lemoe.load_base(str(tiny_folder("llama")), device="cpu") for _ in range(2))
+    tuned = other.model.get_parameter("model.layers.2.self_attn.v_proj.weight").data
+    tuned += 1e-2 * torch.randn(tuned.shape, generator=torch.Generator().manual_seed(0))
+    assert [line.split(":")[0] for line in one.fingerprint(1).differences(other.fingerprint(1))] == ["weights_sha256"]
 
 
 def test_another_tokenizer_gives_another_fingerprint(tmp_path: Path, base: lemoe.BaseModel) -> None:

@@ -74,9 +74,10 @@ def train_round(
 ) -> AdaptorState:
     """Teach `edits`, one new expert each; see `lemoe.methods.train_round`."""
     layer = before.base.layer if before else settings.layer_of(len(base.layers), base.source.layers)
-    fingerprint = before.base if before else base.fingerprint(layer, settings.layer_path)
+    there = base.fingerprint(layer, settings.layer_path)
+    fingerprint = before.base if before else there
     settings = replace(settings, layer=layer)
-    identity = round_id(fingerprint, settings, edits, None)
+    identity = round_id(there, settings, edits, None)
     torch_seed = int(identity[:15], 16)
     site = base.site(layer, settings.layer_path)
     passages = encode_edits(base, edits)
@@ -102,6 +103,7 @@ def train_round(
         steps=outcome.steps,
         retried=outcome.retried,
         missed=tuple(edits[place].id for place in outcome.missed),
+        base_differences=tuple(fingerprint.differences(there)),
         routed=_routed(base, anchors, settings),
     )
     return AdaptorState(fingerprint, settings, (record,), blocks.experts(), Anchors(tuple(anchors)))

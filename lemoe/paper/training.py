@@ -41,9 +41,10 @@ def train_round(
     buckets = length_buckets([len(passage.read) for passage in passages], settings.batch_tokens)
     below = run_below(base, site, layer, passages, settings.batch_tokens)
     batches = [below.freeze(Batch.of(passages, rows, base.pad_token, base.device)) for rows in buckets]
-    fingerprint = before.base if before else base.fingerprint(layer, settings.layer_path)
+    there = base.fingerprint(layer, settings.layer_path)
+    fingerprint = before.base if before else there
     settings = replace(settings, layer=layer)
-    identity = round_id(fingerprint, settings, edits, before.rounds[-1].id if before else None)
+    identity = round_id(there, settings, edits, before.rounds[-1].id if before else None)
     generator = torch.Generator().manual_seed(int(identity[:15], 16) ^ settings.seed)
     trainee = Trainee(site, settings, residual_scale(base, layer), batches, before, generator).to(base.device)
     loss, steps = _optimise(base, trainee, batches, settings, on_step)
@@ -62,6 +63,7 @@ def train_round(
         steps=steps,
         retried=0,
         missed=None,
+        base_differences=tuple(fingerprint.differences(there)),
         routed=routed,
     )
     return AdaptorState(fingerprint, settings, (record,), experts, router)
