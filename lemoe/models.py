@@ -38,6 +38,18 @@ class ModelSource:
     embedded: bool = False
     layers: Mapping[str, int] = field(default_factory=dict)
 
+    @property
+    def hub_id(self) -> str | None:
+        """The repository on the hub, if it is there."""
+        if self.embedded:
+            return embedded.HUB_ID
+        return None if Path(self.location).is_dir() or self.location.count("/") != 1 else self.location
+
+    @property
+    def shared_name(self) -> str:
+        """A name that says nothing of this machine: of a folder, its last part."""
+        return self.name if self.hub_id else Path(self.location).name
+
     def __str__(self) -> str:
         if self.embedded:
             return f"{self.name} = {embedded.TITLE}, embedded"

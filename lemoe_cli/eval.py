@@ -22,8 +22,10 @@ from lemoe_cli.options import (
 )
 
 if TYPE_CHECKING:
+    from lemoe.adaptor import AdaptorState
     from lemoe.evaluation import Decode, EvalResult
     from lemoe.metrics import Metric
+    from lemoe.models import BaseModel
 
 SCHEMA = 1
 
@@ -40,6 +42,7 @@ SCHEMA = 1
     help="Likeliest token at each position of the target, or what the model writes.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: one flat record for each figure.")
+@click.option("--card", is_flag=True, help="Write the figures into the card beside the adaptor (README.md).")
 @click.option("--records", type=FILE, help="Write one JSON line for each probe here.")
 @click.option(
     "--batch-tokens",
@@ -57,6 +60,7 @@ def command(
     adaptor: Path | None,
     decode: "Decode",
     as_json: bool,
+    card: bool,
     records: Path | None,
     batch_tokens: int,
     allow_base_mismatch: bool,
@@ -77,6 +81,8 @@ def command(
     if records is not None:
         check_free(records, overwrite=force)
 
+    if card and not adaptor:
+        raise click.UsageError("--card needs an --adaptor, beside which the card stands")
     read = open_edits(edits, options)
     state = load_adaptor(adaptor) if adaptor else None
     base = open_base(options, quiet=quiet)
@@ -99,6 +105,8 @@ def command(
     if records is not None:
         lines = (json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in result.records)
         write_whole(records, "".join(lines).encode(), overwrite=force)
+    if card and adaptor and state:
+        _update_card(adaptor, base, state, edits.name, result)
     if as_json:
         settings: dict[str, Any] = {"edits": str(edits), "adaptor": str(adaptor) if adaptor else None, "decode": decode}
         settings |= {name: options[name] for name in ("model", "revision", "limit", "sample", "seed")}
@@ -107,6 +115,12 @@ def command(
         click.echo(json.dumps(_document(result, settings), indent=1, ensure_ascii=False))
     else:
         _show(result)
+
+
+def _update_card(adaptor: Path, base: "BaseModel", state: "AdaptorState", edits: str, result: "EvalResult") -> None:
+    from lemoe.card import write_card
+
+    write_card(adaptor if adaptor.is_dir() else adaptor.parent, base, state, edits, result.metrics)
 
 
 def _document(result: "EvalResult", settings: dict[str, Any]) -> dict[str, Any]:

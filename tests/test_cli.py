@@ -141,6 +141,7 @@ def test_edit_writes_the_plan_each_round_and_their_stack_next_to_the_edits(
     assert result.exit_code == 0
     assert listed(tmp_path / "edits.lemoe") == {
         "plan.yaml",
+        "README.md",
         "rounds",
         *(f"rounds/000{number}.safetensors" for number in (1, 2, 3)),
         "adaptor.safetensors",

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/speed.py count            # what an edit costs on paper
     python tests/benchmarks/speed.py training         # against a plain full-model loop over the same texts
+    python tests/benchmarks/speed.py scale            # the cost of an edit among 200 and among 3,000
     python tests/benchmarks/speed.py routing          # the gate over 1,000, 10,000 and 100,000 anchors
     python tests/benchmarks/speed.py inference        # prefill and decode of an edited model against the base
     python tests/benchmarks/speed.py gpu              # a random model of the 7B shape, bfloat16, on a GPU
@@ -13,6 +14,7 @@ test run.
 import argparse
 import random
 import statistics
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -190,6 +192,23 @@ def training() -> None:
     for label, size in (("the same batch", settings.round_size), ("batch 1", 1)):
         plain = steps * plain_step(base, lessons, settings, size)
         print(f"plain full-model loop, {label}: {1e3 * plain:.0f} ms an edit: {plain / ours:.1f} times slower")
+
+
+def scale() -> None:
+    """Seconds an edit of whole runs, from planning to the stacked file, of few edits and of many; takes long."""
+    base = lemoe.load_base("llama")
+    edits = lemoe.read_edits(DATA / "zsre_dev.json")
+    settings = lemoe.resolve_settings("anchor")
+    print("| edits | training | with planning, stacking and measuring | all edits opened |\n|---|---|---|---|")
+    for count in (200, len(edits)):
+        with tempfile.TemporaryDirectory() as folder:
+            started = time.perf_counter()
+            report = lemoe.edit(base, edits[:count], settings, folder)
+            whole = (time.perf_counter() - started) / report.taught
+            opened = timed(partial(lemoe.load_adaptor, report.path))
+        training = report.seconds / report.taught
+        row = f"| {report.taught:,} | {1e3 * training:.0f} ms an edit | {1e3 * whole:.0f} ms an edit | in {opened:.2f} s |"
+        print(row, flush=True)
 
 
 def step_cost(base: lemoe.BaseModel, edits: Sequence[lemoe.Edit], settings: lemoe.Settings) -> tuple[float, float]:
@@ -431,7 +450,7 @@ def gpu(count: int = 400) -> None:
 
 
 def main() -> None:
-    parts = {"count": count, "training": training, "routing": routing, "inference": inference, "gpu": gpu}
+    parts = {part.__name__: part for part in (count, training, scale, routing, inference, gpu)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(parts)}; all but gpu by default")
     given = parser.parse_args()

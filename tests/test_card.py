@@ -1,0 +1,83 @@
+"""The card beside an adaptor: front matter that the Hub reads, what was measured, and no word of this machine."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from test_cli import lemoe_command
+
+import lemoe
+from lemoe.card import write_card
+from lemoe.embedded import HUB_ID
+from lemoe.errors import InputError
+from lemoe.models import ModelSource
+
+SettingsOf = Callable[..., lemoe.Settings]
+
+
+@pytest.fixture
+def folder(base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, tmp_path: Path) -> Path:
+    lemoe.edit(base, facts[:2], anchor(), tmp_path / "capitals")
+    return tmp_path / "capitals"
+
+
+def front(path: Path) -> dict[str, object]:
+    found: dict[str, object] = yaml.safe_load(path.read_text().split("---\n")[1])
+    return found
+
+
+def test_a_run_writes_a_card_that_the_hub_reads(folder: Path) -> None:
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "lemoe"
+    assert "model-editing" in (card.data.tags or [])
+    assert "teaches 2 edits to `llama`" in card.text
+    assert str(folder.parent) not in card.content
+
+
+def test_measuring_brings_the_card_up_to_date_and_leaves_what_people_wrote(
+    folder: Path, tiny_folder: Callable[[str], Path], facts: list[lemoe.Edit], tmp_path: Path
+) -> None:
+    card = folder / "README.md"
+    card.write_text(card.read_text() + "\n## Licence\n\nOurs.\n")
+    edits = tmp_path / "edits.jsonl"
+    edits.write_text(f'{{"id": "{facts[0].id}", "prompt": "{facts[0].prompt}", "target": "{facts[0].target}"}}')
+    where = ("-a", folder, "--model", tiny_folder("llama"), "--device", "cpu")
+    for _ in range(2):
+        assert lemoe_command("eval", edits, *where, "--card").exit_code == 0
+        found = card.read_text()
+        assert found.count("## Measured on edits.jsonl") == 1
+        assert found.count("## Licence") == 1
+        assert found.count("<!-- lemoe -->") == 1
+    (entry,) = front(card)["model-index"]  # type: ignore[misc]
+    metrics = [metric for result in entry["results"] for metric in result["metrics"]]
+    assert {"type": "exact_match", "value": 1.0, "name": "reliability, all (teacher)"} in metrics
+
+
+def test_a_card_that_was_there_before_is_kept(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, tmp_path: Path
+) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\nOurs.\n")
+    write_card(tmp_path, base, lemoe.train_round(base, facts[:2], anchor()))
+    assert (tmp_path / "README.md").read_text().endswith("Ours.\n")
+    assert front(tmp_path / "README.md")["license"] == "mit"
+
+
+def test_a_card_that_is_not_text_is_left_alone(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, tmp_path: Path
+) -> None:
+    (tmp_path / "README.md").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="cannot be read as text"):
+        write_card(tmp_path, base, lemoe.train_round(base, facts[:2], anchor()))
+
+
+def test_the_base_is_named_as_the_hub_names_it(tmp_path: Path) -> None:
+    assert ModelSource("llama", "x", embedded=True).hub_id == HUB_ID
+    assert ModelSource("org/name", "org/name").hub_id == "org/name"
+    local = ModelSource(str(tmp_path), str(tmp_path))
+    assert (local.hub_id, local.shared_name) == (None, tmp_path.name)
+
+
+def test_eval_without_an_adaptor_has_no_card(tmp_path: Path) -> None:
+    assert lemoe_command("eval", tmp_path / "x", "--model", "llama", "--card").exit_code == 2
