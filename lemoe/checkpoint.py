@@ -22,7 +22,7 @@ from lemoe.methods import ROUTERS
 from lemoe.models import Fingerprint
 from lemoe.routing import Lineage, offsets_hold
 from lemoe.settings import Settings, coerce_settings
-from lemoe.tensorfile import Entry, data_sha256, write_tensors
+from lemoe.tensorfile import Entry, is_as_written, write_tensors
 
 FORMAT = 1
 ADAPTOR_NAME = "adaptor.safetensors"
@@ -57,19 +57,14 @@ def write_adaptor(
     experts = state.experts
     small = {"experts.offsets": experts.offsets, "experts.scale": experts.scale, **state.router.tensors()}
     entries = {name: Entry.of(tensor.detach().cpu().contiguous()) for name, tensor in small.items()}
-    write_tensors(Path(path), lambda digest: _metadata(state, digest), {**entries, **matrices}, overwrite=overwrite)
-
-
-def _metadata(state: AdaptorState, digest: str) -> dict[str, str]:
     header = {
         "format": FORMAT,
         "tool": f"lemoe {__version__}",
-        "data_sha256": digest,
         "base": state.base.as_dict(),
         "settings": state.settings.as_dict(),
         "rounds": [asdict(record) for record in state.rounds],
     }
-    return {METADATA_KEY: json.dumps(header, sort_keys=True)}
+    write_tensors(Path(path), METADATA_KEY, header, {**entries, **matrices}, overwrite=overwrite)
 
 
 class AdaptorFile:
@@ -92,7 +87,6 @@ class AdaptorFile:
         with _opened(self.path) as file:
             header = _header(self.path, file.metadata() or {})
             self.tool = str(header.get("tool", "unknown"))
-            self._data_sha256 = header.get("data_sha256")
             names = list(file.keys())
             tensors = {name: _shape_only(file, name) if name in MATRICES else _read(file, name) for name in names}
         with _damage(self.path):
@@ -111,20 +105,26 @@ class AdaptorFile:
             raise AdaptorError(f"{self.path}: not a valid adaptor:\n  {name}: holds values that are not finite")
         return part
 
-    def check_data(self) -> None:
-        """Compare everything behind the header with the hash in it.
+    def check_whole(self) -> None:
+        """Compare all of the file with the hash in it.
 
         Raises:
-            AdaptorError: if they differ.
+            AdaptorError: if it is not as it was written.
         """
-        if data_sha256(self.path) != self._data_sha256:
-            raise AdaptorError(f"{self.path}: damaged: its tensors are not those that were written")
+        with _damage(self.path):
+            if not is_as_written(self.path, METADATA_KEY):
+                raise AdaptorError(f"{self.path}: damaged, or changed by hand: it is not as it was written")
 
     def load(self) -> AdaptorState:
-        """The state with all its experts."""
+        """The state with all its experts.
+
+        Raises:
+            AdaptorError: if a value is not finite, or the file is not as it was written.
+        """
         experts = self.state.experts
         gate = None if experts.gate is None else self.rows("experts.gate", 0, len(experts.gate))
         up, down = (self.rows(name, 0, len(experts.up)) for name in ("experts.up", "experts.down"))
+        self.check_whole()
         return replace(self.state, experts=replace(experts, up=up, down=down, gate=gate))
 
 
@@ -133,7 +133,8 @@ def load_adaptor(path: Path | str) -> AdaptorState:
 
     Raises:
         AdaptorError: if the file is missing, truncated, of another kind or version, or if any tensor is missing,
-            unexpected, of the wrong shape or type, or not finite; all such tensors are listed.
+            unexpected, of the wrong shape or type, or not finite; all such tensors are listed; or if anything is
+            not as it was written.
     """
     return AdaptorFile(path).load()
 

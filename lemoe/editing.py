@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from lemoe.adaptor import AdaptorState, RoundRecord, check_settings, round_id, stack
 from lemoe.card import write_card
-from lemoe.checkpoint import ADAPTOR_NAME, AdaptorFile, save_adaptor
+from lemoe.checkpoint import ADAPTOR_NAME, load_adaptor, save_adaptor
 from lemoe.edits import Edit
 from lemoe.errors import AdaptorError, InputError, LemoeError, OutputError
 from lemoe.evaluation import evaluate
@@ -342,9 +342,7 @@ def _finished(
     if not path.exists():
         return None
     try:
-        file = AdaptorFile(path)
-        file.check_data()
-        state = file.load()
+        state = load_adaptor(path)
     except AdaptorError:
         return None
     resolved = replace(settings, layer=state.base.layer)

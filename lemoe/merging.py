@@ -71,6 +71,8 @@ def merge(
     if output is not None:
         check_free(Path(output), overwrite=overwrite)
     files = [AdaptorFile(path) for path in paths]
+    for file in files:
+        file.check_whole()
     state, kept_out = _stacked(files, paths, on_conflict)
     named = sorted({expert for name in drop for expert in _named(state, name)})
     dropped = tuple(edit for expert in named for edit in state.taught[expert])

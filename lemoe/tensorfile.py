@@ -23,6 +23,7 @@ _NAMES = {
 }
 ALIGNMENT = 8  # bytes to which the header is padded
 PIECE = 1 << 20  # bytes read at once
+HASH = "sha256"
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,12 @@ class Entry:
 
 
 def write_tensors(
-    path: Path, metadata: Callable[[str], Mapping[str, str]], entries: Mapping[str, Entry], *, overwrite: bool
+    path: Path, key: str, metadata: Mapping[str, object], entries: Mapping[str, Entry], *, overwrite: bool
 ) -> None:
     """Write a safetensors file, whole or not at all; equal content gives equal bytes.
 
     Args:
-        metadata: gives the file's metadata for the SHA-256 of all that follows the header.
+        key: under which the file's own metadata holds `metadata`, as sorted JSON, and the hash of everything.
 
     Raises:
         OutputError: if the file exists and `overwrite` is not given, or cannot be written.
@@ -57,33 +58,42 @@ def write_tensors(
     """
     order = sorted(entries, key=lambda name: (-entries[name].dtype.itemsize, name))
     ordered = {name: entries[name] for name in order}
+    table = _table(ordered)
     check_free(path, overwrite=overwrite)
-    digest = hashlib.sha256()
-    for part in _data(ordered):
-        digest.update(part)
-    content = chain([_header(metadata(digest.hexdigest()), ordered)], _data(ordered))
-    write_whole(path, content, overwrite=overwrite)
+    whole = {**metadata, HASH: _hash(table, metadata, _data(ordered))}
+    text = _canonical({"__metadata__": {key: json.dumps(whole, sort_keys=True)}, **table})
+    text += b" " * (-len(text) % ALIGNMENT)
+    write_whole(path, chain([len(text).to_bytes(8, "little") + text], _data(ordered)), overwrite=overwrite)
 
 
-def data_sha256(path: Path) -> str:
-    """SHA-256 of all that follows the header of a safetensors file."""
-    digest = hashlib.sha256()
+def is_as_written(path: Path, key: str) -> bool:
+    """Whether the hash in a safetensors file is that of its tensors, of their table, and of its metadata."""
     with path.open("rb") as file:
-        file.seek(8 + int.from_bytes(file.read(8), "little"))
-        while part := file.read(PIECE):
-            digest.update(part)
+        table = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        metadata = json.loads(table.pop("__metadata__")[key])
+        stored = metadata.pop(HASH, None)
+        found = _hash(table, metadata, iter(lambda: file.read(PIECE), b""))
+    return bool(stored == found)
+
+
+def _hash(table: Mapping[str, object], metadata: Mapping[str, object], data: Iterable[bytes]) -> str:
+    digest = hashlib.sha256(_canonical(table) + _canonical(metadata))
+    for part in data:
+        digest.update(part)
     return digest.hexdigest()
 
 
-def _header(metadata: Mapping[str, str], entries: Mapping[str, Entry]) -> bytes:
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
+def _canonical(value: Mapping[str, object]) -> bytes:
+    return json.dumps(value, separators=(",", ":"), sort_keys=True).encode()
+
+
+def _table(entries: Mapping[str, Entry]) -> dict[str, object]:
+    table: dict[str, object] = {}
     end = 0
     for name, entry in entries.items():
         start, end = end, end + entry.size
-        header[name] = {"dtype": _NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
+        table[name] = {"dtype": _NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [start, end]}
+    return table
 
 
 def _data(entries: Mapping[str, Entry]) -> Iterator[bytes]:

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 import lemoe
 from lemoe_cli.main import COMMANDS
@@ -50,3 +51,17 @@ def test_the_python_example_teaches_and_restores_the_model(
     said = capsys.readouterr().out.strip().split("\n")
     assert "Paris" in said[0]
     assert said[-1].strip() == "Rome"
+
+
+@pytest.mark.parametrize("method", ["anchor", "paper"])
+def test_the_format_page_names_every_tensor_and_all_metadata(
+    base: lemoe.BaseModel, trained: lemoe.AdaptorState, facts: list[lemoe.Edit], tmp_path: Path, method: str
+) -> None:
+    page = (REPOSITORY / "docs" / "format.md").read_text(encoding="utf-8")
+    settings = lemoe.resolve_settings("anchor", None, {"layer": 1, "steps": 1, "variants": 0, "negatives": 0})
+    state = trained if method == "paper" else lemoe.train_round(base, facts[:2], settings)
+    lemoe.save_adaptor(state, tmp_path / "adaptor")
+    with safe_open(tmp_path / "adaptor", framework="pt") as file:
+        header = json.loads(file.metadata()["lemoe"])
+        names = {*file.keys(), *header, *header["base"], *header["rounds"][0]}
+    assert not [name for name in names if f"`{name}`" not in page]

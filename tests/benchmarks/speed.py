@@ -206,8 +206,8 @@ def scale() -> None:
             report = lemoe.edit(base, edits[:count], settings, folder)
             whole = (time.perf_counter() - started) / report.taught
             opened = timed(partial(lemoe.load_adaptor, report.path))
-        training = report.seconds / report.taught
-        row = f"| {report.taught:,} | {1e3 * training:.0f} ms an edit | {1e3 * whole:.0f} ms an edit | in {opened:.2f} s |"
+        taught, training = report.taught, report.seconds / report.taught
+        row = f"| {taught:,} | {1e3 * training:.0f} ms an edit | {1e3 * whole:.0f} ms an edit | in {opened:.2f} s |"
         print(row, flush=True)
 
 

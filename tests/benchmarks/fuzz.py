@@ -1,0 +1,161 @@
+"""Feed damaged and hostile files to the readers of adaptors and of edits: only clear errors, never a wrong state.
+
+    python tests/benchmarks/fuzz.py --cases 100000
+
+Half the cases are adaptor files with bytes, metadata or the table of tensors changed; half are edit files. A case fails
+if a reader raises anything but a LemoeError, gives a state that is not the one that was written, or takes longer than
+`SLOW` seconds. Ends non-zero if one does.
+"""
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from conftest import FACTS, build_model
+
+import lemoe
+
+SLOW = 5.0  # seconds
+STRANGE: tuple[Any, ...] = (
+    *(None, True, 0, -1, 2**63, 1e308, float("nan"), "", "\x1b[2J", "../../etc/passwd", "x" * 10_000, [], {}),
+    *([[]], {"a": {"b": {}}}, "\ud800", [0] * 1000, "NaN", {"__metadata__": {}}),
+)
+
+
+def adaptor_of(folder: Path) -> Path:
+    """An adaptor of a tiny random model."""
+    base = lemoe.load_base(str(build_model(folder / "model", "llama")), device="cpu")
+    edits = [lemoe.Edit(f"e{n}", prompt, target, subject) for n, (subject, prompt, target) in enumerate(FACTS[:3])]
+    settings = lemoe.resolve_settings("anchor", None, {"layer": 1, "steps": 2, "variants": 1, "negatives": 1})
+    path = folder / "adaptor.safetensors"
+    lemoe.save_adaptor(lemoe.train_round(base, edits, settings), path)
+    return path
+
+
+def damaged(content: bytes, rng: random.Random) -> bytes:
+    """An adaptor file with something changed."""
+    kind = rng.randrange(4)
+    if kind == 0:
+        return _changed_bytes(content, rng)
+    size = int.from_bytes(content[:8], "little")
+    table = json.loads(content[8 : 8 + size])
+    if kind == 1:
+        table = _changed_value(table, rng)
+    elif kind == 2:
+        metadata = _changed_value(json.loads(table["__metadata__"]["lemoe"]), rng)
+        table["__metadata__"]["lemoe"] = json.dumps(metadata)
+    else:
+        one, other = rng.sample([name for name in table if name != "__metadata__"], 2)
+        table[one], table[other] = table[other], table[one]
+    text = json.dumps(table).encode("utf-8", "surrogatepass")
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
+
+
+def _changed_bytes(content: bytes, rng: random.Random) -> bytes:
+    """Bits flipped, a piece cut out or put in, or the end cut off."""
+    changed = bytearray(content)
+    kind = rng.randrange(4)
+    place = rng.randrange(len(changed))
+    if kind == 0:
+        for _ in range(rng.choice((1, 1, 2, 20))):
+            changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
+    elif kind == 1:
+        del changed[place : place + rng.choice((1, 8, 1000))]
+    elif kind == 2:
+        changed[place:place] = rng.randbytes(rng.choice((1, 8, 1000)))
+    else:
+        del changed[place:]
+    return bytes(changed)
+
+
+def _changed_value(value: Any, rng: random.Random) -> Any:
+    """The value with something inside it missing, strange or renamed."""
+    if isinstance(value, dict) and value and rng.random() < 0.9:
+        key = rng.choice(list(value))
+        kind = rng.randrange(4)
+        if kind == 0:
+            return {name: inner for name, inner in value.items() if name != key}
+        if kind == 1:
+            return {**value, str(rng.choice(STRANGE))[:50]: rng.choice(STRANGE)}
+        return {**value, key: _changed_value(value[key], rng)}
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        place = rng.randrange(len(value))
+        return [*value[:place], _changed_value(value[place], rng), *value[place + 1 :]]
+    if isinstance(value, int) and rng.random() < 0.5:
+        return value + rng.choice((-1, 1, 8, -value, 2**40))
+    return rng.choice(STRANGE)
+
+
+SHAPES: tuple[dict[str, Any], ...] = (
+    {"prompt": "The sky is", "target": "green", "subject": "sky", "rephrases": ["The sky looks"], "locality": []},
+    {"src": "Who wrote it?", "alt": "Ann", "rephrase": "The writer?", "loc": "nq question: why", "loc_ans": "so"},
+    {
+        "requested_rewrite": {"prompt": "{} is in", "subject": "Rome", "target_new": {"str": "France"}},
+        "paraphrase_prompts": ["Where is Rome?"],
+        "neighborhood_prompts": ["Oslo is in"],
+    },
+    {"prompt": "A is", "target_new": "B", "portability": {"x": [{"prompt": "p", "ground_truth": [["t"]]}]}},
+)
+
+
+def edits_file(rng: random.Random) -> bytes:
+    """An edit file of some shape, with something wrong."""
+    records = [_changed_value(rng.choice(SHAPES), rng) for _ in range(rng.randrange(1, 4))]
+    text = json.dumps(records) if rng.random() < 0.5 else "\n".join(map(json.dumps, records))
+    content = text.encode("utf-8", "surrogatepass")
+    return _changed_bytes(content, rng) if content and rng.random() < 0.3 else content
+
+
+def same(one: lemoe.AdaptorState, other: lemoe.AdaptorState) -> bool:
+    tensors = [{"up": s.experts.up, "down": s.experts.down, **s.router.tensors()} for s in (one, other)]
+    alike = all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+    return alike and (one.base, one.settings, one.rounds) == (other.base, other.settings, other.rounds)
+
+
+def fuzz(folder: Path, cases: int, seed: int) -> dict[str, int]:
+    """How many cases were refused and how many read; raises AssertionError at the first that fails."""
+    rng = random.Random(seed)
+    original = adaptor_of(folder)
+    content, state = original.read_bytes(), lemoe.load_adaptor(original)
+    counts = {"adaptors refused": 0, "adaptors read": 0, "edits refused": 0, "edits read": 0}
+    for number in range(cases):
+        adaptor = number % 2 == 0
+        path = folder / ("case.safetensors" if adaptor else "case.json")
+        path.write_bytes(damaged(content, rng) if adaptor else edits_file(rng))
+        read: Callable[[Path], Any] = lemoe.load_adaptor if adaptor else lemoe.read_edits
+        started = time.monotonic()
+        try:
+            found = read(path)
+            outcome = "read"
+            assert not adaptor or same(found, state), f"case {number}: a wrong state was read"
+        except lemoe.LemoeError:
+            outcome = "refused"
+        except Exception as error:
+            raise AssertionError(f"case {number}: {type(error).__name__}: {error}") from error
+        assert time.monotonic() - started < SLOW, f"case {number}: slow"
+        counts[f"{'adaptors' if adaptor else 'edits'} {outcome}"] += 1
+    return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        counts = fuzz(Path(folder), given.cases, given.seed)
+    print(f"{given.cases:,} cases: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
+
+
+if __name__ == "__main__":
+    main()
