@@ -230,6 +230,9 @@ def _check(
 ) -> None:
     """All tensors that are missing, unexpected, mis-shaped or not finite, at once."""
     neurons = _neurons(tensors)
+    rows = max((tensor.shape[0] for tensor in tensors.values() if tensor.dim()), default=0)
+    if sum(record.experts for record in rounds) > rows:
+        raise ValueError("its rounds speak of more experts than it has")
     lineages = [Lineage(record.id, record.parent, record.depth) for record in rounds for _ in range(record.experts)]
     expected: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
         "experts.up": ((neurons, base.hidden), None),

@@ -361,3 +361,12 @@ def test_two_continuations_of_one_adaptor_route_alike_in_either_order_of_merging
             routes = adaptor.router.explain([base.tokenizer(edit.prompt).input_ids for edit in facts])
         reached.append([(merged.rounds[route.expert].id, round(route.weight, 4)) for route in routes])
     assert reached[0] == reached[1]
+
+
+def test_a_round_that_claims_more_experts_than_there_are_costs_no_memory(
+    path: Path, trained: lemoe.AdaptorState
+) -> None:
+    claims = replace(trained.rounds[0], experts=2**40)
+    lemoe.save_adaptor(replace(trained, rounds=(claims, *trained.rounds[1:])), path, overwrite=True)
+    with pytest.raises(AdaptorError, match="more experts than it has"):
+        lemoe.load_adaptor(path)
