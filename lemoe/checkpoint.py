@@ -39,11 +39,12 @@ def save_adaptor(state: AdaptorState, path: Path | str, *, overwrite: bool = Fal
         AdaptorError: if the state holds values that are not finite, which no file may.
         OutputError: if the file exists and `overwrite` is not given, or cannot be written.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _matrices(state).items()}
+    tensors = {**matrices_of(state), **_small(state)}
     broken = [name for name, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
     if broken:
         raise AdaptorError(f"{path}: not written, these hold values that are not finite: {', '.join(broken)}")
-    write_adaptor(state, {name: Entry.of(tensor) for name, tensor in tensors.items()}, path, overwrite=overwrite)
+    matrices = {name: Entry.of(matrix) for name, matrix in matrices_of(state).items()}
+    write_adaptor(state, matrices, path, overwrite=overwrite)
 
 
 def write_adaptor(
@@ -54,9 +55,7 @@ def write_adaptor(
     Raises:
         OutputError: if the file exists and `overwrite` is not given, or cannot be written.
     """
-    experts = state.experts
-    small = {"experts.offsets": experts.offsets, "experts.scale": experts.scale, **state.router.tensors()}
-    entries = {name: Entry.of(tensor.detach().cpu().contiguous()) for name, tensor in small.items()}
+    entries = {name: Entry.of(tensor) for name, tensor in _small(state).items()}
     header = {
         "format": FORMAT,
         "tool": f"lemoe {__version__}",
@@ -192,7 +191,13 @@ def _header(path: Path, stored: Mapping[str, str]) -> dict[str, Any]:
     return header
 
 
-def _matrices(state: AdaptorState) -> dict[str, Tensor]:
+def _small(state: AdaptorState) -> dict[str, Tensor]:
+    """All other tensors, by name."""
+    experts = state.experts
+    return {"experts.offsets": experts.offsets, "experts.scale": experts.scale, **state.router.tensors()}
+
+
+def matrices_of(state: AdaptorState) -> dict[str, Tensor]:
     """The experts' matrices, by name."""
     matrices = zip(MATRICES, (state.experts.up, state.experts.down, state.experts.gate), strict=True)
     return {name: tensor for name, tensor in matrices if tensor is not None}

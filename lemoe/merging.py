@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lemoe.adaptor import AdaptorState, RoundRecord, Taught, stack
-from lemoe.checkpoint import MATRICES, AdaptorFile, write_adaptor
+from lemoe.checkpoint import AdaptorFile, matrices_of, write_adaptor
 from lemoe.errors import AdaptorError, InputError
 from lemoe.files import check_free
 from lemoe.models import DTYPES
@@ -81,7 +81,8 @@ def merge(
         state = replace(state, experts=state.experts.stored_as(DTYPES[dtype]))
     size = 0
     if output is not None:
-        matrices = {name: _streamed(name, matrix, files, state) for name, matrix in _shapes(state).items()}
+        sources = list(_sources(files, state))
+        matrices = {name: _streamed(name, matrix, sources) for name, matrix in matrices_of(state).items()}
         write_adaptor(state, matrices, output, overwrite=overwrite)
         size = Path(output).stat().st_size
     rounds = [record.id for file in files for record in file.state.rounds]
@@ -149,19 +150,17 @@ def _edits_named(state: AdaptorState, name: str) -> list[int]:
     return [expert for expert, edits in enumerate(state.taught) if any(edit.id == name for edit in edits)]
 
 
-def _shapes(state: AdaptorState) -> dict[str, Tensor]:
-    matrices = zip(MATRICES, (state.experts.up, state.experts.down, state.experts.gate), strict=True)
-    return {name: matrix for name, matrix in matrices if matrix is not None}
+Source = tuple[AdaptorFile, int, int]  # a file, and its rows from, to
 
 
-def _streamed(name: str, matrix: Tensor, files: Sequence[AdaptorFile], state: AdaptorState) -> Entry:
-    """The matrix `name` of a stack, to be copied from the files in pieces."""
-    row = max(1, matrix.shape[1] * matrix.dtype.itemsize)
+def _streamed(name: str, matrix: Tensor, sources: Sequence[Source]) -> Entry:
+    """The matrix `name` of a stack, to be copied from its sources in pieces."""
+    rows = max(1, PIECE // max(1, matrix.shape[1] * matrix.dtype.itemsize))
 
     def parts() -> Iterator[Tensor]:
-        for file, start, end in _sources(files, state):
-            for first in range(start, end, max(1, PIECE // row)):
-                yield _finite(name, file.rows(name, first, min(end, first + max(1, PIECE // row))), matrix.dtype)
+        for file, start, end in sources:
+            for first in range(start, end, rows):
+                yield _finite(name, file.rows(name, first, min(end, first + rows)), matrix.dtype)
 
     return Entry(matrix.dtype, tuple(matrix.shape), parts)
 
@@ -173,16 +172,15 @@ def _finite(name: str, part: Tensor, dtype: torch.dtype) -> Tensor:
     return stored
 
 
-def _sources(files: Sequence[AdaptorFile], state: AdaptorState) -> Iterator[tuple[AdaptorFile, int, int]]:
-    """Where the neurons of each expert of a stack are: a file, and its rows from, to; neighbours together."""
-    homes: dict[str, tuple[AdaptorFile, int]] = {}
+def _sources(files: Sequence[AdaptorFile], state: AdaptorState) -> Iterator[Source]:
+    """Where the neurons of each expert of a stack are, neighbours together."""
+    homes: dict[str, tuple[AdaptorFile, RoundRecord, range]] = {}
     for file in files:
-        for place, record in enumerate(file.state.rounds):
-            homes.setdefault(record.id, (file, place))
-    run: tuple[AdaptorFile, int, int] | None = None
+        for record, span in zip(file.state.rounds, file.state.spans, strict=True):
+            homes.setdefault(record.id, (file, record, span))
+    run: Source | None = None
     for record in state.rounds:
-        file, place = homes[record.id]
-        there, span = file.state.rounds[place], file.state.spans[place]
+        file, there, span = homes[record.id]
         for expert in _experts_in(record, there, span) if record.of_each else span:
             start, end = (int(file.state.experts.offsets[index]) for index in (expert, expert + 1))
             if run and run[0] is file and run[2] == start:

@@ -370,3 +370,13 @@ def test_a_round_that_claims_more_experts_than_there_are_costs_no_memory(
     lemoe.save_adaptor(replace(trained, rounds=(claims, *trained.rounds[1:])), path, overwrite=True)
     with pytest.raises(AdaptorError, match="more experts than it has"):
         lemoe.load_adaptor(path)
+
+
+@pytest.mark.parametrize("name", ["up", "scale"])
+def test_no_state_with_values_that_are_not_finite_is_written(
+    tmp_path: Path, trained: lemoe.AdaptorState, name: str
+) -> None:
+    broken = replace(trained.experts, **{name: getattr(trained.experts, name) * float("nan")})
+    with pytest.raises(AdaptorError, match=rf"not written.*experts\.{name}"):
+        lemoe.save_adaptor(replace(trained, experts=broken), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from lemoe.errors import ModelError
 from lemoe.frozen.hooks import released, standing_in
 from lemoe.frozen.prefixes import Forest, Rows, Tree
-from lemoe.frozen.replay import FrozenBatch, LayerCall, constant_cache
+from lemoe.frozen.replay import FrozenBatch, LayerCall, constant_cache, hidden_of
 from lemoe.models import BaseModel
 from lemoe.structure import FFNSite
 from lemoe.tokens import Batch, Passage, length_buckets
@@ -92,9 +92,9 @@ class Below:
         handles.append(
             self.base.embedding.register_forward_hook(lambda module, args, output: embeddings.append(output))
         )
-        nodes = self.at(batch, start)
+        opening, nodes = self.at(batch).tensor_split([start], dim=1)
         output = self.output[nodes]
-        cache = self._opening(self.at(batch)[:, :start]) if start else None
+        cache = self._opening(opening) if start else None
         with released(handles), standing_in(list(layers), (output,) if self.in_tuple else output):
             _forward(self.base, cache, input_ids=batch.ids[:, start:], attention_mask=batch.mask)
         return FrozenBatch(
@@ -177,7 +177,7 @@ def _run_trees(base: BaseModel, site: FFNSite, layer: int, trees: Sequence[Tree]
 
     handles = [
         site.entry.register_forward_pre_hook(lambda module, args: seen.update(inputs=args[0])),
-        base.layers[-1].register_forward_hook(lambda module, args, given: seen.update(last=_hidden(given)[real])),
+        base.layers[-1].register_forward_hook(lambda module, args, given: seen.update(last=hidden_of(given)[real])),
         base.layers[layer].register_forward_hook(done),
     ]
     with released(handles), suppress(_Enough):
@@ -189,7 +189,7 @@ def _run_trees(base: BaseModel, site: FFNSite, layer: int, trees: Sequence[Tree]
     above = cache.layers[layer + 1 :]
     return _Part(
         inputs=seen["inputs"].reshape(*rows.ids.shape, -1)[real],
-        output=_hidden(seen["output"])[real],
+        output=hidden_of(seen["output"])[real],
         last=seen.get("last"),
         openings=[(kept.keys.transpose(1, 2)[real], kept.values.transpose(1, 2)[real]) for kept in above],
         in_tuple=isinstance(seen["output"], tuple),
@@ -232,16 +232,10 @@ def _try_trees(base: BaseModel) -> bool:
 def _last_hidden(base: BaseModel, **inputs: Any) -> Tensor:
     """`[seq, hidden]` of one text, after the last layer."""
     seen: list[Tensor] = []
-    handle = base.layers[-1].register_forward_hook(lambda module, args, output: seen.append(_hidden(output)[0]))
+    handle = base.layers[-1].register_forward_hook(lambda module, args, output: seen.append(hidden_of(output)[0]))
     with released([handle]):
         _forward(base, **inputs)
     return seen[0]
-
-
-def _hidden(output: Any) -> Tensor:
-    """The hidden states among what a layer gives."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
 
 
 def _forward(base: BaseModel, past_key_values: Cache | None = None, **inputs: Any) -> None:

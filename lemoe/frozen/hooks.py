@@ -50,12 +50,8 @@ def only_at(site: FFNSite, places: Tensor) -> AbstractContextManager[None]:
 @contextmanager
 def _hooked(site: FFNSite, entry: Callable[..., Any], exit_: Callable[..., Any]) -> Iterator[None]:
     """While open, `entry` hooks what the FFN at `site` is called with, and `exit_` what it gives."""
-    handles = (site.entry.register_forward_pre_hook(entry), site.exit.register_forward_hook(exit_))
-    try:
+    with released((site.entry.register_forward_pre_hook(entry), site.exit.register_forward_hook(exit_))):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

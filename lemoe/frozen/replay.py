@@ -29,9 +29,13 @@ class LayerCall:
     kwargs: dict[str, Any]
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        output = self.layer(hidden, *self.args, **self.kwargs)
-        result: Tensor = output[0] if isinstance(output, tuple) else output
-        return result
+        return hidden_of(self.layer(hidden, *self.args, **self.kwargs))
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states among what a layer gives."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 @dataclass(frozen=True)
