@@ -3,18 +3,37 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from lemoe.models import BaseModel
-    from lemoe.settings import Settings
+from torch import Tensor, nn
 
 Scope = Literal["in", "subject", "relation"]
 
 Self = TypeVar("Self", bound="Router")
+
+
+class Host(Protocol):
+    """What a router reads of the model that it works in."""
+
+    embedding: nn.Embedding
+    tokenizer: Any
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+class RouterSettings(Protocol):
+    """The settings that routers know; see `lemoe.Settings`."""
+
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def router_width(self) -> int: ...
+    @property
+    def gate_conflict(self) -> float: ...
+    @property
+    def gate_slack(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -119,13 +138,13 @@ class Router(ABC):
     @classmethod
     @abstractmethod
     def expected(
-        cls, settings: "Settings", hidden: int, lineages: Sequence[Lineage], tensors: Mapping[str, Tensor]
+        cls, settings: RouterSettings, hidden: int, lineages: Sequence[Lineage], tensors: Mapping[str, Tensor]
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         """Shape and type (None: floating point) of each tensor of a file, one `lineages` entry for each expert."""
 
     @classmethod
     @abstractmethod
-    def from_tensors(cls: type[Self], settings: "Settings", tensors: Mapping[str, Tensor]) -> Self:
+    def from_tensors(cls: type[Self], settings: RouterSettings, tensors: Mapping[str, Tensor]) -> Self:
         """The router of a file whose shapes hold.
 
         Raises:
@@ -146,7 +165,7 @@ class Router(ABC):
         return {}
 
     @abstractmethod
-    def live(self, base: "BaseModel", settings: "Settings") -> LiveRouter:
+    def live(self, base: Host, settings: RouterSettings) -> LiveRouter:
         """The router at work in `base`."""
 
 

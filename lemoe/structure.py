@@ -14,25 +14,19 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from lemoe.errors import ModelError
+from lemoe.hooks import Site
 
 Activation = nn.Module
 
 
 @dataclass(frozen=True)
-class FFNSite:
-    """One layer's FFN: `entry` receives the FFN input, `exit` returns what is added to the residual stream.
-
-    The two are one module in most families (`mlp`), two in OPT (`fc1`, `fc2`) and in Gemma 2 and 3 (`mlp` and
-    the norm behind it). `whole` says that `entry` holds all of the FFN, so that nothing else reads its input.
-    """
+class FFNSite(Site):
+    """One layer's FFN; `whole` says that `entry` holds all of it, so that nothing else reads its input."""
 
     path: str
-    entry: nn.Module
-    exit: nn.Module
     hidden: int
     intermediate: int
     gated: bool
-    activation: Activation
     whole: bool
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -107,7 +101,8 @@ def _candidates(layer: nn.Module, hidden: int, layer_path: str) -> list[FFNSite]
             if activation is not None:
                 exit_ = (_norm_behind(layer) if path else None) or exit_
                 full = f"{layer_path}.{path or '+'.join(linears)}"
-                found.append(FFNSite(full, entry, exit_, hidden, intermediate, gated, activation, entry is module))
+                whole = entry is module
+                found.append(FFNSite(entry, exit_, activation, full, hidden, intermediate, gated, whole))
     return found
 
 

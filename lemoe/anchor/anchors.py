@@ -4,7 +4,6 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import numpy
@@ -14,11 +13,17 @@ from torch import Tensor
 from lemoe.anchor.gate import SHUT, Anchor, Gate, Reading, Route
 from lemoe.anchor.lexicon import Lexicon
 from lemoe.errors import AdaptorError
-from lemoe.routing import Explanation, Lineage, LiveRouter, Router, Routing, Sequences, offsets_hold
-
-if TYPE_CHECKING:
-    from lemoe.models import BaseModel
-    from lemoe.settings import Settings
+from lemoe.routing import (
+    Explanation,
+    Host,
+    Lineage,
+    LiveRouter,
+    Router,
+    RouterSettings,
+    Routing,
+    Sequences,
+    offsets_hold,
+)
 
 PADDING = -1
 
@@ -42,7 +47,7 @@ class Anchors(Router):
 
     @classmethod
     def expected(
-        cls, settings: "Settings", hidden: int, lineages: Sequence[Lineage], tensors: Mapping[str, Tensor]
+        cls, settings: RouterSettings, hidden: int, lineages: Sequence[Lineage], tensors: Mapping[str, Tensor]
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {}
         for name, dtype in _STORED:
@@ -53,7 +58,7 @@ class Anchors(Router):
         return shapes
 
     @classmethod
-    def from_tensors(cls, settings: "Settings", tensors: Mapping[str, Tensor]) -> "Anchors":
+    def from_tensors(cls, settings: RouterSettings, tensors: Mapping[str, Tensor]) -> "Anchors":
         prompts, targets, subjects = (_unpacked(name, tensors) for name, _ in _STORED)
         if not all(prompts):
             raise ValueError("anchors.prompt: an anchor without tokens")
@@ -80,7 +85,7 @@ class Anchors(Router):
             if latest[anchor.prompt] != number
         }
 
-    def live(self, base: "BaseModel", settings: "Settings") -> "LiveAnchors":
+    def live(self, base: Host, settings: RouterSettings) -> "LiveAnchors":
         return LiveAnchors(base, self, settings)
 
 
@@ -103,7 +108,7 @@ def _unpacked(name: str, tensors: Mapping[str, Tensor]) -> list[tuple[int, ...]]
     return [tuple(values[start:end]) for start, end in pairwise(bounds)]
 
 
-def build_gate(base: "BaseModel", anchors: Sequence[Anchor], settings: "Settings") -> Gate:
+def build_gate(base: Host, anchors: Sequence[Anchor], settings: RouterSettings) -> Gate:
     """A gate over `anchors`, with the thresholds of `settings`."""
     gate = Gate(lexicon_of(base), threshold=settings.gate_conflict, slack=settings.gate_slack)
     for anchor in anchors:
@@ -111,10 +116,10 @@ def build_gate(base: "BaseModel", anchors: Sequence[Anchor], settings: "Settings
     return gate
 
 
-_lexicons: "WeakKeyDictionary[BaseModel, Lexicon]" = WeakKeyDictionary()
+_lexicons: "WeakKeyDictionary[Host, Lexicon]" = WeakKeyDictionary()
 
 
-def lexicon_of(base: "BaseModel") -> Lexicon:
+def lexicon_of(base: Host) -> Lexicon:
     """The lexicon of a base model, made once."""
     if base not in _lexicons:
         _lexicons[base] = Lexicon(base)
@@ -127,7 +132,7 @@ class LiveAnchors(LiveRouter):
     The state after a prefix is kept for a while, so that decoding reads each token once.
     """
 
-    def __init__(self, base: "BaseModel", anchors: Anchors, settings: "Settings", *, remembered: int = 1024):
+    def __init__(self, base: Host, anchors: Anchors, settings: RouterSettings, *, remembered: int = 1024):
         self.gate = build_gate(base, anchors.anchors, settings)
         for number in anchors.superseded():
             self.gate.retire(number)

@@ -11,7 +11,7 @@ import numpy
 from numpy.typing import NDArray
 
 from lemoe.anchor.words import fold, stem
-from lemoe.models import BaseModel
+from lemoe.routing import Host
 
 RELATION_UNIT = 1.6
 FLOOR = 0.15  # cosine below which two words are unrelated
@@ -24,7 +24,7 @@ Vector = NDArray[numpy.float32]
 class Lexicon:
     """Cached look-ups for one base model."""
 
-    def __init__(self, base: BaseModel):
+    def __init__(self, base: Host):
         self._tokenizer = base.tokenizer
         self._special = frozenset(base.tokenizer.all_special_ids)
         self._decode_byte = _byte_alphabet() if "Ġ" in base.tokenizer.get_vocab() else None

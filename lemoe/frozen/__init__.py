@@ -1,8 +1,7 @@
 """The frozen base model under an edit: run once below the edited layer, replayed above it."""
 
 from lemoe.frozen.below import Below, run_below
-from lemoe.frozen.hooks import Delta, beside
 from lemoe.frozen.replay import FrozenBatch
 from lemoe.frozen.scale import residual_scale
 
-__all__ = ["Below", "Delta", "FrozenBatch", "beside", "residual_scale", "run_below"]
+__all__ = ["Below", "FrozenBatch", "residual_scale", "run_below"]

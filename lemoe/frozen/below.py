@@ -18,9 +18,10 @@ from torch.nn import functional
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from lemoe.errors import ModelError
-from lemoe.frozen.hooks import released, standing_in
+from lemoe.frozen.hooks import standing_in
 from lemoe.frozen.prefixes import Forest, Rows, Tree
 from lemoe.frozen.replay import FrozenBatch, LayerCall, constant_cache, hidden_of
+from lemoe.hooks import released
 from lemoe.models import BaseModel
 from lemoe.structure import FFNSite
 from lemoe.tokens import Batch, Passage, length_buckets

@@ -7,18 +7,13 @@ top k act. One decision holds for the whole sequence.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from lemoe.experts import EPSILON
-from lemoe.routing import Explanation, Lineage, LiveRouter, Router, Routing, Sequences
-
-if TYPE_CHECKING:
-    from lemoe.models import BaseModel
-    from lemoe.settings import Settings
+from lemoe.routing import Explanation, Host, Lineage, LiveRouter, Router, RouterSettings, Routing, Sequences
 
 
 @dataclass(frozen=True)
@@ -92,7 +87,7 @@ class KeyRouter(Router):
 
     @classmethod
     def expected(
-        cls, settings: "Settings", hidden: int, lineages: Sequence[Lineage], tensors: Mapping[str, Tensor]
+        cls, settings: RouterSettings, hidden: int, lineages: Sequence[Lineage], tensors: Mapping[str, Tensor]
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         width = settings.router_width
         stored = tensors.get("router.projection.down")
@@ -107,7 +102,7 @@ class KeyRouter(Router):
         }
 
     @classmethod
-    def from_tensors(cls, settings: "Settings", tensors: Mapping[str, Tensor]) -> "KeyRouter":
+    def from_tensors(cls, settings: RouterSettings, tensors: Mapping[str, Tensor]) -> "KeyRouter":
         downs, ups = tensors["router.projection.down"], tensors["router.projection.up"]
         lineage = tensors["router.lineage"]
         if not bool(((lineage >= 0) & (lineage < len(downs))).all()):
@@ -150,7 +145,7 @@ class KeyRouter(Router):
             parts[0][0].top_k,
         )
 
-    def live(self, base: "BaseModel", settings: "Settings") -> "LiveKeyRouter":
+    def live(self, base: Host, settings: RouterSettings) -> "LiveKeyRouter":
         return LiveKeyRouter(base, self.to(base.device))
 
 
@@ -169,7 +164,7 @@ def _newest_tips(lineages: Mapping[str, Lineage], tips: Mapping[str, Projection]
 class LiveKeyRouter(LiveRouter):
     """Decides once, at a sequence's first tokens; its memory is the decision, which later tokens inherit."""
 
-    def __init__(self, base: "BaseModel", router: KeyRouter):
+    def __init__(self, base: Host, router: KeyRouter):
         self.device = base.device
         self._base = base
         self._router = router

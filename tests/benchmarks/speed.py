@@ -37,7 +37,8 @@ from lemoe.anchor.gate import Anchor
 from lemoe.anchor.lessons import LessonMaker, Lessons, Teaching
 from lemoe.anchor.training import DEFAULT_WIDTH, Blocks
 from lemoe.experts import rms_normal
-from lemoe.frozen import beside, residual_scale
+from lemoe.frozen import residual_scale
+from lemoe.hooks import beside
 from lemoe.models import ModelSource
 from lemoe.products import fast_products
 from lemoe.structure import FFNSite
