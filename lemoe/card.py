@@ -54,6 +54,36 @@ def write_card(
     return path
 
 
+def write_export_card(folder: Path, base: BaseModel, state: AdaptorState) -> Path:
+    """Write the card of a whole model folder, which transformers loads by itself.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    name = f"{_plain(base.source.shared_name)} with edits"
+    data = ModelCardData(library_name="transformers", tags=TAGS, model_name=name, pipeline_tag="text-generation")
+    relation = {"base_model": base.source.hub_id, "base_model_relation": "finetune"} if base.source.hub_id else {}
+    front = yaml.safe_dump({**data.to_dict(), **relation}, sort_keys=False, allow_unicode=True)
+    taught = sum(len(record.edits) for record in state.rounds)
+    lines = [
+        f"---\n{front}---\n",
+        f"# {name}\n",
+        f"`{_plain(base.source.shared_name)}`, its weights as they were, with {taught:,} edits that "
+        "[lemoe](https://pypi.org/project/lemoe/) taught it: `adaptor.safetensors` holds them, and the code beside it "
+        "puts them to work. lemoe is not needed to run it.\n",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n",
+        "folder = ...  # where this file is: a path, or a repository of the Hub",
+        "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)",
+        "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)",
+        "```\n",
+        *_facts(state, taught),
+    ]
+    path = folder / CARD_NAME
+    write_whole(path, "\n".join(lines).encode())
+    return path
+
+
 def _front_matter(before: str, name: str, base: BaseModel, edits: str, metrics: Iterable[Metric]) -> str:
     """Ours, over what stands in the card `before`."""
     found = _FRONT.match(before)
@@ -79,11 +109,10 @@ def _front_matter(before: str, name: str, base: BaseModel, edits: str, metrics: 
 
 
 def _section(base: BaseModel, state: AdaptorState, edits: str, metrics: Sequence[Metric]) -> str:
-    fingerprint = state.base
     taught = sum(len(record.edits) for record in state.rounds)
     lines = [
         f"An adaptor of [lemoe](https://pypi.org/project/lemoe/) that teaches {taught:,} edits to "
-        f"`{_plain(base.source.shared_name)}`, beside the frozen FFN `{_plain(fingerprint.ffn)}`. "
+        f"`{_plain(base.source.shared_name)}`, beside the frozen FFN `{_plain(state.base.ffn)}`. "
         "The base model's weights stay as they are.",
         "",
         "```python",
@@ -93,16 +122,7 @@ def _section(base: BaseModel, state: AdaptorState, edits: str, metrics: Sequence
         'edited = lemoe.insert(base, "adaptor.safetensors")',
         "```",
         "",
-        "| | |",
-        "|---|---|",
-        f"| method | {state.settings.method} |",
-        f"| edits, rounds | {taught:,}, {len(state.rounds):,} |",
-        f"| superseded by later edits | {len(state.replaced):,} |",
-        f"| edited layer | {fingerprint.layer} |",
-        f"| SHA-256 of the base's FFN | `{fingerprint.ffn_sha256}` |",
-        f"| SHA-256 of its weights, sampled | `{fingerprint.weights_sha256}` |",
-        f"| SHA-256 of its tokenizer | `{fingerprint.tokenizer_sha256}` |",
-        "",
+        *_facts(state, taught),
     ]
     if metrics:
         lines += [f"## Measured on {_plain(edits) or 'its edits'}", ""]
@@ -110,6 +130,21 @@ def _section(base: BaseModel, state: AdaptorState, edits: str, metrics: Sequence
         lines += [f"| {m.name} | {m.kind} | {m.measure} | {m.decode} | {m.value:.4f} | {m.n:,} |" for m in metrics]
         lines += [""]
     return "\n".join(lines)
+
+
+def _facts(state: AdaptorState, taught: int) -> list[str]:
+    return [
+        "| | |",
+        "|---|---|",
+        f"| method | {state.settings.method} |",
+        f"| edits, rounds | {taught:,}, {len(state.rounds):,} |",
+        f"| superseded by later edits | {len(state.replaced):,} |",
+        f"| edited layer | {state.base.layer} |",
+        f"| SHA-256 of the base's FFN | `{state.base.ffn_sha256}` |",
+        f"| SHA-256 of its weights, sampled | `{state.base.weights_sha256}` |",
+        f"| SHA-256 of its tokenizer | `{state.base.tokenizer_sha256}` |",
+        "",
+    ]
 
 
 def _plain(text: str) -> str:

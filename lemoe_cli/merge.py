@@ -1,18 +1,19 @@
-"""`lemoe merge`: several adaptors, one file."""
+"""`lemoe merge`: several adaptors, one file; or base and adaptors, one model folder."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from lemoe_cli.options import FILE, force_option
+from lemoe_cli.options import FILE, force_option, quiet_option
 
 if TYPE_CHECKING:
+    from lemoe.exporting.folder import Exported
     from lemoe.merging import Merged, OnConflict
 
 
 @click.command("merge")
-@click.argument("adaptors", type=FILE, nargs=-1, required=True)
+@click.argument("adaptors", type=FILE, nargs=-1, required=True, metavar="[MODEL] ADAPTORS...")
 @click.option("--output", "-o", type=FILE, help="The stacked adaptor's file.")
 @click.option(
     "--on-conflict",
@@ -30,24 +31,42 @@ if TYPE_CHECKING:
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Store experts so.  [default: as they are]"
 )
+@click.option("--export", type=FILE, help="Write a whole model folder here; the first argument is then the base MODEL.")
+@click.option("--revision", help="Branch, tag or commit of a hub MODEL.")
 @click.option("--dry-run", is_flag=True, help="Say what the result would hold, and write nothing.")
 @force_option
+@quiet_option
 def command(
     adaptors: tuple[Path, ...],
     output: Path | None,
     on_conflict: "OnConflict",
     drop: tuple[str, ...],
     dtype: str | None,
+    export: Path | None,
+    revision: str | None,
     dry_run: bool,
     force: bool,
+    quiet: bool,
 ) -> None:
     """Stack ADAPTORS of the same base model into one, in the given order.
 
     A round that several of them hold counts once. Adaptors of different bases, layers or methods are refused with
     the differences listed. One adaptor with --drop is that adaptor as if it had never had what is dropped.
+
+    With --export the result is a complete folder that transformers loads with trust_remote_code=True and without
+    lemoe: `lemoe merge MODEL A B --export DIR`.
     """
     from lemoe.merging import merge
 
+    if export is not None:
+        if output is not None or dry_run:
+            raise click.UsageError("--export writes a folder of its own; leave out --output and --dry-run")
+        if len(adaptors) < 2:
+            raise click.UsageError("--export needs the base model and at least one adaptor: lemoe merge MODEL A ...")
+        _export(adaptors, export, revision, on_conflict, drop, dtype, force=force, quiet=quiet)
+        return
+    if revision:
+        raise click.UsageError("--revision is of the base model, which --export needs")
     if output is None and not dry_run:
         raise click.UsageError("give the result's file with --output, or --dry-run to see what it would hold")
     merged = merge(
@@ -61,6 +80,48 @@ def command(
     _show(len(adaptors), merged, output, dry_run=dry_run)
 
 
+def _export(
+    arguments: tuple[Path, ...],
+    folder: Path,
+    revision: str | None,
+    on_conflict: "OnConflict",
+    drop: tuple[str, ...],
+    dtype: str | None,
+    *,
+    force: bool,
+    quiet: bool,
+) -> None:
+    from lemoe.exporting.folder import export
+    from lemoe_cli.ui import stage
+
+    model, *adaptors = arguments
+    with stage("reading the adaptors", quiet=quiet) as notify:
+        exported = export(
+            str(model),
+            adaptors,
+            folder,
+            revision=revision,
+            on_conflict=on_conflict,
+            drop=drop,
+            dtype=dtype,
+            overwrite=force,
+            notify=notify,
+        )
+    _show_export(len(adaptors), exported)
+
+
+def _show_export(count: int, exported: "Exported") -> None:
+    from lemoe_cli.ui import size_text, table
+
+    _show(count, exported.merged, None, dry_run=False)
+    rows = [
+        ("folder", str(exported.folder)),
+        ("size", size_text(exported.size)),
+        ("checked", f"{exported.compared} texts: logits and answers are those of base and adaptor, bit for bit"),
+    ]
+    table("", ("", ""), rows, left=2)
+
+
 def _show(count: int, merged: "Merged", output: Path | None, *, dry_run: bool) -> None:
     from lemoe_cli.ui import say, size_text, table
 
@@ -70,7 +131,7 @@ def _show(count: int, merged: "Merged", output: Path | None, *, dry_run: bool) -
         ("edits", str(sum(len(record.edits) for record in state.rounds))),
         ("experts stored as", str(state.experts.up.dtype).removeprefix("torch.")),
     ]
-    if not dry_run:
+    if output is not None and not dry_run:
         rows += [("size", size_text(merged.size)), ("adaptor", str(output))]
     what = "1 adaptor" if count == 1 else f"{count} adaptors"
     table(f"{what} {'would be ' if dry_run else ''}stacked", ("", ""), rows, left=2)

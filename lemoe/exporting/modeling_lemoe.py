@@ -1,0 +1,103 @@
+"""A language model with edits: beside one frozen FFN of the base model stand the experts of `adaptor.safetensors`.
+
+Made by lemoe (https://pypi.org/project/lemoe), which is not needed to run it. The base's weights are as they were; this
+file puts the experts to work in them, and the modules that it imports read the adaptor and decide which expert acts.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoTokenizer
+from transformers import LlamaConfig as BaseConfig
+from transformers import LlamaForCausalLM as BaseModel
+from transformers.utils.hub import cached_file
+
+from lemoe.anchor.anchors import Anchors as StoredRouter
+from lemoe.experts import Experts
+from lemoe.hooks import Site
+from lemoe.live import LiveAdaptor
+
+ADAPTOR = "adaptor.safetensors"
+
+
+class LemoeConfig(BaseConfig):
+    """The base model's, and in `lemoe` the names of the modules that the experts stand beside."""
+
+    model_type = "lemoe"
+
+
+class LemoeForCausalLM(BaseModel):
+    """The base model; its edits come to work with the first forward pass, and move with it from device to device."""
+
+    config_class = LemoeConfig
+
+    def __init__(self, config: LemoeConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        self._edits = Edits(config)
+        self._live: LiveAdaptor | None = None
+        self.register_forward_pre_hook(lambda module, args: module._edited() and None)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        return self._edited().generate(super().generate, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        result = super().save_pretrained(save_directory, *args, **kwargs)
+        shutil.copyfile(self._edits.path, Path(save_directory) / ADAPTOR)
+        return result
+
+    def _edited(self) -> LiveAdaptor:
+        """The experts at work, on the device of the embeddings."""
+        embedding = self.get_input_embeddings()
+        if self._live is None or self._live.router.device != embedding.weight.device:
+            if self._live is not None:
+                self._live.remove()
+            places = {name: self.get_submodule(path) for name, path in self.config.lemoe.items()}
+            self._live = self._edits.beside(places, embedding)
+        return self._live
+
+
+@dataclass(eq=False)
+class Host:
+    """What the router reads of the model."""
+
+    embedding: nn.Embedding
+    tokenizer: Any
+    device: torch.device
+
+
+class Edits:
+    """The adaptor's file, read."""
+
+    def __init__(self, config: LemoeConfig):
+        self._revision = getattr(config, "_commit_hash", None)
+        self._home = config._name_or_path
+        self.path = cached_file(self._home, ADAPTOR, revision=self._revision)
+        with safe_open(self.path, framework="pt") as file:
+            self._settings = SimpleNamespace(**json.loads(file.metadata()["lemoe"])["settings"])
+            names = list(file.keys())
+            tensors = {name: file.get_tensor(name).clone() for name in names}
+        self._experts = Experts(
+            tensors["experts.up"],
+            tensors["experts.down"],
+            tensors.get("experts.gate"),
+            tensors["experts.offsets"],
+            tensors["experts.scale"],
+        )
+        self._router = StoredRouter.from_tensors(self._settings, tensors)
+
+    def beside(self, places: dict[str, nn.Module], embedding: nn.Embedding) -> LiveAdaptor:
+        """Put the experts to work in the decoder, at the FFN and on the device of the embeddings."""
+        device = embedding.weight.device
+        tokenizer = AutoTokenizer.from_pretrained(self._home, revision=self._revision, trust_remote_code=True)
+        self._host = Host(embedding, tokenizer, device)
+        router = self._router.live(self._host, self._settings)
+        site = Site(places["entry"], places["exit"], places["activation"])
+        with torch.device("cpu"):
+            return LiveAdaptor(places["decoder"], site, router, self._experts.to(device))
