@@ -6,9 +6,10 @@ All metadata is sorted JSON under one key, so that equal states give equal files
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -140,6 +141,8 @@ def load_adaptor(path: Path | str) -> AdaptorState:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
+    if path.exists() and not path.is_file():
+        raise AdaptorError(f"{path}: not a file")  # a pipe or a device would never end
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
@@ -206,6 +209,8 @@ def matrices_of(state: AdaptorState) -> dict[str, Tensor]:
 def _state(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdaptorState:
     base = _record(Fingerprint, header["base"])
     rounds = tuple(_record(RoundRecord, entry) for entry in header["rounds"])
+    if any(len(record.ids) != len(record.edits) or record.experts < 1 for record in rounds):
+        raise ValueError("a round without experts, or with more names than edits")
     try:
         settings = Settings(**coerce_settings(str(path), header["settings"]))
     except InputError as error:
@@ -223,11 +228,24 @@ def _state(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor])
 
 
 def _record(kind: type[Record], entry: Mapping[str, Any]) -> Record:
-    names = {field.name for field in fields(kind)}
-    if set(entry) != names:
-        raise KeyError(f"{kind.__name__} needs {sorted(names)}, has {sorted(entry)}")
+    hints = get_type_hints(kind)
+    if set(entry) != set(hints):
+        raise KeyError(f"{kind.__name__} needs {sorted(hints)}, has {sorted(entry)}")
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
+    wrong = [name for name, value in values.items() if not _is(value, hints[name])]
+    if wrong:
+        raise TypeError(f"{', '.join(wrong)} of {kind.__name__}: not what it should be")
     return kind(**values)
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether `value` is what `hint`, of a record's field, says."""
+    inside = get_args(hint)
+    if isinstance(hint, UnionType):
+        return any(_is(value, option) for option in inside)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_is(item, inside[0]) for item in value)
+    return type(value) is hint or (hint is float and type(value) is int)
 
 
 def _check(

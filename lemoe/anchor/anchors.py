@@ -133,6 +133,9 @@ class LiveAnchors(LiveRouter):
     """
 
     def __init__(self, base: Host, anchors: Anchors, settings: RouterSettings, *, remembered: int = 1024):
+        known = len(base.embedding.weight)
+        if any(max((*anchor.prompt, *anchor.target)) >= known for anchor in anchors.anchors):
+            raise AdaptorError("the adaptor's anchors hold tokens that the base model does not know")
         self.gate = build_gate(base, anchors.anchors, settings)
         for number in anchors.superseded():
             self.gate.retire(number)

@@ -1,0 +1,124 @@
+"""What files cost: bytes an edit, and the memory in which many of them are merged.
+
+    python tests/benchmarks/files.py [--files 500] [--edits 20] [--hidden 4096]
+
+Round files of random experts are written at the given shape (4096 is a 7B model's width), then merged by a process of
+its own, whose peak resident memory is reported above what it held once everything was imported, beside the size of one
+expert and of all anchors as they stand in memory.
+"""
+
+import argparse
+import json
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lemoe.adaptor import AdaptorState, RoundRecord
+from lemoe.anchor.anchors import Anchors
+from lemoe.anchor.gate import Anchor
+from lemoe.checkpoint import AdaptorFile, save_adaptor
+from lemoe.edits import digest_over
+from lemoe.experts import Experts
+from lemoe.merging import merge
+from lemoe.models import Fingerprint
+from lemoe.settings import resolve_settings
+
+WIDTH = 4
+SHAPES = {"embedded model": 576, "7B": 4096}
+KIB, MIB = 1 << 10, 1 << 20
+
+
+def synthetic(number: int, edits: int, hidden: int) -> AdaptorState:
+    """A round of random experts, with anchors as long as ZsRE's."""
+    rng = random.Random(number)
+    generator = torch.Generator().manual_seed(number)
+    up, down, gate = (torch.randn(edits * WIDTH, hidden, generator=generator) for _ in range(3))
+    hashes = dict.fromkeys(("ffn_sha256", "weights_sha256", "tokenizer_sha256"), "0" * 64)
+    base = Fingerprint(
+        "m", None, "LlamaForCausalLM", 28, "model.layers.28.mlp", hidden, 4 * hidden, True, 49152, **hashes
+    )
+    digests = tuple(f"{rng.getrandbits(256):064x}" for _ in range(edits))
+    names = tuple(f"edit-{number}-{place}" for place in range(edits))
+    record = RoundRecord(
+        f"{rng.getrandbits(256):064x}",
+        None,
+        1,
+        edits,
+        names,
+        digests,
+        digest_over(digests),
+        0,
+        0.0,
+        0.0,
+        30,
+        0,
+        (),
+        edits,
+    )
+    anchors = tuple(
+        Anchor(tuple(rng.randrange(49152) for _ in range(13)), tuple(rng.randrange(49152) for _ in range(4)), name)
+        for name in names
+    )
+    offsets = torch.arange(edits + 1) * WIDTH
+    experts = Experts(up, down, gate, offsets, torch.ones(edits))
+    return AdaptorState(base, replace(resolve_settings(), layer=28), (record,), experts, Anchors(anchors))
+
+
+def sizes(folder: Path, edits: int) -> None:
+    """Print bytes an edit at each shape and type."""
+    print("| shape | float32 | bfloat16 |\n|---|---|---|")
+    for name, hidden in SHAPES.items():
+        state = synthetic(0, edits, hidden)
+        cells = []
+        for dtype in (torch.float32, torch.bfloat16):
+            path = folder / f"{hidden}-{dtype}.safetensors"
+            save_adaptor(replace(state, experts=state.experts.stored_as(dtype)), path)
+            cells.append(f"{path.stat().st_size / edits / KIB:.2f} KiB")
+        print(f"| {name}, width {hidden} | {' | '.join(cells)} |")
+
+
+def measure_merge(folder: Path, output: Path) -> None:
+    """Merge what is in `folder`; print peak memory, in KiB, above that after imports, and of the anchors alone."""
+    paths = sorted(folder.glob("*.safetensors"))
+    AdaptorFile(paths[0]).rows("experts.up", 0, 1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    opened = [AdaptorFile(path) for path in paths]
+    anchors = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    del opened
+    merge(paths, output)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(json.dumps({"anchors": anchors, "peak": peak, "file": output.stat().st_size}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--files", type=int, default=500)
+    parser.add_argument("--edits", type=int, default=20)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--merge", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.merge:
+        measure_merge(given.merge, given.merge / "merged" / "adaptor.safetensors")
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        sizes(Path(scratch), given.edits)
+        rounds = Path(scratch) / "rounds"
+        for number in range(given.files):
+            save_adaptor(synthetic(number, given.edits, given.hidden), rounds / f"{number:05d}.safetensors")
+        command = [sys.executable, __file__, "--merge", str(rounds)]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        found = json.loads(run.stdout)
+    expert = 3 * WIDTH * given.hidden * 4
+    print(f"\nmerging {given.files} files of {given.edits} edits, {found['file'] / MIB:.0f} MiB in all:")
+    print(f"one expert {expert / KIB:.0f} KiB, all anchors in memory {found['anchors'] / KIB:.1f} MiB")
+    print(f"peak memory above the start {found['peak'] / KIB:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()
