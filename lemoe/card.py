@@ -118,7 +118,7 @@ def _section(base: BaseModel, state: AdaptorState, edits: str, metrics: Sequence
         "```python",
         "import lemoe",
         "",
-        f'base = lemoe.load_base("{_plain(base.source.hub_id or base.source.shared_name)}")',
+        f'base = lemoe.load_base("{_plain(_loaded_as(base))}")',
         'edited = lemoe.insert(base, "adaptor.safetensors")',
         "```",
         "",
@@ -130,6 +130,12 @@ def _section(base: BaseModel, state: AdaptorState, edits: str, metrics: Sequence
         lines += [f"| {m.name} | {m.kind} | {m.measure} | {m.decode} | {m.value:.4f} | {m.n:,} |" for m in metrics]
         lines += [""]
     return "\n".join(lines)
+
+
+def _loaded_as(base: BaseModel) -> str:
+    """What `load_base` takes; the embedded model is a 4-bit copy of the one on the Hub, and no other will do."""
+    source = base.source
+    return source.shared_name if source.embedded or source.hub_id is None else source.hub_id
 
 
 def _facts(state: AdaptorState, taught: int) -> list[str]:

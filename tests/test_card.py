@@ -79,5 +79,26 @@ def test_the_base_is_named_as_the_hub_names_it(tmp_path: Path) -> None:
     assert (local.hub_id, local.shared_name) == (None, tmp_path.name)
 
 
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        (ModelSource("llama", "x", embedded=True), "llama"),  # not the hub's own, of which it is a 4-bit copy
+        (ModelSource("mine", "org/name"), "org/name"),
+    ],
+)
+def test_the_card_loads_the_very_base_that_the_edits_were_made_for(
+    tiny_folder: Callable[[str], Path],
+    facts: list[lemoe.Edit],
+    anchor: SettingsOf,
+    tmp_path: Path,
+    source: ModelSource,
+    name: str,
+) -> None:
+    base = lemoe.load_base(str(tiny_folder("llama")), device="cpu")
+    base.source = source
+    card = write_card(tmp_path, base, lemoe.train_round(base, facts[:2], anchor()))
+    assert f'load_base("{name}")' in card.read_text()
+
+
 def test_eval_without_an_adaptor_has_no_card(tmp_path: Path) -> None:
     assert lemoe_command("eval", tmp_path / "x", "--model", "llama", "--card").exit_code == 2
