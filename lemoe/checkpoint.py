@@ -23,7 +23,7 @@ from lemoe.methods import ROUTERS
 from lemoe.models import Fingerprint
 from lemoe.routing import Lineage, offsets_hold
 from lemoe.settings import Settings, coerce_settings
-from lemoe.tensorfile import Entry, is_as_written, write_tensors
+from lemoe.tensorfile import Entry, is_as_written, stored_tensors, write_tensors
 
 FORMAT = 1
 ADAPTOR_NAME = "adaptor.safetensors"
@@ -91,6 +91,7 @@ class AdaptorFile:
             tensors = {name: _shape_only(file, name) if name in MATRICES else _read(file, name) for name in names}
         with _damage(self.path):
             self.state = _state(self.path, header, tensors)
+            self._stored = stored_tensors(self.path)
 
     def rows(self, name: str, start: int, end: int) -> Tensor:
         """Rows `start` to `end` of one of the experts' matrices.
@@ -98,9 +99,10 @@ class AdaptorFile:
         Raises:
             AdaptorError: if a value is not finite.
         """
-        with _opened(self.path) as file:
-            # Cloned, since memory-mapped tensors are aligned by chance, and products differ in the last bit by it.
-            part: Tensor = file.get_slice(name)[start:end].clone()
+        try:
+            part = self._stored[name].rows(start, end)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise AdaptorError(f"{self.path}: cannot be read any more: {error}") from None
         if not bool(part.isfinite().all()):
             raise AdaptorError(f"{self.path}: not a valid adaptor:\n  {name}: holds values that are not finite")
         return part

@@ -41,6 +41,14 @@ class Experts:
     def __len__(self) -> int:
         return len(self.scale)
 
+    @property
+    def size(self) -> int:
+        """Bytes of its matrices."""
+        return sum(matrix.nbytes for matrix in (self.up, self.down, self.gate) if matrix is not None)
+
+    def prefetch(self, routing: Routing) -> None:
+        """All experts are there; see `ExpertCache.prefetch`."""
+
     def to(self, device: torch.device) -> "Experts":
         """The same experts with parameters on `device`."""
         gate = None if self.gate is None else self.gate.to(device)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lemoe.adaptor import AdaptorState
-from lemoe.checkpoint import load_adaptor
+from lemoe.checkpoint import AdaptorFile
 from lemoe.errors import AdaptorError
+from lemoe.expert_cache import ExpertCache
 from lemoe.frozen import FrozenBatch
-from lemoe.live import LiveAdaptor
+from lemoe.live import ExpertSource, LiveAdaptor
 from lemoe.models import BaseModel
 from lemoe.routing import Routing, Sequences
 from lemoe.structure import FFNSite
@@ -34,10 +35,18 @@ class InsertedAdaptor(LiveAdaptor):
 
     site: FFNSite
 
-    def __init__(self, base: BaseModel, state: AdaptorState, *, allow_base_mismatch: bool = False):
+    def __init__(
+        self,
+        base: BaseModel,
+        state: AdaptorState,
+        *,
+        experts: ExpertSource | None = None,
+        allow_base_mismatch: bool = False,
+    ):
         """Insert `state` into `base`.
 
         Args:
+            experts: the state's experts, where they are not in the state itself.
             allow_base_mismatch: insert it into a base that it was not made for, if only it has a place there.
 
         Raises:
@@ -51,7 +60,7 @@ class InsertedAdaptor(LiveAdaptor):
         self.state = state
         site = base.site(state.base.layer, state.settings.layer_path)
         router = state.router.live(base, state.settings)
-        super().__init__(base.decoder, site, router, state.experts.to(base.device))
+        super().__init__(base.decoder, site, router, experts or state.experts.to(base.device))
         self._inserted.enter_context(_wrapped_generate(base.model, self.generate))
 
     def __enter__(self) -> "InsertedAdaptor":
@@ -81,18 +90,30 @@ class InsertedAdaptor(LiveAdaptor):
 
 
 def insert(
-    base: BaseModel, adaptor: AdaptorState | Path | str, *, allow_base_mismatch: bool = False
+    base: BaseModel,
+    adaptor: AdaptorState | AdaptorFile | Path | str,
+    *,
+    expert_cache: int | None = None,
+    allow_base_mismatch: bool = False,
 ) -> InsertedAdaptor:
-    """Insert an adaptor, given as a state or as the path of its file, into `base`.
+    """Insert an adaptor, given as a state or as its file, into `base`.
 
     Args:
+        expert_cache: bytes of experts that are kept in memory; the others stay in the file until they are needed. All
+            are read at once if None.
         allow_base_mismatch: insert it into a base that it was not made for, if only it has a place there.
 
     Raises:
         AdaptorError: if the file is not a valid adaptor, or was made for another base model.
     """
-    state = adaptor if isinstance(adaptor, AdaptorState) else load_adaptor(adaptor)
-    return InsertedAdaptor(base, state, allow_base_mismatch=allow_base_mismatch)
+    if isinstance(adaptor, AdaptorState):
+        return InsertedAdaptor(base, adaptor, allow_base_mismatch=allow_base_mismatch)
+    file = adaptor if isinstance(adaptor, AdaptorFile) else AdaptorFile(adaptor)
+    if expert_cache is None:
+        return InsertedAdaptor(base, file.load(), allow_base_mismatch=allow_base_mismatch)
+    file.check_whole()
+    experts = ExpertCache(file, base.device, expert_cache)
+    return InsertedAdaptor(base, file.state, experts=experts, allow_base_mismatch=allow_base_mismatch)
 
 
 def check_base(base: BaseModel, state: AdaptorState, *, allow: bool = False) -> tuple[str, ...]:

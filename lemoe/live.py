@@ -7,16 +7,26 @@ The route of a sequence travels in the model's own key/value cache, as one more 
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from lemoe.errors import AdaptorError
-from lemoe.experts import Experts
+from lemoe.experts import Activation
 from lemoe.hooks import Site, beside
 from lemoe.routing import LiveRouter, Routing, Sequences
+
+
+class ExpertSource(Protocol):
+    """Experts, wherever they are."""
+
+    def prefetch(self, routing: Routing) -> None:
+        """Told as soon as a routing is known."""
+
+    def delta(self, inputs: Tensor, routing: Routing, activation: Activation) -> Tensor | None:
+        """What the routed experts add; see `Experts.delta`."""
 
 
 class RouteMemory(DynamicLayer):
@@ -34,7 +44,7 @@ class LiveAdaptor:
     its prompt: the tokens of the forward pass that starts it, or, with `prompts`, the first of them.
     """
 
-    def __init__(self, decoder: nn.Module, site: Site, router: LiveRouter, experts: Experts):
+    def __init__(self, decoder: nn.Module, site: Site, router: LiveRouter, experts: ExpertSource):
         self.site = site
         self.router = router
         self._experts = experts
@@ -105,6 +115,7 @@ class LiveAdaptor:
         mask = _token_mask(given, call.get("attention_mask"))
         prompt = mask & _prompt_columns(given, self._prompt_columns)
         self._routing, self._memory = self.router.route(Sequences(ids, embeddings, mask, prompt, memory))
+        self._experts.prefetch(self._routing)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._routing = None

@@ -66,6 +66,37 @@ def write_tensors(
     write_whole(path, chain([len(text).to_bytes(8, "little") + text], _data(ordered)), overwrite=overwrite)
 
 
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor of a file is: its type and shape, and where its first byte stands in the file."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    def rows(self, first: int, end: int) -> Tensor:
+        """Its rows `first` to `end`, in memory of their own: reading maps nothing."""
+        row = prod(self.shape[1:]) * self.dtype.itemsize
+        with self.path.open("rb") as file:
+            file.seek(self.start + first * row)
+            content = bytearray(file.read((end - first) * row))
+        return torch.frombuffer(content, dtype=self.dtype).reshape(end - first, *self.shape[1:]).clone()
+
+
+def stored_tensors(path: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file that has been checked, by name."""
+    types = {name: dtype for dtype, name in _NAMES.items()}
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        table = json.loads(file.read(size))
+    table.pop("__metadata__", None)
+    return {
+        name: Stored(path, types[entry["dtype"]], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
+        for name, entry in table.items()
+    }
+
+
 def is_as_written(path: Path, key: str) -> bool:
     """Whether the hash in a safetensors file is that of its tensors, of their table, and of its metadata."""
     with path.open("rb") as file:

@@ -1,0 +1,76 @@
+"""Experts that are read when they are needed: the same answers, and no more in memory than was asked for."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import lemoe
+from lemoe.checkpoint import AdaptorFile
+from lemoe.errors import AdaptorError
+from lemoe.expert_cache import ExpertCache
+from lemoe.insertion import InsertedAdaptor
+
+SettingsOf = Callable[..., lemoe.Settings]
+
+
+@pytest.fixture
+def path(base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, tmp_path: Path) -> Path:
+    place = tmp_path / "adaptor.safetensors"
+    lemoe.save_adaptor(lemoe.train_round(base, facts, anchor()), place)
+    return place
+
+
+def one_expert(path: Path) -> int:
+    return AdaptorFile(path).state.experts.select([0]).size
+
+
+def logits(base: lemoe.BaseModel, prompts: list[str]) -> torch.Tensor:
+    tokenizer = base.tokenizer
+    tokenizer.padding_side = "left"
+    with torch.no_grad():
+        return base.model(**tokenizer(prompts, return_tensors="pt", padding=True)).logits
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3, 100])
+def test_answers_are_those_of_an_adaptor_in_memory_however_few_experts_are_kept(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], path: Path, kept: int
+) -> None:
+    batches = [[fact.prompt for fact in facts], [facts[3].prompt], [facts[0].prompt], ["Nothing is known of this."]]
+    with lemoe.insert(base, path):
+        expected = [logits(base, batch) for batch in batches]
+        written = lemoe.answer(base, facts[2].prompt)
+    with lemoe.insert(base, path, expert_cache=kept * one_expert(path)):
+        assert all(torch.equal(logits(base, batch), one) for batch, one in zip(batches, expected, strict=True))
+        assert lemoe.answer(base, facts[2].prompt) == written
+
+
+def test_preset_paper_reads_its_experts_on_demand_too(
+    base: lemoe.BaseModel, trained: lemoe.AdaptorState, facts: list[lemoe.Edit], tmp_path: Path
+) -> None:
+    lemoe.save_adaptor(trained, tmp_path / "paper.safetensors")
+    with lemoe.insert(base, trained):
+        expected = logits(base, [facts[0].prompt, facts[2].prompt])
+    with lemoe.insert(base, tmp_path / "paper.safetensors", expert_cache=1):
+        assert torch.equal(logits(base, [facts[0].prompt, facts[2].prompt]), expected)
+
+
+def test_the_experts_that_acted_least_recently_leave_first(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], path: Path
+) -> None:
+    file = AdaptorFile(path)
+    cache = ExpertCache(file, base.device, 2 * one_expert(path))
+    with InsertedAdaptor(base, file.state, experts=cache):
+        for number, reads in ((2, 1), (3, 2), (2, 2), (4, 3), (2, 3), (3, 4)):
+            logits(base, [facts[number].prompt])
+            assert cache.reads == reads
+
+
+def test_a_file_that_changes_while_it_is_used_gives_an_error(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], path: Path
+) -> None:
+    with lemoe.insert(base, path, expert_cache=0):
+        path.write_bytes(path.read_bytes()[:-2000])
+        with pytest.raises(AdaptorError, match="cannot be read any more"):
+            logits(base, [fact.prompt for fact in facts])
