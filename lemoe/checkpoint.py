@@ -20,7 +20,7 @@ from lemoe.errors import AdaptorError, InputError
 from lemoe.experts import Experts
 from lemoe.methods import ROUTERS
 from lemoe.models import Fingerprint
-from lemoe.routing import Lineage, offsets_hold
+from lemoe.routing import offsets_hold
 from lemoe.settings import Settings, coerce_settings
 from lemoe.tensorfile import Entry, is_as_written, write_tensors
 
@@ -218,7 +218,8 @@ def _state(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor])
         tensors["experts.offsets"],
         tensors["experts.scale"],
     )
-    router = ROUTERS[settings.method].from_tensors(settings, tensors)
+    lineages = [lineage for record in rounds for lineage in record.lineages]
+    router = ROUTERS[settings.method].from_tensors(settings, lineages, tensors)
     return AdaptorState(base, settings, rounds, experts, router)
 
 
@@ -238,7 +239,9 @@ def _check(
     rows = max((tensor.shape[0] for tensor in tensors.values() if tensor.dim()), default=0)
     if sum(record.experts for record in rounds) > rows:
         raise ValueError("its rounds speak of more experts than it has")
-    lineages = [Lineage(record.id, record.parent, record.depth) for record in rounds for _ in range(record.experts)]
+    if not all(1 <= record.experts <= len(record.edits) for record in rounds):
+        raise ValueError("a round has no expert, or more of them than edits")
+    lineages = [lineage for record in rounds for lineage in record.lineages]
     expected: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
         "experts.up": ((neurons, base.hidden), None),
         "experts.down": ((neurons, base.hidden), None),

@@ -75,7 +75,8 @@ def merge(
         file.check_whole()
     state, kept_out = _stacked(files, paths, on_conflict)
     named = sorted({expert for name in drop for expert in _named(state, name)})
-    dropped = tuple(edit for expert in named for edit in state.taught[expert])
+    taught = state.taught
+    dropped = tuple(edit for expert in named for edit in taught[expert])
     state = state.without(named) if named else state
     if dtype:
         state = replace(state, experts=state.experts.stored_as(DTYPES[dtype]))
@@ -101,13 +102,15 @@ def _stacked(
         kept_out: list[tuple[Taught, Taught]] = []
         conflicts: list[tuple[Taught, Taught]] = []
         for file in files[1:]:
-            before = len(merged.experts)
+            before = len(merged.edits)
             merged = stack([merged, file.state])
             while fresh := [(old, new) for old, new in merged.router.superseded().items() if old < before <= new]:
-                taught = merged.taught
-                conflicts += [(taught[old][0], taught[new][0]) for old, new in fresh]
-                kept_out += [(taught[new][0], taught[old][0]) for old, new in fresh]
-                merged = merged.without({new for _, new in fresh})
+                edits = merged.edits
+                conflicts += [(edits[old], edits[new]) for old, new in fresh]
+                kept_out += [(edits[new], edits[old]) for old, new in fresh]
+                if on_conflict == "error":
+                    break
+                merged = merged.without(merged.holders([new for _, new in fresh]))
     except AdaptorError as error:
         names = "".join(f"\n  adaptor {number} is {path}" for number, path in enumerate(paths, 1))
         raise AdaptorError(f"{error}{names}") from None
@@ -130,12 +133,7 @@ def _named(state: AdaptorState, name: str) -> list[int]:
         )
     if len(rounds) > 1:
         raise InputError(f"--drop {name}: {len(rounds)} rounds have ids that start like this; give more digits")
-    shared = [expert for expert in edits if len(state.taught[expert]) > 1]
-    if shared:
-        raise AdaptorError(
-            f"--drop {name}: shares an expert with {len(state.taught[shared[0]]) - 1} other edits; drop the whole round"
-        )
-    return edits or list(state.spans[rounds[0]])
+    return state.holders(edits) or list(state.spans[rounds[0]])
 
 
 def _rounds_named(state: AdaptorState, name: str) -> list[int]:
@@ -147,7 +145,7 @@ def _rounds_named(state: AdaptorState, name: str) -> list[int]:
 
 
 def _edits_named(state: AdaptorState, name: str) -> list[int]:
-    return [expert for expert, edits in enumerate(state.taught) if any(edit.id == name for edit in edits)]
+    return [number for number, edit in enumerate(state.edits) if edit.id == name]
 
 
 Source = tuple[AdaptorFile, int, int]  # a file, and its rows from, to

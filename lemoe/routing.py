@@ -29,6 +29,7 @@ class Explanation:
         coverage: share of the nearest edit's subject that was read, 0 to 1.
         conflict: how far what is asked differs from what the nearest edit asks; 0 is not at all.
         fit: how much of what is asked the two share, 0 to 2.
+        edit: number of the nearest edit, -1 where none was near or the router does not tell edits apart.
     """
 
     expert: int
@@ -38,6 +39,7 @@ class Explanation:
     coverage: float = 1.0
     conflict: float = 0.0
     fit: float = 0.0
+    edit: int = -1
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,15 @@ class Routing:
 
 @dataclass(frozen=True)
 class Lineage:
-    """Where an expert's round stands among the rounds that went on training one router; see `RoundRecord`."""
+    """Where an expert's round stands among the rounds that went on training one router; see `RoundRecord`.
+
+    `edits`: how many edits the expert holds.
+    """
 
     round: str
     parent: str | None
     depth: int
+    edits: int
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,9 @@ class Router(ABC):
 
     @classmethod
     @abstractmethod
-    def from_tensors(cls: type[Self], settings: "Settings", tensors: Mapping[str, Tensor]) -> Self:
+    def from_tensors(
+        cls: type[Self], settings: "Settings", lineages: Sequence[Lineage], tensors: Mapping[str, Tensor]
+    ) -> Self:
         """The router of a file whose shapes hold.
 
         Raises:
@@ -142,7 +150,7 @@ class Router(ABC):
         """One router for the experts of all parts, in order; each part with the lineage of each of its experts."""
 
     def superseded(self) -> dict[int, int]:
-        """Experts whose question a later expert answers anew: earlier to latest. None by default."""
+        """Edits, by number, whose question a later edit answers anew: earlier to latest. None by default."""
         return {}
 
     @abstractmethod

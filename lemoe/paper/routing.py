@@ -107,7 +107,9 @@ class KeyRouter(Router):
         }
 
     @classmethod
-    def from_tensors(cls, settings: "Settings", tensors: Mapping[str, Tensor]) -> "KeyRouter":
+    def from_tensors(
+        cls, settings: "Settings", lineages: Sequence[Lineage], tensors: Mapping[str, Tensor]
+    ) -> "KeyRouter":
         downs, ups = tensors["router.projection.down"], tensors["router.projection.up"]
         lineage = tensors["router.lineage"]
         if not bool(((lineage >= 0) & (lineage < len(downs))).all()):
