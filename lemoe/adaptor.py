@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, pairwise
 
 from lemoe.edits import Edit, digest_of, digest_over
 from lemoe.errors import AdaptorError
@@ -12,6 +12,14 @@ from lemoe.experts import Experts
 from lemoe.models import Fingerprint
 from lemoe.routing import Lineage, Router
 from lemoe.settings import Settings
+
+
+@dataclass(frozen=True)
+class Taught:
+    """An edit that an expert holds: its name, and the digest of what it teaches."""
+
+    id: str
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,12 @@ class RoundRecord:
         return [range(start, end) for start, end in pairwise(starts)]
 
     @property
+    def taught(self) -> list[tuple[Taught, ...]]:
+        """The edits that each expert holds."""
+        edits = [Taught(name, digest) for name, digest in zip(self.ids, self.edits, strict=True)]
+        return [tuple(edits[place] for place in part) for part in self.parts]
+
+    @property
     def lineages(self) -> list[Lineage]:
         """Of each of its experts."""
         return [Lineage(self.id, self.parent, self.depth, len(part)) for part in self.parts]
@@ -89,14 +103,6 @@ class RoundRecord:
             routed=min(self.routed, len(kept)),
             dropped=tuple(sorted({*self.dropped, *(self.edits[place] for place in gone)})),
         )
-
-
-@dataclass(frozen=True)
-class Taught:
-    """An edit that an expert holds: its name, and the digest of what it teaches."""
-
-    id: str
-    digest: str
 
 
 def round_id(base: Fingerprint, settings: Settings, edits: Sequence[Edit], parent: str | None) -> str:
@@ -128,14 +134,12 @@ class AdaptorState:
     @property
     def edits(self) -> list[Taught]:
         """All edits, in the order of the experts that hold them; an edit's place is its number."""
-        pairs = (pair for record in self.rounds for pair in zip(record.ids, record.edits, strict=True))
-        return [Taught(name, digest) for name, digest in pairs]
+        return [edit for edits in self.taught for edit in edits]
 
     @property
     def taught(self) -> list[tuple[Taught, ...]]:
         """The edits that each expert holds."""
-        edits = iter(self.edits)
-        return [tuple(islice(edits, lineage.edits)) for lineage in self.lineages]
+        return [edits for record in self.rounds for edits in record.taught]
 
     def holders(self, numbers: Collection[int]) -> list[int]:
         """The experts that hold the edits of these numbers, each alone.

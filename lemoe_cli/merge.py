@@ -1,11 +1,12 @@
 """`lemoe merge`: several adaptors, one file."""
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from lemoe_cli.options import FILE, force_option
+from lemoe_cli.options import FILE, force_option, model_options_without_dtype
 
 if TYPE_CHECKING:
     from lemoe.merging import Merged, OnConflict
@@ -30,6 +31,15 @@ if TYPE_CHECKING:
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Store experts so.  [default: as they are]"
 )
+@click.option("--compact", is_flag=True, help="Teach each round's edits to fewer, smaller experts; needs --model.")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0, 1),
+    default=0.01,
+    show_default=True,
+    help="Share of whole answers that --compact may lose.",
+)
+@model_options_without_dtype
 @click.option("--dry-run", is_flag=True, help="Say what the result would hold, and write nothing.")
 @force_option
 def command(
@@ -38,26 +48,34 @@ def command(
     on_conflict: "OnConflict",
     drop: tuple[str, ...],
     dtype: str | None,
+    compact: bool,
+    tolerance: float,
     dry_run: bool,
     force: bool,
+    **options: Any,
 ) -> None:
     """Stack ADAPTORS of the same base model into one, in the given order.
 
     A round that several of them hold counts once. Adaptors of different bases, layers or methods are refused with
     the differences listed. One adaptor with --drop is that adaptor as if it had never had what is dropped.
-    """
-    from lemoe.merging import merge
 
+    --compact measures the adaptor before and after, and keeps the smallest that stays within the tolerance; where
+    none does, nothing is written, and the exit code is 1.
+    """
+    from lemoe.merging import merge, read_merged
+
+    if compact != bool(options["model"]):
+        raise click.UsageError("--compact and --model need each other")
     if output is None and not dry_run:
         raise click.UsageError("give the result's file with --output, or --dry-run to see what it would hold")
-    merged = merge(
-        adaptors,
-        None if dry_run else output,
-        on_conflict=on_conflict,
-        drop=drop,
-        dtype=dtype,
-        overwrite=force,
-    )
+    target = None if dry_run else output
+    if compact:
+        from lemoe_cli.compaction import compacted
+
+        read = partial(read_merged, adaptors, on_conflict=on_conflict, drop=drop, dtype=dtype)
+        merged = compacted(read, target, tolerance, options, overwrite=force)
+    else:
+        merged = merge(adaptors, target, on_conflict=on_conflict, drop=drop, dtype=dtype, overwrite=force)
     _show(len(adaptors), merged, output, dry_run=dry_run)
 
 
