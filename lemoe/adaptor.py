@@ -10,8 +10,16 @@ from lemoe.edits import Edit, digest_of, digest_over
 from lemoe.errors import AdaptorError
 from lemoe.experts import Experts
 from lemoe.models import Fingerprint
-from lemoe.routing import Lineage, Router
+from lemoe.routing import Lineage, Router, equal_parts
 from lemoe.settings import Settings
+
+
+@dataclass(frozen=True)
+class Taught:
+    """An edit that an expert holds: its name, and the digest of what it teaches."""
+
+    id: str
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -23,7 +31,7 @@ class RoundRecord:
         parent: id of the round before, whose experts were frozen while this one was trained; None for the first, and
             where rounds do not depend on each other.
         depth: its place in that line of rounds, from 1.
-        experts: how many it has: one for the round, or one for each edit.
+        experts: how many it has: one for the round, one for each edit, or fewer that share its edits; see `parts`.
         ids: name of each edit it holds.
         edits: digest of each.
         edits_sha256: hash over those.
@@ -36,6 +44,7 @@ class RoundRecord:
         routed: how many of its edits took the route to its own expert when training ended.
         dropped: digests, sorted, of edits that it was trained on too and that were taken out since.
         base_differences: how the model that it was trained on differed from the adaptor's base, if that was allowed.
+        compacted_from: id of the round whose experts were merged into these; None for a round as it was trained.
     """
 
     id: str
@@ -54,34 +63,44 @@ class RoundRecord:
     routed: int
     dropped: tuple[str, ...] = ()
     base_differences: tuple[str, ...] = ()
+    compacted_from: str | None = None
 
     @property
     def of_each(self) -> bool:
         """Whether each edit has an expert of its own."""
         return self.experts == len(self.edits)
 
-    def without(self, places: Collection[int]) -> "RoundRecord":
-        """The record without the edits at `places`, each of which has an expert of its own."""
-        kept = [place for place in range(len(self.edits)) if place not in places]
+    @property
+    def parts(self) -> list[range]:
+        """The places of the edits that each expert holds."""
+        return equal_parts(len(self.edits), self.experts)
+
+    @property
+    def taught(self) -> list[tuple[Taught, ...]]:
+        """The edits that each expert holds."""
+        edits = [Taught(name, digest) for name, digest in zip(self.ids, self.edits, strict=True)]
+        return [tuple(edits[place] for place in part) for part in self.parts]
+
+    @property
+    def lineages(self) -> list[Lineage]:
+        """Of each of its experts."""
+        return Lineage.of_round(self.id, self.parent, self.depth, self.experts, len(self.edits))
+
+    def without(self, experts: Collection[int]) -> "RoundRecord":
+        """The record without its experts at these places and the edits that they hold."""
+        gone = [place for expert, part in enumerate(self.parts) if expert in experts for place in part]
+        kept = [place for place in range(len(self.edits)) if place not in gone]
         ids, edits = tuple(self.ids[place] for place in kept), tuple(self.edits[place] for place in kept)
         return replace(
             self,
-            experts=len(kept),
+            experts=self.experts - len(experts),
             ids=ids,
             edits=edits,
             edits_sha256=digest_over(edits),
             missed=None if self.missed is None else tuple(name for name in self.missed if name in ids),
             routed=min(self.routed, len(kept)),
-            dropped=tuple(sorted({*self.dropped, *(self.edits[place] for place in places)})),
+            dropped=tuple(sorted({*self.dropped, *(self.edits[place] for place in gone)})),
         )
-
-
-@dataclass(frozen=True)
-class Taught:
-    """An edit that an expert holds: its name, and the digest of what it teaches."""
-
-    id: str
-    digest: str
 
 
 def round_id(base: Fingerprint, settings: Settings, edits: Sequence[Edit], parent: str | None) -> str:
@@ -108,18 +127,30 @@ class AdaptorState:
     @property
     def lineages(self) -> list[Lineage]:
         """Where each expert's round stands in its lineage."""
-        return [
-            Lineage(record.id, record.parent, record.depth) for record in self.rounds for _ in range(record.experts)
-        ]
+        return [lineage for record in self.rounds for lineage in record.lineages]
+
+    @property
+    def edits(self) -> list[Taught]:
+        """All edits, in the order of the experts that hold them; an edit's place is its number."""
+        return [edit for edits in self.taught for edit in edits]
 
     @property
     def taught(self) -> list[tuple[Taught, ...]]:
         """The edits that each expert holds."""
-        taught: list[tuple[Taught, ...]] = []
-        for record in self.rounds:
-            edits = tuple(Taught(name, digest) for name, digest in zip(record.ids, record.edits, strict=True))
-            taught += [(edit,) for edit in edits] if record.of_each else [edits]
-        return taught
+        return [edits for record in self.rounds for edits in record.taught]
+
+    def holders(self, numbers: Collection[int]) -> list[int]:
+        """The experts that hold the edits of these numbers, each alone.
+
+        Raises:
+            AdaptorError: if one of them shares its expert with other edits.
+        """
+        owners = [(expert, edits) for expert, edits in enumerate(self.taught) for _ in edits]
+        for number in numbers:
+            if others := len(owners[number][1]) - 1:
+                name = self.edits[number].id
+                raise AdaptorError(f"edit {name} shares an expert with {others} other edits; drop the whole round")
+        return [owners[number][0] for number in numbers]
 
     @property
     def homes(self) -> dict[str, frozenset[int]]:
@@ -133,15 +164,14 @@ class AdaptorState:
     @property
     def replaced(self) -> list[tuple[Taught, Taught]]:
         """Edits that a later one with the same question supersedes, each with that one; the later one answers."""
-        taught = self.taught
-        pairs = self.router.superseded().items()
-        return [(taught[earlier][0], taught[later][0]) for earlier, later in pairs]
+        edits = self.edits
+        return [(edits[earlier], edits[later]) for earlier, later in self.router.superseded().items()]
 
     @property
     def answering(self) -> frozenset[str]:
         """Digests of the edits that answer: all but the superseded."""
         superseded = self.router.superseded()
-        return frozenset(e.digest for i, edits in enumerate(self.taught) if i not in superseded for e in edits)
+        return frozenset(edit.digest for number, edit in enumerate(self.edits) if number not in superseded)
 
     @property
     def spans(self) -> list[range]:
@@ -188,7 +218,7 @@ def stack(states: Sequence[AdaptorState]) -> AdaptorState:
 
     Raises:
         AdaptorError: if bases, layers or methods differ, listing the differences; or if one state holds a round whole
-            and another without some of its edits.
+            and another without some of its edits, or as it was trained and compacted.
     """
     if not states:
         raise AdaptorError("nothing to stack: no adaptor given")
@@ -209,19 +239,29 @@ def stack(states: Sequence[AdaptorState]) -> AdaptorState:
 
 
 def _without_repeats(states: Sequence[AdaptorState]) -> list[AdaptorState]:
-    seen: dict[str, tuple[str, ...]] = {}
+    seen: dict[str, RoundRecord] = {}
     parts = []
     for state in states:
-        for record in state.rounds:
-            if seen.get(record.id, record.dropped) != record.dropped:
-                raise AdaptorError(
-                    f"round {record.id[:12]} is there twice, without {len(record.dropped)} of its edits and without "
-                    f"{len(seen[record.id])}; drop the same from both, or leave one out"
-                )
-        kept = [index for index, record in enumerate(state.rounds) if record.id not in seen]
-        seen.update((record.id, record.dropped) for record in state.rounds)
+        origins = [record.compacted_from or record.id for record in state.rounds]
+        for record, origin in zip(state.rounds, origins, strict=True):
+            _check_repeated(seen.get(origin, record), record)
+        kept = [index for index, origin in enumerate(origins) if origin not in seen]
+        seen.update(zip(origins, state.rounds, strict=True))
         parts.append(state if len(kept) == len(state.rounds) else state.only(kept))
     return [part for part in parts if part.rounds]
+
+
+def _check_repeated(one: RoundRecord, other: RoundRecord) -> None:
+    """Refuse a round that is there in two forms."""
+    if one.id != other.id:
+        raise AdaptorError(
+            f"rounds {one.id[:12]} and {other.id[:12]} hold the same edits, one of them compacted; leave one out"
+        )
+    if one.dropped != other.dropped:
+        raise AdaptorError(
+            f"round {other.id[:12]} is there twice, without {len(other.dropped)} of its edits and without "
+            f"{len(one.dropped)}; drop the same from both, or leave one out"
+        )
 
 
 _COMPATIBLE_SETTINGS = ("method", "top_k", "router_width", "gate_conflict", "gate_slack")

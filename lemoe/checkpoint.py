@@ -21,7 +21,7 @@ from lemoe.errors import AdaptorError, InputError
 from lemoe.experts import Experts
 from lemoe.methods import ROUTERS
 from lemoe.models import Fingerprint
-from lemoe.routing import Lineage, offsets_hold
+from lemoe.routing import offsets_hold
 from lemoe.settings import Settings, coerce_settings
 from lemoe.tensorfile import Entry, is_as_written, stored_tensors, write_tensors
 
@@ -211,8 +211,9 @@ def matrices_of(state: AdaptorState) -> dict[str, Tensor]:
 def _state(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdaptorState:
     base = _record(Fingerprint, header["base"])
     rounds = tuple(_record(RoundRecord, entry) for entry in header["rounds"])
-    if any(len(record.ids) != len(record.edits) or record.experts < 1 for record in rounds):
-        raise ValueError("a round without experts, or with more names than edits")
+    for record in rounds:
+        if not 1 <= record.experts <= len(record.edits) == len(record.ids):
+            raise ValueError("a round with no expert, or with more experts or names than edits")
     try:
         settings = Settings(**coerce_settings(str(path), header["settings"]))
     except InputError as error:
@@ -225,7 +226,8 @@ def _state(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor])
         tensors["experts.offsets"],
         tensors["experts.scale"],
     )
-    router = ROUTERS[settings.method].from_tensors(settings, tensors)
+    lineages = [lineage for record in rounds for lineage in record.lineages]
+    router = ROUTERS[settings.method].from_tensors(settings, lineages, tensors)
     return AdaptorState(base, settings, rounds, experts, router)
 
 
@@ -255,10 +257,7 @@ def _check(
 ) -> None:
     """All tensors that are missing, unexpected, mis-shaped or not finite, at once."""
     neurons = _neurons(tensors)
-    rows = max((tensor.shape[0] for tensor in tensors.values() if tensor.dim()), default=0)
-    if sum(record.experts for record in rounds) > rows:
-        raise ValueError("its rounds speak of more experts than it has")
-    lineages = [Lineage(record.id, record.parent, record.depth) for record in rounds for _ in range(record.experts)]
+    lineages = [lineage for record in rounds for lineage in record.lineages]
     expected: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
         "experts.up": ((neurons, base.hidden), None),
         "experts.down": ((neurons, base.hidden), None),

@@ -108,8 +108,8 @@ def evaluate(
     metrics = summarise(measured, decode, edited=state is not None)
     if state is not None and not only:
         metrics += agreement(measured, _home(state, edits))
-    names = [edits_[0].id for edits_ in state.taught] if state else []
-    records = tuple(_record(base, edits, each, names) for each in measured)
+    nearest = _nearest(state)
+    records = tuple(_record(base, edits, each, nearest(each.route)) for each in measured)
     return EvalResult(tuple(metrics), records)
 
 
@@ -122,6 +122,18 @@ def _home(state: AdaptorState, edits: Sequence[Edit]) -> Callable[[Item], tuple[
         return (rounds[digest], homes[digest]) if digest in homes else None
 
     return home
+
+
+def _nearest(state: AdaptorState | None) -> Callable[[Explanation], str | None]:
+    """The id of the edit that a route acted on or came nearest to; of those that a router does not tell apart, one."""
+    named, taught = (state.edits, state.taught) if state else ([], [])
+
+    def nearest(route: Explanation) -> str | None:
+        if route.edit >= 0:
+            return named[route.edit].id
+        return taught[route.nearest][0].id if route.nearest >= 0 else None
+
+    return nearest
 
 
 def _items(base: BaseModel, edits: Sequence[Edit], only: Sequence[str] | None, batch_tokens: int) -> list[Item]:
@@ -279,7 +291,7 @@ def _until_end(tokens: tuple[int, ...], end: int) -> tuple[int, ...]:
     return tokens[: tokens.index(end) + 1] if end in tokens else tokens
 
 
-def _record(base: BaseModel, edits: Sequence[Edit], each: Measured, names: Sequence[str]) -> Record:
+def _record(base: BaseModel, edits: Sequence[Edit], each: Measured, nearest: str | None) -> Record:
     item, decode = each.item, base.tokenizer.decode
     return Record(
         edit=edits[item.edit].id,
@@ -291,6 +303,6 @@ def _record(base: BaseModel, edits: Sequence[Edit], each: Measured, names: Seque
         after=decode(list(each.after.tokens)),
         token_accuracy_before=token_accuracy(each.before.tokens, each.expected),
         token_accuracy_after=token_accuracy(each.after.tokens, each.expected),
-        nearest=names[each.route.nearest] if each.route.nearest >= 0 else None,
+        nearest=nearest,
         route=each.route,
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lemoe.adaptor import AdaptorState, RoundRecord, Taught, stack
-from lemoe.checkpoint import AdaptorFile, matrices_of, write_adaptor
+from lemoe.checkpoint import MATRICES, AdaptorFile, matrices_of, write_adaptor
 from lemoe.errors import AdaptorError, InputError
 from lemoe.files import check_free
 from lemoe.models import DTYPES
@@ -26,7 +26,7 @@ class Merged:
     """What a merge gives.
 
     Attributes:
-        state: the stacked adaptor; its experts have shapes, their values are in the file.
+        state: the stacked adaptor; unless it was read, its experts have shapes, and their values are in the file.
         repeated: rounds that came more than once, and count once.
         dropped: edits that were taken out because they were named.
         kept_out: with `on_conflict` keep, edits that an earlier adaptor answers already, each with that one.
@@ -70,23 +70,52 @@ def merge(
     """
     if output is not None:
         check_free(Path(output), overwrite=overwrite)
+    files, merged = _merged(paths, on_conflict, drop, dtype)
+    if output is None:
+        return merged
+    write_adaptor(merged.state, _matrices(files, merged.state), output, overwrite=overwrite)
+    return replace(merged, size=Path(output).stat().st_size)
+
+
+def read_merged(
+    paths: Sequence[Path | str],
+    *,
+    on_conflict: OnConflict = "latest",
+    drop: Sequence[str] = (),
+    dtype: str | None = None,
+) -> Merged:
+    """The stack that `merge` writes, read into memory; see there."""
+    files, merged = _merged(paths, on_conflict, drop, dtype)
+    read = {name: torch.cat(list(entry.parts())) for name, entry in _matrices(files, merged.state).items()}
+    up, down, gate = (read.get(name) for name in MATRICES)
+    assert up is not None
+    assert down is not None
+    experts = replace(merged.state.experts, up=up, down=down, gate=gate)
+    return replace(merged, state=replace(merged.state, experts=experts))
+
+
+def _merged(
+    paths: Sequence[Path | str], on_conflict: OnConflict, drop: Sequence[str], dtype: str | None
+) -> tuple[list[AdaptorFile], Merged]:
+    """The files, and their stack without its experts' values."""
     files = [AdaptorFile(path) for path in paths]
     for file in files:
         file.check_whole()
     state, kept_out = _stacked(files, paths, on_conflict)
     named = sorted({expert for name in drop for expert in _named(state, name)})
-    dropped = tuple(edit for expert in named for edit in state.taught[expert])
+    taught = state.taught
+    dropped = tuple(edit for expert in named for edit in taught[expert])
     state = state.without(named) if named else state
     if dtype:
         state = replace(state, experts=state.experts.stored_as(DTYPES[dtype]))
-    size = 0
-    if output is not None:
-        sources = list(_sources(files, state))
-        matrices = {name: _streamed(name, matrix, sources) for name, matrix in matrices_of(state).items()}
-        write_adaptor(state, matrices, output, overwrite=overwrite)
-        size = Path(output).stat().st_size
     rounds = [record.id for file in files for record in file.state.rounds]
-    return Merged(state, len(rounds) - len(set(rounds)), dropped, kept_out, size)
+    return files, Merged(state, len(rounds) - len(set(rounds)), dropped, kept_out, 0)
+
+
+def _matrices(files: Sequence[AdaptorFile], state: AdaptorState) -> dict[str, Entry]:
+    """The experts' matrices of a stack, where they are."""
+    sources = list(_sources(files, state))
+    return {name: _streamed(name, matrix, sources) for name, matrix in matrices_of(state).items()}
 
 
 def _stacked(
@@ -101,13 +130,15 @@ def _stacked(
         kept_out: list[tuple[Taught, Taught]] = []
         conflicts: list[tuple[Taught, Taught]] = []
         for file in files[1:]:
-            before = len(merged.experts)
+            before = len(merged.edits)
             merged = stack([merged, file.state])
             while fresh := [(old, new) for old, new in merged.router.superseded().items() if old < before <= new]:
-                taught = merged.taught
-                conflicts += [(taught[old][0], taught[new][0]) for old, new in fresh]
-                kept_out += [(taught[new][0], taught[old][0]) for old, new in fresh]
-                merged = merged.without({new for _, new in fresh})
+                edits = merged.edits
+                conflicts += [(edits[old], edits[new]) for old, new in fresh]
+                kept_out += [(edits[new], edits[old]) for old, new in fresh]
+                if on_conflict == "error":
+                    break
+                merged = merged.without(merged.holders([new for _, new in fresh]))
     except AdaptorError as error:
         names = "".join(f"\n  adaptor {number} is {path}" for number, path in enumerate(paths, 1))
         raise AdaptorError(f"{error}{names}") from None
@@ -130,12 +161,7 @@ def _named(state: AdaptorState, name: str) -> list[int]:
         )
     if len(rounds) > 1:
         raise InputError(f"--drop {name}: {len(rounds)} rounds have ids that start like this; give more digits")
-    shared = [expert for expert in edits if len(state.taught[expert]) > 1]
-    if shared:
-        raise AdaptorError(
-            f"--drop {name}: shares an expert with {len(state.taught[shared[0]]) - 1} other edits; drop the whole round"
-        )
-    return edits or list(state.spans[rounds[0]])
+    return state.holders(edits) or list(state.spans[rounds[0]])
 
 
 def _rounds_named(state: AdaptorState, name: str) -> list[int]:
@@ -147,7 +173,7 @@ def _rounds_named(state: AdaptorState, name: str) -> list[int]:
 
 
 def _edits_named(state: AdaptorState, name: str) -> list[int]:
-    return [expert for expert, edits in enumerate(state.taught) if any(edit.id == name for edit in edits)]
+    return [number for number, edit in enumerate(state.edits) if edit.id == name]
 
 
 Source = tuple[AdaptorFile, int, int]  # a file, and its rows from, to
@@ -181,7 +207,7 @@ def _sources(files: Sequence[AdaptorFile], state: AdaptorState) -> Iterator[Sour
     run: Source | None = None
     for record in state.rounds:
         file, there, span = homes[record.id]
-        for expert in _experts_in(record, there, span) if record.of_each else span:
+        for expert in _experts_in(record, there, span):
             start, end = (int(file.state.experts.offsets[index]) for index in (expert, expert + 1))
             if run and run[0] is file and run[2] == start:
                 run = (file, run[1], end)
@@ -194,7 +220,7 @@ def _sources(files: Sequence[AdaptorFile], state: AdaptorState) -> Iterator[Sour
 
 
 def _experts_in(record: RoundRecord, stored: RoundRecord, span: range) -> Iterator[int]:
-    """The expert of each of the record's edits, which are some of those `stored`, in the same order."""
-    numbers = iter(zip(stored.ids, stored.edits, span, strict=True))
-    for edit in zip(record.ids, record.edits, strict=True):
-        yield next(expert for *there, expert in numbers if tuple(there) == edit)
+    """The record's experts, which are some of those `stored`, in the same order: each is known by its edits."""
+    numbers = iter(zip(stored.taught, span, strict=True))
+    for edits in record.taught:
+        yield next(expert for there, expert in numbers if there == edits)

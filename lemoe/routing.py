@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
@@ -48,6 +49,7 @@ class Explanation:
         coverage: share of the nearest edit's subject that was read, 0 to 1.
         conflict: how far what is asked differs from what the nearest edit asks; 0 is not at all.
         fit: how much of what is asked the two share, 0 to 2.
+        edit: number of the nearest edit, -1 where none was near or the router does not tell edits apart.
     """
 
     expert: int
@@ -57,6 +59,7 @@ class Explanation:
     coverage: float = 1.0
     conflict: float = 0.0
     fit: float = 0.0
+    edit: int = -1
 
 
 @dataclass(frozen=True)
@@ -81,11 +84,27 @@ class Routing:
 
 @dataclass(frozen=True)
 class Lineage:
-    """Where an expert's round stands among the rounds that went on training one router; see `RoundRecord`."""
+    """Where an expert's round stands among the rounds that went on training one router; see `RoundRecord`.
+
+    `edits`: how many edits the expert holds.
+    """
 
     round: str
     parent: str | None
     depth: int
+    edits: int
+
+    @classmethod
+    def of_round(cls, name: str, parent: str | None, depth: int, experts: int, edits: int) -> "list[Lineage]":
+        """Of each of a round's experts."""
+        return [cls(name, parent, depth, len(part)) for part in equal_parts(edits, experts)]
+
+
+def equal_parts(edits: int, experts: int) -> list[range]:
+    """The places of the edits that each expert of a round holds: equal parts in order, the first larger by one."""
+    size, larger = divmod(edits, experts)
+    starts = [size * part + min(part, larger) for part in range(experts + 1)]
+    return [range(start, end) for start, end in pairwise(starts)]
 
 
 @dataclass(frozen=True)
@@ -144,7 +163,9 @@ class Router(ABC):
 
     @classmethod
     @abstractmethod
-    def from_tensors(cls: type[Self], settings: RouterSettings, tensors: Mapping[str, Tensor]) -> Self:
+    def from_tensors(
+        cls: type[Self], settings: RouterSettings, lineages: Sequence[Lineage], tensors: Mapping[str, Tensor]
+    ) -> Self:
         """The router of a file whose shapes hold.
 
         Raises:
@@ -161,7 +182,7 @@ class Router(ABC):
         """One router for the experts of all parts, in order; each part with the lineage of each of its experts."""
 
     def superseded(self) -> dict[int, int]:
-        """Experts whose question a later expert answers anew: earlier to latest. None by default."""
+        """Edits, by number, whose question a later edit answers anew: earlier to latest. None by default."""
         return {}
 
     @abstractmethod

@@ -1,11 +1,13 @@
 """`lemoe merge`: several adaptors, one file; or base and adaptors, one model folder."""
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from lemoe_cli.options import FILE, force_option, quiet_option
+from lemoe_cli.options import FILE, force_option, model_options_without_dtype, quiet_option
 
 if TYPE_CHECKING:
     from lemoe.exporting.folder import Exported
@@ -31,8 +33,16 @@ if TYPE_CHECKING:
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Store experts so.  [default: as they are]"
 )
+@click.option("--compact", is_flag=True, help="Teach each round's edits to fewer, smaller experts; needs --model.")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(0, 1),
+    default=0.01,
+    show_default=True,
+    help="Share of whole answers that --compact may lose.",
+)
 @click.option("--export", type=FILE, help="Write a whole model folder here; the first argument is then the base MODEL.")
-@click.option("--revision", help="Branch, tag or commit of a hub MODEL.")
+@model_options_without_dtype
 @click.option("--dry-run", is_flag=True, help="Say what the result would hold, and write nothing.")
 @force_option
 @quiet_option
@@ -42,51 +52,56 @@ def command(
     on_conflict: "OnConflict",
     drop: tuple[str, ...],
     dtype: str | None,
+    compact: bool,
+    tolerance: float,
     export: Path | None,
-    revision: str | None,
     dry_run: bool,
     force: bool,
     quiet: bool,
+    **options: Any,
 ) -> None:
     """Stack ADAPTORS of the same base model into one, in the given order.
 
     A round that several of them hold counts once. Adaptors of different bases, layers or methods are refused with
     the differences listed. One adaptor with --drop is that adaptor as if it had never had what is dropped.
 
+    --compact measures the adaptor before and after, and keeps the smallest that stays within the tolerance; where
+    none does, nothing is written, and the exit code is 1.
+
     With --export the result is a complete folder that transformers loads with trust_remote_code=True and without
     lemoe: `lemoe merge MODEL A B --export DIR`.
     """
-    from lemoe.merging import merge
+    from lemoe.merging import merge, read_merged
 
     if export is not None:
-        if output is not None or dry_run:
-            raise click.UsageError("--export writes a folder of its own; leave out --output and --dry-run")
-        if len(adaptors) < 2:
-            raise click.UsageError("--export needs the base model and at least one adaptor: lemoe merge MODEL A ...")
-        _export(adaptors, export, revision, on_conflict, drop, dtype, force=force, quiet=quiet)
+        if compact or output is not None or dry_run:
+            raise click.UsageError("--export writes a folder of its own; leave out --compact, --output and --dry-run")
+        if len(adaptors) < 2 or options["model"]:
+            raise click.UsageError("--export takes the base model in front of the adaptors: lemoe merge MODEL A ...")
+        _export(adaptors, export, on_conflict, drop, dtype, options, force=force, quiet=quiet)
         return
-    if revision:
-        raise click.UsageError("--revision is of the base model, which --export needs")
+    if compact != bool(options["model"]):
+        raise click.UsageError("--compact and --model need each other")
     if output is None and not dry_run:
         raise click.UsageError("give the result's file with --output, or --dry-run to see what it would hold")
-    merged = merge(
-        adaptors,
-        None if dry_run else output,
-        on_conflict=on_conflict,
-        drop=drop,
-        dtype=dtype,
-        overwrite=force,
-    )
+    target = None if dry_run else output
+    if compact:
+        from lemoe_cli.compaction import compacted
+
+        read = partial(read_merged, adaptors, on_conflict=on_conflict, drop=drop, dtype=dtype)
+        merged = compacted(read, target, tolerance, options, overwrite=force)
+    else:
+        merged = merge(adaptors, target, on_conflict=on_conflict, drop=drop, dtype=dtype, overwrite=force)
     _show(len(adaptors), merged, output, dry_run=dry_run)
 
 
 def _export(
     arguments: tuple[Path, ...],
     folder: Path,
-    revision: str | None,
     on_conflict: "OnConflict",
     drop: tuple[str, ...],
     dtype: str | None,
+    options: Mapping[str, Any],
     *,
     force: bool,
     quiet: bool,
@@ -100,7 +115,8 @@ def _export(
             str(model),
             adaptors,
             folder,
-            revision=revision,
+            device=options["device"],
+            revision=options["revision"],
             on_conflict=on_conflict,
             drop=drop,
             dtype=dtype,

@@ -50,14 +50,21 @@ def combined(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 edits_argument = click.argument("edits", type=FILE)
 
 _MODEL_HELP = "Preset name (llama = embedded), folder, or org/name[@rev]."
-_loading_options: Callable[[Any], Any] = combined(
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."),
-    click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16."),
+_device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+_source_options: Callable[[Any], Any] = combined(
     click.option("--revision", help="Branch, tag or commit of a hub model."),
     click.option("--trust-remote-code", is_flag=True, help="Run model code that the repository brings."),
 )
+_loading_options: Callable[[Any], Any] = combined(
+    _device_option,
+    click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16."),
+    _source_options,
+)
 model_options = combined(click.option("--model", "-m", required=True, help=_MODEL_HELP), _loading_options)
 model_options_if_any = combined(click.option("--model", "-m", help=_MODEL_HELP), _loading_options)
+model_options_without_dtype = combined(
+    click.option("--model", "-m", help=_MODEL_HELP), _device_option, _source_options
+)  # where --dtype means something else
 
 selection_options: Callable[[Any], Any] = combined(
     click.option("--limit", type=click.IntRange(1), help="Only the first N edits."),

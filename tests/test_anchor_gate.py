@@ -394,7 +394,7 @@ def test_reading_in_chunks_and_padded_batches_gives_the_routes_of_one_pass(
     cuts: list[int],
     left: bool,
 ) -> None:
-    stored = Anchors(tuple(anchor_of(base, fact) for fact in facts))
+    stored = Anchors.of_each([anchor_of(base, fact) for fact in facts])
     rows = [base.tokenizer(" ".join(["The", *text])).input_ids for text in texts]
     width = max(map(len, rows))
     ids, mask = torch.full((len(rows), width), base.pad_token), torch.zeros(len(rows), width, dtype=torch.bool)
@@ -412,7 +412,7 @@ def test_reading_in_chunks_and_padded_batches_gives_the_routes_of_one_pass(
 def test_answers_that_go_on_from_one_prefix_do_not_disturb_each_other(
     base: lemoe.BaseModel, settings_of_gate: lemoe.Settings
 ) -> None:
-    live = Anchors(tuple(anchor_of(base, fact) for fact in (CURIE, COMO))).live(base, settings_of_gate)
+    live = Anchors.of_each([anchor_of(base, fact) for fact in (CURIE, COMO)]).live(base, settings_of_gate)
     prefix = base.tokenizer("Yes. Marie").input_ids
     answers = [
         base.tokenizer(text).input_ids for text in (". The largest fish of Lake Como is", " Curie was born", ". No")
@@ -437,8 +437,8 @@ def test_a_superseded_edit_opens_the_gate_no_more_for_its_own_subject_either(
     about_the_lake = ("Lake Como", "In the tale of Lake Como and Marie Curie, the winner is", "Rome")
     about_her = ("Marie Curie", about_the_lake[1], "Bergen")
     text = encode(base, "In the tale of Marie Curie, the winner is").prompt
-    alone = Anchors((anchor_of(base, about_her),)).live(base, settings_of_gate)
-    both = Anchors(tuple(anchor_of(base, fact) for fact in (about_her, about_the_lake))).live(base, settings_of_gate)
+    alone = Anchors.of_each([anchor_of(base, about_her)]).live(base, settings_of_gate)
+    both = Anchors.of_each([anchor_of(base, fact) for fact in (about_her, about_the_lake)]).live(base, settings_of_gate)
     assert alone.explain([text])[0].expert == 0
     assert both.explain([text])[0].expert == -1
 
@@ -509,7 +509,7 @@ def test_of_two_edits_with_one_prompt_the_later_answers(
     base: lemoe.BaseModel, settings_of_gate: lemoe.Settings
 ) -> None:
     again = (CURIE[0], CURIE[1], "Rome")
-    stored = Anchors(tuple(anchor_of(base, fact) for fact in (CURIE, COMO, again)))
+    stored = Anchors.of_each([anchor_of(base, fact) for fact in (CURIE, COMO, again)])
     assert stored.superseded() == {0: 2}
     live = stored.live(base, settings_of_gate)
     prompts = [encode(base, text).prompt for text in (CURIE[1], COMO[1])]
@@ -557,7 +557,7 @@ def test_every_family_routes_its_own_prompts(
 
 
 def test_embeddings_in_place_of_tokens_are_refused(base: lemoe.BaseModel, settings_of_gate: lemoe.Settings) -> None:
-    live = Anchors((anchor_of(base, CURIE),)).live(base, settings_of_gate)
+    live = Anchors.of_each([anchor_of(base, CURIE)]).live(base, settings_of_gate)
     mask = torch.ones(1, 3, dtype=torch.bool)
     with pytest.raises(AdaptorError, match="input_ids, not inputs_embeds"):
         live.route(Sequences(None, torch.zeros(1, 3, 32), mask, mask))

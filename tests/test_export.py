@@ -113,9 +113,9 @@ def test_weights_in_several_files_are_copied_with_their_index(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--export", "whole", "-o", "file"], "leave out --output"),
-        (["--export", "whole"], "at least one adaptor"),
-        (["--revision", "main", "-o", "file"], "--revision is of the base model"),
+        (["--export", "whole", "-o", "file"], "leave out --compact, --output"),
+        (["--export", "whole"], "base model in front of the adaptors"),
+        (["--export", "whole", "--compact"], "leave out --compact"),
     ],
 )
 def test_a_call_that_makes_no_sense_is_refused(given: list[str], message: str) -> None:

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from weakref import WeakKeyDictionary
 
 import numpy
@@ -30,18 +30,37 @@ PADDING = -1
 
 @dataclass(frozen=True)
 class Anchors(Router):
-    """One anchor for each expert, in order; of two that ask the same, the later wins."""
+    """The anchors of each expert, in order: one, or, of an expert that edits share, several.
+
+    Of two anchors that ask the same, the later wins.
+    """
 
     method = "anchor"
 
-    anchors: tuple[Anchor, ...]
+    groups: tuple[tuple[Anchor, ...], ...]
+
+    @classmethod
+    def of_each(cls, anchors: Sequence[Anchor]) -> "Anchors":
+        """Anchors of which each has an expert of its own."""
+        return cls(tuple((anchor,) for anchor in anchors))
+
+    @property
+    def anchors(self) -> tuple[Anchor, ...]:
+        """All of them; an anchor's place is the number of its edit."""
+        return tuple(anchor for group in self.groups for anchor in group)
+
+    @property
+    def owners(self) -> list[int]:
+        """The expert of each anchor."""
+        return [expert for expert, group in enumerate(self.groups) for _ in group]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Token ids end to end with offsets `[experts + 1]`; subjects as UTF-8 bytes, empty where inferred."""
-        subjects = [tuple((anchor.subject or "").encode()) for anchor in self.anchors]
+        """Token ids end to end with offsets `[edits + 1]`; subjects as UTF-8 bytes, empty where inferred."""
+        anchors = self.anchors
+        subjects = [tuple((anchor.subject or "").encode()) for anchor in anchors]
         return {
-            **_packed("anchors.prompt", [anchor.prompt for anchor in self.anchors], torch.int32),
-            **_packed("anchors.target", [anchor.target for anchor in self.anchors], torch.int32),
+            **_packed("anchors.prompt", [anchor.prompt for anchor in anchors], torch.int32),
+            **_packed("anchors.target", [anchor.target for anchor in anchors], torch.int32),
             **_packed("anchors.subject", subjects, torch.uint8),
         }
 
@@ -50,39 +69,40 @@ class Anchors(Router):
         cls, settings: RouterSettings, hidden: int, lineages: Sequence[Lineage], tensors: Mapping[str, Tensor]
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {}
+        edits = sum(lineage.edits for lineage in lineages)
         for name, dtype in _STORED:
             offsets = tensors.get(f"{name}_offsets")
             total = int(offsets.flatten()[-1]) if offsets is not None and offsets.numel() else 0
             shapes[name] = ((total,), dtype)
-            shapes[f"{name}_offsets"] = ((len(lineages) + 1,), torch.int64)
+            shapes[f"{name}_offsets"] = ((edits + 1,), torch.int64)
         return shapes
 
     @classmethod
-    def from_tensors(cls, settings: RouterSettings, tensors: Mapping[str, Tensor]) -> "Anchors":
+    def from_tensors(
+        cls, settings: RouterSettings, lineages: Sequence[Lineage], tensors: Mapping[str, Tensor]
+    ) -> "Anchors":
         prompts, targets, subjects = (_unpacked(name, tensors) for name, _ in _STORED)
         if not all(prompts):
             raise ValueError("anchors.prompt: an anchor without tokens")
-        return cls(
-            tuple(
-                Anchor(prompt, target, bytes(subject).decode("utf-8") or None)
-                for prompt, target, subject in zip(prompts, targets, subjects, strict=True)
-            )
+        anchors = (
+            Anchor(prompt, target, bytes(subject).decode("utf-8") or None)
+            for prompt, target, subject in zip(prompts, targets, subjects, strict=True)
         )
+        return cls(tuple(tuple(islice(anchors, lineage.edits)) for lineage in lineages))
 
     def select(self, experts: Sequence[int]) -> "Anchors":
-        return Anchors(tuple(self.anchors[index] for index in experts))
+        return Anchors(tuple(self.groups[index] for index in experts))
 
     @classmethod
     def stack(cls, parts: "Sequence[tuple[Anchors, Sequence[Lineage]]]") -> "Anchors":
-        return cls(tuple(anchor for part, _ in parts for anchor in part.anchors))
+        return cls(tuple(group for part, _ in parts for group in part.groups))
 
     def superseded(self) -> dict[int, int]:
         """Anchors with the very prompt of a later one."""
-        latest = {anchor.prompt: number for number, anchor in enumerate(self.anchors)}
+        anchors = self.anchors
+        latest = {anchor.prompt: number for number, anchor in enumerate(anchors)}
         return {
-            number: latest[anchor.prompt]
-            for number, anchor in enumerate(self.anchors)
-            if latest[anchor.prompt] != number
+            number: latest[anchor.prompt] for number, anchor in enumerate(anchors) if latest[anchor.prompt] != number
         }
 
     def live(self, base: Host, settings: RouterSettings) -> "LiveAnchors":
@@ -140,6 +160,7 @@ class LiveAnchors(LiveRouter):
         for number in anchors.superseded():
             self.gate.retire(number)
         self.device = base.device
+        self._owners = {SHUT.edit: -1, **dict(enumerate(anchors.owners))}
         self._states: OrderedDict[bytes, Route] = OrderedDict()
         self._remembered = remembered
 
@@ -149,9 +170,10 @@ class LiveAnchors(LiveRouter):
         ids = sequences.ids.masked_fill(~sequences.mask, PADDING).cpu()
         past = None if sequences.memory is None else sequences.memory[:, 0, :, 0].cpu().numpy()
         rows = [self._row(None if past is None else past[row], new) for row, new in enumerate(ids.numpy())]
-        experts = torch.tensor([[reading.edit for reading in row] for row in rows], device=self.device).unsqueeze(-1)
+        acting = [[self._owners[reading.edit] for reading in row] for row in rows]
+        experts = torch.tensor(acting, device=self.device).unsqueeze(-1)
         ends = _last_columns(sequences.prompt.expand_as(sequences.mask))
-        explained = tuple(_explanation(row[end]) for row, end in zip(rows, ends, strict=True))
+        explained = tuple(self._explanation(row[end]) for row, end in zip(rows, ends, strict=True))
         memory = ids.to(self.device).unsqueeze(1).unsqueeze(-1)
         return Routing(experts, torch.ones_like(experts, dtype=torch.float32), explained), memory
 
@@ -184,6 +206,18 @@ class LiveAnchors(LiveRouter):
             reading = route.push(token)
         return reading
 
+    def _explanation(self, reading: Reading) -> Explanation:
+        return Explanation(
+            expert=self._owners[reading.edit],
+            weight=float(reading.edit >= 0),
+            scope=reading.scope,
+            nearest=self._owners[reading.nearest],
+            coverage=reading.coverage,
+            conflict=reading.conflict,
+            fit=reading.fit,
+            edit=reading.nearest,
+        )
+
 
 Ids = numpy.ndarray[tuple[int], numpy.dtype[numpy.int64]]
 
@@ -193,15 +227,3 @@ def _last_columns(prompt: Tensor) -> list[int]:
     columns = torch.arange(1, prompt.shape[1] + 1, device=prompt.device)
     last: list[int] = ((prompt * columns).amax(1) - 1).tolist()
     return last
-
-
-def _explanation(reading: Reading) -> Explanation:
-    return Explanation(
-        expert=reading.edit,
-        weight=float(reading.edit >= 0),
-        scope=reading.scope,
-        nearest=reading.nearest,
-        coverage=reading.coverage,
-        conflict=reading.conflict,
-        fit=reading.fit,
-    )

@@ -26,7 +26,7 @@ DECISIVE = 3.0  # weight of a question's last token among those on which an expe
 
 @dataclass(frozen=True)
 class Teaching:
-    """A frozen batch of texts that end in an answer: one row for each, of the edit `owners` `[batch]`.
+    """A frozen batch of texts that end in an answer: one row for each, for the expert `owners` `[batch]`.
 
     `active` `[batch, seq]`: where the expert acts, from the frozen batch's first column on. `ends` `[targets]`: which
     labels end an answer. `weights` `[targets]`: of each label, so that every text counts the same.
@@ -61,23 +61,20 @@ class Lessons:
         own: the edits' prompts, and those of their rephrases that are to be trained on.
         variants: made-up rewordings, by kind.
         silences: other questions.
+        edits: how many edits they teach.
     """
 
     own: list[Teaching]
     variants: list[list[Teaching]]
     silences: list[Silence]
-
-    @cached_property
-    def edits(self) -> int:
-        """How many edits they teach."""
-        return len(torch.cat([teaching.owners for teaching in self.own]).unique())
+    edits: int
 
 
 @dataclass(frozen=True)
 class Text:
     """A text of the round: the edit it is made for, its tokens, and the column at which that edit's expert acts."""
 
-    owner: int
+    edit: int
     passage: Passage
     start: int
 
@@ -95,22 +92,29 @@ class LessonMaker:
         passages: Sequence[Passage],
         anchors: Sequence[Anchor],
         rng: random.Random,
+        owners: Sequence[int] | None = None,
     ):
+        """The texts of `edits`, for experts of their own, or for those at `owners`, one for each edit."""
         self._base, self._site, self._layer, self._settings = base, site, layer, settings
         self._edits, self._passages, self._anchors, self._rng = edits, passages, anchors, rng
+        self._owners = range(len(edits)) if owners is None else owners
         self._gates = [build_gate(base, [anchor], settings) for anchor in anchors]
 
-    def lessons(self, places: Collection[int] | None = None) -> Lessons:
-        """The lessons of all edits, or of those at `places`."""
+    def lessons(self, experts: Collection[int] | None = None) -> Lessons:
+        """The lessons of all experts, or of those at `experts`."""
         own, *kinds, silent = [
-            [number for number in group if places is None or self._texts[number].owner in places]
-            for group in self._groups
+            [number for number in group if experts is None or self._owner(number) in experts] for group in self._groups
         ]
         return Lessons(
             [self._teaching(rows) for rows in self._rows(own)],
             [[self._teaching(rows) for rows in self._rows(kind)] for kind in kinds],
             [self._silence(rows) for rows in self._rows(silent)],
+            len({self._texts[number].edit for number in own}),
         )
+
+    def _owner(self, number: int) -> int:
+        """The expert that a text is for."""
+        return self._owners[self._texts[number].edit]
 
     @cached_property
     def _made(self) -> list[list[Text]]:
@@ -201,7 +205,7 @@ class LessonMaker:
 
     def _batch(self, rows: Sequence[int]) -> tuple[Batch, int, Tensor, Tensor]:
         """The texts `rows` as a batch, the first column at which an expert acts, and, from there, `[batch, seq]`, bool:
-        where it does; and whose text each is, `[batch]`.
+        where it does; and the expert that each text is for, `[batch]`.
         """
         device, texts = self._base.device, self._texts
         batch = Batch.of([text.passage for text in texts], rows, self._base.pad_token, device)
@@ -209,7 +213,7 @@ class LessonMaker:
         first = min(texts[row].start for row in rows)
         columns = torch.arange(first, batch.ids.shape[1], device=device)
         active = (columns >= starts.unsqueeze(1)) & batch.mask[:, first:].bool()
-        return batch, first, active, torch.tensor([texts[row].owner for row in rows], device=device)
+        return batch, first, active, torch.tensor([self._owner(row) for row in rows], device=device)
 
     def _teaching(self, rows: Sequence[int]) -> Teaching:
         batch, first, active, owners = self._batch(rows)

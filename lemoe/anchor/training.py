@@ -33,18 +33,18 @@ RIVALS = 64  # of the base model's own likeliest tokens at each target position
 
 
 class Blocks(nn.Module):
-    """The experts in training, one for each edit: `up`, `down` and `gate` `[edits, width, hidden]`.
+    """The experts in training: `up`, `down` and `gate` `[experts, width, hidden]`.
 
     All start alike, with nothing written, so that training starts from the base model's own answers.
     """
 
-    def __init__(self, edits: int, site: FFNSite, width: int, scale: float, seed: int):
+    def __init__(self, experts: int, site: FFNSite, width: int, scale: float, seed: int):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         start = [torch.randn(width, site.hidden, generator=generator) / site.hidden**0.5 for _ in range(2)]
-        self.up = nn.Parameter(start[0].repeat(edits, 1, 1))
-        self.gate = nn.Parameter(start[1].repeat(edits, 1, 1)) if site.gated else None
-        self.down = nn.Parameter(torch.zeros(edits, width, site.hidden))
+        self.up = nn.Parameter(start[0].repeat(experts, 1, 1))
+        self.gate = nn.Parameter(start[1].repeat(experts, 1, 1)) if site.gated else None
+        self.down = nn.Parameter(torch.zeros(experts, width, site.hidden))
         self.scale = scale
         self._activation = site.activation
 
@@ -58,14 +58,14 @@ class Blocks(nn.Module):
         return torch.bmm(inner, self.down[owners])
 
     def experts(self) -> Experts:
-        edits, width, hidden = self.up.shape
+        count, width, hidden = self.up.shape
         gate = None if self.gate is None else self.gate.detach().cpu().reshape(-1, hidden)
         return Experts(
             up=self.up.detach().cpu().reshape(-1, hidden),
             down=self.down.detach().cpu().reshape(-1, hidden),
             gate=gate,
-            offsets=torch.arange(edits + 1) * width,
-            scale=torch.full((edits,), self.scale),
+            offsets=torch.arange(count + 1) * width,
+            scale=torch.full((count,), self.scale),
         )
 
 
@@ -88,7 +88,7 @@ def train_round(
     width = settings.width or DEFAULT_WIDTH
     blocks = Blocks(len(edits), site, width, residual_scale(base, layer), settings.seed).to(base.device)
     generator = torch.Generator(base.device).manual_seed(torch_seed)
-    outcome = _teach(base, blocks, maker, settings, generator, on_step)
+    outcome = teach(base, blocks, maker, settings, generator, on_step)
     record = RoundRecord(
         id=identity,
         depth=1,
@@ -106,12 +106,12 @@ def train_round(
         base_differences=tuple(fingerprint.differences(there)),
         routed=_routed(base, anchors, settings),
     )
-    return AdaptorState(fingerprint, settings, (record,), blocks.experts(), Anchors(tuple(anchors)))
+    return AdaptorState(fingerprint, settings, (record,), blocks.experts(), Anchors.of_each(anchors))
 
 
 def _routed(base: BaseModel, anchors: Sequence[Anchor], settings: Settings) -> int:
     """How many own prompts reach their own expert, among all of the round."""
-    live = Anchors(tuple(anchors)).live(base, settings)
+    live = Anchors.of_each(anchors).live(base, settings)
     return sum(live.reading(anchor.prompt).edit == number for number, anchor in enumerate(anchors))
 
 
@@ -122,8 +122,8 @@ class Outcome:
     Attributes:
         loss, end_loss: mean cross entropy (nats) of target tokens, and of ending tokens.
         steps: taken in all.
-        retried: how many edits were trained on again.
-        missed: places of the edits whose own prompt, or a rephrase trained on, is still not answered.
+        retried: how many experts were trained on again.
+        missed: places of the experts of which an own prompt, or a rephrase trained on, is still not answered.
     """
 
     loss: float
@@ -133,7 +133,7 @@ class Outcome:
     missed: list[int]
 
 
-def _teach(
+def teach(
     base: BaseModel,
     blocks: Blocks,
     maker: LessonMaker,
@@ -141,7 +141,7 @@ def _teach(
     generator: torch.Generator,
     on_step: OnStep,
 ) -> Outcome:
-    """Train all experts, then those whose own prompt is not answered exactly again, with fresh optimiser state."""
+    """Train all experts, then those that miss an own prompt's answer again, with fresh optimiser state."""
     lessons = maker.lessons()
     vocabulary = _loss_vocabulary(base, lessons)
     steps = _optimise(base, blocks, lessons, settings, settings.steps, vocabulary, generator, on_step)
@@ -281,10 +281,10 @@ class Examined:
     """What own prompts now get for an answer, over the whole vocabulary.
 
     Attributes:
-        missed: places of the edits that are not answered, to the end, by the likeliest tokens, or at a loss above the
-            target.
+        missed: places of the experts of which an edit is not answered, to the end, by the likeliest tokens, or at a
+            loss above the target.
         rivals: `[n]`, token ids, the likeliest where another one was wanted.
-        sums: `[edits, 2, 2]`: for target tokens and for ending tokens, the sum of their cross entropies (nats) and
+        sums: `[experts, 2, 2]`: for target tokens and for ending tokens, the sum of their cross entropies (nats) and
             their number.
     """
 

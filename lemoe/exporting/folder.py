@@ -52,6 +52,7 @@ def export(
     paths: Sequence[Path | str],
     folder: Path | str,
     *,
+    device: str = "auto",
     revision: str | None = None,
     on_conflict: OnConflict = "latest",
     drop: Sequence[str] = (),
@@ -79,7 +80,7 @@ def export(
     check_free(folder, overwrite=overwrite)
     with _taking_shape(folder, overwrite=overwrite) as scratch:
         merged = merge(paths, scratch / ADAPTOR_NAME, on_conflict=on_conflict, drop=drop, dtype=dtype)
-        base = load_base(model, revision=revision, notify=notify)
+        base = load_base(model, device=device, revision=revision, notify=notify)
         state = load_adaptor(scratch)
         texts = _texts(base, state)
         notify("asking base and adaptor")

@@ -23,6 +23,7 @@ from lemoe.anchor.anchors import Anchors as StoredRouter
 from lemoe.experts import Experts
 from lemoe.hooks import Site
 from lemoe.live import LiveAdaptor
+from lemoe.routing import Lineage
 
 ADAPTOR = "adaptor.safetensors"
 
@@ -80,7 +81,7 @@ class Edits:
         self._home = config._name_or_path
         self.path = cached_file(self._home, ADAPTOR, revision=self._revision)
         with safe_open(self.path, framework="pt") as file:
-            self._settings = SimpleNamespace(**json.loads(file.metadata()["lemoe"])["settings"])
+            header = json.loads(file.metadata()["lemoe"])
             names = list(file.keys())
             tensors = {name: file.get_tensor(name).clone() for name in names}
         self._experts = Experts(
@@ -90,7 +91,8 @@ class Edits:
             tensors["experts.offsets"],
             tensors["experts.scale"],
         )
-        self._router = StoredRouter.from_tensors(self._settings, tensors)
+        self._settings = SimpleNamespace(**header["settings"])
+        self._router = StoredRouter.from_tensors(self._settings, _lineages(header["rounds"]), tensors)
 
     def beside(self, places: dict[str, nn.Module], embedding: nn.Embedding) -> LiveAdaptor:
         """Put the experts to work in the decoder, at the FFN and on the device of the embeddings."""
@@ -101,3 +103,13 @@ class Edits:
         site = Site(places["entry"], places["exit"], places["activation"])
         with torch.device("cpu"):
             return LiveAdaptor(places["decoder"], site, router, self._experts.to(device))
+
+
+def _lineages(rounds: list[dict[str, Any]]) -> list[Lineage]:
+    return [
+        lineage
+        for record in rounds
+        for lineage in Lineage.of_round(
+            record["id"], record["parent"], record["depth"], record["experts"], len(record["edits"])
+        )
+    ]

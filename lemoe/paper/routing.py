@@ -102,7 +102,9 @@ class KeyRouter(Router):
         }
 
     @classmethod
-    def from_tensors(cls, settings: RouterSettings, tensors: Mapping[str, Tensor]) -> "KeyRouter":
+    def from_tensors(
+        cls, settings: RouterSettings, lineages: Sequence[Lineage], tensors: Mapping[str, Tensor]
+    ) -> "KeyRouter":
         downs, ups = tensors["router.projection.down"], tensors["router.projection.up"]
         lineage = tensors["router.lineage"]
         if not bool(((lineage >= 0) & (lineage < len(downs))).all()):

@@ -345,7 +345,7 @@ def synthetic_anchors(
     anchors = tuple(
         Anchor(tuple(prompt), tuple(target), name) for name, prompt, target in zip(made, prompts, targets, strict=True)
     )
-    return Anchors(anchors), asked
+    return Anchors.of_each(anchors), asked
 
 
 def routing() -> None:

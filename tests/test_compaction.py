@@ -1,0 +1,246 @@
+"""Compaction: the edits of a round share fewer, smaller experts, with the loss measured and too much of it refused."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import lemoe
+from lemoe.anchor import compaction
+from lemoe.anchor.compaction import Compacted, bytes_of, compact
+from lemoe.errors import AdaptorError, LemoeError
+from lemoe.merging import merge, read_merged
+from lemoe_cli.main import cli
+
+SettingsOf = Callable[..., lemoe.Settings]
+ANY_LOSS = 1.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_size() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compaction, "NEURONS", (2.0,))
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf) -> lemoe.AdaptorState:
+    """Two rounds of three edits with an expert each."""
+    return lemoe.stack([lemoe.train_round(base, facts[:3], anchor()), lemoe.train_round(base, facts[3:], anchor())])
+
+
+@pytest.fixture(scope="module")
+def halved(base: lemoe.BaseModel, whole: lemoe.AdaptorState) -> Compacted:
+    """The same, two edits an expert, with two neurons an edit."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compaction, "EDITS", 2)
+        return compact(base, whole, tolerance=ANY_LOSS)
+
+
+@pytest.fixture
+def shared(halved: Compacted) -> lemoe.AdaptorState:
+    assert halved.state is not None
+    return halved.state
+
+
+def own_experts(base: lemoe.BaseModel, state: lemoe.AdaptorState, edits: list[lemoe.Edit]) -> list[int]:
+    with lemoe.insert(base, state) as inserted:
+        prompts = [base.tokenizer(edit.prompt).input_ids for edit in edits]
+        return [route.expert for route in inserted.router.explain(prompts)]
+
+
+def test_edits_of_a_round_share_fewer_experts_with_fewer_neurons(
+    whole: lemoe.AdaptorState, halved: Compacted, shared: lemoe.AdaptorState
+) -> None:
+    assert [[edit.id for edit in edits] for edits in shared.taught] == [
+        ["fact-0", "fact-1"],
+        ["fact-2"],
+        ["fact-3", "fact-4"],
+        ["fact-5"],
+    ]
+    assert bytes_of(shared) < bytes_of(whole) == halved.size
+    assert halved.trials[-1].size == bytes_of(shared)
+    assert shared.edits == whole.edits
+
+
+def test_each_edit_reaches_its_expert_and_the_evaluation_says_so(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], shared: lemoe.AdaptorState
+) -> None:
+    assert own_experts(base, shared, facts) == [0, 0, 1, 2, 2, 3]
+    result = lemoe.evaluate(base, shared, facts)
+    assert result.value("routing", "agreement") == 1.0
+    assert [record.nearest for record in result.records] == [edit.id for edit in facts]
+    assert result.value("reliability") > result.value("reliability", stage="before")
+
+
+def test_the_reported_quality_is_what_evaluation_measures(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], whole: lemoe.AdaptorState, halved: Compacted
+) -> None:
+    assert halved.before.reliability == lemoe.evaluate(base, whole, facts).value("reliability", "exact_match")
+    assert halved.state is not None
+    after = lemoe.evaluate(base, halved.state, facts).value("reliability", "exact_match")
+    assert halved.trials[-1].quality.reliability == after
+
+
+def test_a_compacted_adaptor_survives_its_file(shared: lemoe.AdaptorState, tmp_path: Path) -> None:
+    lemoe.save_adaptor(shared, tmp_path / "shared")
+    read = lemoe.load_adaptor(tmp_path / "shared")
+    assert (read.rounds, read.router, read.taught) == (shared.rounds, shared.router, shared.taught)
+    assert torch.equal(read.experts.up, shared.experts.up)
+
+
+def test_compacting_twice_gives_the_same_tensors(
+    base: lemoe.BaseModel, whole: lemoe.AdaptorState, shared: lemoe.AdaptorState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compaction, "EDITS", 2)
+    again = compact(base, whole, tolerance=ANY_LOSS).state
+    assert again is not None
+    assert torch.equal(again.experts.down, shared.experts.down)
+    assert again.rounds == shared.rounds
+
+
+def test_compacted_and_ordinary_rounds_stack_and_each_answers_as_before(
+    base: lemoe.BaseModel,
+    facts: list[lemoe.Edit],
+    whole: lemoe.AdaptorState,
+    shared: lemoe.AdaptorState,
+    tmp_path: Path,
+) -> None:
+    lemoe.save_adaptor(shared.only([0]), tmp_path / "shared")
+    lemoe.save_adaptor(whole.only([1]), tmp_path / "whole")
+    merge([tmp_path / "shared", tmp_path / "whole"], tmp_path / "both")
+    both = lemoe.load_adaptor(tmp_path / "both")
+    assert own_experts(base, both, facts) == [0, 0, 1, 2, 3, 4]
+    for state, edit in ((shared, facts[1]), (whole, facts[4])):
+        ids = torch.tensor([base.tokenizer(edit.prompt).input_ids])
+        with lemoe.insert(base, state):
+            expected = base.model(ids).logits
+        with lemoe.insert(base, both):
+            assert torch.equal(base.model(ids).logits, expected)
+
+
+def test_a_round_and_its_compacted_form_are_not_stacked(whole: lemoe.AdaptorState, shared: lemoe.AdaptorState) -> None:
+    assert not {record.id for record in whole.rounds} & {record.id for record in shared.rounds}
+    for pair in ((whole, shared), (shared, whole)):
+        with pytest.raises(AdaptorError, match="hold the same edits, one of them compacted; leave one out"):
+            lemoe.stack(pair)
+    assert len(lemoe.stack([shared, shared]).rounds) == 2
+
+
+def test_an_edit_that_shares_its_expert_is_not_dropped_but_its_round_is(
+    whole: lemoe.AdaptorState, shared: lemoe.AdaptorState, tmp_path: Path
+) -> None:
+    lemoe.save_adaptor(shared, tmp_path / "shared")
+    with pytest.raises(AdaptorError, match="edit fact-0 shares an expert with 1 other edits; drop the whole round"):
+        merge([tmp_path / "shared"], tmp_path / "out", drop=["fact-0"])
+    merge([tmp_path / "shared"], tmp_path / "alone", drop=["fact-2"])
+    assert [len(edits) for edits in lemoe.load_adaptor(tmp_path / "alone").taught] == [2, 2, 1]
+    dropped = merge([tmp_path / "shared"], tmp_path / "out", drop=["1"])
+    assert [edit.id for edit in dropped.dropped] == ["fact-0", "fact-1", "fact-2"]
+    assert torch.equal(lemoe.load_adaptor(tmp_path / "out").experts.up, shared.only([1]).experts.up)
+
+
+def test_a_later_edit_supersedes_one_that_shares_its_expert(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, shared: lemoe.AdaptorState, tmp_path: Path
+) -> None:
+    newer = lemoe.train_round(base, [replace(facts[1], id="newer", target="Bergen")], anchor())
+    both = lemoe.stack([shared, newer])
+    assert [(old.id, new.id) for old, new in both.replaced] == [("fact-1", "newer")]
+    assert facts[1].digest not in both.answering
+    assert facts[0].digest in both.answering
+    assert own_experts(base, both, facts[:2]) == [0, 4]
+    lemoe.save_adaptor(newer, tmp_path / "newer")
+    lemoe.save_adaptor(shared, tmp_path / "shared")
+    with pytest.raises(AdaptorError, match="edit fact-1 asks what newer answers anew"):
+        merge([tmp_path / "shared", tmp_path / "newer"], None, on_conflict="error")
+    with pytest.raises(AdaptorError, match="edit fact-1 shares an expert"):
+        merge([tmp_path / "newer", tmp_path / "shared"], None, on_conflict="keep")
+
+
+def test_superseded_edits_are_left_out_of_a_compacted_adaptor(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, whole: lemoe.AdaptorState
+) -> None:
+    newer = lemoe.train_round(base, [replace(facts[0], id="newer", target="Bergen"), facts[1]], anchor())
+    outcome = compact(base, lemoe.stack([whole.only([0]), newer]), tolerance=ANY_LOSS)
+    assert outcome.left_out == 2
+    assert outcome.state is not None
+    assert [edit.id for edit in outcome.state.edits] == ["fact-2", "newer", "fact-1"]
+
+
+def test_the_smallest_size_within_the_tolerance_is_kept(
+    base: lemoe.BaseModel, whole: lemoe.AdaptorState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compaction, "NEURONS", (3.0, 2.0, 1.0, 0.5))
+    losses = iter([0.0, 0.01, 0.02, 0.0])
+    monkeypatch.setattr(compaction.Quality, "loss", lambda before, after: next(losses))
+    outcome = compact(base, whole, tolerance=0.01)
+    assert [trial.neurons for trial in outcome.trials] == list(compaction.NEURONS[:3])
+    assert outcome.state is not None
+    assert bytes_of(outcome.state) == outcome.trials[1].size
+
+
+def test_half_bytes_are_compacted_to_half_bytes(
+    whole: lemoe.AdaptorState, base: lemoe.BaseModel, tmp_path: Path
+) -> None:
+    lemoe.save_adaptor(whole, tmp_path / "whole")
+    read = read_merged([tmp_path / "whole"], dtype="bfloat16").state
+    assert torch.equal(read.experts.up, whole.experts.up.bfloat16())
+    outcome = compact(base, read, tolerance=ANY_LOSS)
+    assert outcome.state is not None
+    assert outcome.state.experts.up.dtype == torch.bfloat16
+
+
+def test_what_cannot_be_compacted_is_refused(
+    base: lemoe.BaseModel, trained: lemoe.AdaptorState, shared: lemoe.AdaptorState, tiny: Callable[..., lemoe.BaseModel]
+) -> None:
+    with pytest.raises(AdaptorError, match="only experts of method `anchor` can be compacted, not `paper`"):
+        compact(base, trained)
+    with pytest.raises(AdaptorError, match="made for another base"):
+        compact(tiny("gpt2"), shared)
+    with pytest.raises(AdaptorError, match="nothing to compact"):
+        compact(base, shared.only([1]).without([0]))
+
+
+@pytest.mark.parametrize("experts", [0, -1, 3, 2**40, 1.5, True, "2", None])
+def test_records_with_an_impossible_number_of_experts_are_refused(
+    shared: lemoe.AdaptorState, tmp_path: Path, experts: object
+) -> None:
+    wrong = replace(shared.rounds[0], experts=experts)  # type: ignore[arg-type]
+    lemoe.save_adaptor(replace(shared, rounds=(wrong, shared.rounds[1])), tmp_path / "wrong")
+    with pytest.raises(LemoeError):
+        lemoe.load_adaptor(tmp_path / "wrong")
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(cli, ["merge", *map(str, arguments)])
+    return result.exit_code, result.output
+
+
+def test_the_command_reports_and_writes_or_refuses_and_writes_nothing(
+    tiny_folder: Callable[[str], Path],
+    whole: lemoe.AdaptorState,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lemoe.save_adaptor(whole, tmp_path / "whole")
+    model, output = tiny_folder("llama"), tmp_path / "out"
+    arguments = (tmp_path / "whole", "--compact", "--model", model, "--device", "cpu", "-o", output)
+    code, text = run(*arguments, "--tolerance", 1)
+    assert (code, output.exists()) == (0, True)
+    assert all(word in text for word in ("as it is", "2 neurons an edit", "reliability", "generality", "locality"))
+    output.unlink()
+    monkeypatch.setattr(compaction.Quality, "loss", lambda before, after: 0.02)
+    code, text = run(*arguments)
+    assert (code, output.exists()) == (1, False)
+    assert "nothing is written: more than --tolerance 0.01 would be lost" in text
+
+
+def test_compact_and_model_need_each_other(whole: lemoe.AdaptorState, tmp_path: Path) -> None:
+    lemoe.save_adaptor(whole, tmp_path / "whole")
+    for option in (("--compact",), ("--model", "llama")):
+        code, text = run(tmp_path / "whole", *option, "--dry-run")
+        assert code == 2
+        assert "--compact and --model need each other" in text
