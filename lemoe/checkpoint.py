@@ -6,7 +6,7 @@ All metadata is sorted JSON under one key, so that equal states give equal files
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -233,8 +233,9 @@ def _state(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor])
 
 def _record(kind: type[Record], entry: Mapping[str, Any]) -> Record:
     hints = get_type_hints(kind)
-    if set(entry) != set(hints):
-        raise KeyError(f"{kind.__name__} needs {sorted(hints)}, has {sorted(entry)}")
+    needed = {field.name for field in fields(kind) if field.default is MISSING}  # what came later has a default
+    if not needed <= set(entry) <= set(hints):
+        raise KeyError(f"{kind.__name__} needs {sorted(needed)}, has {sorted(entry)}")
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
     wrong = [name for name, value in values.items() if not _is(value, hints[name])]
     if wrong:

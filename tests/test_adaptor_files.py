@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -370,6 +371,19 @@ def test_a_round_that_claims_more_experts_than_there_are_costs_no_memory(
     lemoe.save_adaptor(replace(trained, rounds=(claims, *trained.rounds[1:])), path, overwrite=True)
     with pytest.raises(AdaptorError, match="more experts or names than edits"):
         lemoe.load_adaptor(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "rounds", "edits", "experts", "superseded", "dropped"),
+    [("anchor", 2, 4, 4, 1, 1), ("paper", 2, 4, 2, 0, 0), ("compacted", 1, 6, 1, 0, 0)],
+)
+def test_a_file_that_the_first_version_wrote_is_read_for_ever(
+    name: str, rounds: int, edits: int, experts: int, superseded: int, dropped: int
+) -> None:
+    state = lemoe.load_adaptor(REPOSITORY / "tests" / "files" / f"{name}-v1.safetensors")
+    assert (len(state.rounds), len(state.edits), len(state.experts)) == (rounds, edits, experts)
+    assert (len(state.replaced), len(state.rounds[0].dropped)) == (superseded, dropped)
+    assert state.base.architecture == "LlamaForCausalLM"
 
 
 @pytest.mark.parametrize("name", ["up", "scale"])

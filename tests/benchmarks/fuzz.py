@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import FACTS, build_model
 
 import lemoe
+from lemoe.anchor.anchors import Anchors
 
 SLOW = 5.0  # seconds
 STRANGE: tuple[Any, ...] = (
@@ -39,6 +41,15 @@ def adaptor_of(folder: Path) -> Path:
     settings = lemoe.resolve_settings("anchor", None, {"layer": 1, "steps": 2, "variants": 1, "negatives": 1})
     path = folder / "adaptor.safetensors"
     lemoe.save_adaptor(lemoe.train_round(base, edits, settings), path)
+    return path
+
+
+def shared_of(state: lemoe.AdaptorState, path: Path) -> Path:
+    """The same with two of the three edits on one expert, as in a compacted round."""
+    one, other, last = state.router.anchors  # type: ignore[attr-defined]
+    record = replace(state.rounds[0], experts=2, compacted_from=state.rounds[0].id)
+    experts, router = state.experts.select([0, 2]), Anchors(((one, other), (last,)))
+    lemoe.save_adaptor(replace(state, rounds=(record,), experts=experts, router=router), path)
     return path
 
 
@@ -125,11 +136,13 @@ def same(one: lemoe.AdaptorState, other: lemoe.AdaptorState) -> bool:
 def fuzz(folder: Path, cases: int, seed: int) -> dict[str, int]:
     """How many cases were refused and how many read; raises AssertionError at the first that fails."""
     rng = random.Random(seed)
-    original = adaptor_of(folder)
-    content, state = original.read_bytes(), lemoe.load_adaptor(original)
+    ordinary = adaptor_of(folder)
+    shared = shared_of(lemoe.load_adaptor(ordinary), folder / "shared.safetensors")
+    originals = [(path.read_bytes(), lemoe.load_adaptor(path)) for path in (ordinary, shared)]
     counts = {"adaptors refused": 0, "adaptors read": 0, "edits refused": 0, "edits read": 0}
     for number in range(cases):
         adaptor = number % 2 == 0
+        content, state = originals[number // 2 % 2]
         path = folder / ("case.safetensors" if adaptor else "case.json")
         path.write_bytes(damaged(content, rng) if adaptor else edits_file(rng))
         read: Callable[[Path], Any] = lemoe.load_adaptor if adaptor else lemoe.read_edits
