@@ -21,7 +21,7 @@ from lemoe.errors import AdaptorError
 from lemoe.frozen import FrozenBatch, beside
 from lemoe.models import BaseModel
 from lemoe.routing import Routing, Sequences
-from lemoe.tokens import Batch
+from lemoe.tokens import Passage
 
 
 class RouteMemory(DynamicLayer):
@@ -110,12 +110,11 @@ class InsertedAdaptor:
         finally:
             self._bypass = before
 
-    def routing_of(self, batch: Batch) -> Routing:
-        """The routes that a batch's passages take, explained."""
-        columns = torch.arange(batch.ids.shape[1], device=batch.ids.device)
-        mask = batch.mask.bool()
-        prompt = mask & (columns < batch.prompt_lengths.unsqueeze(1))
-        return self.router.route(Sequences(batch.ids, None, mask, prompt))[0]
+    def routing_of(self, passage: Passage) -> Routing:
+        """The route that a passage takes, explained."""
+        ids = torch.tensor([passage.read], device=self.base.device)
+        prompt = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0) < len(passage.prompt)
+        return self.router.route(Sequences(ids, None, torch.ones_like(prompt), prompt))[0]
 
     def opens(self, ids: Sequence[int]) -> bool:
         """Whether any expert acts anywhere on a text (token ids)."""
@@ -125,9 +124,19 @@ class InsertedAdaptor:
         return bool((routing.experts >= 0).any())
 
     @torch.no_grad()
-    def replay(self, frozen: FrozenBatch, routing: Routing) -> Tensor:
-        """Last hidden states `[targets, hidden]` of a frozen batch with the routed experts at work."""
-        return frozen.replay(self._experts.delta(frozen.inputs, routing, self.site.activation))
+    def replay(self, frozen: FrozenBatch, routings: Sequence[Routing]) -> Tensor:
+        """Last hidden states `[targets, hidden]` of a frozen batch with the routed experts at work.
+
+        Args:
+            routings: of each row by itself. The experts run row by row, so that no row depends on the others.
+        """
+        delta = torch.zeros(frozen.inputs.shape, device=frozen.inputs.device)
+        for row, routing in enumerate(routings):
+            columns = routing.experts.shape[1]
+            change = self._experts.delta(frozen.inputs[row : row + 1, :columns], routing, self.site.activation)
+            if change is not None:
+                delta[row, :columns] = change[0]
+        return frozen.replay(delta)
 
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
