@@ -6,6 +6,7 @@ beginnings and no others, batches are laid out by `steady_width`, and experts ru
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -81,7 +82,9 @@ def _both(base: BaseModel, adaptor: InsertedAdaptor, items: Sequence[Item], batc
         passages = [items[row].passage for row in asked]
         for few in _by_width(base, passages, places, batch_tokens):
             with adaptor.bypassed():
-                frozen = below.freeze(few)
+                # No last FFN at target positions alone: a batch's last elements, which activations round in their own
+                # way, would then be a target's; so they are padding.
+                frozen = replace(below.freeze(few), top=None)
             changed = [asked[place] for place in few.rows]
             hidden = adaptor.replay(frozen, [routes[row] for row in changed])
             after.update(zip(changed, _answers(base, few, hidden), strict=True))

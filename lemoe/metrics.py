@@ -54,9 +54,13 @@ class Definition:
         """The direction of its first measure."""
         return MEASURES[self.measures[0]].better
 
+    def gives(self, measure: str, decode: Decode) -> bool:
+        """Whether a run has that measure; what needs an option is measured in its own way, however the run decodes."""
+        return bool(self.needs) or decode in MEASURES[measure].decode
+
     def default(self, decode: Decode) -> Measure:
         """The measure that is meant where none is named."""
-        return next(MEASURES[name] for name in self.measures if decode in MEASURES[name].decode)
+        return next(MEASURES[name] for name in self.measures if self.gives(name, decode))
 
 
 def _by_name(*measures: Measure) -> dict[str, Measure]:

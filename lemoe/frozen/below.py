@@ -138,11 +138,11 @@ def run_below(
     shared = token_trees(base, max((len(passage.read) for passage in passages), default=0))
     forest = Forest.of([passage.read for passage in passages], shared, groups)
     firsts, parts, total = [0] * len(forest.trees), [], 0
-    for members in length_buckets([len(tree) for tree in forest.trees], max_tokens):
-        trees = [forest.trees[tree] for tree in members]
-        width = max(map(len, trees))
-        if groups is not None:
-            width = steady_width(width, None if shared else base.max_length)
+    widths = [len(tree) for tree in forest.trees]
+    if groups is not None:
+        widths = [steady_width(width, None if shared else base.max_length) for width in widths]
+    for members in length_buckets(widths, max_tokens):
+        trees, width = [forest.trees[tree] for tree in members], max(widths[tree] for tree in members)
         parts.append(_run_trees(base, site, layer, trees, width, shared, whole))
         for tree in members:
             firsts[tree], total = total, total + len(forest.trees[tree])

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lemoe.tokens import LANES
+
 DENSE = 512  # pairs of tokens whose attention costs as much as one more token through the layers
 
 
@@ -42,8 +44,12 @@ class Forest:
 
     @classmethod
     def of(cls, texts: Sequence[tuple[int, ...]], shared: bool = True, groups: Sequence[int] | None = None) -> "Forest":
-        """Lay `texts` out; each in a tree of its own unless `shared`, and never with one of another group."""
+        """Lay `texts` out; each in a tree of its own unless `shared`, and never with one of another group.
+
+        Texts of one group that begin differently share a tree too (with several roots), where that saves padding.
+        """
         member = groups or [0] * len(texts)
+        spared = 0 if groups is None else LANES // 2
         trees: list[Tree] = []
         places: dict[int, tuple[int, list[int]]] = {}
         before: tuple[int, ...] = ()
@@ -51,9 +57,10 @@ class Forest:
         group = None
         for index in sorted(range(len(texts)), key=lambda index: (member[index], texts[index])):
             text = texts[index]
-            line = line[: _alike(before, text)] if member[index] == group else []
+            line = line[: _alike(before, text)]
+            together = shared and member[index] == group and _pays(len(trees[-1]), len(text), len(line), spared)
             group = member[index]
-            if not (shared and line and _pays(len(trees[-1]), len(text), len(line))):
+            if not together:
                 trees.append(Tree())
                 line = []
             line = trees[-1].grow(line, text[len(line) :])
@@ -68,10 +75,13 @@ def _alike(one: tuple[int, ...], other: tuple[int, ...]) -> int:
     return next((place for place, (left, right) in pairs if left != right), min(len(one), len(other)))
 
 
-def _pays(size: int, length: int, alike: int) -> bool:
-    """Whether a text saves more by what it shares with a tree than the tree's other tokens cost its attention."""
+def _pays(size: int, length: int, alike: int, spared: int) -> bool:
+    """Whether a text saves more, by what it shares with a tree, than the tree's other tokens cost its attention.
+
+    `spared` are the columns of padding that one tree less saves.
+    """
     grown = size + length - alike
-    return alike > (grown**2 - size**2 - length**2) / DENSE
+    return alike + spared > (grown**2 - size**2 - length**2) / DENSE
 
 
 @dataclass(frozen=True)
