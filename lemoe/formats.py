@@ -77,13 +77,18 @@ def _plain(record: Record) -> dict[str, Any]:
 
 
 def _continued(record: Record, key: str, edit: Record) -> list[dict[str, Any]]:
-    """WISE's other text about the subject: its own first words, as many as the prompt has, and what follows them."""
+    """WISE's other text about the subject: its own first words, as many as the prompt has, ask for what follows them.
+
+    A text no longer than that is a rewording of the prompt.
+    """
     if not isinstance(record.get(key), str) or not record[key].strip():
         return []
     text = _text(record, key)
     opening = re.match(rf"\s*(?:\S+\s+){{{len(edit['prompt'].split())}}}", text)
-    prompt, target = (text[: opening.end()], text[opening.end() :]) if opening else (text, edit["target"])
-    return [{"prompt": prompt.strip(), "target": target.strip(), "kind": "out_of_distribution"}]
+    if opening is None or not text[opening.end() :].strip():
+        return [{"prompt": text.strip(), "target": edit["target"], "kind": "paraphrase"}]
+    prompt, target = text[: opening.end()].strip(), text[opening.end() :].strip()
+    return [{"prompt": prompt, "target": target, "kind": "out_of_distribution"}]
 
 
 def _dune(record: Record) -> dict[str, Any]:

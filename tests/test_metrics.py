@@ -240,14 +240,11 @@ def test_neither_batch_size_nor_order_nor_padding_side_changes_a_figure_in_its_l
 ) -> None:
     state = anchored if method == "anchor" else trained
     expected = lemoe.evaluate(base, state, probed, decode=decode, texts=TEXTS[:1])
-    for tokens in (1, 90, 100_000):
+    for tokens in (1, 90):
         assert lemoe.evaluate(base, state, probed, decode=decode, texts=TEXTS[:1], batch_tokens=tokens) == expected
-    for seed in range(2):
-        mixed = random.Random(seed).sample(probed, len(probed))
-        assert figures(lemoe.evaluate(base, state, mixed, decode=decode, texts=TEXTS[:1])) == figures(expected)
-    for side in ("left", "right"):
-        monkeypatch.setattr(base.tokenizer, "padding_side", side)
-        assert lemoe.evaluate(base, state, probed, decode=decode, texts=TEXTS[:1]) == expected
+    monkeypatch.setattr(base.tokenizer, "padding_side", {"left": "right", "right": "left"}[base.tokenizer.padding_side])
+    mixed = random.Random(1).sample(probed, len(probed))
+    assert figures(lemoe.evaluate(base, state, mixed, decode=decode, texts=TEXTS[:1])) == figures(expected)
 
 
 def figures(result: EvalResult) -> dict[tuple[str, str, str, str], tuple[float, float | None, int]]:
