@@ -3,10 +3,10 @@
     python tests/benchmarks/evaluation.py               # 1,000 ZsRE edits
     python tests/benchmarks/evaluation.py --data counterfact_dev --edits 300
 
-The reference runs each distinct part of the work once and no more: every probe through the base model in full batches of
-like length, the head at its target positions. It is measured between two evaluations, in the same process. What is
-evaluated is an adaptor that holds all the edits and was trained for a few steps only: how well it answers changes no cost.
-Reads the real edits in ../shared/data.
+The reference runs every probe through the base model once, in full batches of like length, the head at target positions
+alone, with the same fast products, in the same process; each is measured twice, in turn, and the faster one counts. The
+adaptor holds all the edits and is trained for two steps only: how well it answers changes no cost. Reads the real edits
+in ../shared/data.
 """
 
 import argparse
