@@ -18,7 +18,7 @@ from lemoe.models import BaseModel
 
 CARD_NAME = "README.md"
 TAGS = ["lemoe", "model-editing", "knowledge-editing", "lifelong-model-editing"]
-SHOWN = ("token_accuracy", "exact_match", "complete_match", "perplexity", "agreement")
+SHOWN = ("token_accuracy", "exact_match", "complete_match", "perplexity", "target_probability", "agreement")
 _BEGIN, _END = "<!-- lemoe -->", "<!-- /lemoe -->"
 _FRONT = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 _OURS = re.compile(re.escape(_BEGIN) + r".*?" + re.escape(_END), re.DOTALL)

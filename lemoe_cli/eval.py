@@ -1,5 +1,6 @@
-"""`lemoe eval`: figures before and after, for people, for machines, and one record for each probe."""
+"""`lemoe eval`: figures before and after, for people, for machines, for pipelines, and one record for each probe."""
 
+import hashlib
 import json
 import platform
 from collections.abc import Sequence
@@ -23,11 +24,13 @@ from lemoe_cli.options import (
 
 if TYPE_CHECKING:
     from lemoe.adaptor import AdaptorState
-    from lemoe.evaluation import Decode, EvalResult
-    from lemoe.metrics import Metric
+    from lemoe.bars import Verdict
+    from lemoe.evaluation import EvalResult
+    from lemoe.metrics import Decode
     from lemoe.models import BaseModel
 
-SCHEMA = 1
+SCHEMA = 1  # of the JSON document: docs/eval.schema.json
+BAR = "METRIC[/KIND][:MEASURE]=NUMBER"
 
 
 @click.command("eval")
@@ -41,6 +44,10 @@ SCHEMA = 1
     show_default=True,
     help="Likeliest token at each position of the target, or what the model writes.",
 )
+@click.option("--texts", type=FILE, help="Texts that editing must not touch: their perplexity (metric collapse).")
+@click.option("--fluency", is_flag=True, help="Let the model write on from each edit's prompts (metric fluency); slow.")
+@click.option("--min", "least", multiple=True, metavar=BAR, help="End with code 1 unless the figure is at least this.")
+@click.option("--max", "most", multiple=True, metavar=BAR, help="The same, at most, where less is better.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: one flat record for each figure.")
 @click.option("--card", is_flag=True, help="Write the figures into the card beside the adaptor (README.md).")
 @click.option("--records", type=FILE, help="Write one JSON line for each probe here.")
@@ -59,6 +66,10 @@ def command(
     edits: Path,
     adaptor: Path | None,
     decode: "Decode",
+    texts: Path | None,
+    fluency: bool,
+    least: tuple[str, ...],
+    most: tuple[str, ...],
     as_json: bool,
     card: bool,
     records: Path | None,
@@ -72,21 +83,31 @@ def command(
 
     Locality is agreement with the base model's own predictions. `teacher` compares the most likely token at each
     position of the target, `greedy` lets the model write.
+
+    \b
+    lemoe eval edits.jsonl -m llama -a edits.lemoe --min reliability=0.99 --max overfit=0.05
     """
+    from lemoe.bars import check_kinds, hold, read_bars
     from lemoe.checkpoint import load_adaptor
     from lemoe.evaluation import evaluate
     from lemoe.files import check_free, write_whole
     from lemoe.insertion import check_base
+    from lemoe.texts import read_texts
 
+    given = [option for option, value in (("--texts", texts), ("--fluency", fluency)) if value]
+    bars = read_bars(least, most, decode, edited=adaptor is not None, given=given)
     if records is not None:
         check_free(records, overwrite=force)
 
     if card and not adaptor:
         raise click.UsageError("--card needs an --adaptor, beside which the card stands")
     read = open_edits(edits, options)
+    untouched = read_texts(texts) if texts else []
     state = load_adaptor(adaptor) if adaptor else None
+    check_kinds(bars, read, len(state.rounds) if state else 0)
     base = open_base(options, quiet=quiet)
 
+    from lemoe_cli.tables import show
     from lemoe_cli.ui import counter, say
 
     differences = check_base(base, state, allow=allow_base_mismatch) if state else ()
@@ -98,6 +119,8 @@ def command(
             state,
             read,
             decode=decode,
+            texts=untouched,
+            fluency=fluency,
             batch_tokens=batch_tokens,
             allow_base_mismatch=allow_base_mismatch,
             on_progress=advance,
@@ -107,14 +130,28 @@ def command(
         write_whole(records, "".join(lines).encode(), overwrite=force)
     if card and adaptor and state:
         _update_card(adaptor, base, state, edits.name, result)
+    verdicts = hold(bars, result.metrics, "after" if state else "before")
     if as_json:
-        settings: dict[str, Any] = {"edits": str(edits), "adaptor": str(adaptor) if adaptor else None, "decode": decode}
+        settings: dict[str, Any] = {"edits": str(edits), "edits_sha256": hashlib.sha256(edits.read_bytes()).hexdigest()}
+        settings |= {"adaptor": str(adaptor) if adaptor else None, "decode": decode}
+        settings |= {"texts": str(texts) if texts else None, "fluency": fluency}
         settings |= {name: options[name] for name in ("model", "revision", "limit", "sample", "seed")}
         settings |= {"dtype": str(base.dtype).removeprefix("torch."), "device": str(base.device)}
         settings |= {"base_differences": list(differences)}
-        click.echo(json.dumps(_document(result, settings), indent=1, ensure_ascii=False))
+        click.echo(json.dumps(_document(result, verdicts, settings), indent=1, ensure_ascii=False))
     else:
-        _show(result)
+        show(result.metrics)
+    failed = [verdict for verdict in verdicts if not verdict.met]
+    for verdict in failed:
+        click.echo(f"bar not met: {_shortfall(verdict)}", err=True)
+    if failed:
+        click.get_current_context().exit(1)
+
+
+def _shortfall(verdict: "Verdict") -> str:
+    bar, figure = verdict.bar, verdict.figure
+    found = "not measured" if figure is None else f"{figure.value:.6g} (n {figure.n})"
+    return f"{bar} is {found}, must be at {'least' if bar.better == 'higher' else 'most'} {bar.limit:g}"
 
 
 def _update_card(adaptor: Path, base: "BaseModel", state: "AdaptorState", edits: str, result: "EvalResult") -> None:
@@ -123,7 +160,7 @@ def _update_card(adaptor: Path, base: "BaseModel", state: "AdaptorState", edits:
     write_card(adaptor if adaptor.is_dir() else adaptor.parent, base, state, edits, result.metrics)
 
 
-def _document(result: "EvalResult", settings: dict[str, Any]) -> dict[str, Any]:
+def _document(result: "EvalResult", verdicts: "Sequence[Verdict]", settings: dict[str, Any]) -> dict[str, Any]:
     import torch
     import transformers
 
@@ -135,69 +172,10 @@ def _document(result: "EvalResult", settings: dict[str, Any]) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    metrics = [asdict(metric) for metric in result.metrics]
-    return {"schema": SCHEMA, "settings": settings, "versions": versions, "metrics": metrics}
-
-
-def _show(result: "EvalResult") -> None:
-    from lemoe_cli.ui import results, table
-
-    groups: dict[tuple[str, str], list[Metric]] = {}
-    for metric in result.metrics:
-        groups.setdefault((metric.name, metric.kind), []).append(metric)
-    several = {name for name, kind in groups if sum(n == name for n, _ in groups) > 2}
-    scored = {
-        (name, kind): group
-        for (name, kind), group in groups.items()
-        if name != "routing" and (kind == "all" or name in several)
-    }
-    rows = [
-        (name if kind == "all" else "", kind, *_cells(group), str(group[0].n)) for (name, kind), group in scored.items()
+    metrics = [asdict(m) | {"better": m.better, "version": m.version} for m in result.metrics]
+    bars = [
+        asdict(verdict.bar)
+        | {"better": verdict.bar.better, "value": verdict.figure.value if verdict.figure else None, "met": verdict.met}
+        for verdict in verdicts
     ]
-    columns = ("", "kind", "tokens\nbefore", "\nafter", "whole\nbefore", "\nafter", "n")
-    table(
-        "Share of target tokens, and of whole targets, given (± standard error)",
-        columns,
-        rows,
-        left=2,
-    )
-    _show_measure(groups, "perplexity", "Perplexity of the targets")
-    _show_measure(groups, "complete_match", "Share of answers that are the target, ended by the model itself")
-    routes = [
-        (kind, f"{group[0].value:.3f}", str(group[0].n)) for (name, kind), group in groups.items() if name == "routing"
-    ]
-    if routes:
-        results.print()
-        table("Share of edits whose prompt reaches the expert that it trained", ("rounds", "share", "n"), routes)
-
-
-def _show_measure(groups: "dict[tuple[str, str], list[Metric]]", measure: str, title: str) -> None:
-    """One more measure of the metrics that have it, over all their kinds."""
-    from lemoe_cli.ui import results, table
-
-    rows = []
-    for (name, kind), group in groups.items():
-        stages = {metric.stage: metric for metric in group if metric.measure == measure}
-        if kind == "all" and stages:
-            before, after = (stages.get(stage) for stage in ("before", "after"))
-            cells = ("" if m is None else _figure(m, spread=m is after) for m in (before, after))
-            rows.append((name, *cells, str(group[0].n)))
-    if rows:
-        results.print()
-        table(title, ("", "before", "after", "n"), rows)
-
-
-def _cells(group: "Sequence[Metric]") -> list[str]:
-    by_place = {(metric.measure, metric.stage): metric for metric in group}
-    cells = []
-    for measure in ("token_accuracy", "exact_match"):
-        for stage in ("before", "after"):
-            metric = by_place.get((measure, stage))
-            cells.append("" if metric is None else _figure(metric, spread=stage == "after"))
-    return cells
-
-
-def _figure(metric: "Metric", *, spread: bool) -> str:
-    if metric.stderr is None or not spread:
-        return f"{metric.value:.3f}"
-    return f"{metric.value:.3f} ±{metric.stderr:.3f}".replace("±0.", "±.")
+    return {"schema": SCHEMA, "settings": settings, "versions": versions, "metrics": metrics, "bars": bars}

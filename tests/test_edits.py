@@ -62,6 +62,20 @@ HALLUCINATION = {
     "locality_ground_truth": "thousands of faculty",
 }
 
+TEMPORAL = {
+    "prompt": "TikTok is",
+    "target_new": "a popular social media platform that allows users to create short videos",
+    "subject": "TikTok",
+    "ood_rephrase": "TikTok, known as Douyin in mainland China, is a video hosting service.",
+    "locality_prompt": "Clifton is located in",
+    "locality_ground_truth": "New Jersey",
+}
+
+DUNE = {
+    "edit": "January 2, 2022 – Abdalla Hamdok resigns as Prime Minister of Sudan",
+    "test_inputs": [["Who resigned in Sudan?\\nA) Hamdok\\nB) Kiir", "A"], ["When did he resign?", "January 2"]],
+}
+
 ZSRE_DEV = {
     "case_id": 0,
     "prompt": "What university did Watts Humphrey attend?",
@@ -78,6 +92,8 @@ SHAPES = {
     "knowedit": KNOWEDIT,
     "hallucination": HALLUCINATION,
     "zsre_dev": ZSRE_DEV,
+    "temporal": TEMPORAL,
+    "dune": DUNE,
 }
 
 REAL_FILES = {
@@ -183,6 +199,56 @@ def test_wise_hallucination_is_read_as_it_is(tmp_path: Path) -> None:
     assert edit.locality == (lemoe.Probe("At Creighton, you are part of", "thousands of faculty", "unrelated"),)
 
 
+def test_wises_other_text_about_a_subject_is_asked_for_behind_its_own_first_words(tmp_path: Path) -> None:
+    (probe,) = read_one(tmp_path, TEMPORAL).rephrases
+    assert (probe.prompt, probe.kind) == ("TikTok, known", "out_of_distribution")
+    assert f"{probe.prompt} {probe.target}" == TEMPORAL["ood_rephrase"]
+
+
+def test_an_other_text_no_longer_than_the_prompt_is_a_rewording(tmp_path: Path) -> None:
+    edit = read_one(tmp_path, {**TEMPORAL, "ood_rephrase": "TikTok"})
+    assert edit.rephrases == (lemoe.Probe("TikTok", edit.target, "paraphrase"),)
+
+
+def test_a_statement_is_asked_for_by_its_first_half_and_its_questions_are_portability(tmp_path: Path) -> None:
+    edit = read_one(tmp_path, DUNE)
+    assert edit.prompt == "January 2, 2022 – Abdalla Hamdok"
+    assert f"{edit.prompt} {edit.target}" == DUNE["edit"]
+    assert [(probe.target, probe.kind) for probe in edit.portability] == [("A", "question"), ("January 2", "question")]
+
+
+def test_an_equation_is_asked_for_by_its_left_side_and_its_questions_expect_the_right_one(tmp_path: Path) -> None:
+    edit = read_one(tmp_path, {"edit": "54 * 76 = 4104", "test_inputs": ["What do 54 shirts at 76 dollars cost?"]})
+    assert (edit.prompt, edit.target) == ("54 * 76 =", "4104")
+    assert [probe.target for probe in edit.portability] == ["4104"]
+
+
+def test_dunes_columns_are_one_edit_a_statement(tmp_path: Path) -> None:
+    path = tmp_path / "dune.json"
+    columns = {
+        "edits": ["1 + 2 = 3", "1 + 2 = 3", DUNE["edit"]],
+        "test_inputs": ["How many?", "Sum?", [["When?", "Then"]]],
+    }
+    path.write_text(json.dumps(columns, indent=1))
+    edits = lemoe.read_edits(path)
+    assert [(edit.target, len(edit.portability)) for edit in edits] == [
+        ("3", 2),
+        ("resigns as Prime Minister of Sudan", 1),
+    ]
+
+
+def test_columns_of_different_lengths_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "dune.json"
+    path.write_text(json.dumps({"edits": ["1 + 2 = 3"], "test_inputs": []}))
+    assert "lists of one length" in refusal(path)
+
+
+def test_counterfacts_generation_prompts_are_kept_once_each(tmp_path: Path) -> None:
+    prompt = "Spike Hughes currently lives in"
+    assert read_one(tmp_path, {**COUNTERFACT, "generation_prompts": [prompt, prompt]}).generation == (prompt,)
+    assert read_one(tmp_path, {**FACT, "generation": [prompt]}).generation == (prompt,)
+
+
 def test_a_single_paraphrase_may_be_plain_text(tmp_path: Path) -> None:
     edit = read_one(tmp_path, ZSRE_DEV)
     assert [probe.prompt for probe in edit.rephrases] == [ZSRE_DEV["paraphrase_prompts"]]
@@ -215,6 +281,9 @@ def test_published_files_are_read_whole(shared_data: Path, name: str) -> None:
         ("counterfact_dev", "same_template"),
         ("knowedit_wiki_counterfact_dev", "same_subject"),
         ("zsre_mend_edit", "unrelated"),
+        ("zsre_dev", "unrelated"),
+        ("hallucination_dev", "unrelated"),
+        ("temporal_dev", "unrelated"),
     ],
 )
 def test_published_locality_probes_keep_their_kind(shared_data: Path, name: str, kind: str) -> None:
@@ -222,6 +291,25 @@ def test_published_locality_probes_keep_their_kind(shared_data: Path, name: str,
     kinds = Counter(probe.kind for edit in edits for probe in edit.locality)
     assert kinds.most_common(1)[0][0] == kind
     assert kinds[kind] >= len(edits) // 2
+
+
+@pytest.mark.parametrize(
+    ("name", "generality", "portability"),
+    [
+        ("zsre_mend_edit", {"paraphrase"}, {"one_hop"}),
+        ("zsre_dev", {"paraphrase"}, set()),
+        ("counterfact_dev", {"distracted"}, {"one_hop"}),
+        ("knowedit_wiki_counterfact_dev", set(), {"reasoning", "subject_alias", "logical_generalization"}),
+        ("hallucination_dev", set(), set()),
+        ("temporal_dev", {"out_of_distribution"}, set()),
+    ],
+)
+def test_published_probes_are_told_apart_by_kind(
+    shared_data: Path, name: str, generality: set[str], portability: set[str]
+) -> None:
+    edits = lemoe.read_edits(shared_data / f"{name}.json")
+    assert {probe.kind for edit in edits for probe in edit.rephrases} == generality
+    assert {probe.kind for edit in edits for probe in edit.portability} == portability
 
 
 def test_unknown_keys_are_kept(tmp_path: Path) -> None:
@@ -271,6 +359,9 @@ BAD = {
     "portability without target": ({**FACT, "portability": ["x"]}, "each entry of `portability` needs a `target`"),
     "half a surrogate": ({**FACT, "target": "\ud800"}, "surrogate"),
     "rewrite is text": ({"requested_rewrite": "x"}, "`requested_rewrite` must be an object, not text"),
+    "one-word statement": ({"edit": "x"}, "a statement of one word"),
+    "questions are a number": ({"edit": "x y", "test_inputs": 5}, "`test_inputs` must be a list, not a number"),
+    "question is a number": ({"edit": "x y", "test_inputs": [5]}, "must be a question or a pair"),
     "not an object": (["x"], "expected a JSON object with `prompt` and `target`, not a list"),
 }
 

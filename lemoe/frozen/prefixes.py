@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lemoe.tokens import LANES
+
 DENSE = 512  # pairs of tokens whose attention costs as much as one more token through the layers
 
 
@@ -41,16 +43,24 @@ class Forest:
     places: list[tuple[int, list[int]]]
 
     @classmethod
-    def of(cls, texts: Sequence[tuple[int, ...]], shared: bool = True) -> "Forest":
-        """Lay `texts` out; each in a tree of its own unless `shared`."""
+    def of(cls, texts: Sequence[tuple[int, ...]], shared: bool = True, groups: Sequence[int] | None = None) -> "Forest":
+        """Lay `texts` out; each in a tree of its own unless `shared`, and never with one of another group.
+
+        Texts of one group that begin differently share a tree too (with several roots), where that saves padding.
+        """
+        member = groups or [0] * len(texts)
+        spared = 0 if groups is None else LANES // 2
         trees: list[Tree] = []
         places: dict[int, tuple[int, list[int]]] = {}
         before: tuple[int, ...] = ()
         line: list[int] = []
-        for index in sorted(range(len(texts)), key=texts.__getitem__):
+        group = None
+        for index in sorted(range(len(texts)), key=lambda index: (member[index], texts[index])):
             text = texts[index]
             line = line[: _alike(before, text)]
-            if not (shared and line and _pays(len(trees[-1]), len(text), len(line))):
+            together = shared and member[index] == group and _pays(len(trees[-1]), len(text), len(line), spared)
+            group = member[index]
+            if not together:
                 trees.append(Tree())
                 line = []
             line = trees[-1].grow(line, text[len(line) :])
@@ -65,10 +75,13 @@ def _alike(one: tuple[int, ...], other: tuple[int, ...]) -> int:
     return next((place for place, (left, right) in pairs if left != right), min(len(one), len(other)))
 
 
-def _pays(size: int, length: int, alike: int) -> bool:
-    """Whether a text saves more by what it shares with a tree than the tree's other tokens cost its attention."""
+def _pays(size: int, length: int, alike: int, spared: int) -> bool:
+    """Whether a text saves more, by what it shares with a tree, than the tree's other tokens cost its attention.
+
+    `spared` are the columns of padding that one tree less saves.
+    """
     grown = size + length - alike
-    return alike > (grown**2 - size**2 - length**2) / DENSE
+    return alike + spared > (grown**2 - size**2 - length**2) / DENSE
 
 
 @dataclass(frozen=True)
@@ -85,8 +98,9 @@ class Rows:
     sees: Tensor
 
     @classmethod
-    def of(cls, trees: Sequence[Tree], pad: int, device: torch.device) -> "Rows":
-        width = max(map(len, trees))
+    def of(cls, trees: Sequence[Tree], pad: int, device: torch.device, width: int | None = None) -> "Rows":
+        """The trees, padded to the largest or to `width` columns."""
+        width = width or max(map(len, trees))
         ids = np.full((len(trees), width), pad)
         sees = np.tile(np.eye(width, dtype=bool), (len(trees), 1, 1))
         for row, tree in enumerate(trees):

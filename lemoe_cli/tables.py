@@ -1,0 +1,104 @@
+"""Figures as tables on the terminal: what was measured before and after, or of the base model alone."""
+
+from collections.abc import Sequence
+
+from lemoe.metrics import Metric
+from lemoe_cli.ui import results, table
+
+SHARES = ("reliability", "generality", "locality", "portability")
+
+Groups = dict[tuple[str, str], dict[tuple[str, str], Metric]]  # by metric and kind, then by measure and stage
+
+
+def show(metrics: Sequence[Metric]) -> None:
+    """One table for the shares of targets given, and one for each other measure that is there."""
+    groups: Groups = {}
+    for metric in metrics:
+        groups.setdefault((metric.name, metric.kind), {})[metric.measure, metric.stage] = metric
+    stages = [stage for stage in ("before", "after") if any(m.stage == stage and m.name != "routing" for m in metrics)]
+    _show_shares(groups, stages)
+    _show_measure(groups, stages, "perplexity", "Perplexity of the targets", SHARES)
+    _show_measure(groups, stages, "complete_match", "Share of answers that are the target, ended by the model itself")
+    _show_measure(groups, stages, "target_probability", "Probability of an edit's target where another is right")
+    _show_measure(groups, stages, "target_written", "Share of prompts with another answer that are given the target")
+    _show_measure(groups, stages, "ngram_entropy", "Entropy of what the model writes on, bits")
+    _show_measure(groups, stages, "perplexity", "Perplexity of texts that editing must not touch", ("collapse",))
+    _show_measure(groups, ["after"], "unchanged", "Share of those texts that are unchanged to the last bit")
+    _show_routing(metrics)
+
+
+def _show_shares(groups: Groups, stages: Sequence[str]) -> None:
+    heads = [head for share in ("tokens", "whole") for head in (share, *[""] * (len(stages) - 1))]
+    named = [f"{head}\n{stage}" for head, stage in zip(heads, [*stages, *stages], strict=True)]
+    rows = [
+        (name if kind == "all" else "", kind, *_cells(group, stages), str(_any(group).n))
+        for (name, kind), group in groups.items()
+        if name in SHARES and (kind == "all" or _several(groups, name))
+    ]
+    if rows:
+        table(
+            "Share of target tokens, and of whole targets, given (± standard error)",
+            ("", "kind", *(named if len(stages) > 1 else heads), "n"),
+            rows,
+            left=2,
+        )
+
+
+def _several(groups: Groups, name: str) -> bool:
+    """Whether a metric has more than one kind."""
+    return sum(other == name for other, _ in groups) > 2
+
+
+def _any(group: dict[tuple[str, str], Metric]) -> Metric:
+    return next(iter(group.values()))
+
+
+def _cells(group: dict[tuple[str, str], Metric], stages: Sequence[str]) -> list[str]:
+    measures = ("token_accuracy", "exact_match")
+    return [_figure(group.get((measure, stage)), stage == stages[-1]) for measure in measures for stage in stages]
+
+
+def _show_measure(groups: Groups, stages: Sequence[str], measure: str, title: str, names: Sequence[str] = ()) -> None:
+    """One more measure of the metrics that have it, or of `names`, by kind where it has several."""
+    rows = []
+    for (name, kind), group in groups.items():
+        figures = [group.get((measure, stage)) for stage in stages]
+        shown = kind == "all" or (name == "overfit" and _several(groups, name))
+        there = [figure for figure in figures if figure]
+        if shown and there and (name in names or not names):
+            cells = [_figure(figure, figure is figures[-1]) for figure in figures]
+            rows.append((name if kind == "all" else "", kind, *cells, str(there[0].n)))
+    if rows:
+        results.print()
+        heads = stages if len(stages) > 1 else [""]
+        table(title, ("", "kind", *heads, "n"), rows, left=2)
+
+
+def _show_routing(metrics: Sequence[Metric]) -> None:
+    """The gate's figures, then the rounds' agreement."""
+    routes = [metric for metric in metrics if metric.name == "routing"]
+    gate = [m for m in routes if m.measure != "agreement"]
+    rounds = [m for m in routes if m.measure == "agreement"]
+    if gate:
+        results.print()
+        rows = [(m.measure if m.kind == "all" else "", m.kind, _figure(m, True), str(m.n)) for m in _unrepeated(gate)]
+        table("Gate: recall, precision, and locality prompts that open it", ("", "kind", "share", "n"), rows, left=2)
+    if rounds:
+        results.print()
+        rows_ = [(metric.kind, f"{metric.value:.3f}", str(metric.n)) for metric in rounds]
+        table("Share of edits whose prompt reaches the expert that it trained", ("rounds", "share", "n"), rows_)
+
+
+def _unrepeated(metrics: Sequence[Metric]) -> list[Metric]:
+    """Without the only kind of a measure, which says what `all` says."""
+    counts = [metric.measure for metric in metrics]
+    return [metric for metric in metrics if metric.kind == "all" or counts.count(metric.measure) > 2]
+
+
+def _figure(metric: Metric | None, spread: bool) -> str:
+    if metric is None:
+        return ""
+    text = f"{metric.value:.3f}" if metric.value < 1e6 else f"{metric.value:.3g}"
+    if metric.stderr is None or not spread:
+        return text
+    return f"{text} ±{metric.stderr:.3f}".replace("±0.", "±.")
