@@ -118,7 +118,8 @@ class AdaptorState:
         taught: list[tuple[Taught, ...]] = []
         for record in self.rounds:
             edits = tuple(Taught(name, digest) for name, digest in zip(record.ids, record.edits, strict=True))
-            taught += [(edit,) for edit in edits] if record.of_each else [edits]
+            alone = record.of_each and not self.router.shared
+            taught += [(edit,) for edit in edits] if alone else [edits] * record.experts
         return taught
 
     @property

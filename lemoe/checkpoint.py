@@ -39,8 +39,7 @@ def save_adaptor(state: AdaptorState, path: Path | str, *, overwrite: bool = Fal
         AdaptorError: if the state holds values that are not finite, which no file may.
         OutputError: if the file exists and `overwrite` is not given, or cannot be written.
     """
-    tensors = {**matrices_of(state), **_small(state)}
-    broken = [name for name, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
+    broken = [name for name, t in tensors_of(state).items() if t.is_floating_point() and not bool(t.isfinite().all())]
     if broken:
         raise AdaptorError(f"{path}: not written, these hold values that are not finite: {', '.join(broken)}")
     matrices = {name: Entry.of(matrix) for name, matrix in matrices_of(state).items()}
@@ -195,6 +194,11 @@ def _small(state: AdaptorState) -> dict[str, Tensor]:
     """All other tensors, by name."""
     experts = state.experts
     return {"experts.offsets": experts.offsets, "experts.scale": experts.scale, **state.router.tensors()}
+
+
+def tensors_of(state: AdaptorState) -> dict[str, Tensor]:
+    """All tensors of the state's file, by name."""
+    return {**matrices_of(state), **_small(state)}
 
 
 def matrices_of(state: AdaptorState) -> dict[str, Tensor]:

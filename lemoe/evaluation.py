@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lemoe.adaptor import AdaptorState
+from lemoe.changes import WeightChange
 from lemoe.edits import Edit, Probe
 from lemoe.frozen import Below, run_below
 from lemoe.insertion import InsertedAdaptor
@@ -72,7 +73,7 @@ OnProgress = Callable[[int, int], None]
 
 def evaluate(
     base: BaseModel,
-    state: AdaptorState | None,
+    edited: AdaptorState | WeightChange | None,
     edits: Sequence[Edit],
     *,
     decode: Decode = "teacher",
@@ -81,7 +82,7 @@ def evaluate(
     allow_base_mismatch: bool = False,
     on_progress: OnProgress = lambda done, of: None,
 ) -> EvalResult:
-    """Measure `state` on the probes of `edits`; without a state, the base model alone.
+    """Measure an adaptor, or other weights, on the probes of `edits`; without either, the base model alone.
 
     Args:
         decode: `teacher` or `greedy`.
@@ -96,16 +97,20 @@ def evaluate(
     """
     with fast_products(base.model):
         items = _items(base, edits, only, batch_tokens)
-    run = _teacher if decode == "teacher" else _greedy
+    state = edited if isinstance(edited, AdaptorState) else None
     places: dict[int, Measured] = {}
     adaptor = InsertedAdaptor(base, state, allow_base_mismatch=allow_base_mismatch) if state else None
     with fast_products(base.model), adaptor or nullcontext():
-        for rows, given in run(base, adaptor, items, batch_tokens):
+        if isinstance(edited, WeightChange):
+            answered = _changed(base, edited, items, decode, batch_tokens)
+        else:
+            answered = (_teacher if decode == "teacher" else _greedy)(base, adaptor, items, batch_tokens)
+        for rows, given in answered:
             for row, (before, after, route) in zip(rows, given, strict=True):
                 places[row] = Measured(items[row], before, after, route)
             on_progress(len(places), len(items))
     measured = [places[row] for row in range(len(items))]
-    metrics = summarise(measured, decode, edited=state is not None)
+    metrics = summarise(measured, decode, edited=edited is not None)
     if state is not None and not only:
         metrics += agreement(measured, _home(state, edits))
     names = [edits_[0].id for edits_ in state.taught] if state else []
@@ -170,6 +175,27 @@ def _teacher(base: BaseModel, adaptor: InsertedAdaptor | None, items: Sequence[I
             yield rows, [(answer, answer, UNROUTED) for answer in before]
         else:
             yield rows, _both(base, adaptor, chosen, batch_tokens)
+
+
+@torch.no_grad()
+def _changed(
+    base: BaseModel, change: WeightChange, items: Sequence[Item], decode: Decode, batch_tokens: int
+) -> Answered:
+    """The base's answers to everything, then those of the model with other weights."""
+    top = len(base.layers) - 1
+    site = base.site(top)
+    buckets = length_buckets([len(item.passage.read) for item in items], batch_tokens)
+
+    def answers(rows: Sequence[int]) -> list[Answer]:
+        chosen = [items[row] for row in rows]
+        if decode == "greedy":
+            return _written(base, [item.passage for item in chosen])
+        return _before(base, site, top, chosen, batch_tokens)[1]
+
+    before = [answers(rows) for rows in buckets]
+    with change.applied(base):
+        for rows, own in zip(buckets, before, strict=True):
+            yield rows, [(one, other, UNROUTED) for one, other in zip(own, answers(rows), strict=True)]
 
 
 def _both(base: BaseModel, adaptor: InsertedAdaptor, items: Sequence[Item], batch_tokens: int) -> list[Pair]:

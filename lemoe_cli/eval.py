@@ -44,6 +44,11 @@ SCHEMA = 1
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: one flat record for each figure.")
 @click.option("--card", is_flag=True, help="Write the figures into the card beside the adaptor (README.md).")
 @click.option("--records", type=FILE, help="Write one JSON line for each probe here.")
+@click.option("--compare", metavar="PRESETS", help="Teach EDITS by each of these, as ft,lora,memoe,paper,anchor.")
+@click.option("--factors", is_flag=True, help="Teach EDITS by --preset; measure forgetting, routing and order.")
+@click.option("--preset", help="Method of --factors: anchor, paper, or a baseline.  [default: anchor]")
+@click.option("--round-size", type=click.IntRange(1), help="Edits in a round of --compare or --factors.  [default: 20]")
+@click.option("--orders", type=click.IntRange(0), default=5, show_default=True, help="Random orders of --factors.")
 @click.option(
     "--batch-tokens",
     type=click.IntRange(1),
@@ -62,6 +67,8 @@ def command(
     as_json: bool,
     card: bool,
     records: Path | None,
+    compare: str | None,
+    factors: bool,
     batch_tokens: int,
     allow_base_mismatch: bool,
     force: bool,
@@ -72,7 +79,16 @@ def command(
 
     Locality is agreement with the base model's own predictions. `teacher` compares the most likely token at each
     position of the target, `greedy` lets the model write.
+
+    With --compare or --factors, EDITS are taught here, round by round, and nothing is written.
     """
+    if compare is not None or factors:
+        if adaptor or records or card or (factors and compare is not None):
+            raise click.UsageError(
+                "--compare and --factors teach anew; neither goes with the other, or with --adaptor, --records, --card"
+            )
+        _study(edits, decode, compare, batch_tokens, options, as_json=as_json, quiet=quiet)
+        return
     from lemoe.checkpoint import load_adaptor
     from lemoe.evaluation import evaluate
     from lemoe.files import check_free, write_whole
@@ -117,6 +133,28 @@ def command(
         _show(result)
 
 
+def _study(
+    edits: Path,
+    decode: "Decode",
+    compare: str | None,
+    batch_tokens: int,
+    options: dict[str, Any],
+    *,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Teach `edits` by several methods, or by one in several orders, and show what came of it."""
+    from lemoe_cli.studies import methods_named, run_comparison, run_factors
+
+    methods = methods_named(compare if compare is not None else options["preset"], options)
+    read = open_edits(edits, options)
+    base = open_base(options, quiet=quiet)
+    if compare is None:
+        run_factors(base, read, methods[0], options["orders"], batch_tokens, as_json=as_json, quiet=quiet)
+    else:
+        run_comparison(base, read, methods, decode, batch_tokens, as_json=as_json, quiet=quiet)
+
+
 def _update_card(adaptor: Path, base: "BaseModel", state: "AdaptorState", edits: str, result: "EvalResult") -> None:
     from lemoe.card import write_card
 
@@ -124,19 +162,23 @@ def _update_card(adaptor: Path, base: "BaseModel", state: "AdaptorState", edits:
 
 
 def _document(result: "EvalResult", settings: dict[str, Any]) -> dict[str, Any]:
+    metrics = [asdict(metric) for metric in result.metrics]
+    return {"schema": SCHEMA, "settings": settings, "versions": versions(), "metrics": metrics}
+
+
+def versions() -> dict[str, str]:
+    """What computed the figures."""
     import torch
     import transformers
 
     from lemoe import __version__
 
-    versions = {
+    return {
         "lemoe": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    metrics = [asdict(metric) for metric in result.metrics]
-    return {"schema": SCHEMA, "settings": settings, "versions": versions, "metrics": metrics}
 
 
 def _show(result: "EvalResult") -> None:
