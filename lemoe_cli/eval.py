@@ -46,7 +46,7 @@ SCHEMA = 1
 @click.option("--records", type=FILE, help="Write one JSON line for each probe here.")
 @click.option("--compare", metavar="PRESETS", help="Teach EDITS by each of these, as ft,lora,memoe,paper,anchor.")
 @click.option("--factors", is_flag=True, help="Teach EDITS by --preset; measure forgetting, routing and order.")
-@click.option("--preset", help="Method of --factors: anchor, paper, or a baseline.  [default: anchor]")
+@click.option("--preset", default="anchor", show_default=True, help="Method of --factors: anchor, paper, a baseline.")
 @click.option("--round-size", type=click.IntRange(1), help="Edits in a round of --compare or --factors.  [default: 20]")
 @click.option("--orders", type=click.IntRange(0), default=5, show_default=True, help="Random orders of --factors.")
 @click.option(
@@ -146,7 +146,7 @@ def _study(
     """Teach `edits` by several methods, or by one in several orders, and show what came of it."""
     from lemoe_cli.studies import methods_named, run_comparison, run_factors
 
-    methods = methods_named(compare if compare is not None else options["preset"], options)
+    methods = methods_named(options["preset"] if compare is None else compare, options)
     read = open_edits(edits, options)
     base = open_base(options, quiet=quiet)
     if compare is None:

@@ -21,16 +21,18 @@ if TYPE_CHECKING:
 COMMON_ROUND_SIZE = 20  # edits; presets differ, and rounds of different sizes could not be compared
 
 
-def methods_named(names: str | None, options: Mapping[str, Any]) -> "list[Settings]":
-    """The settings of presets given as `ft,lora,...`, all with the same rounds; None takes the default preset.
+def methods_named(names: str, options: Mapping[str, Any]) -> "list[Settings]":
+    """The settings of presets given as `ft,lora,...`, all with the same rounds.
 
     Raises:
         InputError: for a preset that is not known.
     """
-    from lemoe.settings import DEFAULT_PRESET, resolve_settings
+    from lemoe.settings import resolve_settings
 
     given = {"round_size": options["round_size"] or COMMON_ROUND_SIZE, "seed": options["seed"]}
-    chosen = [DEFAULT_PRESET] if names is None else dict.fromkeys(name.strip() for name in names.split(","))
+    chosen = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    if not chosen:
+        raise click.UsageError("--compare names no preset")
     return [resolve_settings(name, None, given) for name in chosen]
 
 
