@@ -13,7 +13,7 @@ from lemoe.adaptor import AdaptorState
 from lemoe.editors import Edited, editor_of, teach
 from lemoe.edits import Edit
 from lemoe.embedded import Notify
-from lemoe.evaluation import Record, evaluate
+from lemoe.evaluation import Decode, Record, evaluate
 from lemoe.metrics import Metric
 from lemoe.models import BaseModel
 from lemoe.planning import plan, rounds_of
@@ -83,6 +83,7 @@ def measure_factors(
     settings: Settings,
     *,
     orders: int = 5,
+    decode: Decode = "teacher",
     batch_tokens: int = 4096,
     notify: Notify = lambda stage: None,
 ) -> Factors:
@@ -98,13 +99,13 @@ def measure_factors(
     columns: list[list[_Moment]] = []
     for number, edited in enumerate(teach(base, planned, settings), 1):
         notify(f"planned order: round {number} of {len(planned)} taught")
-        columns.append(_column(base, edited, planned[:number], batch_tokens))
-    scores = [_score(base, edited, planned, "planned", None, batch_tokens)]
+        columns.append(_column(base, edited, planned[:number], decode, batch_tokens))
+    scores = [_score(base, edited, planned, "planned", None, decode, batch_tokens)]
     for seed in range(1, orders + 1):
         notify(f"random order {seed} of {orders}")
         rounds = _rounds(base, edits, replace(settings, order="random", seed=seed))
         last = deque(teach(base, rounds, settings), maxlen=1).pop()
-        scores.append(_score(base, last, rounds, "random", seed, batch_tokens))
+        scores.append(_score(base, last, rounds, "random", seed, decode, batch_tokens))
     routes = [[moment.routed for moment in column] for column in columns]
     return Factors(
         settings=settings,
@@ -129,10 +130,12 @@ class _Moment:
     routed: float | None
 
 
-def _column(base: BaseModel, edited: Edited, rounds: Sequence[Sequence[Edit]], batch_tokens: int) -> list[_Moment]:
+def _column(
+    base: BaseModel, edited: Edited, rounds: Sequence[Sequence[Edit]], decode: Decode, batch_tokens: int
+) -> list[_Moment]:
     """Figures of all rounds taught so far."""
     taught = [edit for members in rounds for edit in members]
-    result = evaluate(base, edited, taught, only=("reliability",), batch_tokens=batch_tokens)
+    result = evaluate(base, edited, taught, decode=decode, only=("reliability",), batch_tokens=batch_tokens)
     records = iter(result.records)
     return [_moment(edited, [(edit, next(records)) for edit in members]) for members in rounds]
 
@@ -152,10 +155,13 @@ def _score(
     rounds: Sequence[Sequence[Edit]],
     order: str,
     seed: int | None,
+    decode: Decode,
     batch_tokens: int,
 ) -> OrderScore:
     taught = [edit for members in rounds for edit in members]
-    result = evaluate(base, edited, taught, only=("reliability", "generality"), batch_tokens=batch_tokens)
+    result = evaluate(
+        base, edited, taught, decode=decode, only=("reliability", "generality"), batch_tokens=batch_tokens
+    )
     return OrderScore(order, seed, tuple(metric for metric in result.metrics if metric.stage == "after"))
 
 

@@ -150,7 +150,7 @@ def _study(
     read = open_edits(edits, options)
     base = open_base(options, quiet=quiet)
     if compare is None:
-        run_factors(base, read, methods[0], options["orders"], batch_tokens, as_json=as_json, quiet=quiet)
+        run_factors(base, read, methods[0], options["orders"], decode, batch_tokens, as_json=as_json, quiet=quiet)
     else:
         run_comparison(base, read, methods, decode, batch_tokens, as_json=as_json, quiet=quiet)
 

@@ -62,6 +62,7 @@ def run_factors(
     edits: "Sequence[Edit]",
     settings: "Settings",
     orders: int,
+    decode: "Decode",
     batch_tokens: int,
     *,
     as_json: bool,
@@ -71,7 +72,9 @@ def run_factors(
     from lemoe.factors import measure_factors
 
     with stage("measuring factors", quiet=quiet) as notify:
-        factors = measure_factors(base, edits, settings, orders=orders, batch_tokens=batch_tokens, notify=notify)
+        factors = measure_factors(
+            base, edits, settings, orders=orders, decode=decode, batch_tokens=batch_tokens, notify=notify
+        )
     if as_json:
         _print_json({"factors": asdict(factors)})
     else:
