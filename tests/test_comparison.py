@@ -11,9 +11,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 import lemoe
-from lemoe.comparison import Comparison, compare
+from lemoe.comparison import Comparison
 from lemoe.editors import size_of, teach
-from lemoe.factors import Factors, measure_factors
+from lemoe.factors import Factors
 from lemoe_cli.main import cli
 
 METHODS = ("ft", "lora", "memoe", "paper", "anchor")
@@ -40,14 +40,16 @@ def probed(facts: list[lemoe.Edit]) -> list[lemoe.Edit]:
 
 @pytest.fixture(scope="module")
 def comparison(base: lemoe.BaseModel, probed: list[lemoe.Edit]) -> Comparison:
-    return compare(base, probed, [settings_of(method) for method in METHODS])
+    return lemoe.compare(base, probed, [settings_of(method) for method in METHODS])
 
 
 @pytest.fixture(scope="module")
 def factors(base: lemoe.BaseModel, facts: list[lemoe.Edit]) -> dict[str, Factors]:
     """Of each method, on the facts in rounds of two."""
     small = {"anchor": {}, "paper": {"steps": 30, "learning_rate": 2e-2}, "memoe": {"steps": 30}}
-    return {name: measure_factors(base, facts, settings_of(name, **given), orders=2) for name, given in small.items()}
+    return {
+        name: lemoe.measure_factors(base, facts, settings_of(name, **given), orders=2) for name, given in small.items()
+    }
 
 
 def test_each_method_has_a_row_over_the_same_edits_and_probes(comparison: Comparison, facts: list[lemoe.Edit]) -> None:
@@ -91,7 +93,7 @@ def test_an_edit_of_paper_and_anchor_costs_what_its_file_holds(
 def test_comparing_again_gives_the_same_figures(
     base: lemoe.BaseModel, probed: list[lemoe.Edit], comparison: Comparison
 ) -> None:
-    again = compare(base, probed, [each.settings for each in comparison.methods])
+    again = lemoe.compare(base, probed, [each.settings for each in comparison.methods])
     assert again.rounds == comparison.rounds
     for one, other in zip(again.methods, comparison.methods, strict=True):
         assert replace(one, seconds_per_edit=0) == replace(other, seconds_per_edit=0)
