@@ -124,13 +124,18 @@ def command(
     if card and adaptor and state:
         _update_card(adaptor, base, state, edits.name, result)
     if as_json:
-        settings: dict[str, Any] = {"edits": str(edits), "adaptor": str(adaptor) if adaptor else None, "decode": decode}
-        settings |= {name: options[name] for name in ("model", "revision", "limit", "sample", "seed")}
-        settings |= {"dtype": str(base.dtype).removeprefix("torch."), "device": str(base.device)}
-        settings |= {"base_differences": list(differences)}
+        settings = _run_settings(edits, base, decode, options)
+        settings |= {"adaptor": str(adaptor) if adaptor else None, "base_differences": list(differences)}
         click.echo(json.dumps(_document(result, settings), indent=1, ensure_ascii=False))
     else:
         _show(result)
+
+
+def _run_settings(edits: Path, base: "BaseModel", decode: "Decode", options: dict[str, Any]) -> dict[str, Any]:
+    """What was measured, and on what, as JSON says it."""
+    chosen = {name: options[name] for name in ("model", "revision", "limit", "sample", "seed")}
+    where = {"dtype": str(base.dtype).removeprefix("torch."), "device": str(base.device)}
+    return {"edits": str(edits), "decode": decode, **chosen, **where}
 
 
 def _study(
@@ -149,10 +154,11 @@ def _study(
     methods = methods_named(options["preset"] if compare is None else compare, options)
     read = open_edits(edits, options)
     base = open_base(options, quiet=quiet)
+    about = _run_settings(edits, base, decode, options) if as_json else None
     if compare is None:
-        run_factors(base, read, methods[0], options["orders"], decode, batch_tokens, as_json=as_json, quiet=quiet)
+        run_factors(base, read, methods[0], options["orders"], decode, batch_tokens, about, quiet=quiet)
     else:
-        run_comparison(base, read, methods, decode, batch_tokens, as_json=as_json, quiet=quiet)
+        run_comparison(base, read, methods, decode, batch_tokens, about, quiet=quiet)
 
 
 def _update_card(adaptor: Path, base: "BaseModel", state: "AdaptorState", edits: str, result: "EvalResult") -> None:

@@ -42,17 +42,17 @@ def run_comparison(
     methods: "Sequence[Settings]",
     decode: "Decode",
     batch_tokens: int,
+    about: dict[str, Any] | None,
     *,
-    as_json: bool,
     quiet: bool,
 ) -> None:
-    """Compare `methods` on `edits`, as a table or as JSON."""
+    """Compare `methods` on `edits`, as a table, or as JSON that begins with what the run is `about`."""
     from lemoe.comparison import compare
 
     with stage("comparing", quiet=quiet) as notify:
         comparison = compare(base, edits, methods, decode=decode, batch_tokens=batch_tokens, notify=notify)
-    if as_json:
-        _print_json({"comparison": asdict(comparison)})
+    if about is not None:
+        _print_json(about, "comparison", comparison)
     else:
         _show_comparison(comparison)
 
@@ -64,25 +64,26 @@ def run_factors(
     orders: int,
     decode: "Decode",
     batch_tokens: int,
+    about: dict[str, Any] | None,
     *,
-    as_json: bool,
     quiet: bool,
 ) -> None:
-    """Measure the three factors of one method on `edits`, as tables or as JSON."""
+    """Measure the three factors of one method on `edits`; shown as by `run_comparison`."""
     from lemoe.factors import measure_factors
 
     with stage("measuring factors", quiet=quiet) as notify:
         factors = measure_factors(
             base, edits, settings, orders=orders, decode=decode, batch_tokens=batch_tokens, notify=notify
         )
-    if as_json:
-        _print_json({"factors": asdict(factors)})
+    if about is not None:
+        _print_json(about, "factors", factors)
     else:
         _show_factors(factors)
 
 
-def _print_json(content: dict[str, Any]) -> None:
-    click.echo(json.dumps({"schema": SCHEMA, "versions": versions(), **content}, indent=1, ensure_ascii=False))
+def _print_json(about: dict[str, Any], name: str, found: "Comparison | Factors") -> None:
+    document = {"schema": SCHEMA, "settings": about, "versions": versions(), name: asdict(found)}
+    click.echo(json.dumps(document, indent=1, ensure_ascii=False))
 
 
 def _show_comparison(comparison: "Comparison") -> None:

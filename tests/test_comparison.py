@@ -46,10 +46,9 @@ def comparison(base: lemoe.BaseModel, probed: list[lemoe.Edit]) -> Comparison:
 @pytest.fixture(scope="module")
 def factors(base: lemoe.BaseModel, facts: list[lemoe.Edit]) -> dict[str, Factors]:
     """Of each method, on the facts in rounds of two."""
-    small = {"anchor": {}, "paper": {"steps": 30, "learning_rate": 2e-2}, "memoe": {"steps": 30}}
-    return {
-        name: lemoe.measure_factors(base, facts, settings_of(name, **given), orders=2) for name, given in small.items()
-    }
+    fast = {"steps": 15, "learning_rate": 2e-2}
+    methods = [settings_of("anchor"), settings_of("paper", **fast), settings_of("memoe", **fast)]
+    return {each.method: lemoe.measure_factors(base, facts, each, orders=1) for each in methods}
 
 
 def test_each_method_has_a_row_over_the_same_edits_and_probes(comparison: Comparison, facts: list[lemoe.Edit]) -> None:
@@ -93,9 +92,9 @@ def test_an_edit_of_paper_and_anchor_costs_what_its_file_holds(
 def test_comparing_again_gives_the_same_figures(
     base: lemoe.BaseModel, probed: list[lemoe.Edit], comparison: Comparison
 ) -> None:
-    again = lemoe.compare(base, probed, [each.settings for each in comparison.methods])
+    again = lemoe.compare(base, probed, [each.settings for each in comparison.methods[:2]])
     assert again.rounds == comparison.rounds
-    for one, other in zip(again.methods, comparison.methods, strict=True):
+    for one, other in zip(again.methods, comparison.methods[:2], strict=True):
         assert replace(one, seconds_per_edit=0) == replace(other, seconds_per_edit=0)
 
 
@@ -141,7 +140,7 @@ def test_a_mixture_trained_jointly_forgets_and_none_of_its_experts_is_one_edits(
 
 def test_orders_are_the_planned_one_and_as_many_random_ones_as_asked_for(factors: dict[str, Factors]) -> None:
     for each in factors.values():
-        assert [(order.order, order.seed) for order in each.orders] == [("planned", None), ("random", 1), ("random", 2)]
+        assert [(order.order, order.seed) for order in each.orders] == [("planned", None), ("random", 1)]
         end = fmean(row[-1] or 0.0 for row in each.forgetting)  # rounds are of equal size
         assert each.orders[0].value("reliability") == pytest.approx(end)
         values = [order.value("reliability") or 0.0 for order in each.orders]
@@ -179,6 +178,7 @@ def test_one_command_puts_methods_side_by_side(edits: Path, tiny_folder: Callabl
     assert named == ["memoe", "ft"]
     assert "4 edits in 2 rounds" in shown.stdout
     document = json.loads(lemoe_command("eval", edits, *options, "--json").stdout)
+    assert document["settings"]["decode"] == "teacher"
     methods = document["comparison"]["methods"]
     assert [method["settings"]["method"] for method in methods] == ["memoe", "ft"]
     assert {metric["name"] for metric in methods[0]["metrics"]} == {"reliability", "generality", "locality"}
