@@ -16,10 +16,12 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from lemoe.adaptor import AdaptorState, stack
     from lemoe.checkpoint import load_adaptor, save_adaptor
+    from lemoe.comparison import compare
     from lemoe.editing import edit
     from lemoe.edits import Edit, Probe, read_edits
     from lemoe.errors import LemoeError
     from lemoe.evaluation import evaluate
+    from lemoe.factors import measure_factors
     from lemoe.insertion import InsertedAdaptor, insert
     from lemoe.methods import train_round
     from lemoe.models import BaseModel, answer, load_base
@@ -36,11 +38,13 @@ _HOMES = {
     "Probe": "edits",
     "Settings": "settings",
     "answer": "models",
+    "compare": "comparison",
     "edit": "editing",
     "evaluate": "evaluation",
     "insert": "insertion",
     "load_adaptor": "checkpoint",
     "load_base": "models",
+    "measure_factors": "factors",
     "plan": "planning",
     "read_edits": "edits",
     "resolve_settings": "settings",
@@ -60,11 +64,13 @@ __all__ = [
     "Settings",
     "__version__",
     "answer",
+    "compare",
     "edit",
     "evaluate",
     "insert",
     "load_adaptor",
     "load_base",
+    "measure_factors",
     "plan",
     "read_edits",
     "resolve_settings",

@@ -132,12 +132,15 @@ class AdaptorState:
     @property
     def edits(self) -> list[Taught]:
         """All edits, in the order of the experts that hold them; an edit's place is its number."""
-        return [edit for edits in self.taught for edit in edits]
+        return [edit for record in self.rounds for edits in record.taught for edit in edits]
 
     @property
     def taught(self) -> list[tuple[Taught, ...]]:
         """The edits that each expert holds."""
-        return [edits for record in self.rounds for edits in record.taught]
+        if not self.router.shared:
+            return [edits for record in self.rounds for edits in record.taught]
+        together = [(record, tuple(edit for part in record.taught for edit in part)) for record in self.rounds]
+        return [edits for record, edits in together for _ in range(record.experts)]
 
     def holders(self, numbers: Collection[int]) -> list[int]:
         """The experts that hold the edits of these numbers, each alone.

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lemoe.changes import WeightChange
 from lemoe.figures import Answer, Item
 from lemoe.frozen import Below, run_below
 from lemoe.frozen.replay import hidden_of
 from lemoe.hooks import released
 from lemoe.insertion import InsertedAdaptor
+from lemoe.metrics import Decode
 from lemoe.models import LOGIT_ROWS, BaseModel
 from lemoe.routing import Explanation
 from lemoe.structure import FFNSite
@@ -146,6 +148,20 @@ def greedy(base: BaseModel, adaptor: InsertedAdaptor | None, items: Sequence[Ite
                 rows.append(row)
                 pairs.append((_written(base, one, target), _written(base, other, target), route))
         yield rows, pairs
+
+
+RUNS = {"teacher": teacher, "greedy": greedy}
+
+
+@torch.no_grad()
+def changed(
+    base: BaseModel, change: WeightChange, items: Sequence[Item], decode: Decode, batch_tokens: int
+) -> Answered:
+    """The base's answers to everything, then those of the model with other weights."""
+    own = list(RUNS[decode](base, None, items, batch_tokens))
+    with change.applied(base):
+        for (rows, before), (_, after) in zip(own, RUNS[decode](base, None, items, batch_tokens), strict=True):
+            yield rows, [(one, other, UNROUTED) for (one, *_), (other, *_) in zip(before, after, strict=True)]
 
 
 def _written(base: BaseModel, tokens: Tokens, target: Tokens) -> Answer:

@@ -40,8 +40,7 @@ def save_adaptor(state: AdaptorState, path: Path | str, *, overwrite: bool = Fal
         AdaptorError: if the state holds values that are not finite, which no file may.
         OutputError: if the file exists and `overwrite` is not given, or cannot be written.
     """
-    tensors = {**matrices_of(state), **_small(state)}
-    broken = [name for name, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
+    broken = [name for name, t in tensors_of(state).items() if t.is_floating_point() and not bool(t.isfinite().all())]
     if broken:
         raise AdaptorError(f"{path}: not written, these hold values that are not finite: {', '.join(broken)}")
     matrices = {name: Entry.of(matrix) for name, matrix in matrices_of(state).items()}
@@ -202,6 +201,11 @@ def _small(state: AdaptorState) -> dict[str, Tensor]:
     return {"experts.offsets": experts.offsets, "experts.scale": experts.scale, **state.router.tensors()}
 
 
+def tensors_of(state: AdaptorState) -> dict[str, Tensor]:
+    """All tensors of the state's file, by name."""
+    return {**matrices_of(state), **_small(state)}
+
+
 def matrices_of(state: AdaptorState) -> dict[str, Tensor]:
     """The experts' matrices, by name."""
     matrices = zip(MATRICES, (state.experts.up, state.experts.down, state.experts.gate), strict=True)
@@ -212,8 +216,8 @@ def _state(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor])
     base = _record(Fingerprint, header["base"])
     rounds = tuple(_record(RoundRecord, entry) for entry in header["rounds"])
     for record in rounds:
-        if not 1 <= record.experts <= len(record.edits) == len(record.ids):
-            raise ValueError("a round with no expert, or with more experts or names than edits")
+        if record.experts < 1 or len(record.ids) != len(record.edits):
+            raise ValueError("a round with no expert, or with more names than edits")
     try:
         settings = Settings(**coerce_settings(str(path), header["settings"]))
     except InputError as error:
@@ -258,6 +262,9 @@ def _check(
 ) -> None:
     """All tensors that are missing, unexpected, mis-shaped or not finite, at once."""
     neurons = _neurons(tensors)
+    rows = max((tensor.shape[0] for tensor in tensors.values() if tensor.dim()), default=0)
+    if sum(record.experts for record in rounds) > rows:
+        raise ValueError("its rounds speak of more experts than it has")
     lineages = [lineage for record in rounds for lineage in record.lineages]
     expected: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
         "experts.up": ((neurons, base.hidden), None),

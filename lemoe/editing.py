@@ -25,9 +25,9 @@ from lemoe.evaluation import evaluate
 from lemoe.files import remove_scratch, write_whole
 from lemoe.insertion import check_base
 from lemoe.memory import SMALLEST, fitting_tokens, free_memory
-from lemoe.methods import parent_of, rounds_depend, train_round
+from lemoe.methods import check_adds_experts, parent_of, rounds_depend, train_round
 from lemoe.models import BaseModel
-from lemoe.planning import load_plan, plan, save_plan
+from lemoe.planning import load_plan, plan, rounds_of, save_plan
 from lemoe.settings import Settings
 from lemoe.structure import FFNSite
 from lemoe.training import Step, encode_edits
@@ -112,6 +112,7 @@ def edit(
         AdaptorError: if `start` belongs to another base model.
         OutputError: if the folder holds an earlier run, or another is at work in it, or it cannot be written.
     """
+    check_adds_experts(settings)
     listener = listener or Silent()
     folder = Path(folder)
     if start:
@@ -291,13 +292,12 @@ def _plan(
     *,
     overwrite: bool,
 ) -> list[list[Edit]]:
-    by_id = {edit.id: edit for edit in edits}
     planned = plan(base, edits, settings)
     for conflict in planned.conflicts:
         if conflict.relation != "contradiction":
             listener.note(f"{conflict.earlier} is left out: {conflict.relation} by {conflict.later}")
     write_whole(folder / PLAN_NAME, save_plan(planned, edits, source).encode(), overwrite=overwrite)
-    return [[by_id[name] for name in members] for members in planned.rounds]
+    return rounds_of(planned, edits)
 
 
 def _train_rounds(

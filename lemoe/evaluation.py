@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from lemoe import answers
 from lemoe.adaptor import AdaptorState
+from lemoe.changes import WeightChange
 from lemoe.edits import Edit, Probe
 from lemoe.errors import InputError
 from lemoe.figures import Home, Item, Measured, losses, ngram_entropy, routing, summarise, token_accuracy
@@ -68,7 +69,7 @@ OnProgress = Callable[[int, int], None]
 
 def evaluate(
     base: BaseModel,
-    state: AdaptorState | None,
+    edited: AdaptorState | WeightChange | None,
     edits: Sequence[Edit],
     *,
     decode: Decode = "teacher",
@@ -79,7 +80,7 @@ def evaluate(
     allow_base_mismatch: bool = False,
     on_progress: OnProgress = lambda done, of: None,
 ) -> EvalResult:
-    """Measure `state` on the probes of `edits`; without a state, the base model alone.
+    """Measure an adaptor, or other weights, on the probes of `edits`; without either, the base model alone.
 
     Args:
         decode: `teacher` or `greedy`.
@@ -94,16 +95,22 @@ def evaluate(
         InputError: listing the probes and texts that cannot be used with this model.
         AdaptorError: if the state belongs to another base model.
     """
+    if isinstance(edited, WeightChange) and (texts or fluency):
+        raise InputError("metrics collapse and fluency are measured on adaptors, not on baselines that change weights")
     untouched = _untouched(base, texts)
     prompts = _generation_prompts(base, edits) if fluency else []
     with fast_products(base.model):
         items = _items(base, edits, only, batch_tokens)
-    run = answers.teacher if decode == "teacher" else answers.greedy
+    state = edited if isinstance(edited, AdaptorState) else None
     total = sum(item.rival_of is None for item in items) + len(untouched) + len(prompts)
     places: dict[int, Measured] = {}
     adaptor = InsertedAdaptor(base, state, allow_base_mismatch=allow_base_mismatch) if state else None
     with fast_products(base.model), adaptor or nullcontext():
-        for rows, given in run(base, adaptor, items, batch_tokens):
+        if isinstance(edited, WeightChange):
+            answered = answers.changed(base, edited, items, decode, batch_tokens)
+        else:
+            answered = answers.RUNS[decode](base, adaptor, items, batch_tokens)
+        for rows, given in answered:
             for row, (before, after, route) in zip(rows, given, strict=True):
                 places[row] = Measured(items[row], before, after, route)
             on_progress(sum(each.item.rival_of is None for each in places.values()), total)
@@ -114,7 +121,7 @@ def evaluate(
         if untouched:
             on_progress(total, total)
     measured = [places[row] for row in range(len(items))]
-    metrics = summarise(measured, decode, edited=state is not None)
+    metrics = summarise(measured, decode, edited=edited is not None)
     if state is not None and (only is None or "routing" in only):
         metrics += routing(measured, _home(state, edits))
     return EvalResult((*metrics, *written, *read), tuple(_records(base, state, edits, measured)))

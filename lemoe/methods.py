@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from lemoe.adaptor import AdaptorState
 from lemoe.anchor import training as anchor_training
 from lemoe.anchor.anchors import Anchors
+from lemoe.baselines.anchored_gate import AnchoredGate
 from lemoe.edits import Edit
 from lemoe.errors import InputError
 from lemoe.models import BaseModel
@@ -15,7 +16,20 @@ from lemoe.routing import Router
 from lemoe.settings import Settings
 from lemoe.training import OnStep
 
-ROUTERS: dict[str, type[Router]] = {kind.method: kind for kind in (Anchors, KeyRouter)}
+BASELINES = ("ft", "lora", "memoe")
+
+ROUTERS: dict[str, type[Router]] = {kind.method: kind for kind in (Anchors, KeyRouter, AnchoredGate)}
+
+
+def check_adds_experts(settings: Settings) -> None:
+    """Refuse a method that adds no experts, so that its rounds can neither be kept apart nor stacked.
+
+    Raises:
+        InputError: saying what it is for.
+    """
+    if settings.method in BASELINES:
+        name = settings.method
+        raise InputError(f"preset {name} is a baseline, for comparison alone: lemoe eval EDITS --compare {name}")
 
 
 def rounds_depend(settings: Settings) -> bool:
@@ -43,8 +57,9 @@ def train_round(
         a state with this round alone; stack it onto `before`.
 
     Raises:
-        InputError: listing the edits that cannot be used with this model, or if there are none.
+        InputError: listing the edits that cannot be used with this model, or if there are none; or for a baseline.
     """
+    check_adds_experts(settings)
     if not edits:
         raise InputError("a round needs at least one edit")
     train = anchor_training.train_round if settings.method == "anchor" else paper_training.train_round

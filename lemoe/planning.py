@@ -88,6 +88,12 @@ def plan(base: BaseModel, edits: Sequence[Edit], settings: Settings) -> Plan:
     )
 
 
+def rounds_of(chosen: Plan, edits: Sequence[Edit]) -> list[list[Edit]]:
+    """The rounds of a plan of `edits`, as edits."""
+    by_id = {edit.id: edit for edit in edits}
+    return [[by_id[name] for name in members] for members in chosen.rounds]
+
+
 def _inferred_subjects(base: BaseModel, edits: Sequence[Edit]) -> dict[str, str]:
     """What the gate takes as subject of the edits that name none."""
     nameless = [edit for edit in edits if not edit.subject]

@@ -77,12 +77,13 @@ def frozen_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 
 
 def _gains(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and onednn_is_exact()
+    frozen = weight.device.type == "cpu" and weight.dtype == torch.float32 and not weight.requires_grad
+    return frozen and onednn_is_exact()
 
 
 @contextmanager
 def fast_products(model: nn.Module) -> Iterator[None]:
-    """While open, the linear layers of a frozen `model` compute by `frozen_linear`."""
+    """While open, the frozen linear layers of `model` compute by `frozen_linear`."""
     changed = [
         module
         for module in model.modules()

@@ -144,6 +144,7 @@ class Router(ABC):
     """The stored part: whatever decides routes, as tensors. Entry `i` belongs to expert `i`."""
 
     method: ClassVar[str]
+    shared: ClassVar[bool] = False  # whether each expert holds all edits
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ class Settings:
     """How edits are planned, trained and routed.
 
     Attributes:
-        method: how experts are routed; the preset says it.
+        method: how edits are taught; the preset says it.
         layer: zero-based decoder layer beside which experts stand; None takes `depth`.
         depth: relative depth of that layer, 0 to 1, where `layer` is not given.
         layer_path: path of the FFN below the layer, for models whose structure is not recognised.
@@ -32,8 +32,9 @@ class Settings:
         order: `planned` clusters edits into rounds, `file` and `random` are for comparison.
         seed: of everything random.
         width: neurons of an expert: one a round (`paper`; None takes the base FFN's own width), or one an edit
-            (`anchor`; None takes 4).
+            (`anchor`; None takes 4); the rank of `lora`'s matrices (None takes 8).
         router_width: width of the routing projection and of the keys.
+        experts: how many there are in all, for `memoe`.
         top_k: experts that act on one sequence.
         steps: training steps of a round, at most.
         retries: how often edits that missed their target are trained on, for half as many steps.
@@ -48,10 +49,11 @@ class Settings:
         negative_weight: of the squared expert output on those.
         gate_conflict: how far a question may differ from an edit's and still be the same; 0 is strict.
         gate_slack: tokens that an open gate stays open beyond the target's length.
+        norm_limit: how far any weight may move from the base's, for `ft`.
         batch_tokens: padded tokens that run through the model at once.
     """
 
-    method: Literal["anchor", "paper"] = "anchor"
+    method: Literal["anchor", "paper", "ft", "lora", "memoe"] = "anchor"
     layer: int | None = None
     depth: float = 0.5625
     layer_path: str | None = None
@@ -60,6 +62,7 @@ class Settings:
     seed: int = 0
     width: int | None = None
     router_width: int = 512
+    experts: int = 4
     top_k: int = 1
     steps: int = 60
     learning_rate: float = 5e-3
@@ -74,6 +77,7 @@ class Settings:
     negative_weight: float = 0.0
     gate_conflict: float = 3.5
     gate_slack: int = 16
+    norm_limit: float = 5e-4
     batch_tokens: int = 2048
 
     def __post_init__(self) -> None:
@@ -106,10 +110,11 @@ _NOT_NEGATIVE = (
     "negative_weight",
     "gate_conflict",
     "gate_slack",
+    "norm_limit",
 )
 _BOUNDS = (
     *((name, "at least 1", lambda value: value >= 1) for name in ("round_size", "width", "router_width", "top_k")),
-    *((name, "at least 1", lambda value: value >= 1) for name in ("steps", "batch_tokens")),
+    *((name, "at least 1", lambda value: value >= 1) for name in ("steps", "batch_tokens", "experts")),
     ("layer", "at least 0", lambda value: value >= 0),
     ("depth", "between 0 and 1", lambda value: 0 <= value <= 1),
     *((name, "at least 0", lambda value: value >= 0) for name in _NOT_NEGATIVE),

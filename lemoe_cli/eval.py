@@ -51,6 +51,11 @@ BAR = "METRIC[/KIND][:MEASURE]=NUMBER"
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: one flat record for each figure.")
 @click.option("--card", is_flag=True, help="Write the figures into the card beside the adaptor (README.md).")
 @click.option("--records", type=FILE, help="Write one JSON line for each probe here.")
+@click.option("--compare", metavar="PRESETS", help="Teach EDITS by each of these, as ft,lora,memoe,paper,anchor.")
+@click.option("--factors", is_flag=True, help="Teach EDITS by --preset; measure forgetting, routing and order.")
+@click.option("--preset", default="anchor", show_default=True, help="Method of --factors: anchor, paper, a baseline.")
+@click.option("--round-size", type=click.IntRange(1), help="Edits in a round of --compare or --factors.  [default: 20]")
+@click.option("--orders", type=click.IntRange(0), default=5, show_default=True, help="Random orders of --factors.")
 @click.option(
     "--batch-tokens",
     type=click.IntRange(1),
@@ -73,6 +78,8 @@ def command(
     as_json: bool,
     card: bool,
     records: Path | None,
+    compare: str | None,
+    factors: bool,
     batch_tokens: int,
     allow_base_mismatch: bool,
     force: bool,
@@ -84,9 +91,18 @@ def command(
     Locality is agreement with the base model's own predictions. `teacher` compares the most likely token at each
     position of the target, `greedy` lets the model write.
 
+    With --compare or --factors, EDITS are taught here, round by round, and nothing is written.
+
     \b
     lemoe eval edits.jsonl -m llama -a edits.lemoe --min reliability=0.99 --max overfit=0.05
     """
+    if compare is not None or factors:
+        if adaptor or records or card or (factors and compare is not None):
+            raise click.UsageError(
+                "--compare and --factors teach anew; neither goes with the other, or with --adaptor, --records, --card"
+            )
+        _study(edits, decode, compare, batch_tokens, options, as_json=as_json, quiet=quiet)
+        return
     from lemoe.bars import check_kinds, hold, read_bars
     from lemoe.checkpoint import load_adaptor
     from lemoe.evaluation import evaluate
@@ -132,12 +148,9 @@ def command(
         _update_card(adaptor, base, state, edits.name, result)
     verdicts = hold(bars, result.metrics, "after" if state else "before")
     if as_json:
-        settings: dict[str, Any] = {"edits": str(edits), "edits_sha256": hashlib.sha256(edits.read_bytes()).hexdigest()}
-        settings |= {"adaptor": str(adaptor) if adaptor else None, "decode": decode}
+        settings = _run_settings(edits, base, decode, options)
+        settings |= {"adaptor": str(adaptor) if adaptor else None, "base_differences": list(differences)}
         settings |= {"texts": str(texts) if texts else None, "fluency": fluency}
-        settings |= {name: options[name] for name in ("model", "revision", "limit", "sample", "seed")}
-        settings |= {"dtype": str(base.dtype).removeprefix("torch."), "device": str(base.device)}
-        settings |= {"base_differences": list(differences)}
         click.echo(json.dumps(_document(result, verdicts, settings), indent=1, ensure_ascii=False))
     else:
         show(result.metrics)
@@ -154,6 +167,37 @@ def _shortfall(verdict: "Verdict") -> str:
     return f"{bar} is {found}, must be at {'least' if bar.better == 'higher' else 'most'} {bar.limit:g}"
 
 
+def _run_settings(edits: Path, base: "BaseModel", decode: "Decode", options: dict[str, Any]) -> dict[str, Any]:
+    """What was measured, and on what, as JSON says it."""
+    chosen = {name: options[name] for name in ("model", "revision", "limit", "sample", "seed")}
+    where = {"dtype": str(base.dtype).removeprefix("torch."), "device": str(base.device)}
+    digest = hashlib.sha256(edits.read_bytes()).hexdigest()
+    return {"edits": str(edits), "edits_sha256": digest, "decode": decode, **chosen, **where}
+
+
+def _study(
+    edits: Path,
+    decode: "Decode",
+    compare: str | None,
+    batch_tokens: int,
+    options: dict[str, Any],
+    *,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Teach `edits` by several methods, or by one in several orders, and show what came of it."""
+    from lemoe_cli.studies import methods_named, run_comparison, run_factors
+
+    methods = methods_named(options["preset"] if compare is None else compare, options)
+    read = open_edits(edits, options)
+    base = open_base(options, quiet=quiet)
+    about = _run_settings(edits, base, decode, options) if as_json else None
+    if compare is None:
+        run_factors(base, read, methods[0], options["orders"], decode, batch_tokens, about, quiet=quiet)
+    else:
+        run_comparison(base, read, methods, decode, batch_tokens, about, quiet=quiet)
+
+
 def _update_card(adaptor: Path, base: "BaseModel", state: "AdaptorState", edits: str, result: "EvalResult") -> None:
     from lemoe.card import write_card
 
@@ -161,21 +205,25 @@ def _update_card(adaptor: Path, base: "BaseModel", state: "AdaptorState", edits:
 
 
 def _document(result: "EvalResult", verdicts: "Sequence[Verdict]", settings: dict[str, Any]) -> dict[str, Any]:
-    import torch
-    import transformers
-
-    from lemoe import __version__
-
-    versions = {
-        "lemoe": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
     metrics = [asdict(m) | {"better": m.better, "version": m.version} for m in result.metrics]
     bars = [
         asdict(verdict.bar)
         | {"better": verdict.bar.better, "value": verdict.figure.value if verdict.figure else None, "met": verdict.met}
         for verdict in verdicts
     ]
-    return {"schema": SCHEMA, "settings": settings, "versions": versions, "metrics": metrics, "bars": bars}
+    return {"schema": SCHEMA, "settings": settings, "versions": versions(), "metrics": metrics, "bars": bars}
+
+
+def versions() -> dict[str, str]:
+    """What computed the figures."""
+    import torch
+    import transformers
+
+    from lemoe import __version__
+
+    return {
+        "lemoe": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

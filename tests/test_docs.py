@@ -8,6 +8,9 @@ import pytest
 from safetensors import safe_open
 
 import lemoe
+from lemoe.editors import teach
+from lemoe.methods import ROUTERS
+from lemoe.settings import presets
 from lemoe_cli.main import COMMANDS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -26,7 +29,7 @@ def test_every_command_is_in_the_readme(command: str) -> None:
     assert f"`lemoe {command} " in README
 
 
-@pytest.mark.parametrize("preset", ["anchor", "paper"])
+@pytest.mark.parametrize("preset", presets())
 def test_every_preset_is_in_the_readme_and_resolves(preset: str) -> None:
     assert f"| `{preset}`" in README
     assert lemoe.resolve_settings(preset).method == preset
@@ -53,13 +56,13 @@ def test_the_python_example_teaches_and_restores_the_model(
     assert said[-1].strip() == "Rome"
 
 
-@pytest.mark.parametrize("method", ["anchor", "paper"])
+@pytest.mark.parametrize("method", sorted(ROUTERS))
 def test_the_format_page_names_every_tensor_and_all_metadata(
-    base: lemoe.BaseModel, trained: lemoe.AdaptorState, facts: list[lemoe.Edit], tmp_path: Path, method: str
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], tmp_path: Path, method: str
 ) -> None:
     page = (REPOSITORY / "docs" / "format.md").read_text(encoding="utf-8")
-    settings = lemoe.resolve_settings("anchor", None, {"layer": 1, "steps": 1, "variants": 0, "negatives": 0})
-    state = trained if method == "paper" else lemoe.train_round(base, facts[:2], settings)
+    settings = lemoe.resolve_settings(method, None, {"layer": 1, "steps": 1, "variants": 0, "negatives": 0})
+    (state,) = teach(base, [facts[:2]], settings)
     lemoe.save_adaptor(state, tmp_path / "adaptor")
     with safe_open(tmp_path / "adaptor", framework="pt") as file:
         header = json.loads(file.metadata()["lemoe"])

@@ -1,6 +1,6 @@
 """Training one round of preset `paper`: a new expert, its key and the projection; all else stays frozen."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,7 +18,7 @@ from lemoe.routing import Routing
 from lemoe.settings import Settings
 from lemoe.structure import FFNSite
 from lemoe.tokens import Batch, length_buckets
-from lemoe.training import OnStep, Step, encode_edits
+from lemoe.training import OnStep, encode_edits, fit
 
 REFERENCE_WIDTH = 32
 
@@ -189,7 +189,7 @@ def _optimise(
     settings: Settings,
     on_step: OnStep,
 ) -> tuple[float, int]:
-    """AdamW on all batches of the round at each step, until the loss is reached or the steps are used up."""
+    """AdamW, experts and router each at their own rate."""
     optimiser = torch.optim.AdamW(
         [
             {"params": trainee.expert_parameters(), "lr": settings.learning_rate},
@@ -199,20 +199,12 @@ def _optimise(
     )
     targets = sum(len(frozen.batch.labels) for frozen in batches)
     pooled = [pooled_prompts(frozen) for frozen in batches]
-    number, loss = 0, float("inf")
-    while True:
-        optimiser.zero_grad()
-        loss = 0.0
+
+    def losses() -> Iterator[Tensor]:
         for frozen, summary in zip(batches, pooled, strict=True):
-            part = _loss(base, trainee, frozen, summary) / targets
-            loss += float(part.detach())
-            if number < settings.steps:
-                part.backward()
-        on_step(Step(number, settings.steps, loss))
-        if loss < settings.loss_target or number == settings.steps:
-            return loss, number
-        optimiser.step()
-        number += 1
+            yield _loss(base, trainee, frozen, summary) / targets
+
+    return fit(optimiser, losses, settings, on_step)
 
 
 def _loss(base: BaseModel, trainee: Trainee, frozen: FrozenBatch, pooled: Tensor) -> Tensor:

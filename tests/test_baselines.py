@@ -1,0 +1,190 @@
+"""Baselines: each teaches, keeps its promise, and leaves the base model as it was."""
+
+import hashlib
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import FAMILIES
+
+import lemoe
+from lemoe.baselines.ft import TunedFFN
+from lemoe.editors import Edited, editor_of, size_of, teach
+from lemoe.errors import InputError, LemoeError
+
+BASELINES = ("ft", "lora", "memoe")
+SMALL = {"layer": 1, "steps": 25, "learning_rate": 1e-2, "norm_limit": 0.3, "experts": 2, "width": 4}
+
+each_baseline = pytest.mark.parametrize("method", BASELINES)
+
+
+def settings_of(method: str, **given: object) -> lemoe.Settings:
+    return lemoe.resolve_settings(method, None, {**SMALL, **given})
+
+
+def taught(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], method: str, rounds: int = 2, **given: object
+) -> list[Edited]:
+    """What the model is after each round of two facts."""
+    return list(teach(base, [facts[2 * n : 2 * n + 2] for n in range(rounds)], settings_of(method, **given)))
+
+
+def digest(base: lemoe.BaseModel) -> str:
+    """Hash of names and values of all weights, and of which modules there are."""
+    found = hashlib.sha256()
+    for name, tensor in base.model.state_dict().items():
+        found.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    found.update(repr([(name, type(module)) for name, module in base.model.named_modules()]).encode())
+    found.update(repr([(name, weight.requires_grad) for name, weight in base.model.named_parameters()]).encode())
+    return found.hexdigest()
+
+
+@torch.no_grad()
+def logits(base: lemoe.BaseModel) -> torch.Tensor:
+    return base.model(torch.tensor([[5, 6, 7, 8]])).logits
+
+
+@each_baseline
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_base_is_what_it_was_bit_for_bit_after_teaching_and_measuring(
+    tiny: Callable[[str], lemoe.BaseModel], facts: list[lemoe.Edit], family: str, method: str
+) -> None:
+    base = tiny(family)
+    weights, before, attributes = digest(base), logits(base), set(vars(base.model))
+    (edited,) = taught(base, facts, method, rounds=1, steps=2)
+    changed = lemoe.evaluate(base, edited, facts[:2], only=("reliability",))
+    assert changed.value("reliability", "loss") < changed.value("reliability", "loss", stage="before")
+    assert digest(base) == weights
+    assert torch.equal(logits(base), before)
+    assert set(vars(base.model)) == attributes
+
+
+@each_baseline
+def test_the_base_is_what_it_was_when_teaching_breaks_off(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], method: str
+) -> None:
+    weights = digest(base)
+
+    def stop(step: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        next(teach(base, [facts[:2]], settings_of(method), stop))
+    assert digest(base) == weights
+
+
+@each_baseline
+def test_a_round_is_learned(base: lemoe.BaseModel, facts: list[lemoe.Edit], method: str) -> None:
+    given = {"steps": 120, "learning_rate": 2e-2, "width": 16, "norm_limit": 1.0}
+    (edited,) = taught(base, facts, method, rounds=1, **given)
+    for decode in ("teacher", "greedy"):
+        result = lemoe.evaluate(base, edited, facts[:2], only=("reliability",), decode=decode)
+        assert result.value("reliability", "exact_match", stage="before") == 0.0
+        assert result.value("reliability", "exact_match") == 1.0
+
+
+@each_baseline
+def test_equal_runs_give_equal_weights_whatever_the_state_of_torchs_own_generator(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], method: str
+) -> None:
+    runs = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        runs.append(taught(base, facts, method, steps=3)[-1])
+        assert torch.rand(1) == torch.rand(1, generator=torch.Generator().manual_seed(seed))
+    for one, other in zip(*map(tensors, runs), strict=True):
+        assert torch.equal(one, other)
+
+
+def tensors(edited: Edited) -> list[torch.Tensor]:
+    if isinstance(edited, lemoe.AdaptorState):
+        return [edited.experts.up, edited.experts.down, *edited.router.tensors().values()]
+    return list(edited.tensors())
+
+
+@each_baseline
+def test_its_size_does_not_grow_with_rounds_and_earlier_states_stay_as_they_were(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], method: str
+) -> None:
+    states = teach(base, [facts[:2], facts[2:4], facts[4:6]], settings_of(method, steps=3))
+    first = next(states)
+    kept = [tensor.clone() for tensor in tensors(first)]
+    later = list(states)
+    assert {size_of(state) for state in later} == {size_of(first)}
+    assert all(map(torch.equal, tensors(first), kept))
+    assert not all(map(torch.equal, tensors(later[-1]), kept))
+
+
+def test_no_weight_leaves_the_bound_of_ft_in_any_round(base: lemoe.BaseModel, facts: list[lemoe.Edit]) -> None:
+    limit = 0.01
+    for edited in taught(base, facts, "ft", rounds=3, norm_limit=limit):
+        assert isinstance(edited, TunedFFN)
+        own = [weight for _, weight in base.site(1).tensors()]
+        changes = [(value - weight).abs().max() for value, weight in zip(edited.values, own, strict=True)]
+        assert max(changes) == pytest.approx(limit, rel=1e-3)  # the steps reach for more
+
+
+def test_lora_holds_two_matrices_of_its_rank_for_each_linear_map_above(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit]
+) -> None:
+    (edited,) = taught(base, facts, "lora", rounds=1, steps=1, width=3)
+    maps = [each for layer in base.layers[1:] for each in layer.modules() if isinstance(each, torch.nn.Linear)]
+    assert size_of(edited) == sum(3 * (each.in_features + each.out_features) * 4 for each in maps)
+    assert sorted(tuple(value.shape) for value in tensors(edited)) == sorted(
+        shape for each in maps for shape in ((3, each.in_features), (each.out_features, 3))
+    )
+
+
+def test_lora_without_peft_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "lemoe.baselines.lora", raising=False)
+    monkeypatch.setattr("lemoe.baselines.lora", None, raising=False)
+    monkeypatch.delattr("lemoe.baselines.lora")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(LemoeError, match=r"pip install 'lemoe\[lora\]'"):
+        editor_of("lora")
+
+
+def test_a_mixture_is_an_adaptor_that_a_file_keeps(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], tmp_path: object
+) -> None:
+    state = taught(base, facts, "memoe")[-1]
+    assert isinstance(state, lemoe.AdaptorState)
+    path = f"{tmp_path}/memoe.safetensors"
+    lemoe.save_adaptor(state, path)
+    loaded = lemoe.load_adaptor(path)
+    assert all(map(torch.equal, tensors(loaded), tensors(state)))
+    assert loaded.answering == {edit.digest for edit in facts[:4]}
+    assert lemoe.evaluate(base, loaded, facts) == lemoe.evaluate(base, state, facts)
+
+
+def test_a_mixture_gives_the_same_logits_at_once_and_from_a_cache(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit]
+) -> None:
+    state = taught(base, facts, "memoe")[-1]
+    prompt = base.tokenizer(facts[0].prompt, return_tensors="pt").input_ids
+    with lemoe.insert(base, state) as adaptor, torch.no_grad():
+        written = base.model.generate(prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+        start = base.model(prompt, use_cache=True)
+        rest = base.model(written[:, prompt.shape[1] :], past_key_values=start.past_key_values)
+        with adaptor.prompts(prompt.shape[1]):
+            whole = base.model(written).logits
+    torch.testing.assert_close(torch.cat([start.logits, rest.logits], 1), whole, atol=1e-4, rtol=1e-4)
+
+
+def test_nothing_is_stacked_onto_a_mixture_or_taken_out_of_it(base: lemoe.BaseModel, facts: list[lemoe.Edit]) -> None:
+    one, other = (taught(base, facts[2 * n :], "memoe", rounds=1, steps=1)[0] for n in range(2))
+    assert isinstance(one, lemoe.AdaptorState)
+    assert isinstance(other, lemoe.AdaptorState)
+    with pytest.raises(LemoeError, match="stacked"):
+        lemoe.stack([one, other])
+    with pytest.raises(LemoeError, match="taken out"):
+        one.without([0])
+
+
+@each_baseline
+def test_a_baseline_is_not_taught_as_an_adaptor_that_grows(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], tmp_path: object, method: str
+) -> None:
+    with pytest.raises(InputError, match=f"--compare {method}"):
+        lemoe.edit(base, facts, settings_of(method), f"{tmp_path}/out")
