@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lemoe.adaptor import AdaptorState, stack
+    from lemoe.asking import Reply, ask
     from lemoe.checkpoint import load_adaptor, save_adaptor
     from lemoe.editing import edit
     from lemoe.edits import Edit, Probe, read_edits
@@ -34,8 +35,10 @@ _HOMES = {
     "LemoeError": "errors",
     "Plan": "planning",
     "Probe": "edits",
+    "Reply": "asking",
     "Settings": "settings",
     "answer": "models",
+    "ask": "asking",
     "edit": "editing",
     "evaluate": "evaluation",
     "insert": "insertion",
@@ -57,9 +60,11 @@ __all__ = [
     "LemoeError",
     "Plan",
     "Probe",
+    "Reply",
     "Settings",
     "__version__",
     "answer",
+    "ask",
     "edit",
     "evaluate",
     "insert",

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lemoe.adaptor import AdaptorState
+from lemoe.decoding import write_greedily
 from lemoe.edits import Edit, Probe
 from lemoe.frozen import Below, run_below
 from lemoe.insertion import InsertedAdaptor
@@ -238,7 +239,7 @@ def _written(base: BaseModel, passages: Sequence[Passage]) -> list[Answer]:
     """What the model writes, as far as each target goes, and whether it then ends by itself or ends the line."""
     longest = max(len(passage.target) for passage in passages)
     answers = []
-    for written, passage in zip(_generate(base, passages, longest + 1), passages, strict=True):
+    for written, passage in zip(write_greedily(base, passages, longest + 1), passages, strict=True):
         length = len(passage.target)
         following = written[length : length + 1]
         line_end = base.tokenizer.decode(list(following)).startswith("\n")
@@ -250,33 +251,9 @@ def _write(base: BaseModel, passages: list[Passage], tokens: int, batch_tokens: 
     """The base model's own greedy answers of `tokens` tokens."""
     answers: list[tuple[int, ...]] = [()] * len(passages)
     for rows in length_buckets([len(passage.read) for passage in passages], batch_tokens):
-        for row, answer in zip(rows, _generate(base, [passages[row] for row in rows], tokens), strict=True):
+        for row, answer in zip(rows, write_greedily(base, [passages[row] for row in rows], tokens), strict=True):
             answers[row] = answer
     return answers
-
-
-@torch.no_grad()
-def _generate(base: BaseModel, passages: Sequence[Passage], tokens: int) -> list[tuple[int, ...]]:
-    """Greedy answers of at most `tokens` tokens, up to and with the model's end token, prompts padded on the left."""
-    width = max(len(passage.prompt) for passage in passages)
-    ids = torch.full((len(passages), width), base.pad_token)
-    mask = torch.zeros_like(ids)
-    for row, passage in enumerate(passages):
-        ids[row, width - len(passage.prompt) :] = torch.tensor(passage.prompt)
-        mask[row, width - len(passage.prompt) :] = 1
-    output = base.model.generate(
-        input_ids=ids.to(base.device),
-        attention_mask=mask.to(base.device),
-        max_new_tokens=tokens,
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=base.pad_token,
-    )
-    return [_until_end(tuple(row), base.end_token) for row in output[:, width:].tolist()]
-
-
-def _until_end(tokens: tuple[int, ...], end: int) -> tuple[int, ...]:
-    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
 
 
 def _record(base: BaseModel, edits: Sequence[Edit], each: Measured, names: Sequence[str]) -> Record:
