@@ -20,6 +20,7 @@ from lemoe_cli.options import (
     quiet_option,
     selection_options,
 )
+from lemoe_cli.tasks import measure_tasks, show_tasks, tasks_options
 
 if TYPE_CHECKING:
     from lemoe.adaptor import AdaptorState
@@ -51,6 +52,7 @@ SCHEMA = 1
     show_default=True,
     help="Tokens that run through the model at once.",
 )
+@tasks_options
 @selection_options
 @mismatch_option
 @force_option
@@ -92,6 +94,7 @@ def command(
     differences = check_base(base, state, allow=allow_base_mismatch) if state else ()
     for difference in differences:
         say(f"warning: another base than the adaptor was made for: {difference}")
+    tasks = measure_tasks(base, state, options, allow_mismatch=allow_base_mismatch, quiet=quiet)
     with counter("measuring", quiet=quiet) as advance:
         result = evaluate(
             base,
@@ -112,9 +115,11 @@ def command(
         settings |= {name: options[name] for name in ("model", "revision", "limit", "sample", "seed")}
         settings |= {"dtype": str(base.dtype).removeprefix("torch."), "device": str(base.device)}
         settings |= {"base_differences": list(differences)}
-        click.echo(json.dumps(_document(result, settings), indent=1, ensure_ascii=False))
+        document = _document(result, settings) | {"tasks": [asdict(figure) for figure in tasks]}
+        click.echo(json.dumps(document, indent=1, ensure_ascii=False))
     else:
         _show(result)
+        show_tasks(tasks)
 
 
 def _update_card(adaptor: Path, base: "BaseModel", state: "AdaptorState", edits: str, result: "EvalResult") -> None:
