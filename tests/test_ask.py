@@ -174,7 +174,7 @@ def test_the_command_gives_one_json_object_a_line_for_each_line_of_stdin(
     adaptor: Path, model: Path, facts: list[lemoe.Edit]
 ) -> None:
     lines = "\ufeff" + "\n\n".join([facts[0].prompt, UNRELATED, facts[1].prompt]) + "\n"
-    arguments = ["-m", model, "-a", adaptor, "--json", "--batch", "2", "--max-new-tokens", "4"]
+    arguments = ["-m", model, "-a", adaptor, "--json", "--batch", "2", "--max-new-tokens", "12"]
     for dash in ((), ("-",)):
         result = command(*dash, *arguments, stdin=lines.encode())
         replies = [json.loads(line) for line in result.stdout.splitlines()]
