@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from lemoe.adaptor import AdaptorState, stack
+    from lemoe.asking import Reply, ask
     from lemoe.checkpoint import load_adaptor, save_adaptor
     from lemoe.comparison import compare
     from lemoe.editing import edit
@@ -36,8 +37,10 @@ _HOMES = {
     "LemoeError": "errors",
     "Plan": "planning",
     "Probe": "edits",
+    "Reply": "asking",
     "Settings": "settings",
     "answer": "models",
+    "ask": "asking",
     "compare": "comparison",
     "edit": "editing",
     "evaluate": "evaluation",
@@ -61,9 +64,11 @@ __all__ = [
     "LemoeError",
     "Plan",
     "Probe",
+    "Reply",
     "Settings",
     "__version__",
     "answer",
+    "ask",
     "compare",
     "edit",
     "evaluate",

@@ -103,13 +103,17 @@ class RoundRecord:
         )
 
 
-def round_id(base: Fingerprint, settings: Settings, edits: Sequence[Edit], parent: str | None) -> str:
-    """Hash of all that decides a round's tensors: base, settings, its edits in order, and the round before.
+def round_id(
+    base: Fingerprint, chat_template: str | None, settings: Settings, edits: Sequence[Edit], parent: str | None
+) -> str:
+    """Hash of all that decides a round's tensors: base, chat template, settings, edits in order, the round before.
 
     How much runs at once is a matter of the machine, as the device is, and takes no part.
     """
     decisive = {name: value for name, value in settings.as_dict().items() if name != "batch_tokens"}
     weights = [base.ffn_sha256, base.weights_sha256, base.tokenizer_sha256, base.ffn]
+    if chat_template:
+        weights.append(chat_template)
     made_of = [*weights, decisive, digest_of(edits), parent]
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 

@@ -347,7 +347,7 @@ def _finished(
         return None
     resolved = replace(settings, layer=state.base.layer)
     there = base.fingerprint(state.base.layer, settings.layer_path)
-    expected = round_id(there, resolved, members, parent_of(settings, before))
+    expected = round_id(there, base.tokenizer.chat_template, resolved, members, parent_of(settings, before))
     if [record.id for record in state.rounds] != [expected]:
         raise OutputError(f"{path} was trained on other edits or with other settings; --force starts anew")
     return state

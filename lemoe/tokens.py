@@ -44,17 +44,22 @@ def encode(base: "BaseModel", prompt: str, target: str | None = None) -> Passage
     if not start:
         raise ValueError("the prompt gives no tokens")
     if target is None:
-        return _within_context(base, Passage(start))
+        return within_context(base, Passage(start))
     joint = "" if prompt.endswith("\n") else " "
     full = tuple(base.tokenizer(prompt + joint + target.strip()).input_ids)
     if full[: len(start)] != start:
         raise ValueError("the tokens of the prompt are not a prefix of the tokens of prompt + target")
     if len(full) == len(start):
         raise ValueError(f"the target {target!r} gives no tokens")
-    return _within_context(base, Passage(start, full[len(start) :]))
+    return within_context(base, Passage(start, full[len(start) :]))
 
 
-def _within_context(base: "BaseModel", passage: Passage) -> Passage:
+def within_context(base: "BaseModel", passage: Passage) -> Passage:
+    """The passage itself.
+
+    Raises:
+        ValueError: if it is longer than the model's context.
+    """
     if base.max_length and len(passage) > base.max_length:
         raise ValueError(f"{len(passage):,} tokens, more than the model's context of {base.max_length:,}")
     return passage

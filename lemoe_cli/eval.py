@@ -21,10 +21,11 @@ from lemoe_cli.options import (
     quiet_option,
     selection_options,
 )
+from lemoe_cli.tasks import measure_tasks, show_tasks, tasks_options
 
 if TYPE_CHECKING:
     from lemoe.adaptor import AdaptorState
-    from lemoe.bars import Verdict
+    from lemoe.bars import Bar, Verdict
     from lemoe.evaluation import EvalResult
     from lemoe.metrics import Decode
     from lemoe.models import BaseModel
@@ -63,6 +64,7 @@ BAR = "METRIC[/KIND][:MEASURE]=NUMBER"
     show_default=True,
     help="Tokens that run through the model at once.",
 )
+@tasks_options
 @selection_options
 @mismatch_option
 @force_option
@@ -71,13 +73,6 @@ def command(
     edits: Path,
     adaptor: Path | None,
     decode: "Decode",
-    texts: Path | None,
-    fluency: bool,
-    least: tuple[str, ...],
-    most: tuple[str, ...],
-    as_json: bool,
-    card: bool,
-    records: Path | None,
     compare: str | None,
     factors: bool,
     batch_tokens: int,
@@ -96,29 +91,38 @@ def command(
     \b
     lemoe eval edits.jsonl -m llama -a edits.lemoe --min reliability=0.99 --max overfit=0.05
     """
-    if compare is not None or factors:
-        if adaptor or records or card or (factors and compare is not None):
-            raise click.UsageError(
-                "--compare and --factors teach anew; neither goes with the other, or with --adaptor, --records, --card"
-            )
-        _study(edits, decode, compare, batch_tokens, options, as_json=as_json, quiet=quiet)
+    if compare is None and not factors:
+        _measure(edits, adaptor, decode, batch_tokens, options, allow_base_mismatch, force=force, quiet=quiet)
         return
-    from lemoe.bars import check_kinds, hold, read_bars
+    if adaptor or options["records"] or options["card"] or (factors and compare is not None):
+        raise click.UsageError(
+            "--compare and --factors teach anew; neither goes with the other, or with --adaptor, --records, --card"
+        )
+    _study(edits, decode, compare, batch_tokens, options, quiet=quiet)
+
+
+def _measure(
+    edits: Path,
+    adaptor: Path | None,
+    decode: "Decode",
+    batch_tokens: int,
+    options: dict[str, Any],
+    allow_base_mismatch: bool,
+    *,
+    force: bool,
+    quiet: bool,
+) -> None:
+    """Measure, write what was asked for, show the figures, and end with 1 if a bar is not met."""
+    from lemoe.bars import check_kinds, hold
     from lemoe.checkpoint import load_adaptor
     from lemoe.evaluation import evaluate
-    from lemoe.files import check_free, write_whole
     from lemoe.insertion import check_base
     from lemoe.texts import read_texts
 
-    given = [option for option, value in (("--texts", texts), ("--fluency", fluency)) if value]
-    bars = read_bars(least, most, decode, edited=adaptor is not None, given=given)
-    if records is not None:
-        check_free(records, overwrite=force)
-
-    if card and not adaptor:
-        raise click.UsageError("--card needs an --adaptor, beside which the card stands")
+    bars = _bars(adaptor, decode, options)
+    _check_outputs(adaptor, options, force=force)
     read = open_edits(edits, options)
-    untouched = read_texts(texts) if texts else []
+    untouched = read_texts(options["texts"]) if options["texts"] else []
     state = load_adaptor(adaptor) if adaptor else None
     check_kinds(bars, read, len(state.rounds) if state else 0)
     base = open_base(options, quiet=quiet)
@@ -129,6 +133,7 @@ def command(
     differences = check_base(base, state, allow=allow_base_mismatch) if state else ()
     for difference in differences:
         say(f"warning: another base than the adaptor was made for: {difference}")
+    tasks = measure_tasks(base, state, options, allow_mismatch=allow_base_mismatch, quiet=quiet)
     with counter("measuring", quiet=quiet) as advance:
         result = evaluate(
             base,
@@ -136,24 +141,64 @@ def command(
             read,
             decode=decode,
             texts=untouched,
-            fluency=fluency,
+            fluency=options["fluency"],
             batch_tokens=batch_tokens,
             allow_base_mismatch=allow_base_mismatch,
             on_progress=advance,
         )
-    if records is not None:
-        lines = (json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in result.records)
-        write_whole(records, "".join(lines).encode(), overwrite=force)
-    if card and adaptor and state:
-        _update_card(adaptor, base, state, edits.name, result)
+    _write(result, base, state, adaptor, edits, options, force=force)
     verdicts = hold(bars, result.metrics, "after" if state else "before")
-    if as_json:
+    if options["as_json"]:
         settings = _run_settings(edits, base, decode, options)
         settings |= {"adaptor": str(adaptor) if adaptor else None, "base_differences": list(differences)}
-        settings |= {"texts": str(texts) if texts else None, "fluency": fluency}
-        click.echo(json.dumps(_document(result, verdicts, settings), indent=1, ensure_ascii=False))
+        settings |= {"texts": str(options["texts"]) if options["texts"] else None, "fluency": options["fluency"]}
+        document = _document(result, verdicts, settings) | {"tasks": [asdict(figure) for figure in tasks]}
+        click.echo(json.dumps(document, indent=1, ensure_ascii=False))
     else:
         show(result.metrics)
+        show_tasks(tasks)
+    _end_with(verdicts)
+
+
+def _bars(adaptor: Path | None, decode: "Decode", options: dict[str, Any]) -> "tuple[Bar, ...]":
+    from lemoe.bars import read_bars
+
+    given = [f"--{name}" for name in ("texts", "fluency") if options[name]]
+    return read_bars(options["least"], options["most"], decode, edited=adaptor is not None, given=given)
+
+
+def _check_outputs(adaptor: Path | None, options: dict[str, Any], *, force: bool) -> None:
+    """Refuse, before anything is computed, what cannot be written."""
+    from lemoe.files import check_free
+
+    if options["records"] is not None:
+        check_free(options["records"], overwrite=force)
+    if options["card"] and not adaptor:
+        raise click.UsageError("--card needs an --adaptor, beside which the card stands")
+
+
+def _write(
+    result: "EvalResult",
+    base: "BaseModel",
+    state: "AdaptorState | None",
+    adaptor: Path | None,
+    edits: Path,
+    options: dict[str, Any],
+    *,
+    force: bool,
+) -> None:
+    """The files that were asked for."""
+    from lemoe.card import write_card
+    from lemoe.files import write_whole
+
+    if options["records"] is not None:
+        lines = (json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in result.records)
+        write_whole(options["records"], "".join(lines).encode(), overwrite=force)
+    if options["card"] and adaptor and state:
+        write_card(adaptor if adaptor.is_dir() else adaptor.parent, base, state, edits.name, result.metrics)
+
+
+def _end_with(verdicts: "Sequence[Verdict]") -> None:
     failed = [verdict for verdict in verdicts if not verdict.met]
     for verdict in failed:
         click.echo(f"bar not met: {_shortfall(verdict)}", err=True)
@@ -182,7 +227,6 @@ def _study(
     batch_tokens: int,
     options: dict[str, Any],
     *,
-    as_json: bool,
     quiet: bool,
 ) -> None:
     """Teach `edits` by several methods, or by one in several orders, and show what came of it."""
@@ -191,17 +235,11 @@ def _study(
     methods = methods_named(options["preset"] if compare is None else compare, options)
     read = open_edits(edits, options)
     base = open_base(options, quiet=quiet)
-    about = _run_settings(edits, base, decode, options) if as_json else None
+    about = _run_settings(edits, base, decode, options) if options["as_json"] else None
     if compare is None:
         run_factors(base, read, methods[0], options["orders"], decode, batch_tokens, about, quiet=quiet)
     else:
         run_comparison(base, read, methods, decode, batch_tokens, about, quiet=quiet)
-
-
-def _update_card(adaptor: Path, base: "BaseModel", state: "AdaptorState", edits: str, result: "EvalResult") -> None:
-    from lemoe.card import write_card
-
-    write_card(adaptor if adaptor.is_dir() else adaptor.parent, base, state, edits, result.metrics)
 
 
 def _document(result: "EvalResult", verdicts: "Sequence[Verdict]", settings: dict[str, Any]) -> dict[str, Any]:

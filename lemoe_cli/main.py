@@ -17,6 +17,7 @@ COMMANDS = {
     "plan": "Show how edits would be grouped into rounds, and which repeat or contradict each other.",
     "edit": "Teach edits to a model: plan, train one expert a round, write the adaptor.",
     "eval": "Measure an adaptor: reliability, generality, locality, portability, routing; or compare methods.",
+    "ask": "Ask a model: answers before and after, and which edit acted.",
     "merge": "Stack adaptors of the same base model into one.",
     "show": "Show what an adaptor holds, and check it.",
 }

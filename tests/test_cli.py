@@ -16,7 +16,7 @@ import lemoe
 from lemoe import editing
 from lemoe_cli.main import cli
 
-COMMANDS = ("plan", "edit", "eval", "merge", "show")
+COMMANDS = ("plan", "edit", "eval", "ask", "merge", "show")
 SMALL = ("--preset", "paper", "--layer", "1", "--width", "8", "--steps", "4", "--round-size", "2", "--device", "cpu")
 
 

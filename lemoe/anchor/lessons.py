@@ -13,6 +13,7 @@ from torch import Tensor
 from lemoe.anchor.anchors import build_gate
 from lemoe.anchor.examples import other_questions, rewordings
 from lemoe.anchor.gate import Anchor, Route
+from lemoe.chat import encode_turn
 from lemoe.edits import Edit
 from lemoe.experts import rms_normal
 from lemoe.frozen import Below, FrozenBatch, run_below
@@ -122,7 +123,8 @@ class LessonMaker:
         own = [self._answered(place, passage) for place, passage in enumerate(self._passages)]
         if self._settings.train_rephrases:
             own += self._rephrases()
-        return [own, *self._rewordings(), self._other_questions()]
+        turns = [self._turns()] if self._settings.variants and self._base.tokenizer.chat_template else []
+        return [own, *self._rewordings(), *turns, self._other_questions()]
 
     @cached_property
     def _texts(self) -> list[Text]:
@@ -155,6 +157,19 @@ class LessonMaker:
             [self._answered(place, own[kind]) for place, own in enumerate(usable) if kind < len(own)]
             for kind in range(max(map(len, usable), default=0))
         ]
+
+    def _turns(self) -> list[Text]:
+        """Own prompts as what the user says in a conversation.
+
+        The answer is the target's tokens behind a space, as in all other texts: the same word without one is often
+        split otherwise, and an expert hardly learns both.
+        """
+        turns = []
+        for place, (edit, passage) in enumerate(zip(self._edits, self._passages, strict=True)):
+            with suppress(ValueError):
+                said = encode_turn(self._base, edit.prompt)
+                turns.append(self._answered(place, Passage(said.prompt, passage.target)))
+        return turns
 
     def _rephrases(self) -> list[Text]:
         """The user's own; one that cannot be used is the user's to mend."""

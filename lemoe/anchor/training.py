@@ -77,7 +77,7 @@ def train_round(
     there = base.fingerprint(layer, settings.layer_path)
     fingerprint = before.base if before else there
     settings = replace(settings, layer=layer)
-    identity = round_id(there, settings, edits, None)
+    identity = round_id(there, base.tokenizer.chat_template, settings, edits, None)
     torch_seed = int(identity[:15], 16)
     site = base.site(layer, settings.layer_path)
     passages = encode_edits(base, edits)

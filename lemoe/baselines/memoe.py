@@ -43,7 +43,7 @@ def train(
     batches = [below.freeze(Batch.of(passages, rows, base.pad_token, base.device)) for rows in buckets]
     fingerprint = base.fingerprint(layer, settings.layer_path)
     parent = before.rounds[-1] if before else None
-    identity = round_id(fingerprint, settings, edits, parent.id if parent else None)
+    identity = round_id(fingerprint, base.tokenizer.chat_template, settings, edits, parent.id if parent else None)
     generator = torch.Generator().manual_seed(int(identity[:15], 16) ^ settings.seed)
     scale = residual_scale(base, layer)
     width = batches[0].embeddings.shape[-1]

@@ -44,7 +44,7 @@ def train_round(
     there = base.fingerprint(layer, settings.layer_path)
     fingerprint = before.base if before else there
     settings = replace(settings, layer=layer)
-    identity = round_id(there, settings, edits, before.rounds[-1].id if before else None)
+    identity = round_id(there, base.tokenizer.chat_template, settings, edits, before.rounds[-1].id if before else None)
     generator = torch.Generator().manual_seed(int(identity[:15], 16) ^ settings.seed)
     trainee = Trainee(site, settings, residual_scale(base, layer), batches, before, generator).to(base.device)
     loss, steps = _optimise(base, trainee, batches, settings, on_step)

@@ -1,0 +1,115 @@
+"""`lemoe ask`: answers before and after, and which edit acted, for prompts on the command line or on stdin."""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lemoe.errors import InputError
+from lemoe_cli.options import FILE, mismatch_option, model_options, open_base, quiet_option
+
+if TYPE_CHECKING:
+    from lemoe.asking import Reply
+
+
+@click.command("ask")
+@click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
+@model_options
+@click.option("--adaptor", "-a", type=FILE, help="Adaptor to ask; without one, the base model alone.")
+@click.option("--chat", is_flag=True, help="Ask through the tokenizer's chat template.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=32, show_default=True, help="Of an answer, at most.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line for each prompt.")
+@click.option(
+    "--batch",
+    type=click.IntRange(1),
+    default=32,
+    show_default=True,
+    help="Prompts answered together; 1 answers each line of stdin as it comes.",
+)
+@mismatch_option
+@quiet_option
+def command(
+    prompts: tuple[str, ...],
+    adaptor: Path | None,
+    chat: bool,
+    max_new_tokens: int,
+    as_json: bool,
+    batch: int,
+    allow_base_mismatch: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Ask each PROMPT: greedy answers before and after, and which edit acted, or why none did.
+
+    Without a PROMPT, or with -, every line of stdin is one.
+    """
+    batches = _batches(_lines() if prompts in ((), ("-",)) else prompts, batch)
+    first = next(batches, None)
+    if first is None:
+        raise InputError("no prompts: name them on the command line, or give one a line on stdin")
+
+    from lemoe.asking import ask
+    from lemoe.checkpoint import load_adaptor
+    from lemoe.insertion import check_base, insert
+    from lemoe_cli.ui import say
+
+    state = load_adaptor(adaptor) if adaptor else None
+    base = open_base(options, quiet=quiet)
+    for difference in check_base(base, state, allow=allow_base_mismatch) if state else ():
+        say(f"warning: another base than the adaptor was made for: {difference}")
+    edited = insert(base, state, allow_base_mismatch=allow_base_mismatch) if state else None
+    with edited or nullcontext():
+        for asked in chain([first], batches):
+            replies = ask(base, asked, edited, chat=chat, max_new_tokens=max_new_tokens)
+            if as_json:
+                _print_json(replies)
+            else:
+                _show(replies)
+
+
+def _lines() -> Iterator[str]:
+    """The lines of stdin that are not empty."""
+    for number, raw in enumerate(sys.stdin.buffer, 1):
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise InputError(f"stdin:{number}: not UTF-8 text (byte {error.start} of the line)") from None
+        if "\0" in line:
+            raise InputError(f"stdin:{number}: expected text, one prompt a line; there are zero bytes in it")
+        if line:
+            yield line
+
+
+def _batches(prompts: Iterable[str], size: int) -> Iterator[list[str]]:
+    waiting = iter(prompts)
+    return iter(lambda: list(islice(waiting, size)), [])
+
+
+def _print_json(replies: "Sequence[Reply]") -> None:
+    for reply in replies:
+        click.echo(json.dumps(asdict(reply), ensure_ascii=False))
+
+
+def _show(replies: "Sequence[Reply]") -> None:
+    from lemoe_cli.ui import plain, results, table
+
+    for reply in replies:
+        if reply.route is None:
+            table(plain(reply.prompt), ("before",), [(reply.before,)])
+        else:
+            cells = (reply.before, reply.after or "", _why(reply))
+            table(plain(reply.prompt), ("before", "after", "edit"), [cells], left=3)
+        results.print()
+
+
+def _why(reply: "Reply") -> str:
+    """Which edit acted, or why none did."""
+    if reply.edit is not None:
+        return reply.edit
+    return "none: no subject mentioned" if reply.nearest is None else f"none: asks something else than {reply.nearest}"

@@ -1,0 +1,51 @@
+"""`lemoe eval --tasks`: general ability, on tasks of lm-evaluation-harness."""
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, redirect_stderr
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lemoe_cli.options import FILE, combined
+
+if TYPE_CHECKING:
+    from lemoe.adaptor import AdaptorState
+    from lemoe.harness import TaskFigure
+    from lemoe.models import BaseModel
+
+tasks_options: Callable[[Any], Any] = combined(
+    click.option("--tasks", metavar="NAME[,NAME]", help="Tasks of lm-evaluation-harness too (extra `harness`)."),
+    click.option("--tasks-path", type=FILE, help="Folder of further tasks (YAML)."),
+)
+
+
+def measure_tasks(
+    base: "BaseModel", state: "AdaptorState | None", options: Mapping[str, Any], *, allow_mismatch: bool, quiet: bool
+) -> "list[TaskFigure]":
+    """The figures of the tasks that the options name; none if they name none."""
+    names = [name.strip() for name in (options["tasks"] or "").split(",") if name.strip()]
+    if not names:
+        return []
+    from lemoe.harness import evaluate_tasks
+
+    path: Path | None = options["tasks_path"]
+    with redirect_stderr(io.StringIO()) if quiet else nullcontext():  # progress bars that no setting turns off
+        return evaluate_tasks(base, state, names, tasks_path=path, allow_base_mismatch=allow_mismatch)
+
+
+def show_tasks(figures: "Sequence[TaskFigure]") -> None:
+    """A table of them, if there are any."""
+    from lemoe_cli.ui import results, table
+
+    if not figures:
+        return
+    results.print()
+    rows = []
+    for figure in figures:
+        spread = "" if figure.stderr is None else f" ±{figure.stderr:.3f}".replace("±0.", "±.")
+        before, after = f"{figure.before:.3f}", "" if figure.after is None else f"{figure.after:.3f}"
+        cells = (before, after + spread) if after else (before + spread, "")
+        rows.append((figure.task, figure.metric, *cells, str(figure.n)))
+    table("Tasks of lm-evaluation-harness (± standard error)", ("", "metric", "before", "after", "n"), rows, left=2)
