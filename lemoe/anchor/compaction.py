@@ -23,7 +23,7 @@ from lemoe.anchor.anchors import Anchors, build_gate
 from lemoe.anchor.examples import other_questions, rewordings
 from lemoe.anchor.gate import Anchor
 from lemoe.anchor.lessons import LessonMaker
-from lemoe.anchor.training import Blocks, teach
+from lemoe.anchor.training import Blocks, teach, training_seed
 from lemoe.edits import Edit, Probe
 from lemoe.errors import AdaptorError
 from lemoe.evaluation import evaluate
@@ -118,6 +118,8 @@ def compact(
     if not any(_shareable(record) for record in state.rounds):
         raise AdaptorError("nothing to compact: no round has several edits with experts of their own")
     probes = [probe for part in _rounds(state) for probe in _probes(base, part)]
+    if not probes:
+        raise AdaptorError("nothing can be measured: no anchor's prompt and target are a text of this model")
     notify("measuring the adaptor as it is")
     before = _quality(base, state, probes)
     best, trials = None, []
@@ -187,8 +189,9 @@ def _shared(base: BaseModel, part: AdaptorState, neurons: float) -> AdaptorState
 
 
 def _recipe(settings: Settings) -> Settings:
-    """How shared experts are taught."""
-    return replace(settings, steps=STEPS * settings.steps, variants=REWORDINGS * settings.variants)
+    """How shared experts are taught: longer, on more rewordings, and again only where an answer is wrong."""
+    more, longer = REWORDINGS * settings.variants, STEPS * settings.steps
+    return replace(settings, steps=longer, variants=more, loss_target=math.inf)
 
 
 def _id(record: RoundRecord, experts: int, width: int, settings: Settings) -> str:
@@ -217,15 +220,16 @@ def _edits(base: BaseModel, part: AdaptorState) -> list[Edit]:
 
 
 def _probes(base: BaseModel, part: AdaptorState) -> list[Edit]:
-    """The edits of a round with rewordings that it is not taught, and other questions about their subjects."""
-    settings, edits, seed = _recipe(part.settings), _edits(base, part), _seed(part.rounds[0])
-    rng = random.Random(seed + 1)
-    taught = rewordings(edits, settings.variants, random.Random(seed))
+    """The edits of a round with rewordings that it neither is nor was taught, and other questions on their subjects."""
+    record, settings, edits = part.rounds[0], _recipe(part.settings), _edits(base, part)
+    rng = random.Random(_seed(record) + 1)
+    was_taught = rewordings(edits, part.settings.variants, random.Random(training_seed(record.id)))
+    is_taught = rewordings(edits, settings.variants, random.Random(_seed(record)))
     fresh = rewordings(edits, settings.variants, rng)
     gate = build_gate(base, _anchors(part), settings)
     probed = []
     for place, edit in enumerate(edits):
-        unseen = [text for text in dict.fromkeys(fresh[place]) if text not in taught[place]]
+        unseen = [text for text in dict.fromkeys(fresh[place]) if text not in was_taught[place] + is_taught[place]]
         others = other_questions(gate, edits, place, PROBES, rng)
         rephrases = [Probe(text, edit.target, "reworded") for text in rng.sample(unseen, min(PROBES, len(unseen)))]
         locality = [Probe(text, edit.target, "other question") for text in others]

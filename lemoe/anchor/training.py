@@ -78,7 +78,7 @@ def train_round(
     fingerprint = before.base if before else there
     settings = replace(settings, layer=layer)
     identity = round_id(there, base.tokenizer.chat_template, settings, edits, None)
-    torch_seed = int(identity[:15], 16)
+    torch_seed = training_seed(identity)
     site = base.site(layer, settings.layer_path)
     passages = encode_edits(base, edits)
     anchors = [
@@ -107,6 +107,11 @@ def train_round(
         routed=_routed(base, anchors, settings),
     )
     return AdaptorState(fingerprint, settings, (record,), blocks.experts(), Anchors.of_each(anchors))
+
+
+def training_seed(identity: str) -> int:
+    """The seed of everything random in the training of the round with this id."""
+    return int(identity[:15], 16)
 
 
 def _routed(base: BaseModel, anchors: Sequence[Anchor], settings: Settings) -> int:
