@@ -158,7 +158,7 @@ def changed(
     base: BaseModel, change: WeightChange, items: Sequence[Item], decode: Decode, batch_tokens: int
 ) -> Answered:
     """The base's answers to everything, then those of the model with other weights."""
-    own = list(RUNS[decode](base, None, items, batch_tokens))
+    own = list(RUNS[decode](base, None, items, batch_tokens))  # the base's structure is known from now on
     with change.applied(base):
         for (rows, before), (_, after) in zip(own, RUNS[decode](base, None, items, batch_tokens), strict=True):
             yield rows, [(one, other, UNROUTED) for (one, *_), (other, *_) in zip(before, after, strict=True)]

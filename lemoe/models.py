@@ -137,6 +137,7 @@ class BaseModel:
         self.hidden_size: int = getattr(text_config, "hidden_size", self.embedding.weight.shape[1])
         self._softcap: float | None = getattr(text_config, "final_logit_softcapping", None)
         self.max_length: int | None = getattr(text_config, "max_position_embeddings", None)
+        self._sites: dict[tuple[int, str | None], FFNSite] = {}
         self._finish = steps_after_layers(self.decoder, self.layers, self._probe_input())
 
     @property
@@ -167,7 +168,10 @@ class BaseModel:
         """The FFN of decoder layer `layer` (zero-based), at `path` below it if given."""
         if not 0 <= layer < len(self.layers):
             raise ModelError(f"layer {layer} is not there: {self.source} has layers 0 to {len(self.layers) - 1}")
-        return find_ffn(self.layers[layer], self.hidden_size, f"{self.layers_path}.{layer}", path)
+        if (layer, path) not in self._sites:
+            name = f"{self.layers_path}.{layer}"
+            self._sites[layer, path] = find_ffn(self.layers[layer], self.hidden_size, name, path)
+        return self._sites[layer, path]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[..., vocab]` of the last layer's output `hidden` `[..., hidden]`."""

@@ -556,17 +556,6 @@ def test_offsets_that_are_no_numbers_are_refused(file: Path, taught: Taught, nam
     with_tensors(file, {name: torch.full((5,), value)})
 
 
-def test_token_ids_beyond_the_vocabulary_harm_nothing(base: lemoe.BaseModel, taught: Taught) -> None:
-    state = taught("llama")
-    first, *rest = state.router.anchors
-    strange = replace(first, prompt=(2**31 - 1, len(base.tokenizer) + 5), target=(2**31 - 1,))
-    ids = ids_of(base, IN_SCOPE[1])
-    with lemoe.insert(base, state):
-        expected = logits(base, ids)
-    with lemoe.insert(base, replace(state, router=replace(state.router, anchors=(strange, *rest)))):
-        assert torch.equal(logits(base, ids), expected)
-
-
 def test_anchor_and_paper_adaptors_do_not_stack(taught: Taught, trained: lemoe.AdaptorState) -> None:
     with pytest.raises(AdaptorError, match="method: anchor != paper"):
         lemoe.stack([taught("llama"), trained])

@@ -207,7 +207,7 @@ def test_an_adaptor_is_continued_with_from(edits: Path, model: Path, tmp_path: P
 def test_eval_json_is_one_flat_record_a_figure(edits: Path, model: Path, adaptor: Path) -> None:
     result = lemoe_command("eval", edits, "-m", model, "-a", adaptor, "--device", "cpu", "--json", "--limit", "4")
     document = json.loads(result.stdout)
-    assert set(document) == {"schema", "settings", "versions", "metrics", "bars"}
+    assert set(document) == {"schema", "settings", "versions", "metrics", "bars", "tasks"}
     assert document["schema"] == 1
     assert {"edits", "adaptor", "model", "decode", "limit", "device", "dtype"} <= set(document["settings"])
     assert document["versions"]["lemoe"] == lemoe.__version__

@@ -185,12 +185,13 @@ def test_tensors_made_to_harm_are_refused(honest: Path, tmp_path: Path, kind: st
     assert str(path) in refused("show", path)
 
 
+@pytest.mark.parametrize("name", ["anchors.prompt", "anchors.target"])
 def test_tokens_that_the_base_does_not_know_are_refused_when_it_is_inserted(
-    honest: Path, base: lemoe.BaseModel, tmp_path: Path
+    honest: Path, base: lemoe.BaseModel, tmp_path: Path, name: str
 ) -> None:
     path = tmp_path / "hostile.safetensors"
     metadata, tensors = parts(honest)
-    rewritten(honest, path, metadata, {**tensors, "anchors.prompt": tensors["anchors.prompt"] * 0 + 2**31 - 1})
+    rewritten(honest, path, metadata, {**tensors, name: tensors[name] * 0 + 2**31 - 1})
     with pytest.raises(AdaptorError, match="tokens that the base model does not know"):
         lemoe.insert(base, path)
 
