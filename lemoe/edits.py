@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lemoe.errors import InputError
-from lemoe.formats import Problem, canonical
+from lemoe.formats import Problem, canonical, unfolded
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Edit:
 
     `subject` is the entity the fact is about, None where the file does not say.
     `rephrases` ask the same question in other words (generality), `locality` prompts must keep the base
-    model's answer, `portability` prompts need the fact for their answer.
+    model's answer, `portability` prompts need the fact for their answer. `generation` prompts are written on from, for
+    fluency.
     """
 
     id: str
@@ -38,6 +40,7 @@ class Edit:
     rephrases: tuple[Probe, ...] = ()
     locality: tuple[Probe, ...] = ()
     portability: tuple[Probe, ...] = ()
+    generation: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
@@ -64,7 +67,7 @@ def read_edits(path: Path | str) -> list[Edit]:
         InputError: naming every bad record (the first 20) as `file:line: what was expected`.
     """
     path = Path(path)
-    records, problems = _records(path)
+    records, problems = read_records(path)
     edits: list[Edit] = []
     for place, record in records:
         try:
@@ -90,24 +93,34 @@ def sample_edits(edits: Sequence[Edit], limit: int | None, sample: int | None, s
     return [chosen[index] for index in kept]
 
 
-def _records(path: Path) -> tuple[list[tuple[str, Any]], list[str]]:
+def read_records(path: Path) -> tuple[list[tuple[str, Any]], list[str]]:
+    """The records of a JSON Lines file or a JSON array, each with its place, and what is wrong with lines.
+
+    Raises:
+        InputError: if the file cannot be read, or is no JSON array though it begins as one.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    if text.lstrip().startswith("["):
-        return _array(path, text)
+    if text.lstrip().startswith("[") or _COLUMNS.match(text):
+        return _document(path, text)
     return _lines(path, text)
 
 
-def _array(path: Path, text: str) -> tuple[list[tuple[str, Any]], list[str]]:
+_COLUMNS = re.compile(r'\s*\{\s*"edits"\s*:')  # DUnE writes a whole file as one object of columns
+
+
+def _document(path: Path, text: str) -> tuple[list[tuple[str, Any]], list[str]]:
     try:
-        records = json.loads(text)
+        records = unfolded(json.loads(text))
     except (ValueError, RecursionError) as error:
         place = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else str(path)
         raise InputError(f"{place}: not a JSON array: {error}") from None
+    except Problem as problem:
+        raise InputError(f"{path}: {problem}") from None
     return [(f"{path}: record {number}", record) for number, record in enumerate(records, 1)], []
 
 
@@ -130,7 +143,8 @@ def _edit(record: Mapping[str, Any]) -> Edit:
         for name in ("rephrases", "locality", "portability")
     )
     plain = {name: record[name] for name in ("id", "prompt", "target", "subject", "extra")}
-    return Edit(**plain, rephrases=rephrases, locality=locality, portability=portability)
+    generation = tuple(record["generation"])
+    return Edit(**plain, rephrases=rephrases, locality=locality, portability=portability, generation=generation)
 
 
 def _repeated_ids(edits: Sequence[Edit], places: Sequence[str]) -> list[str]:

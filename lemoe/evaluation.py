@@ -1,4 +1,4 @@
-"""Measuring an edited model against its base: reliability, generality, locality, portability, routing.
+"""Measuring an edited model against its base, on the probes of edits; `lemoe.metrics` says what each figure means.
 
 Every figure is over probes, before and after. Teacher forcing compares the most likely token at each target
 position; greedy lets the model write. Locality is agreement with the base model's own predictions, never with a
@@ -6,31 +6,24 @@ gold answer.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
 
-import torch
-from torch import Tensor
-from torch.nn import functional
-
+from lemoe import answers
 from lemoe.adaptor import AdaptorState
 from lemoe.edits import Edit, Probe
-from lemoe.frozen import Below, run_below
+from lemoe.errors import InputError
+from lemoe.figures import Home, Item, Measured, losses, ngram_entropy, routing, summarise, token_accuracy
 from lemoe.insertion import InsertedAdaptor
-from lemoe.metrics import Answer, Item, Measured, Metric, agreement, summarise, token_accuracy
-from lemoe.models import LOGIT_ROWS, BaseModel
+from lemoe.metrics import Decode, Metric, mean
+from lemoe.models import BaseModel
 from lemoe.products import fast_products
 from lemoe.routing import Explanation
-from lemoe.structure import FFNSite
-from lemoe.tokens import Batch, Passage, encode_all, length_buckets
-
-UNROUTED = Explanation(-1, 0.0, scope="subject")
-
-Decode = Literal["teacher", "greedy"]
+from lemoe.tokens import Passage, encode_all
 
 OPEN_ANSWER_TOKENS = 8  # of the base model's own answer, where a locality probe names none
+FLUENCY_TOKENS = 100  # that the model writes on
 
 
 @dataclass(frozen=True)
@@ -39,6 +32,7 @@ class Record:
 
     `before` and `after` hold the most likely token at each target position (teacher) or what was written (greedy).
     `nearest` is the id of the edit that acted or came nearest to it, None if no edit's subject was mentioned.
+    `overfit_before` and `overfit_after` are the probe's share in metric `overfit`, None where it has none.
     """
 
     edit: str
@@ -50,6 +44,8 @@ class Record:
     after: str
     token_accuracy_before: float
     token_accuracy_after: float
+    overfit_before: float | None
+    overfit_after: float | None
     nearest: str | None
     route: Explanation
 
@@ -77,6 +73,8 @@ def evaluate(
     *,
     decode: Decode = "teacher",
     only: Sequence[str] | None = None,
+    texts: Sequence[str] = (),
+    fluency: bool = False,
     batch_tokens: int = 4096,
     allow_base_mismatch: bool = False,
     on_progress: OnProgress = lambda done, of: None,
@@ -85,35 +83,44 @@ def evaluate(
 
     Args:
         decode: `teacher` or `greedy`.
-        only: names of the metrics to measure; all by default.
+        only: names of the metrics to measure on probes; all by default.
+        texts: that editing must not touch, for metric `collapse`; each is read up to the model's context.
+        fluency: let the model write on from each edit's generation prompts, else from its own; slow.
         batch_tokens: padded tokens that run through the model at once.
         allow_base_mismatch: measure it on a base that it was not made for, if only it has a place there.
-        on_progress: called with probes done and their number.
+        on_progress: called with texts done and their number: probes, texts, and what is written for fluency.
 
     Raises:
-        InputError: listing the probes that cannot be used with this model.
+        InputError: listing the probes and texts that cannot be used with this model.
         AdaptorError: if the state belongs to another base model.
     """
+    untouched = _untouched(base, texts)
+    prompts = _generation_prompts(base, edits) if fluency else []
     with fast_products(base.model):
         items = _items(base, edits, only, batch_tokens)
-    run = _teacher if decode == "teacher" else _greedy
+    run = answers.teacher if decode == "teacher" else answers.greedy
+    total = sum(item.rival_of is None for item in items) + len(untouched) + len(prompts)
     places: dict[int, Measured] = {}
     adaptor = InsertedAdaptor(base, state, allow_base_mismatch=allow_base_mismatch) if state else None
     with fast_products(base.model), adaptor or nullcontext():
         for rows, given in run(base, adaptor, items, batch_tokens):
             for row, (before, after, route) in zip(rows, given, strict=True):
                 places[row] = Measured(items[row], before, after, route)
-            on_progress(len(places), len(items))
+            on_progress(sum(each.item.rival_of is None for each in places.values()), total)
+        written = _fluency(base, adaptor, prompts, batch_tokens) if prompts else []
+        if prompts:
+            on_progress(total - len(untouched), total)
+        read = _collapse(base, adaptor, untouched) if untouched else []
+        if untouched:
+            on_progress(total, total)
     measured = [places[row] for row in range(len(items))]
     metrics = summarise(measured, decode, edited=state is not None)
-    if state is not None and not only:
-        metrics += agreement(measured, _home(state, edits))
-    names = [edits_[0].id for edits_ in state.taught] if state else []
-    records = tuple(_record(base, edits, each, names) for each in measured)
-    return EvalResult(tuple(metrics), records)
+    if state is not None and (only is None or "routing" in only):
+        metrics += routing(measured, _home(state, edits))
+    return EvalResult((*metrics, *written, *read), tuple(_records(base, state, edits, measured)))
 
 
-def _home(state: AdaptorState, edits: Sequence[Edit]) -> Callable[[Item], tuple[int, frozenset[int]] | None]:
+def _home(state: AdaptorState, edits: Sequence[Edit]) -> Home:
     homes = state.homes
     rounds = {digest: place for place, record in enumerate(state.rounds, 1) for digest in record.edits}
 
@@ -128,23 +135,31 @@ def _items(base: BaseModel, edits: Sequence[Edit], only: Sequence[str] | None, b
     probes = [
         (index, name, probe)
         for index, edit in enumerate(edits)
-        for name, probe in _probes(edit)
+        for name, probe in probes_of(edit)
         if only is None or name in only
     ]
-    texts = [(f"{name} of edit {edits[index].id}", probe.prompt, probe.target) for index, name, probe in probes]
+    rivals = [
+        (row, Probe(probe.prompt, edits[index].target, probe.kind))
+        for row, (index, name, probe) in enumerate(probes)
+        if (only is None or "overfit" in only) and tempts(edits[index], name, probe)
+    ]
+    asked = [*probes, *((probes[row][0], "overfit", rival) for row, rival in rivals)]
+    texts = [(f"{name} of edit {edits[index].id}", probe.prompt, probe.target) for index, name, probe in asked]
     passages = encode_all(base, texts)
-    open_rows = [row for row, passage in enumerate(passages) if not passage.target]
-    written = _write(base, [passages[row] for row in open_rows], OPEN_ANSWER_TOKENS, batch_tokens)
-    for row, answer in zip(open_rows, written, strict=True):
+    free = [row for row, passage in enumerate(passages) if not passage.target]
+    prompts = [passages[row].prompt for row in free]
+    for row, answer in zip(free, answers.write(base, prompts, OPEN_ANSWER_TOKENS, batch_tokens), strict=True):
         passages[row] = Passage(passages[row].prompt, answer)
-    free = frozenset(open_rows)
+    rival_of = [None] * len(probes) + [row for row, _ in rivals]
+    open_rows = frozenset(free)
     return [
-        Item(index, name, probe.kind, probe.prompt, passage, open=row in free)
-        for row, ((index, name, probe), passage) in enumerate(zip(probes, passages, strict=True))
+        Item(index, name, probe.kind, probe.prompt, passage, open=row in open_rows, rival_of=rival_of[row])
+        for row, ((index, name, probe), passage) in enumerate(zip(asked, passages, strict=True))
     ]
 
 
-def _probes(edit: Edit) -> Iterator[tuple[str, Probe]]:
+def probes_of(edit: Edit) -> Iterator[tuple[str, Probe]]:
+    """Every probe of an edit with the metric that it belongs to."""
     yield "reliability", Probe(edit.prompt, edit.target, "edit")
     for name, probes in (
         ("generality", edit.rephrases),
@@ -155,142 +170,86 @@ def _probes(edit: Edit) -> Iterator[tuple[str, Probe]]:
             yield name, probe
 
 
-Pair = tuple[Answer, Answer, Explanation]  # before, after, route
-Answered = Iterator[tuple[list[int], list[Pair]]]
+def tempts(edit: Edit, name: str, probe: Probe) -> bool:
+    """Whether a probe belongs to metric `overfit` too: it is about the edit's subject, with another right answer."""
+    if name not in ("locality", "portability") or _same(probe.target or "", edit.target):
+        return False
+    mentioned = bool(edit.subject) and (edit.subject or "").casefold() in probe.prompt.casefold()
+    return name == "portability" or probe.kind == "same_subject" or mentioned
 
 
-@torch.no_grad()
-def _teacher(base: BaseModel, adaptor: InsertedAdaptor | None, items: Sequence[Item], batch_tokens: int) -> Answered:
-    """Both stages from one frozen pass: the base's answers come with it, the edited ones from replaying its top."""
-    for rows in length_buckets([len(item.passage.read) for item in items], batch_tokens):
-        chosen = [items[row] for row in rows]
-        if adaptor is None:
-            top = len(base.layers) - 1
-            before = _before(base, base.site(top), top, chosen, batch_tokens)[1]
-            yield rows, [(answer, answer, UNROUTED) for answer in before]
-        else:
-            yield rows, _both(base, adaptor, chosen, batch_tokens)
+def _same(one: str, other: str) -> bool:
+    return one.strip().casefold() == other.strip().casefold()
 
 
-def _both(base: BaseModel, adaptor: InsertedAdaptor, items: Sequence[Item], batch_tokens: int) -> list[Pair]:
-    """Before and after for one batch; nothing is computed that is known.
-
-    Where no expert acts, the edited model is the base model, bit for bit; and what the base model wrote itself, its
-    likeliest tokens are.
-    """
-    batch = Batch.of([item.passage for item in items], range(len(items)), base.pad_token, base.device)
-    routing = adaptor.routing_of(batch)
-    acting = (routing.experts >= 0).flatten(1).any(1).tolist()
-    before = {row: Answer(item.passage.target) for row, item in enumerate(items) if item.open and not acting[row]}
-    asked = [row for row in range(len(items)) if row not in before]
-    after: dict[int, Answer] = {}
-    if asked:
-        layer = adaptor.state.base.layer
-        with adaptor.bypassed():
-            below, answers = _before(base, adaptor.site, layer, [items[row] for row in asked], batch_tokens)
-        before.update(zip(asked, answers, strict=True))
-        places = [place for place, row in enumerate(asked) if acting[row]]
-        if places:
-            changed = [asked[place] for place in places]
-            passages = [items[row].passage for row in asked]
-            with adaptor.bypassed():
-                few = below.freeze(Batch.of(passages, places, base.pad_token, base.device))
-            hidden = adaptor.replay(few, routing.take(torch.tensor(changed, device=base.device), few.output.shape[1]))
-            after.update(zip(changed, _answers(base, few.batch, hidden), strict=True))
-    return [(before[row], after.get(row, before[row]), why) for row, why in enumerate(routing.explained)]
+def _generation_prompts(base: BaseModel, edits: Sequence[Edit]) -> list[tuple[int, ...]]:
+    """Tokens of the distinct prompts to write on from, cut on the left where the context would be too short."""
+    asked = [(edit, prompt) for edit in edits for prompt in edit.generation or (edit.prompt,)]
+    passages = encode_all(base, [(f"generation prompt of edit {edit.id}", prompt, None) for edit, prompt in asked])
+    room = None if base.max_length is None else max(1, base.max_length - FLUENCY_TOKENS)
+    return sorted({passage.prompt[-room:] if room else passage.prompt for passage in passages})
 
 
-def _before(
-    base: BaseModel, site: FFNSite, layer: int, items: Sequence[Item], batch_tokens: int
-) -> tuple[Below, list[Answer]]:
-    """The base model's answers, with what the layers up to `layer` give."""
-    passages = [item.passage for item in items]
-    below = run_below(base, site, layer, passages, batch_tokens, whole=True)
-    batch = Batch.of(passages, range(len(passages)), base.pad_token, base.device)
-    return below, _answers(base, batch, below.base_hidden(batch))
+def _fluency(
+    base: BaseModel, adaptor: InsertedAdaptor | None, prompts: Sequence[tuple[int, ...]], batch_tokens: int
+) -> list[Metric]:
+    figures = []
+    for stage in ("before", "after") if adaptor else ("before",):
+        with adaptor.bypassed() if adaptor and stage == "before" else nullcontext():
+            written = answers.write(base, prompts, FLUENCY_TOKENS, batch_tokens, on=True)
+        scores = [ngram_entropy(base.tokenizer.decode(list(tokens))) for tokens in written]
+        figures.append(mean("fluency", "all", "ngram_entropy", "greedy", stage, scores))
+    return figures
 
 
-def _answers(base: BaseModel, batch: Batch, hidden: Tensor) -> list[Answer]:
-    """The likeliest token at each target position and the target's loss, for last hidden states `[targets, hidden]`."""
-    counts = torch.bincount(batch.target_rows, minlength=len(batch.rows)).tolist()
-    written, losses = [], []
-    for logits, labels in zip(base.logits_in_parts(hidden), batch.labels.split(LOGIT_ROWS), strict=True):
-        written.append(logits.argmax(-1))
-        losses.append(functional.cross_entropy(logits.float(), labels, reduction="none"))
-    pairs = zip(torch.cat(written).split(counts), torch.cat(losses).split(counts), strict=True)
-    return [Answer(tuple(tokens.tolist()), float(loss.mean())) for tokens, loss in pairs]
+def _untouched(base: BaseModel, texts: Iterable[str]) -> list[Passage]:
+    """Texts as passages: all tokens but the first are to be predicted."""
+    passages, problems = [], []
+    for number, text in enumerate(texts, 1):
+        tokens = tuple(base.tokenizer(text).input_ids)[: base.max_length]
+        passages.append(Passage(tokens[:1], tokens[1:]))
+        if len(tokens) < 2:
+            problems.append(f"text {number}: {text[:60]!r} has {len(tokens)} token(s); at least 2 are needed")
+    if problems:
+        raise InputError.listing(f"{len(problems)} text(s) cannot be used with this model", problems)
+    return passages
 
 
-def _greedy(base: BaseModel, adaptor: InsertedAdaptor | None, items: Sequence[Item], batch_tokens: int) -> Answered:
-    for rows in length_buckets([len(item.passage.read) for item in items], batch_tokens):
-        chosen = [items[row].passage for row in rows]
-        if adaptor is None:
-            yield rows, [(answer, answer, UNROUTED) for answer in _written(base, chosen)]
+def _collapse(base: BaseModel, adaptor: InsertedAdaptor | None, passages: Sequence[Passage]) -> list[Metric]:
+    """Each text alone in a plain pass of each model, nothing being inferred from the gate."""
+    with adaptor.bypassed() if adaptor else nullcontext():
+        before = [answers.read_through(base, passage) for passage in passages]
+    figures = losses("collapse", "all", "before", before)
+    if adaptor is None:
+        return figures
+    after = [answers.read_through(base, passage) for passage in passages]
+    same = [float(one == other) for one, other in zip(before, after, strict=True)]
+    unchanged = mean("collapse", "all", "unchanged", "teacher", "after", same)
+    return [*figures, *losses("collapse", "all", "after", after), unchanged]
+
+
+def _records(
+    base: BaseModel, state: AdaptorState | None, edits: Sequence[Edit], measured: Sequence[Measured]
+) -> Iterator[Record]:
+    names = [held[0].id for held in state.taught] if state else []
+    decode = base.tokenizer.decode
+    rivals = {each.item.rival_of: each for each in measured if each.item.rival_of is not None}
+    for row, each in enumerate(measured):
+        if each.item.rival_of is not None:
             continue
-        with adaptor.bypassed():
-            before = _written(base, chosen)
-        after = _written(base, chosen)
-        routes = adaptor.router.explain([passage.prompt for passage in chosen])
-        yield rows, list(zip(before, after, routes, strict=True))
-
-
-def _written(base: BaseModel, passages: Sequence[Passage]) -> list[Answer]:
-    """What the model writes, as far as each target goes, and whether it then ends by itself or ends the line."""
-    longest = max(len(passage.target) for passage in passages)
-    answers = []
-    for written, passage in zip(_generate(base, passages, longest + 1), passages, strict=True):
-        length = len(passage.target)
-        following = written[length : length + 1]
-        line_end = base.tokenizer.decode(list(following)).startswith("\n")
-        answers.append(Answer(written[:length], ended=following == (base.end_token,) or line_end))
-    return answers
-
-
-def _write(base: BaseModel, passages: list[Passage], tokens: int, batch_tokens: int) -> list[tuple[int, ...]]:
-    """The base model's own greedy answers of `tokens` tokens."""
-    answers: list[tuple[int, ...]] = [()] * len(passages)
-    for rows in length_buckets([len(passage.read) for passage in passages], batch_tokens):
-        for row, answer in zip(rows, _generate(base, [passages[row] for row in rows], tokens), strict=True):
-            answers[row] = answer
-    return answers
-
-
-@torch.no_grad()
-def _generate(base: BaseModel, passages: Sequence[Passage], tokens: int) -> list[tuple[int, ...]]:
-    """Greedy answers of at most `tokens` tokens, up to and with the model's end token, prompts padded on the left."""
-    width = max(len(passage.prompt) for passage in passages)
-    ids = torch.full((len(passages), width), base.pad_token)
-    mask = torch.zeros_like(ids)
-    for row, passage in enumerate(passages):
-        ids[row, width - len(passage.prompt) :] = torch.tensor(passage.prompt)
-        mask[row, width - len(passage.prompt) :] = 1
-    output = base.model.generate(
-        input_ids=ids.to(base.device),
-        attention_mask=mask.to(base.device),
-        max_new_tokens=tokens,
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=base.pad_token,
-    )
-    return [_until_end(tuple(row), base.end_token) for row in output[:, width:].tolist()]
-
-
-def _until_end(tokens: tuple[int, ...], end: int) -> tuple[int, ...]:
-    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
-
-
-def _record(base: BaseModel, edits: Sequence[Edit], each: Measured, names: Sequence[str]) -> Record:
-    item, decode = each.item, base.tokenizer.decode
-    return Record(
-        edit=edits[item.edit].id,
-        name=item.name,
-        kind=item.kind,
-        prompt=item.prompt,
-        expected=decode(list(each.expected)),
-        before=decode(list(each.before.tokens)),
-        after=decode(list(each.after.tokens)),
-        token_accuracy_before=token_accuracy(each.before.tokens, each.expected),
-        token_accuracy_after=token_accuracy(each.after.tokens, each.expected),
-        nearest=names[each.route.nearest] if each.route.nearest >= 0 else None,
-        route=each.route,
-    )
+        rival = rivals.get(row)
+        yield Record(
+            edit=edits[each.item.edit].id,
+            name=each.item.name,
+            kind=each.item.kind,
+            prompt=each.item.prompt,
+            expected=decode(list(each.expected)),
+            before=decode(list(each.before.tokens)),
+            after=decode(list(each.after.tokens)),
+            token_accuracy_before=token_accuracy(each.before.tokens, each.expected),
+            token_accuracy_after=token_accuracy(each.after.tokens, each.expected),
+            overfit_before=rival.target_given(rival.before) if rival else None,
+            overfit_after=rival.target_given(rival.after) if rival else None,
+            nearest=names[each.route.nearest] if each.route.nearest >= 0 else None,
+            route=each.route,
+        )

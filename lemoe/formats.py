@@ -1,10 +1,11 @@
 """The shapes in which published data sets write an edit, each turned into the one shape of `lemoe.edits`.
 
 The shape is told by the keys of a record: ROME's CounterFact (`requested_rewrite`), EasyEdit's ZsRE
-(`src`, `alt`), and everything else by `prompt` with `target` or `target_new`, as in our own files, KnowEdit,
-WISE and their kin. Keys that no shape knows are kept as they are.
+(`src`, `alt`), DUnE's statements (`edit`), and everything else by `prompt` with `target` or `target_new`, as in our own
+files, KnowEdit, WISE and their kin. Keys that no shape knows are kept as they are.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +30,28 @@ def canonical(record: Any) -> dict[str, Any]:
         return _counterfact(record)
     if "src" in record and "alt" in record:
         return _zsre(record)
+    if "edit" in record and "prompt" not in record:
+        return _dune(record)
     return _plain(record)
+
+
+def unfolded(records: Any) -> list[Any]:
+    """The records of a JSON document: a list, or DUnE's columns `edits` and `test_inputs`, one record a statement.
+
+    Raises:
+        Problem: if it is neither, or the columns differ in length.
+    """
+    if not (isinstance(records, Mapping) and "edits" in records and "test_inputs" in records):
+        return records if isinstance(records, list) else [records]
+    edits, inputs = records["edits"], records["test_inputs"]
+    if not (isinstance(edits, list) and isinstance(inputs, list) and len(edits) == len(inputs)):
+        raise Problem("`edits` and `test_inputs` must be lists of one length")
+    if not all(isinstance(edit, str) for edit in edits):
+        raise Problem("`edits` must be a list of texts")
+    asked: dict[str, list[Any]] = {}
+    for edit, questions in zip(edits, inputs, strict=True):
+        asked.setdefault(edit, []).extend(questions if isinstance(questions, list) else [questions])
+    return [{"edit": edit, "test_inputs": questions} for edit, questions in asked.items()]
 
 
 def _plain(record: Record) -> dict[str, Any]:
@@ -43,14 +65,67 @@ def _plain(record: Record) -> dict[str, Any]:
         *_probes(record, "rephrases", "paraphrase", answer=edit["target"]),
         *_probes(record, "rephrase", "paraphrase", answer=edit["target"]),
         *_probes(record, "paraphrase_prompts", "paraphrase", answer=edit["target"]),
-        *_probes(record, "ood_rephrase", "distracted", answer=edit["target"]),
+        *_continued(record, "ood_rephrase", edit),
     ]
     edit["locality"] = [
         *_probes(record, "locality", "unrelated"),
         *_paired(record, "locality_prompt", "locality_ground_truth", "unrelated"),
     ]
     edit["portability"] = _probes(record, "portability", "reasoning", needs_target=True)
+    edit["generation"] = [probe["prompt"] for probe in _probes(record, "generation", "generation")]
     return edit
+
+
+def _continued(record: Record, key: str, edit: Record) -> list[dict[str, Any]]:
+    """WISE's other text about the subject: its own first words, as many as the prompt has, and what follows them."""
+    if not isinstance(record.get(key), str) or not record[key].strip():
+        return []
+    text = _text(record, key)
+    opening = re.match(rf"\s*(?:\S+\s+){{{len(edit['prompt'].split())}}}", text)
+    prompt, target = (text[: opening.end()], text[opening.end() :]) if opening else (text, edit["target"])
+    return [{"prompt": prompt.strip(), "target": target.strip(), "kind": "out_of_distribution"}]
+
+
+def _dune(record: Record) -> dict[str, Any]:
+    """A statement: the model shall go on with its second half after its first, or with what is right of its last `=`.
+
+    Questions about it are portability.
+    """
+    edit = _start(record, *_halves(_text(record, "edit")))
+    edit["rephrases"] = []
+    edit["locality"] = _probes(record, "locality", "unrelated")
+    edit["portability"] = [
+        {"prompt": question, "target": answer or edit["target"], "kind": "question"}
+        for question, answer in map(_asked, _list(record, "test_inputs"))
+    ]
+    return edit
+
+
+def _halves(statement: str) -> tuple[str, str]:
+    left, equals, right = statement.strip().rpartition(" = ")
+    if equals and left.strip() and right.strip():
+        return f"{left.strip()} =", right.strip()
+    words = statement.split()
+    if len(words) < 2:
+        raise Problem("`edit` is a statement of one word; it needs two at least, to ask with one and answer with one")
+    half = len(words) // 2
+    return " ".join(words[:half]), " ".join(words[half:])
+
+
+def _asked(entry: Any) -> tuple[str, str]:
+    """A question, with its answer if it has one."""
+    question, answer = entry if isinstance(entry, list) and len(entry) == 2 else (entry, "")
+    if not isinstance(question, str) or not isinstance(answer, str):
+        raise Problem("each entry of `test_inputs` must be a question or a pair of question and answer")
+    asked = {"question": question, "answer": answer}
+    return _text(asked, "question").strip(), _answer(asked, "answer").strip()
+
+
+def _list(record: Record, key: str) -> list[Any]:
+    value = record.get(key, [])
+    if not isinstance(value, list):
+        raise Problem(f"`{key}` must be a list, not {_kind(value)}")
+    return value
 
 
 def _zsre(record: Record) -> dict[str, Any]:
@@ -76,6 +151,8 @@ def _counterfact(record: Record) -> dict[str, Any]:
     if isinstance(true, Mapping) and isinstance(true.get("str"), str):
         edit["locality"] = [{**probe, "target": true["str"]} for probe in edit["locality"]]
     edit["portability"] = _one_hop(record)
+    prompts = _probes(record, "generation_prompts", "generation")
+    edit["generation"] = list(dict.fromkeys(probe["prompt"] for probe in prompts))
     return edit
 
 
@@ -101,6 +178,10 @@ _KNOWN = frozenset(
         "loc_ans",
         "requested_rewrite",
         "neighborhood_prompts",
+        "generation",
+        "generation_prompts",
+        "edit",
+        "test_inputs",
     ]
 )
 
@@ -114,6 +195,7 @@ def _start(record: Record, prompt: str, target: str) -> dict[str, Any]:
         "prompt": prompt,
         "target": target,
         "subject": _whole_text(subject or "", "subject").strip() or None,
+        "generation": [],
         "extra": {str(key): value for key, value in record.items() if key not in _KNOWN},
     }
 

@@ -17,7 +17,7 @@ from lemoe.live import LiveAdaptor
 from lemoe.models import BaseModel
 from lemoe.routing import Routing, Sequences
 from lemoe.structure import FFNSite
-from lemoe.tokens import Batch
+from lemoe.tokens import Passage
 
 
 class InsertedAdaptor(LiveAdaptor):
@@ -60,12 +60,11 @@ class InsertedAdaptor(LiveAdaptor):
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
-    def routing_of(self, batch: Batch) -> Routing:
-        """The routes that a batch's passages take, explained."""
-        columns = torch.arange(batch.ids.shape[1], device=batch.ids.device)
-        mask = batch.mask.bool()
-        prompt = mask & (columns < batch.prompt_lengths.unsqueeze(1))
-        return self.router.route(Sequences(batch.ids, None, mask, prompt))[0]
+    def routing_of(self, passage: Passage) -> Routing:
+        """The route that a passage takes, explained."""
+        ids = torch.tensor([passage.read], device=self.base.device)
+        prompt = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0) < len(passage.prompt)
+        return self.router.route(Sequences(ids, None, torch.ones_like(prompt), prompt))[0]
 
     def opens(self, ids: Sequence[int]) -> bool:
         """Whether any expert acts anywhere on a text (token ids)."""
@@ -75,9 +74,19 @@ class InsertedAdaptor(LiveAdaptor):
         return bool((routing.experts >= 0).any())
 
     @torch.no_grad()
-    def replay(self, frozen: FrozenBatch, routing: Routing) -> Tensor:
-        """Last hidden states `[targets, hidden]` of a frozen batch with the routed experts at work."""
-        return frozen.replay(self.delta(frozen.inputs, routing))
+    def replay(self, frozen: FrozenBatch, routings: Sequence[Routing]) -> Tensor:
+        """Last hidden states `[targets, hidden]` of a frozen batch with the routed experts at work.
+
+        Args:
+            routings: of each row by itself. The experts run row by row, so that no row depends on the others.
+        """
+        delta = torch.zeros(frozen.inputs.shape, device=frozen.inputs.device)
+        for row, routing in enumerate(routings):
+            columns = routing.experts.shape[1]
+            change = self.delta(frozen.inputs[row : row + 1, :columns], routing)
+            if change is not None:
+                delta[row, :columns] = change[0]
+        return frozen.replay(delta)
 
 
 def insert(

@@ -1,20 +1,136 @@
-"""Figures from predictions: what each measure means, and its mean with a standard error.
+"""What is measured: every metric and every measure by name, with its version, direction, definition and source.
 
-| measure | of one probe |
-|---|---|
-| token_accuracy | share of the expected tokens that stand at their place |
-| exact_match | 1 if all do |
-| complete_match | 1 if the model writes the target and then ends (greedy) |
-| loss | mean negative log-likelihood (nats) of the target's tokens (teacher) |
-| perplexity | exp of the mean loss of all probes; the spread is the loss's |
+A figure is one metric (`reliability`) of one kind of probe (`paraphrase`) put into a number by one measure
+(`exact_match`), under one way of decoding, before or after editing.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
-from lemoe.routing import Explanation
-from lemoe.tokens import Passage
+Direction = Literal["higher", "lower"]
+Decode = Literal["teacher", "greedy"]
+
+BOTH: tuple[Decode, ...] = ("teacher", "greedy")
+ROME = "ROME (Meng et al., 2022)"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a probe, or a set of probes, becomes a number.
+
+    Attributes:
+        better: the direction in which it improves.
+        decode: under which ways of decoding it is there.
+    """
+
+    name: str
+    better: Direction
+    definition: str
+    decode: tuple[Decode, ...] = BOTH
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What a metric asks.
+
+    Attributes:
+        version: raised whenever the same predictions would give another figure.
+        measures: names of its measures; the first that a run has is the one that is meant where none is named.
+        source: where the definition comes from.
+        needs: the option of `lemoe eval` without which it is not measured; empty for none.
+    """
+
+    name: str
+    version: int
+    measures: tuple[str, ...]
+    definition: str
+    source: str
+    needs: str = ""
+
+    @property
+    def better(self) -> Direction:
+        """The direction of its first measure."""
+        return MEASURES[self.measures[0]].better
+
+    def default(self, decode: Decode) -> Measure:
+        """The measure that is meant where none is named."""
+        return next(MEASURES[name] for name in self.measures if decode in MEASURES[name].decode)
+
+
+def _by_name(*measures: Measure) -> dict[str, Measure]:
+    return {measure.name: measure for measure in measures}
+
+
+MEASURES = _by_name(
+    Measure("token_accuracy", "higher", "share of the expected tokens that stand at their place"),
+    Measure("exact_match", "higher", "1 if all do, else 0"),
+    Measure("complete_match", "higher", "1 if the model writes the target and then ends, else 0", ("greedy",)),
+    Measure("loss", "lower", "mean negative log-likelihood of the target's tokens, nats", ("teacher",)),
+    Measure("perplexity", "lower", "exp of the mean loss of all probes; it has no standard error", ("teacher",)),
+    Measure("agreement", "higher", "1 if the edit's own prompt reaches the expert that it was taught to, else 0"),
+    Measure("recall", "higher", "1 if the edit's own prompt, or a rephrase, reaches that expert, else 0"),
+    Measure("precision", "higher", "of all these and locality prompts that open the gate: 1 if that expert is reached"),
+    Measure("false_alarm", "lower", "1 if a locality prompt opens the gate, else 0"),
+    Measure("target_probability", "lower", "probability of the edit's whole target behind the prompt", ("teacher",)),
+    Measure("target_written", "lower", "1 if the model writes the edit's target there, else 0", ("greedy",)),
+    Measure("ngram_entropy", "higher", "(2/3 H2 + 4/3 H3) / 2, entropies (bits) of the text's word bi- and trigrams"),
+    Measure("unchanged", "higher", "1 if the text's loss is the base model's to the last bit, else 0"),
+)
+
+_ANSWERS = ("token_accuracy", "exact_match", "complete_match", "loss", "perplexity")
+
+METRICS = (
+    Definition("reliability", 1, _ANSWERS, "the edit's own prompt gives its target", "MEND (Mitchell et al., 2022)"),
+    Definition("generality", 1, _ANSWERS, "the question in other words, or behind a distracting text, gives it", ROME),
+    Definition(
+        "locality",
+        1,
+        ("token_accuracy", "exact_match"),
+        "on other prompts, the edited model predicts what the base model does; never compared with a gold answer",
+        "MEND (Mitchell et al., 2022)",
+    ),
+    Definition(
+        "portability",
+        1,
+        _ANSWERS,
+        "questions that need the new fact, and other names of its subject, give their answer",
+        "EasyEdit (Yao et al., 2023)",
+    ),
+    Definition(
+        "routing",
+        1,
+        ("agreement", "recall", "precision", "false_alarm"),
+        "prompts reach the expert of their edit, and others reach none",
+        "LEMoE (Wang and Li, 2024), 4.3",
+    ),
+    Definition(
+        "overfit",
+        1,
+        ("target_probability", "target_written"),
+        "the edit's target is given where another answer is right: locality and portability prompts about its subject",
+        "EVOKE (Zhang et al., 2024), direct probability",
+    ),
+    Definition(
+        "fluency",
+        1,
+        ("ngram_entropy",),
+        "what the model writes on, 100 tokens, greedy, its end token held back, does not repeat itself",
+        f"{ROME}, generation entropy",
+        needs="--fluency",
+    ),
+    Definition(
+        "collapse",
+        1,
+        ("perplexity", "loss", "unchanged"),
+        "texts that editing must not touch are as likely as before",
+        "Butterfly Effect (Yang et al., 2024), ME-PPL",
+        needs="--texts",
+    ),
+)
+
+DEFINITIONS = {definition.name: definition for definition in METRICS}
 
 
 @dataclass(frozen=True)
@@ -30,106 +146,20 @@ class Metric:
     stderr: float | None
     n: int
 
-
-@dataclass(frozen=True)
-class Answer:
-    """What a model gives for a probe.
-
-    Attributes:
-        tokens: likeliest at each target position (teacher), or written (greedy), as many as the target has.
-        loss: mean negative log-likelihood of the target's tokens, nats (teacher); None otherwise.
-        ended: whether the model ended its answer right behind the target (greedy).
-    """
-
-    tokens: tuple[int, ...]
-    loss: float | None = None
-    ended: bool = False
-
-
-@dataclass(frozen=True)
-class Item:
-    """One probe of one edit (by its place), with its tokens; `open`: its target is what the base itself writes."""
-
-    edit: int
-    name: str
-    kind: str
-    prompt: str
-    passage: Passage
-    open: bool = False
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A probe with the answers of both models, and the route of its prompt in the edited one."""
-
-    item: Item
-    before: Answer
-    after: Answer
-    route: Explanation
+    @property
+    def version(self) -> int:
+        """Of the metric's definition."""
+        return DEFINITIONS[self.name].version
 
     @property
-    def expected(self) -> tuple[int, ...]:
-        """Locality expects the base model's own tokens, everything else the target's."""
-        return self.before.tokens if self.item.name == "locality" else self.item.passage.target
-
-
-def token_accuracy(given: Sequence[int], expected: Sequence[int]) -> float:
-    """Share of the expected tokens that stand at their place in what was given."""
-    return sum(g == e for g, e in zip(given, expected, strict=False)) / len(expected)
-
-
-def summarise(measured: Sequence[Measured], decode: str, *, edited: bool) -> list[Metric]:
-    """Each name over all its probes, and by kind, before and (if `edited`) after."""
-    metrics = []
-    for name in dict.fromkeys(each.item.name for each in measured):
-        chosen = [each for each in measured if each.item.name == name]
-        kinds = list(dict.fromkeys(each.item.kind for each in chosen))
-        for kind in ["all", *kinds]:
-            group = [each for each in chosen if kind in ("all", each.item.kind)]
-            for stage in ("before", "after") if edited else ("before",):
-                metrics += _figures(group, name, kind, decode, stage)
-    return metrics
-
-
-def _figures(group: Sequence[Measured], name: str, kind: str, decode: str, stage: str) -> list[Metric]:
-    answers: list[Answer] = [getattr(each, stage) for each in group]
-    scores = [token_accuracy(answer.tokens, each.expected) for answer, each in zip(answers, group, strict=True)]
-    exact = [float(score == 1.0) for score in scores]
-    figures = [
-        mean(name, kind, "token_accuracy", decode, stage, scores),
-        mean(name, kind, "exact_match", decode, stage, exact),
-    ]
-    if name == "locality":
-        return figures
-    if decode == "greedy":
-        complete = [float(score == 1.0 and answer.ended) for score, answer in zip(scores, answers, strict=True)]
-        return [*figures, mean(name, kind, "complete_match", decode, stage, complete)]
-    losses = [answer.loss for answer in answers if answer.loss is not None]
-    loss = mean(name, kind, "loss", decode, stage, losses)
-    return [*figures, loss, replace(loss, measure="perplexity", value=math.exp(min(loss.value, 700.0)), stderr=None)]
-
-
-def agreement(measured: Sequence[Measured], home: Callable[[Item], tuple[int, frozenset[int]] | None]) -> list[Metric]:
-    """Routing consistency: does an edit's own prompt, now, reach the expert that it was taught to?
-
-    `home` gives the round of an item's edit and the experts that hold it, or None for an edit that is not held.
-    """
-    hits: dict[int, list[float]] = {}
-    for each in measured:
-        found = home(each.item) if each.item.name == "reliability" else None
-        if found is not None:
-            hits.setdefault(found[0], []).append(float(each.route.expert in found[1]))
-    if not hits:
-        return []
-    everything = [hit for group in hits.values() for hit in group]
-    rounds = [mean("routing", f"round {place}", "agreement", "route", "after", hits[place]) for place in sorted(hits)]
-    return [mean("routing", "all", "agreement", "route", "after", everything), *rounds]
+    def better(self) -> Direction:
+        return MEASURES[self.measure].better
 
 
 def mean(name: str, kind: str, measure: str, decode: str, stage: str, scores: Sequence[float]) -> Metric:
-    """The mean of `scores` with its standard error."""
+    """The mean of `scores` with its standard error; summed exactly, so that their order changes no digit."""
     n = len(scores)
-    value = sum(scores) / n
-    variance = sum((score - value) ** 2 for score in scores) / (n - 1) if n > 1 else None
+    value = math.fsum(scores) / n
+    variance = math.fsum((score - value) ** 2 for score in scores) / (n - 1) if n > 1 else None
     stderr = None if variance is None else math.sqrt(variance / n)
     return Metric(name, kind, measure, decode, stage, value, stderr, n)

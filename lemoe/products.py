@@ -40,13 +40,14 @@ def onednn_is_exact() -> bool:
 
 
 STEP = 32  # rows; oneDNN keeps a kernel, and memory, for each number of rows that it meets
+FEWEST = 4  # rows; products of fewer add up in another order, so that a row would depend on how many run beside it
 
 
 def _multiply(rows: Tensor, matrix: Tensor) -> Tensor:
-    """`rows @ matrix`, with rows of zeros up to the next multiple of `STEP`, or power of two below it."""
+    """`rows @ matrix`, with rows of zeros up to the next multiple of `STEP`, or power of two from `FEWEST` below it."""
     flat = rows.reshape(-1, rows.shape[-1])
     count = len(flat)
-    step = min(STEP, 1 << max(count - 1, 0).bit_length())
+    step = max(FEWEST, min(STEP, 1 << max(count - 1, 0).bit_length()))
     with _through_onednn():
         product = functional.pad(flat, (0, 0, 0, -count % step)) @ matrix
     return product[:count].reshape(*rows.shape[:-1], matrix.shape[1])

@@ -73,11 +73,6 @@ class Routing:
     weights: Tensor
     explained: tuple[Explanation, ...] = ()
 
-    def take(self, rows: Tensor, columns: int) -> "Routing":
-        """The routing of some of its rows `[n]`, and of their first columns."""
-        explained = tuple(self.explained[row] for row in rows.tolist()) if self.explained else ()
-        return Routing(self.experts[rows, :columns], self.weights[rows, :columns], explained)
-
 
 @dataclass(frozen=True)
 class Lineage:

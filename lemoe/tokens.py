@@ -98,9 +98,12 @@ class Batch:
     labels: Tensor
 
     @classmethod
-    def of(cls, passages: Sequence[Passage], rows: Sequence[int], pad: int, device: torch.device) -> "Batch":
+    def of(
+        cls, passages: Sequence[Passage], rows: Sequence[int], pad: int, device: torch.device, width: int | None = None
+    ) -> "Batch":
+        """The passages `rows`, padded to the longest or to `width` columns."""
         chosen = [passages[row] for row in rows]
-        width = max(len(passage.read) for passage in chosen)
+        width = width or max(len(passage.read) for passage in chosen)
         ids = torch.full((len(chosen), width), pad)
         mask = torch.zeros((len(chosen), width), dtype=torch.long)
         for index, passage in enumerate(chosen):
@@ -115,6 +118,19 @@ class Batch:
         lengths = torch.tensor([len(passage.prompt) for passage in chosen])
         tensors = (ids, mask, lengths, target_rows, target_columns, labels)
         return cls(tuple(rows), *(tensor.to(device) for tensor in tensors))
+
+
+LANES = 16  # columns that attention adds up side by side; any other width changes how it rounds
+
+
+def steady_width(longest: int, limit: int | None = None) -> int:
+    """Columns for texts of at most `longest` tokens, so that what one gives does not depend on the others, to the bit.
+
+    A multiple of `LANES`, with some padding, since a batch without any takes another way through attention; `limit` is
+    the model's context.
+    """
+    width = (longest // LANES + 1) * LANES
+    return width if limit is None else max(longest, min(width, limit))
 
 
 PASS = 24  # padded tokens whose cost equals that of one more pass over the weights

@@ -23,8 +23,8 @@ from lemoe_cli.options import (
 
 if TYPE_CHECKING:
     from lemoe.adaptor import AdaptorState
-    from lemoe.evaluation import Decode, EvalResult
-    from lemoe.metrics import Metric
+    from lemoe.evaluation import EvalResult
+    from lemoe.metrics import Decode, Metric
     from lemoe.models import BaseModel
 
 SCHEMA = 1

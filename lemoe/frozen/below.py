@@ -24,7 +24,7 @@ from lemoe.frozen.replay import FrozenBatch, LayerCall, constant_cache, hidden_o
 from lemoe.hooks import released
 from lemoe.models import BaseModel
 from lemoe.structure import FFNSite
-from lemoe.tokens import Batch, Passage, length_buckets
+from lemoe.tokens import Batch, Passage, length_buckets, steady_width
 
 
 class _NoLayer(DynamicLayer):
@@ -119,7 +119,13 @@ class Below:
 
 @torch.no_grad()
 def run_below(
-    base: BaseModel, site: FFNSite, layer: int, passages: Sequence[Passage], max_tokens: int, whole: bool = False
+    base: BaseModel,
+    site: FFNSite,
+    layer: int,
+    passages: Sequence[Passage],
+    max_tokens: int,
+    whole: bool = False,
+    groups: Sequence[int] | None = None,
 ) -> Below:
     """Run `passages` through the layers up to `layer`, whose FFN is at `site`.
 
@@ -127,12 +133,18 @@ def run_below(
         max_tokens: padded tokens that run through the model at once.
         whole: run them through the layers above as well, for the base model's answers, and for keys and values, so
             that replays can start behind an opening.
+        groups: one number for each passage. What a passage gives then depends on those of its group alone, to the bit
+            on a CPU in float32, however many others run beside it.
     """
     shared = token_trees(base, max((len(passage.read) for passage in passages), default=0))
-    forest = Forest.of([passage.read for passage in passages], shared)
+    forest = Forest.of([passage.read for passage in passages], shared, groups)
     firsts, parts, total = [0] * len(forest.trees), [], 0
     for members in length_buckets([len(tree) for tree in forest.trees], max_tokens):
-        parts.append(_run_trees(base, site, layer, [forest.trees[tree] for tree in members], shared, whole))
+        trees = [forest.trees[tree] for tree in members]
+        width = max(map(len, trees))
+        if groups is not None:
+            width = steady_width(width, None if shared else base.max_length)
+        parts.append(_run_trees(base, site, layer, trees, width, shared, whole))
         for tree in members:
             firsts[tree], total = total, total + len(forest.trees[tree])
     paths = [torch.tensor(line, device=base.device) + firsts[tree] for tree, line in forest.places]
@@ -163,8 +175,10 @@ class _Part:
     in_tuple: bool
 
 
-def _run_trees(base: BaseModel, site: FFNSite, layer: int, trees: Sequence[Tree], shared: bool, whole: bool) -> _Part:
-    rows = Rows.of(trees, base.pad_token, base.device)
+def _run_trees(
+    base: BaseModel, site: FFNSite, layer: int, trees: Sequence[Tree], width: int, shared: bool, whole: bool
+) -> _Part:
+    rows = Rows.of(trees, base.pad_token, base.device, width)
     sizes = torch.tensor([len(tree) for tree in trees], device=base.device)
     real = torch.arange(rows.ids.shape[1], device=base.device) < sizes.unsqueeze(1)
     seen: dict[str, Any] = {}

@@ -41,15 +41,18 @@ class Forest:
     places: list[tuple[int, list[int]]]
 
     @classmethod
-    def of(cls, texts: Sequence[tuple[int, ...]], shared: bool = True) -> "Forest":
-        """Lay `texts` out; each in a tree of its own unless `shared`."""
+    def of(cls, texts: Sequence[tuple[int, ...]], shared: bool = True, groups: Sequence[int] | None = None) -> "Forest":
+        """Lay `texts` out; each in a tree of its own unless `shared`, and never with one of another group."""
+        member = groups or [0] * len(texts)
         trees: list[Tree] = []
         places: dict[int, tuple[int, list[int]]] = {}
         before: tuple[int, ...] = ()
         line: list[int] = []
-        for index in sorted(range(len(texts)), key=texts.__getitem__):
+        group = None
+        for index in sorted(range(len(texts)), key=lambda index: (member[index], texts[index])):
             text = texts[index]
-            line = line[: _alike(before, text)]
+            line = line[: _alike(before, text)] if member[index] == group else []
+            group = member[index]
             if not (shared and line and _pays(len(trees[-1]), len(text), len(line))):
                 trees.append(Tree())
                 line = []
@@ -85,8 +88,9 @@ class Rows:
     sees: Tensor
 
     @classmethod
-    def of(cls, trees: Sequence[Tree], pad: int, device: torch.device) -> "Rows":
-        width = max(map(len, trees))
+    def of(cls, trees: Sequence[Tree], pad: int, device: torch.device, width: int | None = None) -> "Rows":
+        """The trees, padded to the largest or to `width` columns."""
+        width = width or max(map(len, trees))
         ids = np.full((len(trees), width), pad)
         sees = np.tile(np.eye(width, dtype=bool), (len(trees), 1, 1))
         for row, tree in enumerate(trees):
