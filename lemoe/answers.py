@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from lemoe.figures import Answer, Item
 from lemoe.frozen import Below, run_below
-from lemoe.frozen.hooks import released
 from lemoe.frozen.replay import hidden_of
+from lemoe.hooks import released
 from lemoe.insertion import InsertedAdaptor
 from lemoe.models import LOGIT_ROWS, BaseModel
 from lemoe.routing import Explanation
