@@ -45,6 +45,9 @@ SCHEMA = 1
 @click.option("--card", is_flag=True, help="Write the figures into the card beside the adaptor (README.md).")
 @click.option("--records", type=FILE, help="Write one JSON line for each probe here.")
 @click.option(
+    "--report", "reports", type=FILE, multiple=True, help="Write a page (.html) or Markdown (.md); repeatable."
+)
+@click.option(
     "--batch-tokens",
     type=click.IntRange(1),
     default=4096,
@@ -62,6 +65,7 @@ def command(
     as_json: bool,
     card: bool,
     records: Path | None,
+    reports: tuple[Path, ...],
     batch_tokens: int,
     allow_base_mismatch: bool,
     force: bool,
@@ -77,10 +81,11 @@ def command(
     from lemoe.evaluation import evaluate
     from lemoe.files import check_free, write_whole
     from lemoe.insertion import check_base
+    from lemoe.report import check_reports, report_of, write_reports
 
     if records is not None:
         check_free(records, overwrite=force)
-
+    check_reports(reports, overwrite=force)
     if card and not adaptor:
         raise click.UsageError("--card needs an --adaptor, beside which the card stands")
     read = open_edits(edits, options)
@@ -105,6 +110,9 @@ def command(
     if records is not None:
         lines = (json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in result.records)
         write_whole(records, "".join(lines).encode(), overwrite=force)
+    if reports:
+        report = report_of(base, state, read, result, source=edits.name, decode=decode)
+        write_reports(report, reports, overwrite=force)
     if card and adaptor and state:
         _update_card(adaptor, base, state, edits.name, result)
     if as_json:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy
 from sklearn.decomposition import PCA
@@ -60,7 +61,7 @@ def clusters_of(base: BaseModel, rounds: Sequence[tuple[int, Sequence[Edit]]]) -
     model = PCA(n_components=2, svd_solver="full")
     plane = model.fit_transform(vectors.astype(numpy.float64))
     bounds = numpy.cumsum([0, *(len(members) for _, members in rounds)])
-    places = [list(range(first, last)) for first, last in zip(bounds[:-1], bounds[1:], strict=True)]
+    places = [list(range(first, last)) for first, last in pairwise(bounds.tolist())]
     chosen = spread(range(len(rounds)), ROUNDS_SHOWN)
     most = max(2, POINTS_SHOWN // len(chosen))
     return Clusters(

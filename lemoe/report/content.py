@@ -90,7 +90,7 @@ def report_of(
         routes=destinations(result.records, homes) if state else (),
         gate=None if threshold is None else gate_of(result.records, threshold),
         clusters=_clusters(base, edits, numbers),
-        failures=failures(result.records, homes, numbers, threshold) if state else (),
+        failures=failures(result.records, edits, homes, numbers, threshold) if state else (),
         forgetting=forgetting_of(factors.forgetting) if factors else None,
         routed=forgetting_of(factors.routing) if factors and factors.routing else None,
         orders=order_table(factors) if factors and factors.orders else None,
@@ -98,10 +98,12 @@ def report_of(
     )
 
 
-def _facts(
-    base: BaseModel, state: AdaptorState | None, edits: Sequence[Edit], decode: Decode
-) -> tuple[Fact, ...]:
-    facts = [Fact("model", f"{shown(base.source.shared_name)}, {str(base.dtype).removeprefix('torch.')}")]
+def _facts(base: BaseModel, state: AdaptorState | None, edits: Sequence[Edit], decode: Decode) -> tuple[Fact, ...]:
+    facts = [
+        Fact(
+            "model", f"{shown(base.source.hub_id or base.source.shared_name)}, {str(base.dtype).removeprefix('torch.')}"
+        )
+    ]
     if state:
         taught = sum(len(record.edits) for record in state.rounds)
         facts += [

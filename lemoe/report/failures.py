@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lemoe.edits import Edit
 from lemoe.evaluation import Record
 from lemoe.report.routes import Destination, Homes
 from lemoe.report.text import shown
@@ -43,7 +44,11 @@ class Failures:
 
 
 def failures(
-    records: Sequence[Record], homes: Homes, numbers: Mapping[str, int], threshold: float | None
+    records: Sequence[Record],
+    edits: Sequence[Edit],
+    homes: Homes,
+    numbers: Mapping[str, int],
+    threshold: float | None,
 ) -> tuple[Failures, ...]:
     """The worst failures of each metric: those with the least right first, and among them those that were right before.
 
@@ -54,16 +59,17 @@ def failures(
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(record.name, []).append(record)
+    named = {edit.id: _named(edit, numbers) for edit in edits}
     found = []
     for name, group in groups.items():
         failed = [record for record in group if record.token_accuracy_after < 1.0]
         failed.sort(key=lambda record: (record.token_accuracy_after, -record.token_accuracy_before))
-        worst = [_failure(record, homes.destination(record), numbers, threshold) for record in failed[:FAILURES_SHOWN]]
+        worst = [_failure(record, homes.destination(record), named, threshold) for record in failed[:FAILURES_SHOWN]]
         found.append(Failures(name, tuple(worst), len(failed), len(group)))
     return tuple(found)
 
 
-def _failure(record: Record, went: Destination, numbers: Mapping[str, int], threshold: float | None) -> Failure:
+def _failure(record: Record, went: Destination, named: Mapping[str, str], threshold: float | None) -> Failure:
     return Failure(
         edit=shown(record.edit, ID_SHOWN),
         kind=shown(record.kind, ID_SHOWN),
@@ -72,28 +78,31 @@ def _failure(record: Record, went: Destination, numbers: Mapping[str, int], thre
         before=shown(record.before),
         after=shown(record.after),
         accuracy=record.token_accuracy_after,
-        why=_why(record, went, numbers),
+        why=_why(record, went, named),
         scores="" if threshold is None or record.nearest is None else _scores(record, threshold),
     )
 
 
-def _why(record: Record, went: Destination, numbers: Mapping[str, int]) -> str:
+def _named(edit: Edit, numbers: Mapping[str, int]) -> str:
+    """An edit by its name, its round and what it teaches."""
+    place = f"round {numbers[edit.id]}, " if edit.id in numbers else ""
+    return f"{shown(edit.id, ID_SHOWN)} ({place}target “{shown(edit.target, ID_SHOWN)}”)"
+
+
+def _why(record: Record, went: Destination, named: Mapping[str, str]) -> str:
     if went == "own":
-        return "reached the edit's own expert"
+        return "reached the edit’s own expert"
     if went == "subject":
-        return "no expert: mentions no edit's subject"
+        return "no expert, mentions no edit’s subject"
     nearest = record.nearest or ""
-    named = f"edit {shown(nearest, ID_SHOWN)}" + (f" (round {numbers[nearest]})" if nearest in numbers else "")
+    other = named.get(nearest, shown(nearest, ID_SHOWN))
     if went == "other":
-        return f"reached the expert of {named}"
-    if nearest == record.edit:
-        return "no expert: mentions the edit's subject, but another question is read"
-    return f"no expert: mentions the subject of {named}, but another question is read"
+        return f"reached the expert of {other}"
+    of = "the edit’s subject" if nearest == record.edit else f"the subject of {other}"
+    return f"no expert, mentions {of} but is read as another question"
 
 
 def _scores(record: Record, threshold: float) -> str:
     route = record.route
     sign = "≤" if route.conflict <= threshold else ">"
-    return (
-        f"conflict {route.conflict:.2f} {sign} {threshold:.2f}, coverage {route.coverage:.2f}, fit {route.fit:.2f}"
-    )
+    return f"conflict {route.conflict:.2f} {sign} {threshold:.2f}, coverage {route.coverage:.2f}, fit {route.fit:.2f}"

@@ -9,7 +9,7 @@ from lemoe.report.routes import DESTINATIONS
 from lemoe.report.text import counted, figure, percent, with_error
 
 ROWS_SHOWN = 100  # rounds in a table
-DESTINATION_NAMES = ("own expert", "another's", "shut: other question", "shut: no subject")
+DESTINATION_NAMES = ("own expert", "another edit’s", "shut: other question", "shut: no subject")
 
 
 def as_html(report: Report) -> str:

@@ -60,7 +60,7 @@ def _failures(group: Failures) -> str:
 
 def _failure(failure: Failure) -> list[str]:
     answers = (failure.expected, failure.before, failure.after)
-    why = f"{failure.why} ({failure.scores})" if failure.scores else failure.why
+    why = f"{failure.why}; {failure.scores}" if failure.scores else failure.why
     cut = [text if len(text) <= ANSWER_SHOWN else f"{text[:ANSWER_SHOWN]}…" for text in answers]
     return [_code(failure.prompt), *map(_code, cut), percent(failure.accuracy), _escaped(why)]
 

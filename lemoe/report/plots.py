@@ -98,26 +98,32 @@ class Bar:
 
 @dataclass(frozen=True)
 class Panel:
-    """The histogram of one metric's probes; `unmentioned` is the bar of those that have no score."""
+    """The histogram of one metric's probes, `most` of them in a bar."""
 
     scores: GateScores
     top: float
     bottom: float
     most: str
     bars: tuple[Bar, ...]
-    unmentioned: Bar
+    absent: Bar
 
 
 @dataclass(frozen=True)
 class Histograms:
-    """Histograms on one axis, one below the other, with the threshold (None where it is off the axis)."""
+    """Histograms on one axis, one below the other, with the threshold (None where it is off the axis).
+
+    Attributes:
+        end: of the axis.
+        beyond, absent: where the bars stand of scores beyond it, and of prompts that have none.
+    """
 
     height: float
     panels: tuple[Panel, ...]
     x_ticks: tuple[Tick, ...]
     threshold: Tick | None
     end: float
-    beyond: float
+    beyond: Tick
+    absent: Tick
 
 
 @dataclass(frozen=True)
@@ -222,22 +228,26 @@ def gate_plot(gate: Gate) -> Histograms:
     usual = 0 < gate.threshold <= 100
     step = gate.threshold / 7 if usual else 0.5
     edges = [step * place for place in range(22)]  # three times the threshold
-    end, beyond = RIGHT - 92.0, RIGHT - 84.0
+    end, beyond, absent = RIGHT - 112.0, RIGHT - 72.0, RIGHT - 19.0
     across = _scale(0, edges[-1], LEFT, end)
-    panels = tuple(_panel(scores, edges, across, 26.0 + 92.0 * place) for place, scores in enumerate(gate.scores))
-    labels = [gate.threshold * times for times in range(4)] if usual else [0.0, 3.5, 7.0, 10.5]
+    panels = tuple(
+        _panel(scores, edges, across, 26.0 + 92.0 * place, beyond, absent) for place, scores in enumerate(gate.scores)
+    )
     inside = 0 <= gate.threshold <= edges[-1]
     return Histograms(
         height=26.0 + 92.0 * len(panels) + 22.0,
         panels=panels,
-        x_ticks=tuple(Tick(across(value), f"{value:g}") for value in labels),
+        x_ticks=tuple(Tick(across(edge), f"{edge:g}") for edge in edges[::7]),
         threshold=Tick(across(gate.threshold), f"{gate.threshold:g}") if inside else None,
         end=end,
-        beyond=beyond,
+        beyond=Tick(beyond, "more"),
+        absent=Tick(absent, "none"),
     )
 
 
-def _panel(scores: GateScores, edges: Sequence[float], across: Scale, top: float) -> Panel:
+def _panel(
+    scores: GateScores, edges: Sequence[float], across: Scale, top: float, beyond: float, absent: float
+) -> Panel:
     """The last two bars stand apart: scores beyond the axis, and prompts that have none."""
     bottom = top + 58.0
     # A score at an edge belongs below it, as the gate opens up to its threshold.
@@ -255,16 +265,16 @@ def _panel(scores: GateScores, edges: Sequence[float], across: Scale, top: float
         if count
     ]
     if counts[-1]:
-        bars.append(bar(RIGHT - 84.0, 22.0, counts[-1], f"above {edges[-1]:.1f}"))
-    absent = bar(RIGHT - 40.0, 30.0, scores.unmentioned, "no subject mentioned")
-    return Panel(scores, top, bottom, f"{most:,}", tuple(bars), absent)
+        bars.append(bar(beyond - 15, 30.0, counts[-1], f"above {edges[-1]:.1f}"))
+    nothing = bar(absent - 15, 30.0, scores.unmentioned, "no subject mentioned")
+    return Panel(scores, top, bottom, f"{most:,}", tuple(bars), nothing)
 
 
 def scatter(clusters: Clusters) -> Scatter:
     """Each round's prompts around their centre, one unit being as long across as down."""
     points = numpy.array([point for cluster in clusters.shown for point in (*cluster.points, cluster.centre)])
     low, high = points.min(0), points.max(0)
-    unit = min((WIDTH - 32) / max(high[0] - low[0], 1e-9), 340 / max(high[1] - low[1], 1e-9))
+    unit = min((WIDTH - 32) / max(high[0] - low[0], 1e-9), 290 / max(high[1] - low[1], 1e-9))
     height = round(float(high[1] - low[1]) * unit + 32, 1)
     margin = (WIDTH - float(high[0] - low[0]) * unit) / 2
 
@@ -275,11 +285,11 @@ def scatter(clusters: Clusters) -> Scatter:
     groups = [
         Group(
             cluster=cluster,
-            hue=round(place_ * 137.508) % 360,  # the golden angle keeps neighbours apart
+            hue=round(number * 137.508) % 360,  # the golden angle keeps neighbours apart
             centre=place(cluster.centre),
             dots=tuple(map(place, cluster.points)),
         )
-        for place_, cluster in enumerate(clusters.shown)
+        for number, cluster in enumerate(clusters.shown)
     ]
     return Scatter(height, tuple(groups))
 
@@ -287,9 +297,7 @@ def scatter(clusters: Clusters) -> Scatter:
 def _ticks(numbers: Sequence[int], scale: Scale, *, first: int) -> tuple[Tick, ...]:
     """At most `TICKS` of the rounds, at regular steps."""
     step = math.ceil(len(numbers) / TICKS)
-    return tuple(
-        Tick(scale(place + first), f"{number:,}") for place, number in enumerate(numbers) if place % step == 0
-    )
+    return tuple(Tick(scale(place + first), f"{number:,}") for place, number in enumerate(numbers) if place % step == 0)
 
 
 def _scale(low: float, high: float, start: float, end: float) -> Scale:

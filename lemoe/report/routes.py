@@ -7,8 +7,10 @@ from typing import Literal
 from lemoe.adaptor import AdaptorState
 from lemoe.edits import Edit
 from lemoe.evaluation import Record
+from lemoe.metrics import DEFINITIONS
 
 Destination = Literal["own", "other", "relation", "subject"]
+METRIC_NAMES = list(DEFINITIONS)
 DESTINATIONS: tuple[Destination, ...] = ("own", "other", "relation", "subject")
 
 
@@ -81,11 +83,9 @@ class Homes:
 def destinations(records: Sequence[Record], homes: Homes) -> tuple[Destinations, ...]:
     """Where the probes of each metric and kind went."""
     found: dict[tuple[str, str], list[Destination]] = {}
-    for record in records:
+    for record in sorted(records, key=lambda record: METRIC_NAMES.index(record.name)):
         found.setdefault((record.name, record.kind), []).append(homes.destination(record))
-    return tuple(
-        Destinations(name, kind, tuple(map(went.count, DESTINATIONS))) for (name, kind), went in found.items()
-    )
+    return tuple(Destinations(name, kind, tuple(map(went.count, DESTINATIONS))) for (name, kind), went in found.items())
 
 
 def gate_of(records: Sequence[Record], threshold: float) -> Gate:
