@@ -119,7 +119,7 @@ def _facts(base: BaseModel, state: AdaptorState | None, edits: Sequence[Edit], d
 
 
 def _settings(state: AdaptorState | None) -> tuple[Fact, ...]:
-    return tuple(Fact(name, str(value)) for name, value in state.settings.as_dict().items()) if state else ()
+    return tuple(Fact(name, shown(str(value))) for name, value in state.settings.as_dict().items()) if state else ()
 
 
 def _clusters(base: BaseModel, edits: Sequence[Edit], numbers: Mapping[str, int]) -> Clusters | None:

@@ -22,7 +22,7 @@ def as_html(report: Report) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(figure=figure, with_error=with_error, percent=percent)
+    environment.filters.update(figure=figure, with_error=with_error, percent=percent, thousands="{:,}".format)
     environment.globals.update(
         counted=counted, plots=plots, destinations=tuple(zip(DESTINATIONS, DESTINATION_NAMES, strict=True))
     )

@@ -9,7 +9,7 @@ from lemoe.report.scores import MetricScores, Score
 from lemoe.report.text import counted, percent, with_error
 
 ANSWER_SHOWN = 120  # characters
-_ACTIVE = re.compile(r"""[\\`*_~\[\]<>|&:@#$/."']""")
+_ACTIVE = re.compile(r"[\\`*_~\[\]<>|&:@#$\"]|(?<=www)\.", re.IGNORECASE)
 
 
 def as_markdown(report: Report) -> str:
@@ -30,7 +30,7 @@ def as_markdown(report: Report) -> str:
 
 
 def _facts(report: Report) -> str:
-    return "<br>\n".join(f"{fact.name}: {_escaped(fact.value)}" for fact in report.facts)
+    return "<br>\n".join(f"{fact.name}: {_code(fact.value)}" for fact in report.facts)
 
 
 def _headlines(metric: MetricScores) -> Iterable[Score]:
@@ -39,14 +39,20 @@ def _headlines(metric: MetricScores) -> Iterable[Score]:
 
 def _scores(scores: Sequence[Score]) -> str:
     rows = [
-        [_name(score), _escaped(score.measure), with_error(score.before), with_error(score.after), f"{score.n:,}"]
+        [
+            _name(score),
+            score.measure.replace("_", " "),
+            with_error(score.before),
+            with_error(score.after),
+            f"{score.n:,}",
+        ]
         for score in scores
     ]
     return _table(("metric", "measure", "before", "after", "n"), rows, left=2)
 
 
 def _name(score: Score) -> str:
-    return score.name if score.kind == "all" else _escaped(f"{score.name}, {score.kind}")
+    return score.name if score.kind == "all" else f"{score.name}, {_code(score.kind)}"
 
 
 def _failures(group: Failures) -> str:
@@ -62,7 +68,7 @@ def _failure(failure: Failure) -> list[str]:
     answers = (failure.expected, failure.before, failure.after)
     why = f"{failure.why}; {failure.scores}" if failure.scores else failure.why
     cut = [text if len(text) <= ANSWER_SHOWN else f"{text[:ANSWER_SHOWN]}…" for text in answers]
-    return [_code(failure.prompt), *map(_code, cut), percent(failure.accuracy), _escaped(why)]
+    return [_code(failure.prompt), *map(_code, cut), percent(failure.accuracy), _code(why)]
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
@@ -79,10 +85,10 @@ def _number(value: float | None) -> str:
 
 
 def _code(text: str) -> str:
-    """Text in which GitHub neither mentions, links nor formats anything."""
+    """Text in which GitHub neither formats anything nor, as it would elsewhere even of entities, mentions anyone."""
     return f"<code>{_escaped(text)}</code>" if text else ""
 
 
 def _escaped(text: str) -> str:
-    """Signs that Markdown, HTML or GitHub act on, as entities: within a table, those are never taken for syntax."""
+    """Signs that Markdown or HTML act on, as entities, which are never taken for syntax."""
     return _ACTIVE.sub(lambda found: f"&#{ord(found[0])};", text)

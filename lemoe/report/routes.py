@@ -8,6 +8,8 @@ from lemoe.adaptor import AdaptorState
 from lemoe.edits import Edit
 from lemoe.evaluation import Record
 from lemoe.metrics import DEFINITIONS
+from lemoe.report.scores import KIND_SHOWN
+from lemoe.report.text import shown
 
 Destination = Literal["own", "other", "relation", "subject"]
 METRIC_NAMES = list(DEFINITIONS)
@@ -85,7 +87,10 @@ def destinations(records: Sequence[Record], homes: Homes) -> tuple[Destinations,
     found: dict[tuple[str, str], list[Destination]] = {}
     for record in sorted(records, key=lambda record: METRIC_NAMES.index(record.name)):
         found.setdefault((record.name, record.kind), []).append(homes.destination(record))
-    return tuple(Destinations(name, kind, tuple(map(went.count, DESTINATIONS))) for (name, kind), went in found.items())
+    return tuple(
+        Destinations(name, shown(kind, KIND_SHOWN), tuple(map(went.count, DESTINATIONS)))
+        for (name, kind), went in found.items()
+    )
 
 
 def gate_of(records: Sequence[Record], threshold: float) -> Gate:

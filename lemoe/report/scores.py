@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lemoe.metrics import DEFINITIONS, MEASURES, Definition, Measure, Metric
+from lemoe.report.text import shown
 
+KIND_SHOWN = 60  # characters
 UNBOUNDED = ("loss", "perplexity", "ngram_entropy")  # measures that are no share
 
 
@@ -67,7 +69,10 @@ def scores_of(metrics: Sequence[Metric]) -> tuple[MetricScores, ...]:
     for metric in metrics:
         if not is_round(metric):
             stages.setdefault((metric.name, metric.kind, metric.measure), {})[metric.stage] = metric
-    scores = [Score(*place, found.get("before"), found.get("after")) for place, found in stages.items()]
+    scores = [
+        Score(name, shown(kind, KIND_SHOWN), measure, found.get("before"), found.get("after"))
+        for (name, kind, measure), found in stages.items()
+    ]
     return tuple(
         MetricScores(definition, tuple(_without_only_kinds([score for score in scores if score.name == name])))
         for name, definition in DEFINITIONS.items()
