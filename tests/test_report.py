@@ -255,7 +255,7 @@ def test_a_thousand_edits_make_a_small_page(base: lemoe.BaseModel, state: Adapto
     page = as_html(report)
     assert len(page.encode()) < 500_000
     text = text_of(page)
-    assert "40 of 50 rounds are shown, evenly spread." in text
+    assert "12 of 50 rounds are drawn, evenly spread" in text
     assert "858 of 1,000 probes fail, the worst 10" in text
     assert len(as_markdown(report)) < 65_536  # what GitHub takes as a comment
 
@@ -283,10 +283,10 @@ def test_a_threshold_off_the_axis_is_not_drawn_and_harms_nothing(threshold: floa
 def test_clusters_keep_distances_and_their_rounds(base: lemoe.BaseModel, facts: list[lemoe.Edit]) -> None:
     clusters = clusters_of(base, [(2, facts[:3]), (5, facts[3:])])
     assert clusters is not None
-    assert [cluster.number for cluster in clusters.shown] == [2, 5]
-    assert [len(cluster.points) for cluster in clusters.shown] == [3, 3]
+    assert [cluster.number for cluster in clusters.drawn] == [2, 5]
+    assert [len(cluster.points) for cluster in clusters.drawn] == [3, 3]
     groups = scatter(clusters).groups
-    points = [point for cluster in clusters.shown for point in cluster.points]
+    points = [point for cluster in clusters.drawn for point in cluster.points]
     dots = [dot for group in groups for dot in group.dots]
     wide = [abs(a[0] - points[0][0]) for a in points[1:]]
     drawn = [abs(a[0] - dots[0][0]) for a in dots[1:]]

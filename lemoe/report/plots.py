@@ -138,9 +138,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Scatter:
-    """Rounds in the plane."""
+    """Rounds in the plane, and the dots of those that are not drawn."""
 
     height: float
+    others: tuple[tuple[float, float], ...]
     groups: tuple[Group, ...]
 
 
@@ -272,7 +273,8 @@ def _panel(
 
 def scatter(clusters: Clusters) -> Scatter:
     """Each round's prompts around their centre, one unit being as long across as down."""
-    points = numpy.array([point for cluster in clusters.shown for point in (*cluster.points, cluster.centre)])
+    drawn = [point for cluster in clusters.drawn for point in (*cluster.points, cluster.centre)]
+    points = numpy.array([*drawn, *clusters.others])
     low, high = points.min(0), points.max(0)
     unit = min((WIDTH - 32) / max(high[0] - low[0], 1e-9), 290 / max(high[1] - low[1], 1e-9))
     height = round(float(high[1] - low[1]) * unit + 32, 1)
@@ -289,9 +291,9 @@ def scatter(clusters: Clusters) -> Scatter:
             centre=place(cluster.centre),
             dots=tuple(map(place, cluster.points)),
         )
-        for number, cluster in enumerate(clusters.shown)
+        for number, cluster in enumerate(clusters.drawn)
     ]
-    return Scatter(height, tuple(groups))
+    return Scatter(height, tuple(map(place, clusters.others)), tuple(groups))
 
 
 def _ticks(numbers: Sequence[int], scale: Scale, *, first: int) -> tuple[Tick, ...]:
