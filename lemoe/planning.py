@@ -82,8 +82,8 @@ def plan(base: BaseModel, edits: Sequence[Edit], settings: Settings) -> Plan:
     return Plan(
         rounds=tuple(tuple(kept[index].id for index in members) for members in chosen),
         conflicts=tuple(conflicts),
-        similarity={name: _similarity(vectors, rounds) for name, rounds in orders.items()},
-        cohesion=tuple(_cohesion(vectors[members]) for members in chosen),
+        similarity={name: similarity_of(vectors, rounds) for name, rounds in orders.items()},
+        cohesion=tuple(cohesion_of(vectors[members]) for members in chosen),
         inferred=inferred,
     )
 
@@ -231,21 +231,22 @@ def _chunks(indices: list[int], size: int) -> list[list[int]]:
     return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
-def _cohesion(vectors: Vectors) -> float:
+def cohesion_of(vectors: Vectors) -> float:
     """Mean similarity of the pairs of a round; 1 for a round of one."""
     n = len(vectors)
     total = vectors.sum(0)
     return float((total @ total - n) / (n * (n - 1))) if n > 1 else 1.0
 
 
-def _similarity(vectors: Vectors, rounds: Sequence[Sequence[int]]) -> Similarity:
-    within = [(_cohesion(vectors[list(members)]), len(members)) for members in rounds if len(members) > 1]
+def similarity_of(vectors: Vectors, rounds: Sequence[Sequence[int]]) -> Similarity:
+    """How alike the rows of `vectors` that make up each round are, and the rounds."""
+    within = [(cohesion_of(vectors[list(members)]), len(members)) for members in rounds if len(members) > 1]
     centres = numpy.stack([vectors[list(members)].mean(0) for members in rounds])
     centres /= numpy.linalg.norm(centres, axis=1, keepdims=True)
     weight = sum(size for _, size in within)
     return Similarity(
         within=sum(value * size for value, size in within) / weight if weight else 1.0,
-        between=_cohesion(centres) if len(rounds) > 1 else 0.0,
+        between=cohesion_of(centres) if len(rounds) > 1 else 0.0,
     )
 
 

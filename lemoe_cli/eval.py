@@ -26,9 +26,12 @@ from lemoe_cli.tasks import measure_tasks, show_tasks, tasks_options
 if TYPE_CHECKING:
     from lemoe.adaptor import AdaptorState
     from lemoe.bars import Bar, Verdict
+    from lemoe.edits import Edit
     from lemoe.evaluation import EvalResult
-    from lemoe.metrics import Decode
+    from lemoe.harness import TaskFigure
+    from lemoe.metrics import Decode, Metric
     from lemoe.models import BaseModel
+    from lemoe_cli.studies import Studies
 
 SCHEMA = 1  # of the JSON document: docs/eval.schema.json
 BAR = "METRIC[/KIND][:MEASURE]=NUMBER"
@@ -58,6 +61,9 @@ BAR = "METRIC[/KIND][:MEASURE]=NUMBER"
 @click.option("--round-size", type=click.IntRange(1), help="Edits in a round of --compare or --factors.  [default: 20]")
 @click.option("--orders", type=click.IntRange(0), default=5, show_default=True, help="Random orders of --factors.")
 @click.option(
+    "--report", "reports", type=FILE, multiple=True, help="Write a page (.html) or Markdown (.md); repeatable."
+)
+@click.option(
     "--batch-tokens",
     type=click.IntRange(1),
     default=4096,
@@ -73,8 +79,6 @@ def command(
     edits: Path,
     adaptor: Path | None,
     decode: "Decode",
-    compare: str | None,
-    factors: bool,
     batch_tokens: int,
     allow_base_mismatch: bool,
     force: bool,
@@ -86,36 +90,13 @@ def command(
     Locality is agreement with the base model's own predictions. `teacher` compares the most likely token at each
     position of the target, `greedy` lets the model write.
 
-    With --compare or --factors, EDITS are taught here, round by round, and nothing is written.
+    --compare and --factors teach EDITS anew, round by round, whatever adaptor there is, and keep nothing.
 
     \b
     lemoe eval edits.jsonl -m llama -a edits.lemoe --min reliability=0.99 --max overfit=0.05
     """
-    if compare is None and not factors:
-        _measure(edits, adaptor, decode, batch_tokens, options, allow_base_mismatch, force=force, quiet=quiet)
-        return
-    if adaptor or options["records"] or options["card"] or (factors and compare is not None):
-        raise click.UsageError(
-            "--compare and --factors teach anew; neither goes with the other, or with --adaptor, --records, --card"
-        )
-    _study(edits, decode, compare, batch_tokens, options, quiet=quiet)
-
-
-def _measure(
-    edits: Path,
-    adaptor: Path | None,
-    decode: "Decode",
-    batch_tokens: int,
-    options: dict[str, Any],
-    allow_base_mismatch: bool,
-    *,
-    force: bool,
-    quiet: bool,
-) -> None:
-    """Measure, write what was asked for, show the figures, and end with 1 if a bar is not met."""
     from lemoe.bars import check_kinds, hold
     from lemoe.checkpoint import load_adaptor
-    from lemoe.evaluation import evaluate
     from lemoe.insertion import check_base
     from lemoe.texts import read_texts
 
@@ -127,37 +108,73 @@ def _measure(
     check_kinds(bars, read, len(state.rounds) if state else 0)
     base = open_base(options, quiet=quiet)
 
-    from lemoe_cli.tables import show
-    from lemoe_cli.ui import counter, say
+    from lemoe_cli.studies import run_studies
+    from lemoe_cli.ui import say
 
     differences = check_base(base, state, allow=allow_base_mismatch) if state else ()
     for difference in differences:
         say(f"warning: another base than the adaptor was made for: {difference}")
     tasks = measure_tasks(base, state, options, allow_mismatch=allow_base_mismatch, quiet=quiet)
-    with counter("measuring", quiet=quiet) as advance:
-        result = evaluate(
-            base,
-            state,
-            read,
-            decode=decode,
-            texts=untouched,
-            fluency=options["fluency"],
-            batch_tokens=batch_tokens,
-            allow_base_mismatch=allow_base_mismatch,
-            on_progress=advance,
-        )
-    _write(result, base, state, adaptor, edits, options, force=force)
-    verdicts = hold(bars, result.metrics, "after" if state else "before")
+    result = None
+    if _measures(adaptor, bars, options):
+        result = _measure(base, state, read, decode, untouched, batch_tokens, options, quiet=quiet)
+    studies = run_studies(base, read, decode, batch_tokens, options, quiet=quiet)
+    if result is not None:
+        _write(result, studies, base, state, adaptor, read, edits, decode, options, force=force)
+    verdicts = hold(bars, result.metrics if result else (), "after" if state else "before")
     if options["as_json"]:
         settings = _run_settings(edits, base, decode, options)
         settings |= {"adaptor": str(adaptor) if adaptor else None, "base_differences": list(differences)}
         settings |= {"texts": str(options["texts"]) if options["texts"] else None, "fluency": options["fluency"]}
-        document = _document(result, verdicts, settings) | {"tasks": [asdict(figure) for figure in tasks]}
+        document = _document(result.metrics if result else (), verdicts, tasks, settings) | studies.as_dict()
         click.echo(json.dumps(document, indent=1, ensure_ascii=False))
     else:
-        show(result.metrics)
-        show_tasks(tasks)
+        _show(result, tasks, studies)
     _end_with(verdicts)
+
+
+def _measures(adaptor: Path | None, bars: "Sequence[Bar]", options: dict[str, Any]) -> bool:
+    """Whether the edits' probes are measured: not where the edits are only taught anew."""
+    anew = options["compare"] is not None or options["factors"]
+    asked = (options[name] for name in ("records", "reports", "texts", "fluency"))
+    return not anew or adaptor is not None or bool(bars) or any(asked)
+
+
+def _measure(
+    base: "BaseModel",
+    state: "AdaptorState | None",
+    edits: "Sequence[Edit]",
+    decode: "Decode",
+    texts: Sequence[str],
+    batch_tokens: int,
+    options: dict[str, Any],
+    *,
+    quiet: bool,
+) -> "EvalResult":
+    from lemoe.evaluation import evaluate
+    from lemoe_cli.ui import counter
+
+    with counter("measuring", quiet=quiet) as advance:
+        return evaluate(
+            base,
+            state,
+            edits,
+            decode=decode,
+            texts=texts,
+            fluency=options["fluency"],
+            batch_tokens=batch_tokens,
+            allow_base_mismatch=True,  # which has been refused unless it was asked for
+            on_progress=advance,
+        )
+
+
+def _show(result: "EvalResult | None", tasks: "Sequence[TaskFigure]", studies: "Studies") -> None:
+    from lemoe_cli.tables import show
+
+    if result is not None:
+        show(result.metrics)
+    show_tasks(tasks)
+    studies.show()
 
 
 def _bars(adaptor: Path | None, decode: "Decode", options: dict[str, Any]) -> "tuple[Bar, ...]":
@@ -170,19 +187,24 @@ def _bars(adaptor: Path | None, decode: "Decode", options: dict[str, Any]) -> "t
 def _check_outputs(adaptor: Path | None, options: dict[str, Any], *, force: bool) -> None:
     """Refuse, before anything is computed, what cannot be written."""
     from lemoe.files import check_free
+    from lemoe.report import check_reports
 
     if options["records"] is not None:
         check_free(options["records"], overwrite=force)
+    check_reports(options["reports"], overwrite=force)
     if options["card"] and not adaptor:
         raise click.UsageError("--card needs an --adaptor, beside which the card stands")
 
 
 def _write(
     result: "EvalResult",
+    studies: "Studies",
     base: "BaseModel",
     state: "AdaptorState | None",
     adaptor: Path | None,
-    edits: Path,
+    edits: "Sequence[Edit]",
+    source: Path,
+    decode: "Decode",
     options: dict[str, Any],
     *,
     force: bool,
@@ -190,12 +212,25 @@ def _write(
     """The files that were asked for."""
     from lemoe.card import write_card
     from lemoe.files import write_whole
+    from lemoe.report import report_of, write_reports
 
     if options["records"] is not None:
         lines = (json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in result.records)
         write_whole(options["records"], "".join(lines).encode(), overwrite=force)
+    if options["reports"]:
+        report = report_of(
+            base,
+            state,
+            edits,
+            result,
+            source=source.name,
+            decode=decode,
+            factors=studies.factors,
+            comparison=studies.comparison,
+        )
+        write_reports(report, options["reports"], overwrite=force)
     if options["card"] and adaptor and state:
-        write_card(adaptor if adaptor.is_dir() else adaptor.parent, base, state, edits.name, result.metrics)
+        write_card(adaptor if adaptor.is_dir() else adaptor.parent, base, state, source.name, result.metrics)
 
 
 def _end_with(verdicts: "Sequence[Verdict]") -> None:
@@ -220,39 +255,23 @@ def _run_settings(edits: Path, base: "BaseModel", decode: "Decode", options: dic
     return {"edits": str(edits), "edits_sha256": digest, "decode": decode, **chosen, **where}
 
 
-def _study(
-    edits: Path,
-    decode: "Decode",
-    compare: str | None,
-    batch_tokens: int,
-    options: dict[str, Any],
-    *,
-    quiet: bool,
-) -> None:
-    """Teach `edits` by several methods, or by one in several orders, and show what came of it."""
-    from lemoe_cli.studies import methods_named, run_comparison, run_factors
-
-    methods = methods_named(options["preset"] if compare is None else compare, options)
-    read = open_edits(edits, options)
-    base = open_base(options, quiet=quiet)
-    about = _run_settings(edits, base, decode, options) if options["as_json"] else None
-    if compare is None:
-        run_factors(base, read, methods[0], options["orders"], decode, batch_tokens, about, quiet=quiet)
-    else:
-        run_comparison(base, read, methods, decode, batch_tokens, about, quiet=quiet)
-
-
-def _document(result: "EvalResult", verdicts: "Sequence[Verdict]", settings: dict[str, Any]) -> dict[str, Any]:
-    metrics = [asdict(m) | {"better": m.better, "version": m.version} for m in result.metrics]
+def _document(
+    metrics: "Sequence[Metric]",
+    verdicts: "Sequence[Verdict]",
+    tasks: "Sequence[TaskFigure]",
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    figures = [asdict(m) | {"better": m.better, "version": m.version} for m in metrics]
     bars = [
         asdict(verdict.bar)
         | {"better": verdict.bar.better, "value": verdict.figure.value if verdict.figure else None, "met": verdict.met}
         for verdict in verdicts
     ]
-    return {"schema": SCHEMA, "settings": settings, "versions": versions(), "metrics": metrics, "bars": bars}
+    found = {"metrics": figures, "bars": bars, "tasks": [asdict(figure) for figure in tasks]}
+    return {"schema": SCHEMA, "settings": settings, "versions": _versions(), **found}
 
 
-def versions() -> dict[str, str]:
+def _versions() -> dict[str, str]:
     """What computed the figures."""
     import torch
     import transformers

@@ -1,13 +1,11 @@
 """What `lemoe eval --compare` and `--factors` run and show."""
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lemoe_cli.eval import SCHEMA, versions
 from lemoe_cli.ui import results, size_text, stage, table
 
 if TYPE_CHECKING:
@@ -36,54 +34,47 @@ def methods_named(names: str, options: Mapping[str, Any]) -> "list[Settings]":
     return [resolve_settings(name, None, given) for name in chosen]
 
 
-def run_comparison(
+@dataclass(frozen=True)
+class Studies:
+    """What was found; None where it was not asked for."""
+
+    comparison: "Comparison | None" = None
+    factors: "Factors | None" = None
+
+    def as_dict(self) -> dict[str, Any]:
+        found = {"comparison": self.comparison, "factors": self.factors}
+        return {name: asdict(study) for name, study in found.items() if study is not None}
+
+    def show(self) -> None:
+        """Tables."""
+        if self.comparison is not None:
+            _show_comparison(self.comparison)
+        if self.factors is not None:
+            _show_factors(self.factors)
+
+
+def run_studies(
     base: "BaseModel",
     edits: "Sequence[Edit]",
-    methods: "Sequence[Settings]",
     decode: "Decode",
     batch_tokens: int,
-    about: dict[str, Any] | None,
+    options: Mapping[str, Any],
     *,
     quiet: bool,
-) -> None:
-    """Compare `methods` on `edits`, as a table, or as JSON that begins with what the run is `about`."""
+) -> Studies:
+    """Teach `edits` by the methods that --compare names, and by one in several orders for --factors."""
     from lemoe.comparison import compare
-
-    with stage("comparing", quiet=quiet) as notify:
-        comparison = compare(base, edits, methods, decode=decode, batch_tokens=batch_tokens, notify=notify)
-    if about is not None:
-        _print_json(about, "comparison", comparison)
-    else:
-        _show_comparison(comparison)
-
-
-def run_factors(
-    base: "BaseModel",
-    edits: "Sequence[Edit]",
-    settings: "Settings",
-    orders: int,
-    decode: "Decode",
-    batch_tokens: int,
-    about: dict[str, Any] | None,
-    *,
-    quiet: bool,
-) -> None:
-    """Measure the three factors of one method on `edits`; shown as by `run_comparison`."""
     from lemoe.factors import measure_factors
 
-    with stage("measuring factors", quiet=quiet) as notify:
-        factors = measure_factors(
-            base, edits, settings, orders=orders, decode=decode, batch_tokens=batch_tokens, notify=notify
+    named = methods_named(options["compare"], options) if options["compare"] is not None else []
+    method = methods_named(options["preset"], options)[0] if options["factors"] else None
+    common: dict[str, Any] = {"decode": decode, "batch_tokens": batch_tokens}
+    with stage("teaching anew", quiet=quiet) as notify:
+        comparison = compare(base, edits, named, notify=notify, **common) if named else None
+        factors = (
+            measure_factors(base, edits, method, orders=options["orders"], notify=notify, **common) if method else None
         )
-    if about is not None:
-        _print_json(about, "factors", factors)
-    else:
-        _show_factors(factors)
-
-
-def _print_json(about: dict[str, Any], name: str, found: "Comparison | Factors") -> None:
-    document = {"schema": SCHEMA, "settings": about, "versions": versions(), name: asdict(found)}
-    click.echo(json.dumps(document, indent=1, ensure_ascii=False))
+    return Studies(comparison, factors)
 
 
 def _show_comparison(comparison: "Comparison") -> None:

@@ -247,6 +247,23 @@ def test_eval_records_are_one_json_line_a_probe(edits: Path, model: Path, adapto
     assert lemoe_command(*arguments, "--force").exit_code == 0
 
 
+def test_eval_writes_reports_by_their_suffix(edits: Path, model: Path, adaptor: Path, tmp_path: Path) -> None:
+    page, short = tmp_path / "report.html", tmp_path / "report.md"
+    arguments = ("eval", edits, "-m", model, "-a", adaptor, "-q", "--report", page, "--report", short)
+    assert lemoe_command(*arguments).exit_code == 0
+    assert "edits.jsonl: lemoe eval" in page.read_text(encoding="utf-8")
+    assert "| reliability | token accuracy |" in short.read_text(encoding="utf-8")
+    before = page.read_bytes()
+    assert "exists" in refused(*arguments)
+    assert lemoe_command(*arguments, "--force").exit_code == 0
+    assert page.read_bytes() == before
+
+
+def test_a_report_of_another_suffix_is_refused_before_anything_is_loaded(edits: Path, tmp_path: Path) -> None:
+    message = refused("eval", edits, "-m", "no-such-model", "--report", tmp_path / "report.pdf")
+    assert "report.pdf: a report's name ends in .html or .md" in message
+
+
 def test_a_finished_run_is_refused_before_the_model_is_loaded(edits: Path, adaptor: Path) -> None:
     before = adaptor.read_bytes()
     message = refused("edit", edits, "--model", "no-such-model", *SMALL)

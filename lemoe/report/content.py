@@ -1,0 +1,130 @@
+"""Everything that a report shows, worked out of what was measured; how it looks is decided elsewhere."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lemoe import __version__
+from lemoe.adaptor import AdaptorState
+from lemoe.edits import Edit, digest_of
+from lemoe.evaluation import EvalResult
+from lemoe.metrics import Decode
+from lemoe.models import BaseModel
+from lemoe.report.clusters import Clusters, clusters_of
+from lemoe.report.failures import Failures, failures
+from lemoe.report.rounds import Forgetting, RoundQuality, forgetting_of, qualities, round_numbers
+from lemoe.report.routes import Destinations, Gate, Homes, destinations, gate_of
+from lemoe.report.scores import MetricScores, scores_of
+from lemoe.report.studies import Comparison, Factors, MethodRow, OrderTable, method_rows, order_table
+from lemoe.report.text import counted, shown
+
+GATED = "anchor"  # the method whose router has a gate
+DECODING = {
+    "teacher": "teacher forcing: the likeliest token at each position of the target",
+    "greedy": "greedy: what the model writes",
+}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A line on what was measured, and with what."""
+
+    name: str
+    value: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a report shows; a part that was not measured is empty, or None.
+
+    Attributes:
+        source: name of the edits.
+        edited: whether there is an adaptor; else all figures are of the base alone.
+        rounds: those that have measured edits.
+        forgetting, routed: reliability, and share of prompts that reach their edit's expert, round by round.
+    """
+
+    source: str
+    edited: bool
+    facts: tuple[Fact, ...]
+    settings: tuple[Fact, ...]
+    metrics: tuple[MetricScores, ...]
+    rounds: tuple[RoundQuality, ...]
+    routes: tuple[Destinations, ...]
+    gate: Gate | None
+    clusters: Clusters | None
+    failures: tuple[Failures, ...]
+    forgetting: Forgetting | None
+    routed: Forgetting | None
+    orders: OrderTable | None
+    methods: tuple[MethodRow, ...]
+
+
+def report_of(
+    base: BaseModel,
+    state: AdaptorState | None,
+    edits: Sequence[Edit],
+    result: EvalResult,
+    *,
+    source: str,
+    decode: Decode = "teacher",
+    factors: Factors | None = None,
+    comparison: Comparison | None = None,
+) -> Report:
+    """The report on `result`, which `lemoe.evaluate` gave for the same base, state, edits and `decode`.
+
+    Args:
+        source: name of the edits, such as their file's.
+        factors: the three factors of these edits, where they were measured.
+        comparison: of methods on them, where it was made.
+    """
+    numbers = round_numbers(state, edits)
+    homes = Homes(state, edits)
+    threshold = state.settings.gate_conflict if state and state.settings.method == GATED else None
+    return Report(
+        source=shown(source),
+        edited=state is not None,
+        facts=_facts(base, state, edits, decode),
+        settings=_settings(state),
+        metrics=scores_of(result.metrics),
+        rounds=qualities(result, numbers, decode),
+        routes=destinations(result.records, homes) if state else (),
+        gate=None if threshold is None else gate_of(result.records, threshold),
+        clusters=_clusters(base, edits, numbers),
+        failures=failures(result.records, edits, homes, numbers, threshold) if state else (),
+        forgetting=forgetting_of(factors.forgetting) if factors else None,
+        routed=forgetting_of(factors.routing) if factors and factors.routing else None,
+        orders=order_table(factors) if factors and factors.orders else None,
+        methods=method_rows(comparison) if comparison else (),
+    )
+
+
+def _facts(base: BaseModel, state: AdaptorState | None, edits: Sequence[Edit], decode: Decode) -> tuple[Fact, ...]:
+    facts = [
+        Fact(
+            "model", f"{shown(base.source.hub_id or base.source.shared_name)}, {str(base.dtype).removeprefix('torch.')}"
+        )
+    ]
+    if state:
+        taught = sum(len(record.edits) for record in state.rounds)
+        facts += [
+            Fact("adaptor", f"{counted(taught, 'edit')} in {counted(len(state.rounds), 'round')}"),
+            Fact("method", f"{state.settings.method}, beside the FFN of layer {state.base.layer}"),
+        ]
+    facts += [
+        Fact("measured", f"{counted(len(edits), 'edit')}, SHA-256 {digest_of(edits)[:12]}"),
+        Fact("decoding", DECODING[decode]),
+        Fact("written by", f"lemoe {__version__}"),
+    ]
+    return tuple(facts)
+
+
+def _settings(state: AdaptorState | None) -> tuple[Fact, ...]:
+    return tuple(Fact(name, shown(str(value))) for name, value in state.settings.as_dict().items()) if state else ()
+
+
+def _clusters(base: BaseModel, edits: Sequence[Edit], numbers: Mapping[str, int]) -> Clusters | None:
+    members: dict[int, list[Edit]] = {number: [] for number in sorted(set(numbers.values()))}
+    for edit in edits:
+        if edit.id in numbers:
+            members[numbers[edit.id]].append(edit)
+    return clusters_of(base, list(members.items())) if members else None

@@ -1,0 +1,108 @@
+"""The probes that went worst, each with its route and why."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lemoe.edits import Edit
+from lemoe.evaluation import Record
+from lemoe.report.routes import Destination, Homes
+from lemoe.report.text import shown
+
+FAILURES_SHOWN = 10  # of each metric
+ID_SHOWN = 60  # characters of an edit's name
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A probe that is not answered as expected; all texts fit to be shown.
+
+    Attributes:
+        accuracy: share of the expected tokens that the edited model gives.
+        why: how the prompt was routed.
+        scores: what the gate made of it; empty where there is no gate, or nothing to score.
+    """
+
+    edit: str
+    kind: str
+    prompt: str
+    expected: str
+    before: str
+    after: str
+    accuracy: float
+    why: str
+    scores: str
+
+
+@dataclass(frozen=True)
+class Failures:
+    """The worst of a metric's probes that fail, and how many fail of how many."""
+
+    name: str
+    worst: tuple[Failure, ...]
+    failed: int
+    probes: int
+
+
+def failures(
+    records: Sequence[Record],
+    edits: Sequence[Edit],
+    homes: Homes,
+    numbers: Mapping[str, int],
+    threshold: float | None,
+) -> tuple[Failures, ...]:
+    """The worst failures of each metric: those with the least right first, and among them those that were right before.
+
+    Args:
+        numbers: the round of each edit, by id.
+        threshold: of the gate; None where there is none.
+    """
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.name, []).append(record)
+    named = {edit.id: _named(edit, numbers) for edit in edits}
+    found = []
+    for name, group in groups.items():
+        failed = [record for record in group if record.token_accuracy_after < 1.0]
+        failed.sort(key=lambda record: (record.token_accuracy_after, -record.token_accuracy_before))
+        worst = [_failure(record, homes.destination(record), named, threshold) for record in failed[:FAILURES_SHOWN]]
+        found.append(Failures(name, tuple(worst), len(failed), len(group)))
+    return tuple(found)
+
+
+def _failure(record: Record, went: Destination, named: Mapping[str, str], threshold: float | None) -> Failure:
+    return Failure(
+        edit=shown(record.edit, ID_SHOWN),
+        kind=shown(record.kind, ID_SHOWN),
+        prompt=shown(record.prompt),
+        expected=shown(record.expected),
+        before=shown(record.before),
+        after=shown(record.after),
+        accuracy=record.token_accuracy_after,
+        why=_why(record, went, named),
+        scores="" if threshold is None or record.nearest is None else _scores(record, threshold),
+    )
+
+
+def _named(edit: Edit, numbers: Mapping[str, int]) -> str:
+    """An edit by its name, its round and what it teaches."""
+    place = f"round {numbers[edit.id]}, " if edit.id in numbers else ""
+    return f"{shown(edit.id, ID_SHOWN)} ({place}target “{shown(edit.target, ID_SHOWN)}”)"
+
+
+def _why(record: Record, went: Destination, named: Mapping[str, str]) -> str:
+    if went == "own":
+        return "reached the edit’s own expert"
+    if went == "subject":
+        return "no expert, mentions no edit’s subject"
+    nearest = record.nearest or ""
+    other = named.get(nearest, shown(nearest, ID_SHOWN))
+    if went == "other":
+        return f"reached the expert of {other}"
+    of = "the edit’s subject" if nearest == record.edit else f"the subject of {other}"
+    return f"no expert, mentions {of} but is read as another question"
+
+
+def _scores(record: Record, threshold: float) -> str:
+    route = record.route
+    sign = "≤" if route.conflict <= threshold else ">"
+    return f"conflict {route.conflict:.2f} {sign} {threshold:.2f}, coverage {route.coverage:.2f}, fit {route.fit:.2f}"

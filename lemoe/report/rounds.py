@@ -1,0 +1,85 @@
+"""Quality round by round: what each round's edits came to after the last one."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from lemoe.adaptor import AdaptorState
+from lemoe.edits import Edit
+from lemoe.evaluation import EvalResult, Record
+from lemoe.metrics import Decode, Metric, mean
+from lemoe.report.studies import Matrix
+
+ROUNDS_SHOWN = 40  # beyond which a plot holds evenly spread ones
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class RoundQuality:
+    """One round: how many of its edits were measured, and their figures (token accuracy) after the last round."""
+
+    number: int
+    edits: int
+    reliability: Metric | None
+    generality: Metric | None
+    agreement: Metric | None
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """Figures of each round (row) after each round (column), None before it was taught.
+
+    Attributes:
+        numbers: of the rounds that are shown.
+        total: how many rounds there are.
+    """
+
+    values: Matrix
+    numbers: tuple[int, ...]
+    total: int
+
+
+def round_numbers(state: AdaptorState | None, edits: Sequence[Edit]) -> dict[str, int]:
+    """The round, from 1, of each edit (by id) that the adaptor holds."""
+    rounds = state.rounds if state else ()
+    held = {digest: number for number, record in enumerate(rounds, 1) for digest in record.edits}
+    return {edit.id: held[edit.digest] for edit in edits if edit.digest in held}
+
+
+def qualities(result: EvalResult, numbers: Mapping[str, int], decode: Decode) -> tuple[RoundQuality, ...]:
+    """The figures of every round that has measured edits."""
+    agreement = {m.kind: m for m in result.metrics if (m.name, m.measure) == ("routing", "agreement")}
+    records: dict[int, list[Record]] = {number: [] for number in sorted(set(numbers.values()))}
+    for record in result.records:
+        if record.edit in numbers:
+            records[numbers[record.edit]].append(record)
+    return tuple(
+        RoundQuality(
+            number=number,
+            edits=sum(place == number for place in numbers.values()),
+            reliability=_accuracy("reliability", number, of_round, decode),
+            generality=_accuracy("generality", number, of_round, decode),
+            agreement=agreement.get(f"round {number}"),
+        )
+        for number, of_round in records.items()
+    )
+
+
+def _accuracy(name: str, number: int, records: Sequence[Record], decode: Decode) -> Metric | None:
+    scores = [record.token_accuracy_after for record in records if record.name == name]
+    return mean(name, f"round {number}", "token_accuracy", decode, "after", scores) if scores else None
+
+
+def forgetting_of(matrix: Matrix) -> Forgetting:
+    """The matrix, of evenly spread rounds where it has too many."""
+    places = spread(range(len(matrix)), ROUNDS_SHOWN)
+    values = tuple(tuple(matrix[row][column] for column in places) for row in places)
+    return Forgetting(values, tuple(place + 1 for place in places), len(matrix))
+
+
+def spread(items: Sequence[Item], most: int) -> list[Item]:
+    """All items, or `most` evenly spread ones, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]

@@ -1,0 +1,110 @@
+"""Where prompts went, and how the gate scored them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lemoe.adaptor import AdaptorState
+from lemoe.edits import Edit
+from lemoe.evaluation import Record
+from lemoe.metrics import DEFINITIONS
+from lemoe.report.scores import KIND_SHOWN
+from lemoe.report.text import shown
+
+Destination = Literal["own", "other", "relation", "subject"]
+METRIC_NAMES = list(DEFINITIONS)
+DESTINATIONS: tuple[Destination, ...] = ("own", "other", "relation", "subject")
+
+
+@dataclass(frozen=True)
+class Destinations:
+    """How many probes of one kind went where: to an expert of their edit, to another's, or, the gate shut, to none.
+
+    Attributes:
+        counts: in the order of `DESTINATIONS`.
+    """
+
+    name: str
+    kind: str
+    counts: tuple[int, ...]
+
+    @property
+    def n(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        return tuple(count / self.n for count in self.counts)
+
+
+@dataclass(frozen=True)
+class GateScores:
+    """How the gate scored the probes of one metric.
+
+    Attributes:
+        conflicts: of those that mention an edit's subject: how far they ask something else; 0 is the same question.
+        unmentioned: how many mention none.
+        opened: how many opened the gate.
+    """
+
+    name: str
+    conflicts: tuple[float, ...]
+    unmentioned: int
+    opened: int
+
+    @property
+    def n(self) -> int:
+        return len(self.conflicts) + self.unmentioned
+
+
+@dataclass(frozen=True)
+class Gate:
+    """All scores, and the conflict up to which the gate opens."""
+
+    threshold: float
+    scores: tuple[GateScores, ...]
+
+
+class Homes:
+    """Which experts each measured edit was taught to."""
+
+    def __init__(self, state: AdaptorState | None, edits: Sequence[Edit]):
+        """Of `edits` in `state`; without a state, none."""
+        held = state.homes if state else {}
+        self._experts: Mapping[str, frozenset[int]] = {edit.id: held.get(edit.digest, frozenset()) for edit in edits}
+
+    def destination(self, record: Record) -> Destination:
+        """Where the prompt of a probe went."""
+        if record.route.expert in self._experts.get(record.edit, frozenset()):
+            return "own"
+        if record.route.expert >= 0:
+            return "other"
+        return "relation" if record.route.scope == "relation" else "subject"
+
+
+def destinations(records: Sequence[Record], homes: Homes) -> tuple[Destinations, ...]:
+    """Where the probes of each metric and kind went."""
+    found: dict[tuple[str, str], list[Destination]] = {}
+    for record in sorted(records, key=lambda record: METRIC_NAMES.index(record.name)):
+        found.setdefault((record.name, record.kind), []).append(homes.destination(record))
+    return tuple(
+        Destinations(name, shown(kind, KIND_SHOWN), tuple(map(went.count, DESTINATIONS)))
+        for (name, kind), went in found.items()
+    )
+
+
+def gate_of(records: Sequence[Record], threshold: float) -> Gate:
+    """The gate's scores of the probes of each metric."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.name, []).append(record)
+    scores = [
+        GateScores(
+            name=name,
+            conflicts=tuple(record.route.conflict for record in group if record.nearest is not None),
+            unmentioned=sum(record.nearest is None for record in group),
+            opened=sum(record.route.expert >= 0 for record in group),
+        )
+        for name, group in groups.items()
+    ]
+    return Gate(threshold, tuple(scores))

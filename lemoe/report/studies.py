@@ -1,0 +1,138 @@
+"""What a report reads of studies that teach the edits anew, by several methods or in several orders."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from lemoe.metrics import Metric
+
+Matrix = Sequence[Sequence[float | None]]
+
+
+class Method(Protocol):
+    """Settings that name their method."""
+
+    @property
+    def method(self) -> str: ...
+
+
+class Order(Protocol):
+    """What one order of the edits came to."""
+
+    @property
+    def order(self) -> str: ...
+    @property
+    def seed(self) -> int | None: ...
+
+    def value(self, name: str, measure: str = ...) -> float | None:
+        """The figure of that name after the last round."""
+
+
+class Factors(Protocol):
+    """Reliability and routing of each round (row) after each round (column), and what other orders came to."""
+
+    @property
+    def settings(self) -> Method: ...
+    @property
+    def rounds(self) -> Sequence[Sequence[str]]: ...
+    @property
+    def forgetting(self) -> Matrix: ...
+    @property
+    def routing(self) -> Matrix | None: ...
+    @property
+    def orders(self) -> Sequence[Order]: ...
+
+
+class Compared(Protocol):
+    """One method's figures."""
+
+    @property
+    def settings(self) -> Method: ...
+    @property
+    def learned(self) -> float: ...
+    @property
+    def seconds_per_edit(self) -> float: ...
+    @property
+    def bytes_per_edit(self) -> float: ...
+
+    def value(self, name: str, measure: str = ...) -> Metric | None:
+        """The figure of that name after the last round."""
+
+
+class Comparison(Protocol):
+    """Methods side by side on the same rounds."""
+
+    @property
+    def rounds(self) -> Sequence[Sequence[str]]: ...
+    @property
+    def methods(self) -> Sequence[Compared]: ...
+
+
+@dataclass(frozen=True)
+class OrderRow:
+    """An order by name, and its figures (token accuracy); None where the edits have no such probes."""
+
+    name: str
+    reliability: float | None
+    generality: float | None
+
+
+@dataclass(frozen=True)
+class OrderTable:
+    """What each order came to, and the largest difference between any two."""
+
+    method: str
+    rows: tuple[OrderRow, ...]
+    reliability_spread: float | None
+    generality_spread: float | None
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """A method's figures (token accuracy), its seconds of training and its bytes kept, both an edit."""
+
+    method: str
+    learned: float
+    reliability: Metric | None
+    generality: Metric | None
+    locality: Metric | None
+    seconds: float
+    bytes: float
+
+
+def order_table(factors: Factors) -> OrderTable:
+    """The orders as a table."""
+    rows = tuple(
+        OrderRow(_order_name(order), order.value("reliability"), order.value("generality")) for order in factors.orders
+    )
+    return OrderTable(
+        factors.settings.method,
+        rows,
+        _spread([row.reliability for row in rows]),
+        _spread([row.generality for row in rows]),
+    )
+
+
+def _order_name(order: Order) -> str:
+    return order.order if order.seed is None else f"{order.order}, seed {order.seed}"
+
+
+def _spread(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return max(known) - min(known) if known else None
+
+
+def method_rows(comparison: Comparison) -> tuple[MethodRow, ...]:
+    """The methods as rows of a table."""
+    return tuple(
+        MethodRow(
+            method=one.settings.method,
+            learned=one.learned,
+            reliability=one.value("reliability"),
+            generality=one.value("generality"),
+            locality=one.value("locality"),
+            seconds=one.seconds_per_edit,
+            bytes=one.bytes_per_edit,
+        )
+        for one in comparison.methods
+    )
