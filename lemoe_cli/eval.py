@@ -81,11 +81,13 @@ def command(
     from lemoe.evaluation import evaluate
     from lemoe.files import check_free, write_whole
     from lemoe.insertion import check_base
-    from lemoe.report import check_reports, report_of, write_reports
 
     if records is not None:
         check_free(records, overwrite=force)
-    check_reports(reports, overwrite=force)
+    if reports:
+        from lemoe.report import check_reports, report_of, write_reports
+
+        check_reports(reports, overwrite=force)
     if card and not adaptor:
         raise click.UsageError("--card needs an --adaptor, beside which the card stands")
     read = open_edits(edits, options)
