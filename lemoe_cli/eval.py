@@ -187,11 +187,13 @@ def _bars(adaptor: Path | None, decode: "Decode", options: dict[str, Any]) -> "t
 def _check_outputs(adaptor: Path | None, options: dict[str, Any], *, force: bool) -> None:
     """Refuse, before anything is computed, what cannot be written."""
     from lemoe.files import check_free
-    from lemoe.report import check_reports
 
     if options["records"] is not None:
         check_free(options["records"], overwrite=force)
-    check_reports(options["reports"], overwrite=force)
+    if options["reports"]:
+        from lemoe.report import check_reports
+
+        check_reports(options["reports"], overwrite=force)
     if options["card"] and not adaptor:
         raise click.UsageError("--card needs an --adaptor, beside which the card stands")
 
@@ -212,12 +214,13 @@ def _write(
     """The files that were asked for."""
     from lemoe.card import write_card
     from lemoe.files import write_whole
-    from lemoe.report import report_of, write_reports
 
     if options["records"] is not None:
         lines = (json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in result.records)
         write_whole(options["records"], "".join(lines).encode(), overwrite=force)
     if options["reports"]:
+        from lemoe.report import report_of, write_reports
+
         report = report_of(
             base,
             state,

@@ -197,7 +197,6 @@ class OneOrder:
 @dataclass(frozen=True)
 class ThreeFactors:
     settings: Settings
-    rounds: Sequence[Sequence[str]]
     forgetting: Sequence[Sequence[float | None]]
     routing: Sequence[Sequence[float | None]] | None
     orders: Sequence[OneOrder]
@@ -208,7 +207,7 @@ def test_factors_add_forgetting_and_order(
 ) -> None:
     orders = (OneOrder("planned", None, (0.9, 0.5)), OneOrder("random", 7, (0.64, None)))
     matrix = ((0.875, 0.25), (None, 0.75))
-    factors = ThreeFactors(state.settings, (("a",), ("b",)), matrix, None, orders)
+    factors = ThreeFactors(state.settings, matrix, None, orders)
     text = text_of(as_html(report_of(base, state, probed, result, source="edits", factors=factors)))
     assert "0.88 0.25 0.75" in text
     assert "random, seed 7 0.640 –" in text
@@ -222,7 +221,7 @@ def test_a_long_run_leaves_rounds_out_of_its_drawings_and_says_so(
 ) -> None:
     count = 150
     matrix = tuple(tuple(1.0 if j >= i else None for j in range(count)) for i in range(count))
-    factors = ThreeFactors(state.settings, (("a",),) * count, matrix, matrix, ())
+    factors = ThreeFactors(state.settings, matrix, matrix, ())
     page = as_html(report_of(base, state, probed, result, source="edits", factors=factors))
     assert "40 of 150 rounds, evenly spread." in text_of(page)
     assert len(page.encode()) < 500_000

@@ -9,6 +9,7 @@ from lemoe.report.scores import MetricScores, Score
 from lemoe.report.text import counted, percent, with_error
 
 ANSWER_SHOWN = 120  # characters
+_PLAIN = re.compile(r"(?:[A-Za-z0-9 ,()-]|: |\.(?=\d))*")
 _ACTIVE = re.compile(r"[\\`*_~\[\]<>|&:@#$\"]|(?<=www)\.", re.IGNORECASE)
 
 
@@ -30,7 +31,9 @@ def as_markdown(report: Report) -> str:
 
 
 def _facts(report: Report) -> str:
-    return "<br>\n".join(f"{fact.name}: {_code(fact.value)}" for fact in report.facts)
+    return "<br>\n".join(
+        f"{fact.name}: {fact.value if _PLAIN.fullmatch(fact.value) else _code(fact.value)}" for fact in report.facts
+    )
 
 
 def _headlines(metric: MetricScores) -> Iterable[Score]:
@@ -60,15 +63,20 @@ def _failures(group: Failures) -> str:
     title = f"{group.name}: {group.failed:,} of {counted(group.probes, 'probe')} fail" + (
         f", the worst {most}" if most < group.failed else ""
     )
-    columns = ("prompt", "expected", "before", "after", "tokens", "route")
-    return _folded(title, _table(columns, map(_failure, group.worst), left=len(columns)))
+    return _folded(title, "\n".join(map(_failure, group.worst)))
 
 
-def _failure(failure: Failure) -> list[str]:
-    answers = (failure.expected, failure.before, failure.after)
+def _failure(failure: Failure) -> str:
+    """An item of a list."""
+    answers = (("expected", failure.expected), ("before", failure.before), ("after", failure.after))
     why = f"{failure.why}; {failure.scores}" if failure.scores else failure.why
-    cut = [text if len(text) <= ANSWER_SHOWN else f"{text[:ANSWER_SHOWN]}…" for text in answers]
-    return [_code(failure.prompt), *map(_code, cut), percent(failure.accuracy), _code(why)]
+    told = [f"{name} {_code(_cut(text)) or '–'}" for name, text in answers]
+    told[-1] += f" ({percent(failure.accuracy)} of the tokens)"
+    return f"1. {_code(failure.prompt)}<br>{', '.join(told)}<br>{_code(why)}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= ANSWER_SHOWN else f"{text[:ANSWER_SHOWN]}…"
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> str:

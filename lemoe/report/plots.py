@@ -11,7 +11,7 @@ import numpy
 
 from lemoe.metrics import Metric
 from lemoe.report.clusters import Cluster, Clusters
-from lemoe.report.rounds import Forgetting, RoundQuality, spread
+from lemoe.report.rounds import ROUNDS_SHOWN, Forgetting, RoundQuality, spread
 from lemoe.report.routes import Gate, GateScores
 from lemoe.report.text import figure, percent
 
@@ -147,7 +147,7 @@ class Scatter:
 
 def quality_plot(rounds: Sequence[RoundQuality]) -> Lines:
     """Reliability and generality of each round after the last one, with standard errors."""
-    shown = spread(rounds, 60)
+    shown = spread(rounds, ROUNDS_SHOWN)
     across = _scale(1, max(2, len(shown)), LEFT + 14, RIGHT - 14)
     found = {
         "reliability": [(across(place), of.reliability, of.number) for place, of in enumerate(shown, 1)],

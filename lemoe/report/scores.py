@@ -32,10 +32,6 @@ class Score:
         return self.last.n
 
     @property
-    def definition(self) -> Definition:
-        return DEFINITIONS[self.name]
-
-    @property
     def meaning(self) -> Measure:
         return MEASURES[self.measure]
 
