@@ -99,7 +99,9 @@ def command(
     from lemoe.checkpoint import load_adaptor
     from lemoe.insertion import check_base
     from lemoe.texts import read_texts
+    from lemoe_cli.studies import run_studies, studied
 
+    studied(options)
     bars = _bars(adaptor, decode, options)
     _check_outputs(adaptor, options, force=force)
     read = open_edits(edits, options)
@@ -108,7 +110,6 @@ def command(
     check_kinds(bars, read, len(state.rounds) if state else 0)
     base = open_base(options, quiet=quiet)
 
-    from lemoe_cli.studies import run_studies
     from lemoe_cli.ui import say
 
     differences = check_base(base, state, allow=allow_base_mismatch) if state else ()

@@ -53,6 +53,16 @@ class Studies:
             _show_factors(self.factors)
 
 
+def studied(options: Mapping[str, Any]) -> "tuple[list[Settings], Settings | None]":
+    """The methods that --compare names, and the one of --factors.
+
+    Raises:
+        InputError: for a preset that is not known.
+    """
+    named = methods_named(options["compare"], options) if options["compare"] is not None else []
+    return named, methods_named(options["preset"], options)[0] if options["factors"] else None
+
+
 def run_studies(
     base: "BaseModel",
     edits: "Sequence[Edit]",
@@ -66,8 +76,7 @@ def run_studies(
     from lemoe.comparison import compare
     from lemoe.factors import measure_factors
 
-    named = methods_named(options["compare"], options) if options["compare"] is not None else []
-    method = methods_named(options["preset"], options)[0] if options["factors"] else None
+    named, method = studied(options)
     common: dict[str, Any] = {"decode": decode, "batch_tokens": batch_tokens}
     with stage("teaching anew", quiet=quiet) as notify:
         comparison = compare(base, edits, named, notify=notify, **common) if named else None

@@ -197,7 +197,7 @@ def test_one_command_measures_the_three_factors(edits: Path, tiny_folder: Callab
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--compare", "ft,nothing"], ["--compare", ","], ["--compare", "ft", "--factors"], ["--factors", "--card"]],
+    [["--compare", "ft,nothing"], ["--compare", ","], ["--factors", "--preset", "nothing"], ["--factors", "--card"]],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_is_loaded(edits: Path, arguments: list[str]) -> None:
     result = lemoe_command("eval", edits, "--model", "no-such-model", *arguments)
