@@ -29,7 +29,8 @@ def one_size() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def whole(base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf) -> lemoe.AdaptorState:
     """Two rounds of three edits with an expert each."""
-    return lemoe.stack([lemoe.train_round(base, facts[:3], anchor()), lemoe.train_round(base, facts[3:], anchor())])
+    few = anchor(steps=6, variants=1)
+    return lemoe.stack([lemoe.train_round(base, facts[:3], few), lemoe.train_round(base, facts[3:], few)])
 
 
 @pytest.fixture(scope="module")

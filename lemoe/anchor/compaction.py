@@ -2,9 +2,11 @@
 
 Texts are made from the anchors, so that no edits file is needed, and from more rewordings than an expert of one edit is
 trained on. What is kept is measured before and after on the edited model itself: own prompts, rewordings that were not
-trained on, and other questions about the subjects. Ways that start from the old experts were measured too: keeping
-their strongest neurons, alone or with a least-squares fit of what they write, or with training towards the old
-experts' outputs; all lose more at the same size.
+trained on, and other questions about the subjects.
+
+What is left of the reliability of 100 or 200 ZsRE edits at two neurons an edit: .56 with the strongest neurons of the old
+experts, .61 with what those write fitted anew by least squares, .70 trained towards the old experts' outputs, 1.00 trained
+on the texts. Starting that from the old neurons makes no difference that could not be chance.
 """
 
 import hashlib
@@ -35,8 +37,8 @@ from lemoe.tokens import Passage, encode
 
 EDITS = 10  # of a shared expert, at most
 NEURONS = (2.0, 1.0, 0.5, 0.25)  # an edit, tried in turn
-STEPS = 2  # times as many as a round was trained for
-REWORDINGS = 2  # times as many as a round was trained on
+STEPS = 4  # times as many as a round was trained for
+REWORDINGS = 4  # times as many as a round was trained on
 PROBES = 3  # rewordings, and other questions, of each edit that are measured
 MEASURES = ("reliability", "generality", "locality")
 
