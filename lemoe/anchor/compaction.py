@@ -4,9 +4,9 @@ Texts are made from the anchors, so that no edits file is needed, and from more 
 trained on. What is kept is measured before and after on the edited model itself: own prompts, rewordings that were not
 trained on, and other questions about the subjects.
 
-What is left of the reliability of 100 or 200 ZsRE edits at two neurons an edit: .56 with the strongest neurons of the old
-experts, .61 with what those write fitted anew by least squares, .70 trained towards the old experts' outputs, 1.00 trained
-on the texts. Starting that from the old neurons makes no difference that could not be chance.
+What is left of the reliability of 100 or 200 ZsRE edits at two neurons an edit: .56 with the strongest neurons of the
+old experts, .61 with what those write fitted anew by least squares, .70 trained towards the old experts' outputs, 1.00
+trained on the texts. Starting that from the old neurons makes no difference that could not be chance.
 """
 
 import hashlib
