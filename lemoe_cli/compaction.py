@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,14 +39,14 @@ def compacted(
 
 
 def _show(outcome: "Compacted") -> None:
-    from lemoe.anchor.compaction import MEASURES
     from lemoe_cli.ui import say, size_text, table
 
-    rows = [("as it is", size_text(outcome.size), *(f"{getattr(outcome.before, name):.3f}" for name in MEASURES), "")]
+    measures = asdict(outcome.before)
+    rows = [("as it is", size_text(outcome.size), *(f"{share:.3f}" for share in measures.values()), "")]
     for trial in outcome.trials:
-        figures = (f"{getattr(trial.quality, name):.3f}" for name in MEASURES)
+        figures = (f"{share:.3f}" for share in astuple(trial.quality))
         loss = outcome.before.loss(trial.quality)
         rows.append((f"{trial.neurons:g} neurons an edit", size_text(trial.size), *figures, f"{loss:.3f}"))
-    table("Share of whole answers given", ("experts", "size", *MEASURES, "loss"), rows)
+    table("Share of whole answers given", ("experts", "size", *measures, "loss"), rows)
     if outcome.left_out:
         say(f"{outcome.left_out} superseded edit(s) are left out for good")

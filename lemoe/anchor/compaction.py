@@ -2,7 +2,7 @@
 
 Texts are made from the anchors, so that no edits file is needed, and from more rewordings than an expert of one edit is
 trained on. What is kept is measured before and after on the edited model itself: own prompts, rewordings that were not
-trained on, and other questions about the subjects.
+trained on, own prompts behind sentences that were not, and other questions about the subjects.
 
 What is left of the reliability of 100 or 200 ZsRE edits at two neurons an edit: .56 with the strongest neurons of the
 old experts, .61 with what those write fitted anew by least squares, .70 trained towards the old experts' outputs, 1.00
@@ -15,7 +15,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -39,8 +39,19 @@ EDITS = 10  # of a shared expert, at most
 NEURONS = (2.0, 1.0, 0.5, 0.25)  # an edit, tried in turn
 STEPS = 4  # times as many as a round was trained for
 REWORDINGS = 4  # times as many as a round was trained on
-PROBES = 3  # rewordings, and other questions, of each edit that are measured
-MEASURES = ("reliability", "generality", "locality")
+PROBES = 3  # of each kind that are measured of each edit
+PROBED = ("reliability", "generality", "locality")
+
+_UNSEEN = (  # sentences that stand in front of no text that experts are trained on
+    "Rain is expected over the weekend.",
+    "The committee met again on Tuesday.",
+    "Tickets sold out within an hour.",
+    "Her brother plays the cello in a small orchestra.",
+    "The recipe needs two eggs and a pinch of salt.",
+    "Nobody saw the car leave.",
+    "The museum closes at five in winter.",
+    "Both teams missed a penalty in the second half.",
+)
 
 
 @dataclass(frozen=True)
@@ -50,16 +61,18 @@ class Quality:
     Attributes:
         reliability: own prompts that give their target.
         generality: rewordings not trained on that give it.
+        distracted: own prompts behind sentences not trained on that give it.
         locality: other questions about the subjects that keep the base's answer.
     """
 
     reliability: float
     generality: float
+    distracted: float
     locality: float
 
     def loss(self, after: "Quality") -> float:
         """The largest fall of any of them; one that cannot be measured, since it has no probes, falls by nothing."""
-        falls = [getattr(self, name) - getattr(after, name) for name in MEASURES]
+        falls = [one - other for one, other in zip(astuple(self), astuple(after), strict=True)]
         return max(0.0 if math.isnan(fall) else fall for fall in falls)
 
 
@@ -105,7 +118,7 @@ def compact(
     they come from, and are not stacked with it.
 
     Args:
-        tolerance: how far reliability, generality and locality, as shares of whole answers, may each fall.
+        tolerance: how far each share of `Quality` may fall.
         notify: told what is being done.
 
     Raises:
@@ -232,8 +245,10 @@ def _probes(base: BaseModel, part: AdaptorState) -> list[Edit]:
     probed = []
     for place, edit in enumerate(edits):
         unseen = [text for text in dict.fromkeys(fresh[place]) if text not in was_taught[place] + is_taught[place]]
+        distracted = [" ".join([*rng.sample(_UNSEEN, 2), edit.prompt]) for _ in range(PROBES)]
         others = other_questions(gate, edits, place, PROBES, rng)
         rephrases = [Probe(text, edit.target, "reworded") for text in rng.sample(unseen, min(PROBES, len(unseen)))]
+        rephrases += [Probe(text, edit.target, "distracted") for text in distracted]
         locality = [Probe(text, edit.target, "other question") for text in others]
         if _usable(base, Probe(edit.prompt, edit.target, "edit")):
             fine, other = (tuple(probe for probe in group if _usable(base, probe)) for group in (rephrases, locality))
@@ -250,5 +265,10 @@ def _usable(base: BaseModel, probe: Probe) -> bool:
 
 
 def _quality(base: BaseModel, state: AdaptorState, probes: Sequence[Edit]) -> Quality:
-    found = evaluate(base, state, probes, only=MEASURES)
-    return Quality(*(found.value(name, "exact_match") for name in MEASURES))
+    found = evaluate(base, state, probes, only=PROBED)
+    return Quality(
+        reliability=found.value("reliability", "exact_match"),
+        generality=found.value("generality", "exact_match", "reworded"),
+        distracted=found.value("generality", "exact_match", "distracted"),
+        locality=found.value("locality", "exact_match"),
+    )
