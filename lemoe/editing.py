@@ -27,7 +27,7 @@ from lemoe.insertion import check_base
 from lemoe.memory import SMALLEST, fitting_tokens, free_memory
 from lemoe.methods import check_adds_experts, parent_of, rounds_depend, train_round
 from lemoe.models import BaseModel
-from lemoe.planning import load_plan, plan, rounds_of, save_plan
+from lemoe.planning import Round, load_plan, plan, rounds_of, save_plan
 from lemoe.settings import Settings
 from lemoe.structure import FFNSite
 from lemoe.training import Step, encode_edits
@@ -91,6 +91,7 @@ def edit(
     *,
     source: str = "",
     plan_file: Path | str | None = None,
+    places: range | None = None,
     start: AdaptorState | None = None,
     force: bool = False,
     resume: bool = False,
@@ -102,17 +103,20 @@ def edit(
     Args:
         source: name of the edits file, for the plan.
         plan_file: rounds to follow; planned afresh if None.
+        places: train only the rounds at these places of the plan file, from 0; the adaptors of all places, stacked in
+            their order, are the adaptor of one run.
         start: an earlier adaptor to continue; its experts stay as they are, and edits it holds are left out.
         force: write into a folder that holds an earlier run, replacing its files.
         resume: keep the rounds that an unfinished run of the same edits and settings left in `folder`.
         allow_base_mismatch: continue `start` on a base that it was not made for; the new rounds record how it differs.
 
     Raises:
-        InputError: for edits or a plan that cannot be used.
+        InputError: for edits or a plan that cannot be used, or places that cannot be trained by themselves.
         AdaptorError: if `start` belongs to another base model.
         OutputError: if the folder holds an earlier run, or another is at work in it, or it cannot be written.
     """
     check_adds_experts(settings)
+    check_places(places, settings, planned=plan_file is not None)
     listener = listener or Silent()
     folder = Path(folder)
     if start:
@@ -120,7 +124,9 @@ def edit(
             listener.note(f"another base than the adaptor was made for: {difference}")
         check_settings(start, settings)
     with _locked(folder):
-        return _edit(base, edits, settings, folder, source, plan_file, start, listener, force=force, resume=resume)
+        return _edit(
+            base, edits, settings, folder, source, plan_file, places, start, listener, force=force, resume=resume
+        )
 
 
 @contextmanager
@@ -153,6 +159,7 @@ def _edit(
     folder: Path,
     source: str,
     plan_file: Path | str | None,
+    places: range | None,
     start: AdaptorState | None,
     listener: Listener,
     *,
@@ -167,7 +174,7 @@ def _edit(
         plan_file = folder / PLAN_NAME
     new = _not_yet_taught(edits, start, listener)
     if plan_file is not None:
-        rounds = _follow(plan_file, edits, new, folder, overwrite=force or resume)
+        rounds = _follow(plan_file, places, edits, new, folder, overwrite=force or resume)
     else:
         rounds = _plan(base, new, settings, folder, source, listener, overwrite=force or resume)
     settings = _fitting(base, site, settings, listener)
@@ -180,9 +187,9 @@ def _edit(
     path = folder / ADAPTOR_NAME
     save_adaptor(state, path, overwrite=force or resume)
     if force:
-        _remove_leftovers(folder, len(rounds))
+        _remove_leftovers(folder, rounds)
     write_card(folder, base, state)
-    taught = [edit for members in rounds for edit in members]
+    taught = [edit for round_ in rounds for edit in round_.edits]
     measured = evaluate(
         base,
         state,
@@ -201,7 +208,11 @@ def _edit(
         exact_before=measured.value("reliability", "exact_match", stage="before"),
         exact_after=measured.value("reliability", "exact_match"),
         seconds=seconds,
-        unreached=tuple(n for n, s in enumerate(trained, 1) if not s.rounds[0].loss < settings.loss_target),
+        unreached=tuple(
+            round_.number
+            for round_, state in zip(rounds, trained, strict=True)
+            if not state.rounds[0].loss < settings.loss_target
+        ),
         missed=tuple(name for state in trained for name in state.rounds[0].missed or ()),
     )
 
@@ -250,10 +261,31 @@ def check_folder(folder: Path, *, force: bool = False, resume: bool = False) -> 
         )
 
 
-def _remove_leftovers(folder: Path, rounds: int) -> None:
-    """Round files of a longer earlier run in the same folder, which `force` replaced."""
+def check_places(places: range | None, settings: Settings, *, planned: bool) -> None:
+    """Refuse early, before anything is computed, rounds that cannot be trained by themselves.
+
+    Args:
+        planned: whether there is a plan file, which says what each place holds.
+
+    Raises:
+        InputError: saying what can be.
+    """
+    if places is None:
+        return
+    if not planned:
+        raise InputError("--rounds needs --plan, so that each part follows the same plan; lemoe plan writes one")
+    if places.start and rounds_depend(settings):
+        raise InputError(
+            f"--rounds must start at 0 with preset {settings.method}: each of its rounds is trained beside those "
+            "before it; rounds that --from holds already are left out"
+        )
+
+
+def _remove_leftovers(folder: Path, rounds: Sequence[Round]) -> None:
+    """Round files of an earlier run in the same folder, which `force` replaced."""
+    numbers = {round_.number for round_ in rounds}
     for path in (folder / ROUNDS_NAME).glob("[0-9]*.safetensors"):
-        if path.stem.isdigit() and int(path.stem) > rounds:
+        if path.stem.isdigit() and int(path.stem) not in numbers:
             path.unlink()
 
 
@@ -268,14 +300,26 @@ def _not_yet_taught(edits: Sequence[Edit], start: AdaptorState | None, listener:
 
 
 def _follow(
-    plan_file: Path | str, edits: Sequence[Edit], new: Sequence[Edit], folder: Path, *, overwrite: bool
-) -> list[list[Edit]]:
-    """The rounds of a plan file, without the edits that are taught already."""
+    plan_file: Path | str,
+    places: range | None,
+    edits: Sequence[Edit],
+    new: Sequence[Edit],
+    folder: Path,
+    *,
+    overwrite: bool,
+) -> list[Round]:
+    """The rounds at these places of a plan file, without the edits that are taught already."""
+    planned = load_plan(plan_file, edits)
+    if places is None:
+        places = range(len(planned))
+    if not 0 <= places.start < places.stop <= len(planned):
+        wanted_rounds = f"--rounds {places.start}-{places.stop - 1}"
+        raise InputError(f"{plan_file}: {wanted_rounds} is not in it: it has rounds 0 to {len(planned) - 1}")
     wanted = {edit.id for edit in new}
-    rounds = [[edit for edit in members if edit.id in wanted] for members in load_plan(plan_file, edits)]
-    rounds = [members for members in rounds if members]
+    rounds = [Round(n + 1, len(planned), [edit for edit in planned[n] if edit.id in wanted]) for n in places]
+    rounds = [round_ for round_ in rounds if round_.edits]
     if not rounds:
-        raise InputError(f"{plan_file}: all edits of the plan are already in the adaptor; there is nothing to teach")
+        raise InputError(f"{plan_file}: these rounds are already in the adaptor; there is nothing to teach")
     content = Path(plan_file).read_bytes()
     if not (folder / PLAN_NAME).exists() or (folder / PLAN_NAME).read_bytes() != content:
         write_whole(folder / PLAN_NAME, content, overwrite=overwrite)
@@ -291,18 +335,19 @@ def _plan(
     listener: Listener,
     *,
     overwrite: bool,
-) -> list[list[Edit]]:
+) -> list[Round]:
     planned = plan(base, edits, settings)
     for conflict in planned.conflicts:
         if conflict.relation != "contradiction":
             listener.note(f"{conflict.earlier} is left out: {conflict.relation} by {conflict.later}")
     write_whole(folder / PLAN_NAME, save_plan(planned, edits, source).encode(), overwrite=overwrite)
-    return rounds_of(planned, edits)
+    rounds = rounds_of(planned, edits)
+    return [Round(number, len(rounds), members) for number, members in enumerate(rounds, 1)]
 
 
 def _train_rounds(
     base: BaseModel,
-    rounds: Sequence[Sequence[Edit]],
+    rounds: Sequence[Round],
     settings: Settings,
     folder: Path,
     start: AdaptorState | None,
@@ -312,15 +357,15 @@ def _train_rounds(
     resume: bool,
 ) -> list[AdaptorState]:
     before, trained = start, []
-    for number, members in enumerate(rounds, 1):
-        listener.round_started(number, len(rounds), len(members))
-        path = folder / ROUNDS_NAME / f"{number:04d}.safetensors"
-        state = _finished(base, path, members, settings, before) if resume else None
+    for round_ in rounds:
+        listener.round_started(round_.number, round_.of, len(round_.edits))
+        path = folder / ROUNDS_NAME / f"{round_.number:04d}.safetensors"
+        state = _finished(base, path, round_.edits, settings, before) if resume else None
         kept = state is not None
         if state is None:
-            state = _train_within_memory(base, members, settings, before, listener)
+            state = _train_within_memory(base, round_.edits, settings, before, listener)
             if not math.isfinite(state.rounds[0].loss):
-                raise LemoeError(f"round {number} diverged (loss {state.rounds[0].loss}); lower --learning-rate")
+                raise LemoeError(f"round {round_.number} diverged (loss {state.rounds[0].loss}); lower --learning-rate")
             save_adaptor(state, path, overwrite=force or resume)
         trained.append(state)
         if before is None:

@@ -26,6 +26,24 @@ if TYPE_CHECKING:
     from lemoe.editing import EditReport
 
 SHOWN = 5  # names in a message
+
+
+class RoundRange(click.ParamType[range]):
+    """Places of rounds, from 0: one, or the first and the last."""
+
+    name = "N|N-N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> range:
+        first, dash, last = str(value).partition("-")
+        try:
+            places = range(int(first), int(last if dash else first) + 1)
+        except ValueError:
+            places = range(0)
+        if not places:
+            self.fail(f"{value!r} is neither a round, counted from 0, nor the first and the last: 7, 0-49", param, ctx)
+        return places
+
+
 _SETTINGS = (
     "order",
     "round_size",
@@ -45,6 +63,7 @@ _SETTINGS = (
 @model_options
 @click.option("--output", "-o", type=FILE, help="Folder for the result.  [default: EDITS with .lemoe]")
 @click.option("--plan", "plan_file", type=FILE, help="Follow this plan instead of planning.")
+@click.option("--rounds", type=RoundRange(), help="Train only these rounds of the plan, from 0, as a part to merge.")
 @click.option("--from", "start", type=FILE, help="Continue this adaptor; its edits stay as they are.")
 @settings_options
 @click.option("--layer", type=LayerChoice(), help="Decoder layer to edit, from 0; auto measures on your first edits.")
@@ -65,6 +84,7 @@ def command(
     edits: Path,
     output: Path | None,
     plan_file: Path | None,
+    rounds: range | None,
     start: Path | None,
     allow_base_mismatch: bool,
     resume: bool,
@@ -76,9 +96,12 @@ def command(
 
     Each round's state is written as soon as it is done (DIR/rounds/0001.safetensors, ...), the stack of all of
     them at the end (DIR/adaptor.safetensors). The base model's files are never changed.
+
+    With --plan and --rounds, parts of a plan are taught apart, on as many machines as there are: `lemoe merge` of all
+    parts, in order, gives the adaptor of one run, byte for byte.
     """
     from lemoe.checkpoint import load_adaptor
-    from lemoe.editing import check_folder, edit
+    from lemoe.editing import check_folder, check_places, edit
     from lemoe.layers import choose_layer
 
     read = open_edits(edits, options)
@@ -86,6 +109,7 @@ def command(
     measure_layer = options["layer"] == AUTO
     settings = settings_from({**options, "layer": None} if measure_layer else options, _SETTINGS)
     check_folder(folder, force=force, resume=resume)
+    check_places(rounds, settings, planned=plan_file is not None)
     earlier = load_adaptor(start) if start else None
     base = open_base(options, quiet=quiet)
 
@@ -107,6 +131,7 @@ def command(
             folder,
             source=edits.name,
             plan_file=plan_file,
+            places=rounds,
             start=earlier,
             force=force,
             resume=resume,

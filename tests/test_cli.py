@@ -316,6 +316,16 @@ MISTAKES = {
     "missing adaptor to merge": (("merge", "none", "-o", "merged"), "none: no such file"),
     "missing plan": (("edit", "{edits}", "-m", "{model}", *SMALL, "--plan", "none"), "none: cannot be read"),
     "bad plan": (("edit", "{edits}", "-m", "{model}", *SMALL, "--plan", "{edits}"), "edits.jsonl"),
+    "rounds without a plan": (("edit", "{edits}", "-m", "{model}", "--rounds", "0"), "--rounds needs --plan"),
+    "rounds backwards": (("edit", "{edits}", "-m", "{model}", "--plan", "none", "--rounds", "3-1"), "'3-1' is neither"),
+    "rounds of another kind": (
+        ("edit", "{edits}", "-m", "{model}", "--plan", "none", "--rounds", "a"),
+        "'a' is neither",
+    ),
+    "dependent rounds": (
+        ("edit", "{edits}", "-m", "{model}", *SMALL, "--plan", "none", "--rounds", "1-2"),
+        "--rounds must start at 0 with preset paper",
+    ),
     "missing settings": (("edit", "{edits}", "-m", "{model}", "--config", "none"), "none: cannot be read"),
     "bad settings": (("edit", "{edits}", "-m", "{model}", "--config", "{config}"), "did you mean steps?"),
     "no model": (("edit", "{edits}"), "--model"),
