@@ -19,8 +19,8 @@ import torch
 
 import lemoe
 from lemoe.evaluation import probes_of
-from lemoe.frozen.hooks import released
 from lemoe.frozen.replay import hidden_of
+from lemoe.hooks import released
 from lemoe.products import fast_products
 from lemoe.tokens import Batch, Passage, encode_all, length_buckets
 
