@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 from lemoe import __version__
 from lemoe.adaptor import AdaptorState
+from lemoe.comparison import Comparison
 from lemoe.edits import Edit, digest_of
 from lemoe.evaluation import EvalResult
+from lemoe.factors import Factors
 from lemoe.metrics import Decode
 from lemoe.models import BaseModel
 from lemoe.report.clusters import Clusters, clusters_of
@@ -14,7 +16,7 @@ from lemoe.report.failures import Failures, failures
 from lemoe.report.rounds import Forgetting, RoundQuality, forgetting_of, qualities, round_numbers
 from lemoe.report.routes import Destinations, Gate, Homes, destinations, gate_of
 from lemoe.report.scores import MetricScores, scores_of
-from lemoe.report.studies import Comparison, Factors, MethodRow, OrderTable, method_rows, order_table
+from lemoe.report.studies import MethodRow, OrderTable, method_rows, order_table
 from lemoe.report.text import counted, shown
 
 GATED = "anchor"  # the method whose router has a gate

@@ -2,66 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
+from lemoe.comparison import Comparison
+from lemoe.factors import Factors, OrderScore
 from lemoe.metrics import Metric
 
 Matrix = Sequence[Sequence[float | None]]
-
-
-class Method(Protocol):
-    """Settings that name their method."""
-
-    @property
-    def method(self) -> str: ...
-
-
-class Order(Protocol):
-    """What one order of the edits came to."""
-
-    @property
-    def order(self) -> str: ...
-    @property
-    def seed(self) -> int | None: ...
-
-    def value(self, name: str, measure: str = ...) -> float | None:
-        """The figure of that name after the last round."""
-
-
-class Factors(Protocol):
-    """Reliability and routing of each round (row) after each round (column), and what other orders came to."""
-
-    @property
-    def settings(self) -> Method: ...
-    @property
-    def forgetting(self) -> Matrix: ...
-    @property
-    def routing(self) -> Matrix | None: ...
-    @property
-    def orders(self) -> Sequence[Order]: ...
-
-
-class Compared(Protocol):
-    """One method's figures."""
-
-    @property
-    def settings(self) -> Method: ...
-    @property
-    def learned(self) -> float: ...
-    @property
-    def seconds_per_edit(self) -> float: ...
-    @property
-    def bytes_per_edit(self) -> float: ...
-
-    def value(self, name: str, measure: str = ...) -> Metric | None:
-        """The figure of that name after the last round."""
-
-
-class Comparison(Protocol):
-    """Methods side by side on the same rounds."""
-
-    @property
-    def methods(self) -> Sequence[Compared]: ...
 
 
 @dataclass(frozen=True)
@@ -109,7 +55,7 @@ def order_table(factors: Factors) -> OrderTable:
     )
 
 
-def _order_name(order: Order) -> str:
+def _order_name(order: OrderScore) -> str:
     return order.order if order.seed is None else f"{order.order}, seed {order.seed}"
 
 
