@@ -16,8 +16,8 @@ _ROMAN = re.compile(r"^(?=[ivxl])(l?x{0,3})(ix|iv|v?i{0,3})$")
 
 def fold(text: str) -> str:
     """Casefold and strip diacritics."""
-    text = unicodedata.normalize("NFKD", text.casefold().translate(_LETTERS)).casefold()
-    return text if text.isascii() else "".join(c for c in text if not unicodedata.combining(c))
+    text = unicodedata.normalize("NFKD", text.casefold()).casefold()
+    return text if text.isascii() else "".join(c for c in text if not unicodedata.combining(c)).translate(_LETTERS)
 
 
 @lru_cache(4096)
