@@ -563,7 +563,7 @@ def test_token_ids_beyond_the_vocabulary_harm_nothing(base: lemoe.BaseModel, tau
     ids = ids_of(base, IN_SCOPE[1])
     with lemoe.insert(base, state):
         expected = logits(base, ids)
-    with lemoe.insert(base, replace(state, router=replace(state.router, anchors=(strange, *rest)))):
+    with lemoe.insert(base, replace(state, router=type(state.router).of_each([strange, *rest]))):
         assert torch.equal(logits(base, ids), expected)
 
 
