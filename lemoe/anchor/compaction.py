@@ -39,6 +39,7 @@ EDITS = 10  # of a shared expert, at most
 NEURONS = (2.0, 1.0, 0.5, 0.25)  # an edit, tried in turn
 STEPS = 4  # times as many as a round was trained for
 REWORDINGS = 4  # times as many as a round was trained on
+ROUNDING = 1e-9  # of the difference of two shares
 PROBES = 3  # of each kind that are measured of each edit
 PROBED = ("reliability", "generality", "locality")
 
@@ -142,7 +143,7 @@ def compact(
         notify(f"teaching shared experts of {neurons:g} neurons an edit")
         smaller = _smaller(base, state, neurons)
         trials.append(Trial(neurons, bytes_of(smaller), _quality(base, smaller, probes)))
-        if before.loss(trials[-1].quality) > tolerance:
+        if before.loss(trials[-1].quality) > tolerance + ROUNDING:
             break
         best = smaller
     return Compacted(best, bytes_of(state), before, tuple(trials), len(gone))
@@ -205,8 +206,12 @@ def _shared(base: BaseModel, part: AdaptorState, neurons: float) -> AdaptorState
 
 def _recipe(settings: Settings) -> Settings:
     """How shared experts are taught: longer, on more rewordings, and again only where an answer is wrong."""
-    more, longer = REWORDINGS * settings.variants, STEPS * settings.steps
-    return replace(settings, steps=longer, variants=more, loss_target=math.inf)
+    return replace(
+        settings,
+        steps=STEPS * settings.steps,
+        variants=REWORDINGS * settings.variants,
+        loss_target=math.inf,
+    )
 
 
 def _id(record: RoundRecord, experts: int, width: int, settings: Settings) -> str:
