@@ -3,12 +3,13 @@
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 import lemoe
 from lemoe.adaptor import RoundRecord
@@ -43,10 +44,20 @@ def engine(tiny_folder: Callable[[str], Path]) -> RayEngine:
     return RayEngine(partial(lemoe.load_base, str(tiny_folder("llama"))), workers=2)
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Another number of threads than workers would have by themselves."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_workers_that_are_killed_change_no_byte_of_what_one_process_gives(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, engine: RayEngine, tmp_path: Path
 ) -> None:

@@ -177,7 +177,7 @@ def _connected(address: str | None, cpus: int) -> Iterator[None]:
         ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **here)
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"--address {address or 'left out'}: Ray cannot be started: {reason}") from None
+        raise InputError(f"--address {address or 'left out'}: Ray cannot be reached or started: {reason}") from None
     signal.signal(signal.SIGTERM, terminated)  # which Ray has put its own in place of
     try:
         yield
