@@ -11,48 +11,31 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
-import torch
 from filelock import FileLock, Timeout
 
-from lemoe.adaptor import AdaptorState, RoundRecord, check_settings, round_id, stack
+from lemoe.adaptor import AdaptorState, check_settings, round_id, stack
 from lemoe.card import write_card
 from lemoe.checkpoint import ADAPTOR_NAME, load_adaptor, save_adaptor
 from lemoe.edits import Edit
+from lemoe.engines import Engine
+from lemoe.engines.local import LocalEngine
 from lemoe.errors import AdaptorError, InputError, LemoeError, OutputError
 from lemoe.evaluation import evaluate
 from lemoe.files import remove_scratch, write_whole
 from lemoe.insertion import check_base
-from lemoe.memory import SMALLEST, fitting_tokens, free_memory
-from lemoe.methods import check_adds_experts, parent_of, rounds_depend, train_round
+from lemoe.listening import Listener, Silent
+from lemoe.memory import fitting_tokens, free_memory
+from lemoe.methods import check_adds_experts, parent_of, rounds_depend
 from lemoe.models import BaseModel
 from lemoe.planning import Round, load_plan, plan, rounds_of, save_plan
 from lemoe.settings import Settings
 from lemoe.structure import FFNSite
-from lemoe.training import Step, encode_edits
+from lemoe.training import encode_edits
 
 PLAN_NAME = "plan.yaml"
 ROUNDS_NAME = "rounds"
 LOCK_NAME = ".lock"
-
-
-class Listener(Protocol):
-    """Told how a run goes on."""
-
-    def round_started(self, number: int, of: int, edits: int) -> None: ...
-    def step(self, step: Step) -> None: ...
-    def round_done(self, record: RoundRecord, *, kept: bool) -> None: ...
-    def note(self, text: str) -> None: ...
-
-
-class Silent:
-    """A listener that says nothing."""
-
-    def round_started(self, number: int, of: int, edits: int) -> None: ...
-    def step(self, step: Step) -> None: ...
-    def round_done(self, record: RoundRecord, *, kept: bool) -> None: ...
-    def note(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -96,6 +79,7 @@ def edit(
     force: bool = False,
     resume: bool = False,
     allow_base_mismatch: bool = False,
+    engine: Engine | None = None,
     listener: Listener | None = None,
 ) -> EditReport:
     """Teach `edits` to an adaptor of `base` and write it under `folder`.
@@ -109,6 +93,7 @@ def edit(
         force: write into a folder that holds an earlier run, replacing its files.
         resume: keep the rounds that an unfinished run of the same edits and settings left in `folder`.
         allow_base_mismatch: continue `start` on a base that it was not made for; the new rounds record how it differs.
+        engine: what trains the rounds; this process if None.
 
     Raises:
         InputError: for edits or a plan that cannot be used, or places that cannot be trained by themselves.
@@ -117,7 +102,8 @@ def edit(
     """
     check_adds_experts(settings)
     check_places(places, settings, planned=plan_file is not None)
-    listener = listener or Silent()
+    engine, listener = engine or LocalEngine(), listener or Silent()
+    check_engine(engine, settings)
     folder = Path(folder)
     if start:
         for difference in check_base(base, start, allow=allow_base_mismatch):
@@ -125,7 +111,18 @@ def edit(
         check_settings(start, settings)
     with _locked(folder):
         return _edit(
-            base, edits, settings, folder, source, plan_file, places, start, listener, force=force, resume=resume
+            base,
+            edits,
+            settings,
+            folder,
+            source,
+            plan_file,
+            places,
+            start,
+            engine,
+            listener,
+            force=force,
+            resume=resume,
         )
 
 
@@ -161,6 +158,7 @@ def _edit(
     plan_file: Path | str | None,
     places: range | None,
     start: AdaptorState | None,
+    engine: Engine,
     listener: Listener,
     *,
     force: bool,
@@ -179,7 +177,7 @@ def _edit(
         rounds = _plan(base, new, settings, folder, source, listener, overwrite=force or resume)
     settings = _fitting(base, site, settings, listener)
     began = time.monotonic()
-    trained = _train_rounds(base, rounds, settings, folder, start, listener, force=force, resume=resume)
+    trained = _train_rounds(base, rounds, settings, folder, start, engine, listener, force=force, resume=resume)
     seconds = time.monotonic() - began
     state = stack([start, *trained] if start else trained)
     for earlier, later in state.replaced:
@@ -226,23 +224,6 @@ def _fitting(base: BaseModel, site: FFNSite, settings: Settings, listener: Liste
     return replace(settings, batch_tokens=tokens)
 
 
-def _train_within_memory(
-    base: BaseModel, members: Sequence[Edit], settings: Settings, before: AdaptorState | None, listener: Listener
-) -> AdaptorState:
-    """One round; where a device runs out of memory after all, again with smaller batches."""
-    while True:
-        try:
-            return train_round(base, members, settings, before, listener.step)
-        except torch.OutOfMemoryError:
-            if settings.batch_tokens <= SMALLEST:
-                raise LemoeError(
-                    f"{base.device} has too little memory for this model, even with the smallest batches"
-                ) from None
-        torch.cuda.empty_cache()
-        settings = replace(settings, batch_tokens=max(SMALLEST, settings.batch_tokens // 2))
-        listener.note(f"out of memory: trying again with batches of {settings.batch_tokens} tokens")
-
-
 def check_folder(folder: Path, *, force: bool = False, resume: bool = False) -> None:
     """Refuse early, before anything is computed, a folder that holds an earlier run.
 
@@ -279,6 +260,16 @@ def check_places(places: range | None, settings: Settings, *, planned: bool) -> 
             f"--rounds must start at 0 with preset {settings.method}: each of its rounds is trained beside those "
             "before it; rounds that --from holds already are left out"
         )
+
+
+def check_engine(engine: Engine, settings: Settings) -> None:
+    """Refuse early to train rounds at once that depend on each other.
+
+    Raises:
+        InputError: saying which engine trains them.
+    """
+    if rounds_depend(settings) and not isinstance(engine, LocalEngine):
+        raise InputError(f"preset {settings.method} trains each round beside those before it: take --engine local")
 
 
 def _remove_leftovers(folder: Path, rounds: Sequence[Round]) -> None:
@@ -351,29 +342,49 @@ def _train_rounds(
     settings: Settings,
     folder: Path,
     start: AdaptorState | None,
+    engine: Engine,
     listener: Listener,
     *,
     force: bool,
     resume: bool,
 ) -> list[AdaptorState]:
-    before, trained = start, []
-    for round_ in rounds:
-        listener.round_started(round_.number, round_.of, len(round_.edits))
-        path = folder / ROUNDS_NAME / f"{round_.number:04d}.safetensors"
-        state = _finished(base, path, round_.edits, settings, before) if resume else None
-        kept = state is not None
-        if state is None:
-            state = _train_within_memory(base, round_.edits, settings, before, listener)
-            if not math.isfinite(state.rounds[0].loss):
-                raise LemoeError(f"round {round_.number} diverged (loss {state.rounds[0].loss}); lower --learning-rate")
-            save_adaptor(state, path, overwrite=force or resume)
-        trained.append(state)
-        if before is None:
-            before = state
-        elif rounds_depend(settings):
-            before = stack([before, state])
-        listener.round_done(state.rounds[0], kept=kept)
-    return trained
+    """The states of all rounds, in order, each written as soon as it is there."""
+    before = start
+    states: dict[int, AdaptorState] = {}
+    for group in [[round_] for round_ in rounds] if rounds_depend(settings) else [rounds]:
+        kept = _all_finished(base, group, settings, folder, before) if resume else {}
+        for round_ in group:
+            if round_.number in kept:
+                listener.round_done(round_.number, round_.of, kept[round_.number].rounds[0], kept=True)
+        missing = [round_ for round_ in group if round_.number not in kept]
+        states |= kept
+        for round_, state in engine.train(base, missing, settings, before, listener):
+            _check_converged(round_, state)
+            save_adaptor(state, _file_of(folder, round_), overwrite=force or resume)
+            states[round_.number] = state
+            listener.round_done(round_.number, round_.of, state.rounds[0], kept=False)
+        if rounds_depend(settings):
+            latest = [states[round_.number] for round_ in group]
+            before = stack([before, *latest] if before else latest)
+    return [states[round_.number] for round_ in rounds]
+
+
+def _check_converged(round_: Round, state: AdaptorState) -> None:
+    loss = state.rounds[0].loss
+    if not math.isfinite(loss):
+        raise LemoeError(f"round {round_.number} diverged (loss {loss}); lower --learning-rate")
+
+
+def _file_of(folder: Path, round_: Round) -> Path:
+    return folder / ROUNDS_NAME / f"{round_.number:04d}.safetensors"
+
+
+def _all_finished(
+    base: BaseModel, rounds: Sequence[Round], settings: Settings, folder: Path, before: AdaptorState | None
+) -> dict[int, AdaptorState]:
+    """The rounds, by number, that an interrupted run has finished."""
+    found = {r.number: _finished(base, _file_of(folder, r), r.edits, settings, before) for r in rounds}
+    return {number: state for number, state in found.items() if state is not None}
 
 
 def _finished(

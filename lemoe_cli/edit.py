@@ -1,5 +1,6 @@
 """`lemoe edit`: the main job."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from lemoe_cli.options import (
     LayerChoice,
     edits_argument,
     force_option,
+    loader,
     mismatch_option,
     model_options,
     open_base,
@@ -24,6 +26,7 @@ from lemoe_cli.options import (
 
 if TYPE_CHECKING:
     from lemoe.editing import EditReport
+    from lemoe.engines import Engine
 
 SHOWN = 5  # names in a message
 
@@ -77,6 +80,15 @@ _SETTINGS = (
 @click.option("--train-rephrases", is_flag=True, default=None, help="Train on the edits' own rephrases too.")
 @selection_options
 @mismatch_option
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Where rounds are trained: here, or by workers of Ray (extra `ray`).",
+)
+@click.option("--address", help="Ray cluster to work on.  [default: one on this machine, for this run]")
+@click.option("--workers", type=click.IntRange(1), help="Rounds that Ray trains at once.  [default: as there is room]")
 @click.option("--resume", is_flag=True, help="Go on from the finished rounds of an interrupted run.")
 @force_option
 @quiet_option
@@ -87,6 +99,9 @@ def command(
     rounds: range | None,
     start: Path | None,
     allow_base_mismatch: bool,
+    engine: str,
+    address: str | None,
+    workers: int | None,
     resume: bool,
     force: bool,
     quiet: bool,
@@ -101,7 +116,7 @@ def command(
     parts, in order, gives the adaptor of one run, byte for byte.
     """
     from lemoe.checkpoint import load_adaptor
-    from lemoe.editing import check_folder, check_places, edit
+    from lemoe.editing import check_engine, check_folder, check_places, edit
     from lemoe.layers import choose_layer
 
     read = open_edits(edits, options)
@@ -110,6 +125,8 @@ def command(
     settings = settings_from({**options, "layer": None} if measure_layer else options, _SETTINGS)
     check_folder(folder, force=force, resume=resume)
     check_places(rounds, settings, planned=plan_file is not None)
+    trainer = _engine(engine, address, workers, options)
+    check_engine(trainer, settings)
     earlier = load_adaptor(start) if start else None
     base = open_base(options, quiet=quiet)
 
@@ -136,9 +153,22 @@ def command(
             force=force,
             resume=resume,
             allow_base_mismatch=allow_base_mismatch,
+            engine=trainer,
             listener=progress,
         )
     _show(report)
+
+
+def _engine(name: str, address: str | None, workers: int | None, options: Mapping[str, Any]) -> "Engine":
+    if name == "ray":
+        from lemoe.engines.ray import RayEngine
+
+        return RayEngine(loader(options), address, workers)
+    if address or workers:
+        raise click.UsageError("--address and --workers are for --engine ray")
+    from lemoe.engines.local import LocalEngine
+
+    return LocalEngine()
 
 
 def _show(report: "EditReport") -> None:

@@ -1,6 +1,7 @@
 """Options that several subcommands share, and how they become the library's objects."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -84,6 +85,20 @@ mismatch_option = click.option(
 )
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress, only results and errors.")
 force_option = click.option("--force", is_flag=True, help="Replace what is there.")
+
+
+def loader(options: Mapping[str, Any]) -> "Callable[..., BaseModel]":
+    """What loads the model of the model options, on any machine that sees the same folders; see `load_base`."""
+    from lemoe.models import load_base
+
+    name = options["model"]
+    return partial(
+        load_base,
+        str(Path(name).resolve()) if name and Path(name).is_dir() else name,
+        dtype=options["dtype"],
+        revision=options["revision"],
+        trust_remote_code=options["trust_remote_code"],
+    )
 
 
 def open_base(options: Mapping[str, Any], *, quiet: bool) -> "BaseModel":

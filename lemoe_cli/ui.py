@@ -100,13 +100,13 @@ class EditProgress:
         text = f"{self._label}  step {step.number:>3}/{step.of}  loss {step.loss:6.3f}"
         self._progress.update(self._task, description=text, completed=int(self._done + share))
 
-    def round_done(self, record: RoundRecord, *, kept: bool) -> None:
-        self._done += self._size
+    def round_done(self, number: int, of: int, record: RoundRecord, *, kept: bool) -> None:
+        self._done += len(record.edits)
         self._progress.update(self._task, completed=int(self._done))
         how = "kept from the unfinished run" if kept else f"{record.steps} steps, loss {record.loss:.3f}"
         if record.retried and not kept:
             how += f", {record.retried} needed more"
-        self.note(f"{self._label}: {self._size} edits, {how}")
+        self.note(f"round {number}/{of}: {len(record.edits)} edits, {how}")
 
     def note(self, text: str) -> None:
         if not self._quiet:

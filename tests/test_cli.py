@@ -13,7 +13,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 import lemoe
-from lemoe import editing
+from lemoe.engines import local
 from lemoe_cli.main import cli
 
 COMMANDS = ("plan", "edit", "eval", "ask", "merge", "show")
@@ -322,6 +322,7 @@ MISTAKES = {
         ("edit", "{edits}", "-m", "{model}", "--plan", "none", "--rounds", "a"),
         "'a' is neither",
     ),
+    "workers without ray": (("edit", "{edits}", "-m", "{model}", "--workers", "2"), "are for --engine ray"),
     "dependent rounds": (
         ("edit", "{edits}", "-m", "{model}", *SMALL, "--plan", "none", "--rounds", "1-2"),
         "--rounds must start at 0 with preset paper",
@@ -357,7 +358,7 @@ def test_an_adaptor_of_another_base_is_refused_with_the_differences(
 
 
 def stop_at_round(number: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
-    train, begun = editing.train_round, []
+    train, begun = local.train_round, []
 
     def train_or_stop(*args: Any, **kwargs: Any) -> lemoe.AdaptorState:
         begun.append(1)
@@ -365,7 +366,7 @@ def stop_at_round(number: int, error: BaseException, monkeypatch: pytest.MonkeyP
             raise error
         return train(*args, **kwargs)
 
-    monkeypatch.setattr(editing, "train_round", train_or_stop)
+    monkeypatch.setattr(local, "train_round", train_or_stop)
 
 
 def test_ctrl_c_ends_with_130_keeps_finished_rounds_and_says_how_to_go_on(
@@ -387,6 +388,12 @@ def test_ctrl_c_ends_with_130_keeps_finished_rounds_and_says_how_to_go_on(
 def test_running_out_of_memory_says_what_to_lower(edits: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stop_at_round(1, RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), monkeypatch)
     assert "out of memory; lower --batch-tokens" in refused("edit", edits, "-m", model, *SMALL, "-q")
+
+
+def test_a_missing_ray_is_named_before_the_model_is_loaded(edits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "lemoe.engines.ray", raising=False)
+    assert "pip install 'lemoe[ray]'" in refused("edit", edits, "-m", "nowhere", *SMALL, "--engine", "ray")
 
 
 def test_a_bug_of_ours_is_not_hidden(edits: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

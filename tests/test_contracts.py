@@ -14,7 +14,7 @@ from conftest import FAMILIES, build_model
 from torch import Tensor
 
 import lemoe
-from lemoe import editing
+from lemoe.engines import local
 from lemoe.errors import AdaptorError, OutputError
 
 Tiny = Callable[[str], lemoe.BaseModel]
@@ -290,7 +290,7 @@ def test_another_seed_gives_another_adaptor(base: lemoe.BaseModel, facts: list[l
 
 def interrupt_after(rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a run be killed when it starts round `rounds` + 1."""
-    train, begun = editing.train_round, []
+    train, begun = local.train_round, []
 
     def train_or_stop(*args: Any, **kwargs: Any) -> lemoe.AdaptorState:
         begun.append(1)
@@ -298,7 +298,7 @@ def interrupt_after(rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
             raise KeyboardInterrupt
         return train(*args, **kwargs)
 
-    monkeypatch.setattr(editing, "train_round", train_or_stop)
+    monkeypatch.setattr(local, "train_round", train_or_stop)
 
 
 @each_family
@@ -355,7 +355,7 @@ def test_a_run_that_diverges_says_so_and_writes_no_round(
 ) -> None:
     state = lemoe.train_round(base, facts, paper(steps=1))
     diverged = replace(state, rounds=(replace(state.rounds[0], loss=float("nan")),))
-    monkeypatch.setattr("lemoe.editing.train_round", lambda *args: diverged)
+    monkeypatch.setattr("lemoe.engines.local.train_round", lambda *args: diverged)
     with pytest.raises(lemoe.LemoeError, match=r"diverged.*learning-rate"):
         lemoe.edit(base, facts, paper(), tmp_path / "run")
     assert not list((tmp_path / "run").rglob("*.safetensors"))

@@ -10,7 +10,8 @@ from conftest import FAMILIES
 
 import lemoe
 from lemoe import editing, memory
-from lemoe.editing import Silent
+from lemoe.engines import local
+from lemoe.listening import Silent
 
 SettingsOf = Callable[..., lemoe.Settings]
 Teach = Callable[..., "editing.EditReport"]
@@ -61,7 +62,7 @@ def test_short_memory_makes_smaller_batches_and_says_so(
 def test_a_round_that_runs_out_of_memory_is_tried_again_with_smaller_batches(
     teach: Teach, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_round, sizes = editing.train_round, list[int]()
+    train_round, sizes = local.train_round, list[int]()
 
     def hungry(base: lemoe.BaseModel, edits: Any, settings: lemoe.Settings, *rest: Any) -> lemoe.AdaptorState:
         sizes.append(settings.batch_tokens)
@@ -69,7 +70,7 @@ def test_a_round_that_runs_out_of_memory_is_tried_again_with_smaller_batches(
             raise torch.OutOfMemoryError("too much")
         return train_round(base, edits, settings, *rest)
 
-    monkeypatch.setattr(editing, "train_round", hungry)
+    monkeypatch.setattr(local, "train_round", hungry)
     notes = Notes()
     report = teach("run", 2, notes)
     assert sizes == [2048, 1024, 512]
@@ -83,6 +84,6 @@ def test_a_model_that_leaves_no_memory_at_all_is_an_error_that_says_so(
     def greedy(*args: Any) -> lemoe.AdaptorState:
         raise torch.OutOfMemoryError("too much")
 
-    monkeypatch.setattr(editing, "train_round", greedy)
+    monkeypatch.setattr(local, "train_round", greedy)
     with pytest.raises(lemoe.LemoeError, match="too little memory"):
         teach("run", 2)

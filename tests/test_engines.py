@@ -1,0 +1,103 @@
+"""Rounds that workers of Ray train: the same files as in one process, whatever happens to the workers."""
+
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+import lemoe
+from lemoe.adaptor import RoundRecord
+from lemoe.errors import InputError, ModelError
+from lemoe.listening import Silent
+
+pytest.importorskip("ray", reason="Ray is not installed: pip install 'lemoe[ray]'")
+
+from lemoe.engines.ray import RayEngine
+
+SettingsOf = Callable[..., lemoe.Settings]
+
+
+class Killer(Silent):
+    """Kills every worker when the first round is done."""
+
+    def __init__(self) -> None:
+        self.killed: list[int] = []
+
+    def round_done(self, number: int, of: int, record: RoundRecord, *, kept: bool) -> None:
+        if self.killed:
+            return
+        for process in psutil.Process().children(recursive=True):
+            if "RoundWorker" in " ".join(process.cmdline()):
+                os.kill(process.pid, signal.SIGKILL)
+                self.killed.append(process.pid)
+
+
+@pytest.fixture
+def engine(tiny_folder: Callable[[str], Path]) -> RayEngine:
+    """Two workers on this machine, with the tiny llama."""
+    return RayEngine(partial(lemoe.load_base, str(tiny_folder("llama"))), workers=2)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Another number of threads than workers would have by themselves."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_workers_that_are_killed_change_no_byte_of_what_one_process_gives(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, engine: RayEngine, tmp_path: Path
+) -> None:
+    settings = anchor(round_size=1)
+    lemoe.edit(base, facts, settings, tmp_path / "local")
+    killer = Killer()
+    lemoe.edit(base, facts, settings, tmp_path / "ray", engine=engine, listener=killer)
+    assert killer.killed
+    assert files_of(tmp_path / "ray") == files_of(tmp_path / "local")
+
+
+def test_an_unfinished_run_is_resumed_by_workers_and_what_goes_wrong_there_is_said_here(
+    base: lemoe.BaseModel,
+    facts: list[lemoe.Edit],
+    anchor: SettingsOf,
+    engine: RayEngine,
+    tiny_folder: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    start = lemoe.train_round(base, facts[:1], anchor())
+    report = lemoe.edit(base, facts, anchor(), tmp_path / "run", start=start)
+    whole = files_of(tmp_path / "run")
+    report.path.unlink()
+    (tmp_path / "run" / "rounds" / "0002.safetensors").unlink()
+    other = RayEngine(partial(lemoe.load_base, str(tiny_folder("mistral"))), workers=1)
+    with pytest.raises(ModelError, match="a worker has another base model"):
+        lemoe.edit(base, facts, anchor(), tmp_path / "run", start=start, engine=other, resume=True)
+    lemoe.edit(base, facts, anchor(), tmp_path / "run", start=start, engine=engine, resume=True)
+    assert files_of(tmp_path / "run") == whole
+
+
+def test_an_address_at_which_nothing_answers_is_refused_at_once() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # taken, but not listened at
+        with pytest.raises(InputError, match="no Ray cluster answers there"):
+            RayEngine(lemoe.load_base, f"127.0.0.1:{free.getsockname()[1]}")
+
+
+def test_rounds_that_depend_on_each_other_are_not_given_to_workers(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], paper: SettingsOf, engine: RayEngine, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="preset paper trains each round beside those before it"):
+        lemoe.edit(base, facts, paper(), tmp_path / "run", engine=engine)
