@@ -76,7 +76,7 @@ def test_the_base_is_what_it_was_when_teaching_breaks_off(
 
 @each_baseline
 def test_a_round_is_learned(base: lemoe.BaseModel, facts: list[lemoe.Edit], method: str) -> None:
-    given = {"steps": 120, "learning_rate": 2e-2, "width": 16, "norm_limit": 1.0}
+    given = {"steps": 120, "learning_rate": 1e-2, "width": 16, "norm_limit": 1.0}
     (edited,) = taught(base, facts, method, rounds=1, **given)
     for decode in ("teacher", "greedy"):
         result = lemoe.evaluate(base, edited, facts[:2], only=("reliability",), decode=decode)
