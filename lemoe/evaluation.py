@@ -104,6 +104,7 @@ def evaluate(
     state = edited if isinstance(edited, AdaptorState) else None
     total = sum(item.rival_of is None for item in items) + len(untouched) + len(prompts)
     places: dict[int, Measured] = {}
+    done = 0
     adaptor = InsertedAdaptor(base, state, allow_base_mismatch=allow_base_mismatch) if state else None
     with fast_products(base.model), adaptor or nullcontext():
         if isinstance(edited, WeightChange):
@@ -113,7 +114,8 @@ def evaluate(
         for rows, given in answered:
             for row, (before, after, route) in zip(rows, given, strict=True):
                 places[row] = Measured(items[row], before, after, route)
-            on_progress(sum(each.item.rival_of is None for each in places.values()), total)
+            done += sum(items[row].rival_of is None for row in rows)
+            on_progress(done, total)
         written = _fluency(base, adaptor, prompts, batch_tokens) if prompts else []
         if prompts:
             on_progress(total - len(untouched), total)

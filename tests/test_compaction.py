@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 import lemoe
 from lemoe.anchor import compaction
-from lemoe.anchor.compaction import Compacted, bytes_of, compact
+from lemoe.anchor.compaction import Compacted, compact
 from lemoe.errors import AdaptorError, LemoeError
 from lemoe.merging import merge, read_merged
 from lemoe_cli.main import cli
@@ -62,8 +62,8 @@ def test_edits_of_a_round_share_fewer_experts_with_fewer_neurons(
         ["fact-3", "fact-4"],
         ["fact-5"],
     ]
-    assert bytes_of(shared) < bytes_of(whole) == halved.size
-    assert halved.trials[-1].size == bytes_of(shared)
+    assert shared.experts.size < whole.experts.size == halved.size
+    assert halved.trials[-1].size == shared.experts.size
     assert shared.edits == whole.edits
 
 
@@ -180,7 +180,7 @@ def test_the_smallest_size_within_the_tolerance_is_kept(
     outcome = compact(base, whole, tolerance=0.01)
     assert [trial.neurons for trial in outcome.trials] == list(compaction.NEURONS[:3])
     assert outcome.state is not None
-    assert bytes_of(outcome.state) == outcome.trials[1].size
+    assert outcome.state.experts.size == outcome.trials[1].size
 
 
 def test_half_bytes_are_compacted_to_half_bytes(

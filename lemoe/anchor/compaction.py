@@ -142,17 +142,11 @@ def compact(
     for neurons in NEURONS:
         notify(f"teaching shared experts of {neurons:g} neurons an edit")
         smaller = _smaller(base, state, neurons)
-        trials.append(Trial(neurons, bytes_of(smaller), _quality(base, smaller, probes)))
+        trials.append(Trial(neurons, smaller.experts.size, _quality(base, smaller, probes)))
         if before.loss(trials[-1].quality) > tolerance + ROUNDING:
             break
         best = smaller
-    return Compacted(best, bytes_of(state), before, tuple(trials), len(gone))
-
-
-def bytes_of(state: AdaptorState) -> int:
-    """Bytes of all experts' matrices."""
-    matrices = (state.experts.up, state.experts.down, state.experts.gate)
-    return sum(matrix.numel() * matrix.element_size() for matrix in matrices if matrix is not None)
+    return Compacted(best, state.experts.size, before, tuple(trials), len(gone))
 
 
 def _numbers(state: AdaptorState) -> list[range]:
