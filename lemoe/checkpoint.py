@@ -91,6 +91,7 @@ class AdaptorFile:
         with _damage(self.path):
             self.state = _state(self.path, header, tensors)
             self._stored = stored_tensors(self.path)
+        self._whole = False
 
     def rows(self, name: str, start: int, end: int) -> Tensor:
         """Rows `start` to `end` of one of the experts' matrices.
@@ -107,14 +108,15 @@ class AdaptorFile:
         return part
 
     def check_whole(self) -> None:
-        """Compare all of the file with the hash in it.
+        """Compare all of the file with the hash in it, once.
 
         Raises:
             AdaptorError: if it is not as it was written.
         """
         with _damage(self.path):
-            if not is_as_written(self.path, METADATA_KEY):
-                raise AdaptorError(f"{self.path}: damaged, or changed by hand: it is not as it was written")
+            self._whole = self._whole or is_as_written(self.path, METADATA_KEY)
+        if not self._whole:
+            raise AdaptorError(f"{self.path}: damaged, or changed by hand: it is not as it was written")
 
     def load(self) -> AdaptorState:
         """The state with all its experts.

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from lemoe import answers
 from lemoe.adaptor import AdaptorState
 from lemoe.changes import WeightChange
+from lemoe.checkpoint import AdaptorFile
 from lemoe.edits import Edit, Probe
 from lemoe.errors import InputError
 from lemoe.figures import Home, Item, Measured, losses, ngram_entropy, routing, summarise, token_accuracy
-from lemoe.insertion import InsertedAdaptor
+from lemoe.insertion import InsertedAdaptor, insert
 from lemoe.metrics import Decode, Metric, mean
 from lemoe.models import BaseModel
 from lemoe.products import fast_products
@@ -69,7 +70,7 @@ OnProgress = Callable[[int, int], None]
 
 def evaluate(
     base: BaseModel,
-    edited: AdaptorState | WeightChange | None,
+    edited: AdaptorState | AdaptorFile | WeightChange | None,
     edits: Sequence[Edit],
     *,
     decode: Decode = "teacher",
@@ -77,6 +78,7 @@ def evaluate(
     texts: Sequence[str] = (),
     fluency: bool = False,
     batch_tokens: int = 4096,
+    expert_cache: int | None = None,
     allow_base_mismatch: bool = False,
     on_progress: OnProgress = lambda done, of: None,
 ) -> EvalResult:
@@ -88,6 +90,7 @@ def evaluate(
         texts: that editing must not touch, for metric `collapse`; each is read up to the model's context.
         fluency: let the model write on from each edit's generation prompts, else from its own; slow.
         batch_tokens: padded tokens that run through the model at once.
+        expert_cache: bytes of experts that are kept in memory of an adaptor that is given as its file; see `insert`.
         allow_base_mismatch: measure it on a base that it was not made for, if only it has a place there.
         on_progress: called with texts done and their number: probes, texts, and what is written for fluency.
 
@@ -101,11 +104,13 @@ def evaluate(
     prompts = _generation_prompts(base, edits) if fluency else []
     with fast_products(base.model):
         items = _items(base, edits, only, batch_tokens)
-    state = edited if isinstance(edited, AdaptorState) else None
     total = sum(item.rival_of is None for item in items) + len(untouched) + len(prompts)
     places: dict[int, Measured] = {}
     done = 0
-    adaptor = InsertedAdaptor(base, state, allow_base_mismatch=allow_base_mismatch) if state else None
+    adaptor = None
+    if isinstance(edited, AdaptorState | AdaptorFile):
+        adaptor = insert(base, edited, expert_cache=expert_cache, allow_base_mismatch=allow_base_mismatch)
+    state = adaptor.state if adaptor else None
     with fast_products(base.model), adaptor or nullcontext():
         if isinstance(edited, WeightChange):
             answered = answers.changed(base, edited, items, decode, batch_tokens)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lemoe.adaptor import AdaptorState
+from lemoe.checkpoint import AdaptorFile
 from lemoe.errors import InputError
-from lemoe.insertion import InsertedAdaptor
+from lemoe.insertion import insert
 from lemoe.models import BaseModel
 from lemoe.products import fast_products
 
@@ -43,15 +44,16 @@ class TaskFigure:
 
 def evaluate_tasks(
     base: BaseModel,
-    state: AdaptorState | None,
+    adaptor: AdaptorState | AdaptorFile | None,
     tasks: Sequence[str],
     *,
     tasks_path: Path | None = None,
     limit: int | None = None,
     batch_size: int = 16,
+    expert_cache: int | None = None,
     allow_base_mismatch: bool = False,
 ) -> list[TaskFigure]:
-    """Measure `state` on tasks of lm-evaluation-harness; without a state, the base model alone.
+    """Measure `adaptor` on tasks of lm-evaluation-harness; without one, the base model alone.
 
     Data sets are fetched as the tasks say. The harness does not tell where a prompt ends, so that preset `paper`
     routes by all that is read, text by text.
@@ -61,20 +63,23 @@ def evaluate_tasks(
         tasks_path: folder of further tasks, as YAML files.
         limit: only the first documents of each task.
         batch_size: texts that run through the model at once.
+        expert_cache: bytes of experts that are kept in memory of an adaptor that is given as its file; see `insert`.
         allow_base_mismatch: measure it on a base that it was not made for, if only it has a place there.
 
     Raises:
         InputError: if the extra is not installed, or a task cannot be had.
-        AdaptorError: if the state belongs to another base model.
+        AdaptorError: if the adaptor belongs to another base model.
     """
     with _quiet_harness():
         manager = _task_manager(tasks, tasks_path)
-        model = _harness_model(base, 1 if state and state.settings.method == "paper" else batch_size)
-        adaptor = InsertedAdaptor(base, state, allow_base_mismatch=allow_base_mismatch) if state else None
-        with fast_products(base.model), adaptor or nullcontext():
-            with adaptor.bypassed() if adaptor else nullcontext():
+        edited = None
+        if adaptor is not None:
+            edited = insert(base, adaptor, expert_cache=expert_cache, allow_base_mismatch=allow_base_mismatch)
+        with fast_products(base.model), edited or nullcontext():
+            model = _harness_model(base, 1 if edited and edited.state.settings.method == "paper" else batch_size)
+            with edited.bypassed() if edited else nullcontext():
                 before = _run(model, tasks, manager, limit)
-            after = _run(model, tasks, manager, limit) if adaptor else None
+            after = _run(model, tasks, manager, limit) if edited else None
     return list(_figures(before, after))
 
 

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lemoe.errors import InputError
-from lemoe_cli.options import FILE, mismatch_option, model_options, open_base, quiet_option
+from lemoe_cli.options import (
+    FILE,
+    check_cache,
+    expert_cache_option,
+    mismatch_option,
+    model_options,
+    open_adaptor,
+    open_base,
+    quiet_option,
+)
 
 if TYPE_CHECKING:
     from lemoe.asking import Reply
@@ -32,6 +41,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Prompts answered together; 1 answers each line of stdin as it comes.",
 )
+@expert_cache_option
 @mismatch_option
 @quiet_option
 def command(
@@ -49,21 +59,23 @@ def command(
 
     Without a PROMPT, or with -, every line of stdin is one.
     """
+    check_cache(adaptor, options)
     batches = _batches(_lines() if prompts in ((), ("-",)) else prompts, batch)
     first = next(batches, None)
     if first is None:
         raise InputError("no prompts: name them on the command line, or give one a line on stdin")
 
     from lemoe.asking import ask
-    from lemoe.checkpoint import load_adaptor
     from lemoe.insertion import check_base, insert
     from lemoe_cli.ui import say
 
-    state = load_adaptor(adaptor) if adaptor else None
+    file = open_adaptor(adaptor) if adaptor else None
     base = open_base(options, quiet=quiet)
-    for difference in check_base(base, state, allow=allow_base_mismatch) if state else ():
+    for difference in check_base(base, file.state, allow=allow_base_mismatch) if file else ():
         say(f"warning: another base than the adaptor was made for: {difference}")
-    edited = insert(base, state, allow_base_mismatch=allow_base_mismatch) if state else None
+    edited = None
+    if file is not None:
+        edited = insert(base, file, expert_cache=options["expert_cache"], allow_base_mismatch=allow_base_mismatch)
     with edited or nullcontext():
         for asked in chain([first], batches):
             replies = ask(base, asked, edited, chat=chat, max_new_tokens=max_new_tokens)

@@ -12,10 +12,13 @@ import click
 
 from lemoe_cli.options import (
     FILE,
+    check_cache,
     edits_argument,
+    expert_cache_option,
     force_option,
     mismatch_option,
     model_options,
+    open_adaptor,
     open_base,
     open_edits,
     quiet_option,
@@ -26,6 +29,7 @@ from lemoe_cli.tasks import measure_tasks, show_tasks, tasks_options
 if TYPE_CHECKING:
     from lemoe.adaptor import AdaptorState
     from lemoe.bars import Bar, Verdict
+    from lemoe.checkpoint import AdaptorFile
     from lemoe.edits import Edit
     from lemoe.evaluation import EvalResult
     from lemoe.harness import TaskFigure
@@ -71,6 +75,7 @@ BAR = "METRIC[/KIND][:MEASURE]=NUMBER"
     help="Tokens that run through the model at once.",
 )
 @tasks_options
+@expert_cache_option
 @selection_options
 @mismatch_option
 @force_option
@@ -96,17 +101,18 @@ def command(
     lemoe eval edits.jsonl -m llama -a edits.lemoe --min reliability=0.99 --max overfit=0.05
     """
     from lemoe.bars import check_kinds, hold
-    from lemoe.checkpoint import load_adaptor
     from lemoe.insertion import check_base
     from lemoe.texts import read_texts
     from lemoe_cli.studies import run_studies, studied
 
+    check_cache(adaptor, options)
     studied(options)
     bars = _bars(adaptor, decode, options)
     _check_outputs(adaptor, options, force=force)
     read = open_edits(edits, options)
     untouched = read_texts(options["texts"]) if options["texts"] else []
-    state = load_adaptor(adaptor) if adaptor else None
+    file = open_adaptor(adaptor) if adaptor else None
+    state = file.state if file else None
     check_kinds(bars, read, len(state.rounds) if state else 0)
     base = open_base(options, quiet=quiet)
 
@@ -115,10 +121,10 @@ def command(
     differences = check_base(base, state, allow=allow_base_mismatch) if state else ()
     for difference in differences:
         say(f"warning: another base than the adaptor was made for: {difference}")
-    tasks = measure_tasks(base, state, options, allow_mismatch=allow_base_mismatch, quiet=quiet)
+    tasks = measure_tasks(base, file, options, allow_mismatch=allow_base_mismatch, quiet=quiet)
     result = None
     if _measures(adaptor, bars, options):
-        result = _measure(base, state, read, decode, untouched, batch_tokens, options, quiet=quiet)
+        result = _measure(base, file, read, decode, untouched, batch_tokens, options, quiet=quiet)
     studies = run_studies(base, read, decode, batch_tokens, options, quiet=quiet)
     if result is not None:
         _write(result, studies, base, state, adaptor, read, edits, decode, options, force=force)
@@ -143,7 +149,7 @@ def _measures(adaptor: Path | None, bars: "Sequence[Bar]", options: dict[str, An
 
 def _measure(
     base: "BaseModel",
-    state: "AdaptorState | None",
+    adaptor: "AdaptorFile | None",
     edits: "Sequence[Edit]",
     decode: "Decode",
     texts: Sequence[str],
@@ -158,12 +164,13 @@ def _measure(
     with counter("measuring", quiet=quiet) as advance:
         return evaluate(
             base,
-            state,
+            adaptor,
             edits,
             decode=decode,
             texts=texts,
             fluency=options["fluency"],
             batch_tokens=batch_tokens,
+            expert_cache=options["expert_cache"],
             allow_base_mismatch=True,  # which has been refused unless it was asked for
             on_progress=advance,
         )

@@ -1,5 +1,6 @@
 """Options that several subcommands share, and how they become the library's objects."""
 
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from lemoe.checkpoint import AdaptorFile
     from lemoe.edits import Edit
     from lemoe.models import BaseModel
     from lemoe.settings import Settings
@@ -35,6 +37,18 @@ class LayerChoice(click.ParamType[int | str]):
         if number < 0:
             self.fail(f"{value!r} is neither a layer's number, from 0, nor auto", param, ctx)
         return number
+
+
+class Size(click.ParamType[int]):
+    """Bytes, as a number with K, M, G or T behind it."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", str(value).strip(), re.IGNORECASE)
+        if not found:
+            self.fail(f"{value!r} is no size; expected one like 64M or 2G", param, ctx)
+        return int(float(found[1]) * 1024 ** " KMGT".find(found[2].upper() or " "))
 
 
 def combined(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
@@ -80,6 +94,9 @@ settings_options: Callable[[Any], Any] = combined(
     click.option("--round-size", type=click.IntRange(1), help="Edits in a round, at most."),
 )
 
+expert_cache_option = click.option(
+    "--expert-cache", type=Size(), help="Keep this much of the experts in memory, as 64M; the others stay in the file."
+)
 mismatch_option = click.option(
     "--allow-base-mismatch", is_flag=True, help="Take an adaptor of another base model, if it fits at all."
 )
@@ -117,6 +134,21 @@ def open_base(options: Mapping[str, Any], *, quiet: bool) -> "BaseModel":
             trust_remote_code=options["trust_remote_code"],
             notify=notify,
         )
+
+
+def check_cache(adaptor: Path | None, options: Mapping[str, Any]) -> None:
+    """Refuse --expert-cache where there are no experts."""
+    if options["expert_cache"] is not None and adaptor is None:
+        raise click.UsageError("--expert-cache needs an --adaptor, whose experts stay in its file")
+
+
+def open_adaptor(path: Path) -> "AdaptorFile":
+    """The adaptor file at `path`, found to be whole."""
+    from lemoe.checkpoint import AdaptorFile
+
+    file = AdaptorFile(path)
+    file.check_whole()
+    return file
 
 
 def open_edits(path: Path, options: Mapping[str, Any]) -> "list[Edit]":

@@ -11,7 +11,7 @@ import click
 from lemoe_cli.options import FILE, combined
 
 if TYPE_CHECKING:
-    from lemoe.adaptor import AdaptorState
+    from lemoe.checkpoint import AdaptorFile
     from lemoe.harness import TaskFigure
     from lemoe.models import BaseModel
 
@@ -22,7 +22,7 @@ tasks_options: Callable[[Any], Any] = combined(
 
 
 def measure_tasks(
-    base: "BaseModel", state: "AdaptorState | None", options: Mapping[str, Any], *, allow_mismatch: bool, quiet: bool
+    base: "BaseModel", adaptor: "AdaptorFile | None", options: Mapping[str, Any], *, allow_mismatch: bool, quiet: bool
 ) -> "list[TaskFigure]":
     """The figures of the tasks that the options name; none if they name none."""
     names = [name.strip() for name in (options["tasks"] or "").split(",") if name.strip()]
@@ -32,7 +32,14 @@ def measure_tasks(
 
     path: Path | None = options["tasks_path"]
     with redirect_stderr(io.StringIO()) if quiet else nullcontext():  # progress bars that no setting turns off
-        return evaluate_tasks(base, state, names, tasks_path=path, allow_base_mismatch=allow_mismatch)
+        return evaluate_tasks(
+            base,
+            adaptor,
+            names,
+            tasks_path=path,
+            expert_cache=options["expert_cache"],
+            allow_base_mismatch=allow_mismatch,
+        )
 
 
 def show_tasks(figures: "Sequence[TaskFigure]") -> None:

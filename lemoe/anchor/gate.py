@@ -318,12 +318,7 @@ class Route:
             else:
                 self._withdraw(number)
         near = self._gate.index.near(words)
-        for number, at in list(self._waiting.items()):
-            if number in self._mentions or last - at > subjects[number].patience:
-                del self._waiting[number]
-            elif found := subjects[number].at(words, at, growing=growing):
-                self._mentions[number] = found
-                del self._waiting[number]
+        self._complete_waiting(words, last, growing)
         for number in near:
             if number in self._mentions:
                 continue
@@ -331,6 +326,20 @@ class Route:
                 self._mentions[number] = found
             elif len(subjects[number].words) > 1:
                 self._waiting[number] = last
+
+    def _complete_waiting(self, words: Sequence[Word], last: int, growing: bool) -> None:
+        """Look again at subjects of which a part was read."""
+        subjects = self._gate.index.subjects
+        letters = {word.text[0] for word in words[max(0, last - 1) :]}  # of the growing word and the one just ended
+        for number, at in list(self._waiting.items()):
+            subject = subjects[number]
+            if number in self._mentions or last - at > subject.patience:
+                del self._waiting[number]
+            elif (at >= last - 1 or not letters.isdisjoint(subject.initials)) and (
+                found := subject.at(words, at, growing=growing)
+            ):
+                self._mentions[number] = found
+                del self._waiting[number]
 
     def _withdraw(self, subject: int) -> None:
         """The word grew into another one; what opened on it was a mistake."""
@@ -344,8 +353,11 @@ class Route:
         best: tuple[tuple[float, float, int], Reading, bool] | None = None
         nearest: Reading | None = None
         scores: dict[int, float] = {}
+        asked: dict[frozenset[int], Question] = {}
         for subject, mention in self._mentions.items():
-            read = Question.of(around(self._reader.words, mention), self._gate.lexicon)
+            read = asked.get(mention.positions)
+            if read is None:
+                read = asked[mention.positions] = Question.of(around(self._reader.words, mention), self._gate.lexicon)
             for number in self._gate.of_subject(subject):
                 compared = compare(self._gate.prepared(number), read, self._gate.lexicon)
                 fresh = compared.matched > self._matched.get(number, -1.0) + 1e-6

@@ -1,17 +1,17 @@
 """Recognising a stored subject in running text: out of order, misspelt, abbreviated, or one letter still missing."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import permutations
+from itertools import combinations, permutations
 
 from lemoe.anchor.lexicon import Lexicon
+from lemoe.anchor.vocabulary import LONG, Vocabulary
 from lemoe.anchor.words import Word, one_edit_apart, rigid, split_words
 
 COVERAGE = 0.75  # share of the subject's weight that must be present
 PLAIN = 8.0  # a capitalised subject lighter than this must be read with a capital
-LONG = 5  # letters from which a word may be misspelt
 SHORT = 3  # letters below which a word that may still grow is no evidence of its own
 NEAR = 6  # words between which two words of a subject are looked for
 INITIAL, NICKNAME, MISSPELT = 0.75, 0.7, 0.9  # credit for an imperfect word
@@ -26,25 +26,35 @@ class Mention:
 
 
 class Subject:
-    """A subject's folded words with their stems and weights."""
+    """A subject's folded words with their stems, by which subjects are told apart, and weights."""
+
+    __slots__ = (
+        "_lexicon",
+        "_stem_set",
+        "capital",
+        "initials",
+        "joined",
+        "patience",
+        "rigid",
+        "stems",
+        "total",
+        "weights",
+        "words",
+    )
 
     def __init__(self, text: str, lexicon: Lexicon):
-        self.words = split_words(text)
-        self.stems = [lexicon.stem(word) for word in self.words]
-        self.weights = [max(lexicon.rarity(word), 0.05) for word in self.words]
+        self.words = tuple(split_words(text))
+        self.stems = tuple(map(lexicon.stem, self.words))
+        self.weights = tuple(max(lexicon.rarity(word), 0.05) for word in self.words)
         self.total = sum(self.weights)
-        self.capital = any(char.isupper() for char in text)
+        self.capital = text != text.lower()
         self.joined = "".join(self.words)
-        self.rigid = [rigid(word) for word in self.words]
+        self.initials = "".join(word[0] for word in self.words)
+        self.rigid = tuple(map(rigid, self.words))
         count = len(self.words)
         self.patience = count + 1 if count > 2 else 1  # words after one of it within which the rest may follow
         self._lexicon = lexicon
         self._stem_set = frozenset(self.stems)
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        """Subjects with one key are one."""
-        return tuple(self.stems)
 
     def find(self, words: Sequence[Word]) -> Mention | None:
         """The fullest mention in a whole sentence."""
@@ -179,102 +189,88 @@ class SubjectIndex:
     def __init__(self, lexicon: Lexicon):
         self.subjects: list[Subject] = []
         self._lexicon = lexicon
+        self._vocabulary = Vocabulary()
         self._numbers: dict[tuple[str, ...], int] = {}
-        self._by_key: dict[str, list[int]] = defaultdict(list)
-        self._paired: set[str] = set()  # stems that stand exactly in some pair
+        self._alone: dict[str, list[int]] = defaultdict(list)  # by a word that is enough by itself
+        self._pairs: dict[str, Postings] = defaultdict(_postings)  # by two stems, the lesser first
+        self._beside: dict[str, Postings] = defaultdict(_postings)  # by a stem and a key of another word near it
 
     def add(self, text: str) -> int:
         """The number of the subject `text`, stored if it is new."""
         subject = Subject(text, self._lexicon)
-        if subject.key not in self._numbers:
-            number = self._numbers[subject.key] = len(self.subjects)
+        known = self._numbers.setdefault(subject.stems, len(self.subjects))
+        if known == len(self.subjects):
             self.subjects.append(subject)
-            self._paired.update(subject.stems)
-            for key in sorted(set(self._stored_keys(subject))):
-                self._by_key[key].append(number)
-        return self._numbers[subject.key]
+            self._store(subject, known)
+        return known
 
     def near(self, words: Sequence[Word]) -> list[int]:
         """Numbers of the subjects that the last word of `words` may complete."""
-        found = self._by_key
-        hits = [numbers for key in self._read_keys(words) if (numbers := found.get(key))]
+        hits = list(self._hits(words))
         if len(hits) < 2:
             return hits[0] if hits else []
         return sorted({number for numbers in hits for number in numbers})
 
-    def _stored_keys(self, subject: Subject) -> Iterator[str]:
-        """Keys of which every mention has one: its decisive word, or two words that must be read near each other."""
+    def _store(self, subject: Subject, number: int) -> None:
+        """Under each word, or two that must be read near each other, of which every mention has one."""
         stems, weights = subject.stems, subject.weights
         order = sorted(range(len(stems)), key=lambda index: -weights[index])
         enough = COVERAGE * subject.total
         if weights[order[0]] >= enough:
-            yield stems[order[0]]
-        for first, second in permutations(_two_of_these(order, weights, enough), 2):
-            yield _pair(stems[first], stems[second])
-            if not subject.rigid[second]:
-                yield from _beside(_stored_forms(subject.words[second]), stems[first])
-        yield from self._misspelt_keys(subject, order, enough)
-        if 1 < len(subject.words) <= 3:
-            yield subject.joined
+            self._alone[stems[order[0]]].append(number)
+        if 1 < len(stems) <= 3:
+            self._alone[subject.joined].append(number)
+        two = _two_of_these(order, weights, enough)
+        for first, second in {_in_order(stems[one], stems[other]) for one, other in combinations(two, 2)}:
+            self._pairs[first][second].append(number)
+        imperfect = {*permutations(two, 2), *_may_be_imperfect(subject, order, enough)}
+        for word, stemmed in {(subject.words[index], stems[other]) for index, other in imperfect}:
+            if not rigid(word):
+                for key in self._vocabulary.add(word):
+                    self._beside[stemmed][key].append(number)
 
-    def _misspelt_keys(self, subject: Subject, order: Sequence[int], enough: float) -> Iterator[str]:
-        """Each heavy word that may be misspelt or abbreviated, beside any other word of some weight."""
-        rest = subject.total
-        for index in order:
-            if not subject.rigid[index]:
-                for other, weight in enumerate(subject.weights):
-                    if other != index and weight >= 1.0:
-                        yield from _beside(_stored_forms(subject.words[index]), subject.stems[other])
-            rest -= subject.weights[index]
-            if rest < enough:
-                break
-
-    def _read_keys(self, words: Sequence[Word]) -> Iterator[str]:
+    def _hits(self, words: Sequence[Word]) -> Iterator[list[int]]:
         word = words[-1]
         stemmed = self._lexicon.stem(word.text)
-        yield stemmed
+        yield from _found(self._alone, (stemmed,))
         if len(words) < 2:
             return
-        yield words[-2].text + word.text
-        known = stemmed in self._paired
+        yield from _found(self._alone, (words[-2].text + word.text,))
+        mine, keys = self._beside.get(stemmed), self._vocabulary.keys(word)
         for before in words[-NEAR - 1 : -1]:
             other = self._lexicon.stem(before.text)
-            if known:
-                yield from _beside(_read_forms(before), stemmed)
-            if other in self._paired:
-                yield from _beside(_read_forms(word), other)
-                if known:
-                    yield _pair(stemmed, other)
+            first, second = _in_order(stemmed, other)
+            if first in self._pairs:
+                yield from _found(self._pairs[first], (second,))
+            if mine:
+                yield from _found(mine, self._vocabulary.keys(before))
+            if keys and other in self._beside:
+                yield from _found(self._beside[other], keys)
 
 
-def _stored_forms(word: str) -> Iterator[str]:
-    """What a subject's word shares with every imperfect form of it: see `_credit`."""
-    yield f"{word[0]}_" if len(word) == 1 else f"{word[0]}."
-    yield word[:2]
-    if len(word) >= LONG:
-        yield word[0] + word[-2:]
+Postings = dict[str, list[int]]
 
 
-def _read_forms(read: Word) -> Iterator[str]:
-    """What a word that was read shares with any that it may stand for.
-
-    One edit behind the first letter leaves the second letter or the last two; a nickname keeps the first two.
-    """
-    word = read.text
-    if read.capital:
-        yield f"{word[0]}." if len(word) == 1 else f"{word[0]}_"
-    if read.capital or len(word) >= LONG:
-        yield word[:2]
-    if len(word) >= LONG:
-        yield word[0] + word[-2:]
+def _postings() -> Postings:
+    return defaultdict(list)
 
 
-def _beside(forms: Iterator[str], stemmed: str) -> Iterator[str]:
-    return (f"{form}|{stemmed}" for form in forms)
+def _found(postings: Postings, keys: Iterable[str]) -> Iterator[list[int]]:
+    return (postings[key] for key in keys if key in postings)
 
 
-def _pair(one: str, other: str) -> str:
-    return f"{one}&{other}" if one < other else f"{other}&{one}"
+def _in_order(one: str, other: str) -> tuple[str, str]:
+    return (one, other) if one < other else (other, one)
+
+
+def _may_be_imperfect(subject: Subject, order: Sequence[int], enough: float) -> Iterator[tuple[int, int]]:
+    """Each heavy word that may be misspelt or abbreviated, with any other of some weight that then stands whole."""
+    rest = subject.total
+    for index in order:
+        yield from ((index, other) for other, weight in enumerate(subject.weights) if other != index and weight >= 1.0)
+        rest -= subject.weights[index]
+        if rest < enough:
+            break
 
 
 def _two_of_these(order: Sequence[int], weights: Sequence[float], enough: float) -> Sequence[int]:

@@ -11,6 +11,7 @@ _LETTERS = str.maketrans(
 )
 _ENDINGS = (("ies", "y"), ("ied", "y"), ("ing", ""), ("ed", ""), ("es", "e"), ("s", ""))
 _ABBREVIATIONS = frozenset("dr mr mrs ms st jr sr prof rev capt lt col gen no mt ft sgt".split())
+_ASCII_WORD = re.compile("[a-z0-9]+")
 _ROMAN = re.compile(r"^(?=[ivxl])(l?x{0,3})(ix|iv|v?i{0,3})$")
 
 
@@ -42,6 +43,8 @@ def stem(word: str) -> str:
 
 def split_words(text: str) -> list[str]:
     """The folded words of a text: runs of letters and digits, as a `Reader` reads them."""
+    if text.isascii():
+        return _ASCII_WORD.findall(text.lower())
     words: list[str] = []
     growing = False
     for char in text:

@@ -3,7 +3,7 @@
     python tests/benchmarks/speed.py count            # what an edit costs on paper
     python tests/benchmarks/speed.py training         # against a plain full-model loop over the same texts
     python tests/benchmarks/speed.py scale            # the cost of an edit among 200 and among 3,000
-    python tests/benchmarks/speed.py routing          # the gate over 1,000, 10,000 and 100,000 anchors
+    python tests/benchmarks/speed.py routing          # the gate over 1,000 to 1,000,000 anchors
     python tests/benchmarks/speed.py inference        # prefill and decode of an edited model against the base
     python tests/benchmarks/speed.py gpu              # a random model of the 7B shape, bfloat16, on a GPU
 
@@ -14,6 +14,7 @@ test run.
 import argparse
 import random
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -45,9 +46,14 @@ from lemoe.structure import FFNSite
 from lemoe.tokens import Batch, Passage, length_buckets
 from lemoe.training import encode_edits
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from synthetic import made_up
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 DATA = REPOSITORY / ".." / "shared" / "data"
 LOSS_WORDS = 8192  # token ids that take part in the loss, about
+TOKENISED = 10_000  # texts that are tokenised together
 
 
 def real_edits(count: int) -> list[lemoe.Edit]:
@@ -320,32 +326,21 @@ def plain_loss(base: lemoe.BaseModel, site: FFNSite, blocks: Blocks, batch: Plai
 
 
 def synthetic_anchors(
-    base: lemoe.BaseModel, edits: Sequence[lemoe.Edit], count: int
+    base: lemoe.BaseModel, edits: Sequence[lemoe.Edit], count: int, *, crowded: bool = False
 ) -> tuple[Anchors, list[list[int]]]:
     """Anchors of real questions about made-up names, and rewordings of some of them as token ids."""
-    rng = random.Random(0)
-    usable = [edit for edit in edits if edit.subject and edit.subject in edit.prompt and edit.rephrases]
-    words = sorted(
-        {w for edit in usable for w in (edit.subject or "").split() if w[:1].isupper() and w.isalpha() and len(w) > 4}
+    made = list(made_up(edits, count, crowded=crowded))
+    prompts, targets = ([], [])
+    for first in range(0, count, TOKENISED):
+        few = made[first : first + TOKENISED]
+        prompts += base.tokenizer([edit.prompt for edit in few]).input_ids
+        targets += base.tokenizer([" " + edit.target for edit in few]).input_ids
+    anchors = (
+        Anchor(tuple(prompt), tuple(target), edit.subject)
+        for edit, prompt, target in zip(made, prompts, targets, strict=True)
     )
-    made: dict[str, lemoe.Edit] = {}
-    while len(made) < count:
-        edit = rng.choice(usable)
-        made.setdefault(" ".join(rng.choice(words) for _ in range(max(2, len((edit.subject or "").split())))), edit)
-
-    def renamed(text: str, edit: lemoe.Edit, name: str) -> str:
-        return text.replace(edit.subject or "", name)
-
-    prompts = base.tokenizer([renamed(edit.prompt, edit, name) for name, edit in made.items()]).input_ids
-    targets = base.tokenizer([" " + edit.target for edit in made.values()]).input_ids
-    few = rng.sample(list(made.items()), min(500, count))
-    asked: list[list[int]] = base.tokenizer(
-        [renamed(edit.rephrases[0].prompt, edit, name) for name, edit in few]
-    ).input_ids
-    anchors = tuple(
-        Anchor(tuple(prompt), tuple(target), name) for name, prompt, target in zip(made, prompts, targets, strict=True)
-    )
-    return Anchors.of_each(anchors), asked
+    asked = [edit.rephrases[0].prompt for edit in random.Random(0).sample(made, min(500, count))]
+    return Anchors.of_each(tuple(anchors)), base.tokenizer(asked).input_ids
 
 
 def routing() -> None:
@@ -354,14 +349,17 @@ def routing() -> None:
     edits = real_edits(2000)
     unrelated = base.tokenizer([probe.prompt for edit in edits for probe in edit.locality][:500]).input_ids
     settings = lemoe.resolve_settings("anchor")
-    print("| anchors | index built, s | in scope, ms | out of scope, ms |\n|---|---|---|---|")
-    for count in (1_000, 10_000, 100_000):
-        anchors, asked = synthetic_anchors(base, edits, count)
-        started = time.perf_counter()
-        live = anchors.live(base, settings)
-        built = time.perf_counter() - started
-        inside, outside = (timed(partial(live.explain, prompts)) / len(prompts) for prompts in (asked, unrelated))
-        print(f"| {count:,} | {built:.1f} | {1e3 * inside:.3f} | {1e3 * outside:.3f} |", flush=True)
+    for crowded in (False, True):
+        print(f"\nNames of {'the same few words, however many' if crowded else 'ever more words, as real ones'}:\n")
+        print("| anchors | index built | its memory | in scope | out of scope |\n|---|---|---|---|---|")
+        for count in (1_000, 10_000, 100_000) if crowded else (1_000, 10_000, 100_000, 1_000_000):
+            anchors, asked = synthetic_anchors(base, edits, count, crowded=crowded)
+            before, started = psutil.Process().memory_info().rss, time.perf_counter()
+            live = anchors.live(base, settings)
+            built, memory = time.perf_counter() - started, psutil.Process().memory_info().rss - before
+            inside, outside = (timed(partial(live.explain, prompts)) / len(prompts) for prompts in (asked, unrelated))
+            row = f"| {count:,} | {built:.1f} s | {memory / (1 << 20):.0f} MiB "
+            print(f"{row}| {1e3 * inside:.3f} ms | {1e3 * outside:.3f} ms |", flush=True)
 
 
 def random_adaptor(base: lemoe.BaseModel, taught: AdaptorState, anchors: Anchors) -> AdaptorState:

@@ -1,0 +1,61 @@
+"""Edits by the million: real questions about made-up names."""
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import accumulate
+
+from lemoe.edits import Edit, Probe
+
+GROWTH = 0.75  # distinct words grow with the number of names to this power; .83 to .93 among ZsRE's subjects
+COMMON = 50  # a word's frequency goes with 1 / (rank + this): the first is in every hundred and seventieth name
+
+
+def made_up(edits: Sequence[Edit], count: int, *, crowded: bool = False, seed: int = 0) -> Iterator[Edit]:
+    """`count` edits: real ones with another subject of as many words (two at least), no subject twice.
+
+    Words are as frequent as in real names, the most frequent ones of real subjects first; there are as many as so many
+    names have, blends of two real words where those do not suffice.
+
+    Args:
+        crowded: only words of real subjects, each as frequent as the other, however many names are made of them.
+    """
+    rng = random.Random(seed)
+    usable = [edit for edit in edits if edit.subject and edit.subject in edit.prompt and edit.rephrases]
+    subjects = {edit.subject: None for edit in usable}
+    seen = Counter(word for subject in subjects for word in (subject or "").split() if _is_name(word))
+    words = sorted(seen, key=lambda word: (-seen[word], word))
+    if not crowded:
+        words = _grown(words, round(len(words) * (count / len(subjects)) ** GROWTH), rng)
+    weights = list(accumulate(1.0 if crowded else 1 / (rank + COMMON) for rank in range(len(words))))
+    taken: set[str] = set()
+    while len(taken) < count:
+        edit = rng.choice(usable)
+        name = " ".join(rng.choices(words, cum_weights=weights, k=max(2, len((edit.subject or "").split()))))
+        if name not in taken:
+            taken.add(name)
+            yield _renamed(edit, name, f"made-{len(taken)}")
+
+
+def _is_name(word: str) -> bool:
+    return word[:1].isupper() and word.isalpha() and len(word) > 4
+
+
+def _grown(words: list[str], count: int, rng: random.Random) -> list[str]:
+    """The first `count` of `words`, blends of two behind them where there are fewer."""
+    known = dict.fromkeys(words[: max(count, COMMON)])
+    while len(known) < count:
+        one, other = rng.choice(words), rng.choice(words)
+        known.setdefault(one[: len(one) // 2 + 1] + other[len(other) // 2 :])
+    return list(known)
+
+
+def _renamed(edit: Edit, name: str, id_: str) -> Edit:
+    def about(text: str) -> str:
+        return text.replace(edit.subject or "", name)
+
+    rephrases = tuple(Probe(about(probe.prompt), probe.target, probe.kind) for probe in edit.rephrases)
+    return replace(
+        edit, id=id_, subject=name, prompt=about(edit.prompt), rephrases=rephrases, portability=(), generation=()
+    )
