@@ -7,17 +7,14 @@ from lemoe.adaptor import AdaptorState, stack
 from lemoe.changes import WeightChange
 from lemoe.checkpoint import tensors_of
 from lemoe.edits import Edit
-from lemoe.errors import ModelError
 from lemoe.methods import train_round
 from lemoe.models import BaseModel
-from lemoe.placement import is_offloaded
 from lemoe.products import fast_products
 from lemoe.settings import Settings
 from lemoe.training import OnStep
 
 Edited = AdaptorState | WeightChange
 T = TypeVar("T")
-CHANGING = ("ft", "lora")  # methods that change weights of the base, or stand in their way
 
 
 class Editor(Protocol[T]):
@@ -67,14 +64,9 @@ def teach(
     Raises:
         InputError: listing the edits of a round that cannot be used with this model.
         LemoeError: if the method needs a package that is not installed.
-        ModelError: if it changes weights of the base that are not in a device's memory.
+        ModelError: if it changes weights of the base, and a device map keeps some of them off the devices.
     """
     train = editor_of(settings.method)
-    if settings.method in CHANGING and is_offloaded(base.model):
-        raise ModelError(
-            f"baseline {settings.method} changes weights of the base, and the device map keeps some of them off the "
-            "devices; compare other methods, or take more devices"
-        )
     edited: Edited | None = None
     for members in rounds:
         with fast_products(base.model):
