@@ -20,6 +20,7 @@ from lemoe.hooks import released
 from lemoe.insertion import InsertedAdaptor
 from lemoe.metrics import Decode
 from lemoe.models import LOGIT_ROWS, BaseModel
+from lemoe.placement import taken
 from lemoe.routing import Explanation
 from lemoe.structure import FFNSite
 from lemoe.tokens import Batch, Passage, steady_width
@@ -229,6 +230,7 @@ def read_through(base: BaseModel, passage: Passage) -> float:
     handle = base.layers[-1].register_forward_hook(lambda module, args, output: seen.append(hidden_of(output)))
     with released([handle]):
         base.decoder(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
-    loss = _answers(base, batch, seen[0][batch.target_rows, batch.target_columns])[0].loss
+    hidden = taken(seen[0], batch.target_rows, batch.target_columns).to(base.device)
+    loss = _answers(base, batch, hidden)[0].loss
     assert loss is not None, "teacher forcing gives losses"
     return loss

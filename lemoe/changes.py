@@ -6,7 +6,9 @@ from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor
 
+from lemoe.errors import ModelError
 from lemoe.models import BaseModel
+from lemoe.placement import is_offloaded
 
 
 class WeightChange(ABC):
@@ -19,6 +21,19 @@ class WeightChange(ABC):
     @abstractmethod
     def applied(self, base: BaseModel) -> AbstractContextManager[None]:
         """While open, `base` is the changed model; afterwards it is what it was, bit for bit."""
+
+
+def check_resident(base: BaseModel) -> None:
+    """Refuse a base of which some weights are brought in anew whenever they are needed: no change would last.
+
+    Raises:
+        ModelError: saying what to do.
+    """
+    if is_offloaded(base.model):
+        raise ModelError(
+            "baselines ft and lora change the base's own weights, some of which the device map keeps off the devices; "
+            "compare other methods, or take more devices"
+        )
 
 
 @contextmanager

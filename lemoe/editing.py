@@ -219,7 +219,7 @@ def _fitting(base: BaseModel, site: FFNSite, settings: Settings, listener: Liste
     """The settings with batches that fit into the free memory."""
     tokens = fitting_tokens(base, site, settings.batch_tokens)
     if tokens < settings.batch_tokens:
-        free = free_memory(base.device) >> 20
+        free = free_memory(base.devices) >> 20
         listener.note(f"{free:,} MiB of memory are free: batches of {tokens} tokens, not {settings.batch_tokens}")
     return replace(settings, batch_tokens=tokens)
 

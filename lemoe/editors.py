@@ -64,6 +64,7 @@ def teach(
     Raises:
         InputError: listing the edits of a round that cannot be used with this model.
         LemoeError: if the method needs a package that is not installed.
+        ModelError: if it changes weights of the base, and a device map keeps some of them off the devices.
     """
     train = editor_of(settings.method)
     edited: Edited | None = None

@@ -13,6 +13,7 @@ from lemoe.checkpoint import AdaptorFile
 from lemoe.errors import InputError
 from lemoe.insertion import insert
 from lemoe.models import BaseModel
+from lemoe.placement import is_offloaded
 from lemoe.products import fast_products
 
 if TYPE_CHECKING:
@@ -121,6 +122,8 @@ def _task_manager(tasks: Sequence[str], tasks_path: Path | None) -> "TaskManager
 def _harness_model(base: BaseModel, batch_size: int) -> "HFLM":
     from lm_eval.models.huggingface import HFLM
 
+    if is_offloaded(base.embedding):
+        raise InputError("tasks need the base's embeddings on a device; the device map keeps them off")
     tokenizer = copy.deepcopy(base.tokenizer)  # the harness changes its padding
     return HFLM(pretrained=base.model, tokenizer=tokenizer, batch_size=batch_size)
 

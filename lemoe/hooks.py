@@ -27,8 +27,8 @@ class Site:
 def beside(site: Site, delta: Delta) -> AbstractContextManager[None]:
     """While open, `delta(FFN input)` is added to what the FFN at `site` gives.
 
-    `delta` gets the FFN input `[..., hidden]` and returns a tensor of that shape, or None for nothing to add, in
-    which case the FFN's output is the very tensor that the base model gives.
+    `delta` gets the FFN input `[..., hidden]` and returns a tensor of that shape, on any device, or None for nothing
+    to add, in which case the FFN's output is the very tensor that the base model gives.
     """
     seen: dict[str, Tensor] = {}
 
@@ -37,7 +37,7 @@ def beside(site: Site, delta: Delta) -> AbstractContextManager[None]:
 
     def exit_(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         change = delta(seen.pop("input"))
-        return None if change is None else output + change.to(output.dtype)
+        return None if change is None else output + change.to(output)
 
     return hooked(site, entry, exit_)
 

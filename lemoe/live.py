@@ -97,8 +97,11 @@ class LiveAdaptor:
             return generate(*args, **kwargs)
 
     def delta(self, inputs: Tensor, routing: Routing) -> Tensor | None:
-        """What the routed experts add, `[batch, seq, hidden]`, for FFN inputs of that shape; None for nothing."""
-        return self._experts.delta(inputs, routing, self.site.activation)
+        """What the routed experts add, `[batch, seq, hidden]`, for FFN inputs of that shape; None for nothing.
+
+        Experts run on the router's device, wherever the FFN does.
+        """
+        return self._experts.delta(inputs.to(self.router.device), routing, self.site.activation)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._bypass:
@@ -114,7 +117,8 @@ class LiveAdaptor:
         assert given is not None, "transformers calls a decoder with ids or embeddings"
         mask = _token_mask(given, call.get("attention_mask"))
         prompt = mask & _prompt_columns(given, self._prompt_columns)
-        self._routing, self._memory = self.router.route(Sequences(ids, embeddings, mask, prompt, memory))
+        sequences = Sequences(ids, embeddings, mask, prompt, memory).to(self.router.device)
+        self._routing, self._memory = self.router.route(sequences)
         self._experts.prefetch(self._routing)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -1,5 +1,7 @@
 """What a run needs beside the loaded model, and how large its batches may be."""
 
+from collections.abc import Iterable
+
 import psutil
 import torch
 
@@ -10,8 +12,12 @@ SHARE = 0.5  # of the free memory that batches may take
 SMALLEST = 64  # tokens; below this a run is not worth starting
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device."""
+def free_memory(devices: Iterable[torch.device]) -> int:
+    """Bytes that are free on the device, of these, that has the least."""
+    return min(map(_free_on, devices))
+
+
+def _free_on(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return int(psutil.virtual_memory().available)
@@ -33,4 +39,4 @@ def bytes_per_token(base: BaseModel, site: FFNSite) -> int:
 
 def fitting_tokens(base: BaseModel, site: FFNSite, wanted: int) -> int:
     """`wanted` padded tokens a batch, or as many as half of the free memory holds."""
-    return max(SMALLEST, min(wanted, int(SHARE * free_memory(base.device)) // bytes_per_token(base, site)))
+    return max(SMALLEST, min(wanted, int(SHARE * free_memory(base.devices)) // bytes_per_token(base, site)))

@@ -21,10 +21,12 @@ from transformers.utils import logging as transformers_logging
 from lemoe import embedded
 from lemoe.embedded import Notify
 from lemoe.errors import InputError, ModelError
+from lemoe.placement import device_of, named_weights, own_weights, taken
 from lemoe.products import frozen_linear
 from lemoe.structure import FFNSite, find_ffn, find_layers, steps_after_layers
 
 LOGIT_ROWS = 64  # positions whose logits over the whole vocabulary stand in memory at once, outside training steps
+DeviceMap = str | Mapping[str, int | str | torch.device]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -142,8 +144,13 @@ class BaseModel:
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.model.device
-        return device
+        """Where the embeddings are, and with them all that is not the model's own."""
+        return device_of(self.embedding)
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All that the model runs on, the embeddings' first."""
+        return tuple(dict.fromkeys(map(device_of, (self.embedding, *self.layers, self.head))))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -174,13 +181,14 @@ class BaseModel:
         return self._sites[layer, path]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits `[..., vocab]` of the last layer's output `hidden` `[..., hidden]`."""
-        return self._capped(self.head(self.finish(hidden)))
+        """Logits `[..., vocab]` of the last layer's output `hidden` `[..., hidden]`, on its device."""
+        return self._capped(self.head(self.finish(hidden))).to(hidden.device)
 
     def logits_over(self, words: Tensor) -> Callable[[Tensor], Tensor]:
         """What gives logits `[..., words]` over the token ids `words` alone, for last layer outputs `[..., hidden]`."""
-        weight, bias = self.head.weight[words], None if self.head.bias is None else self.head.bias[words]
-        return lambda hidden: self._capped(frozen_linear(self.finish(hidden), weight, bias))
+        chosen = {name: taken(value, words).to(words.device) for name, value in own_weights(self.head).items()}
+        weight, bias = chosen["weight"], chosen.get("bias")
+        return lambda hidden: self._capped(frozen_linear(self.finish(hidden).to(weight.device), weight, bias))
 
     def _capped(self, logits: Tensor) -> Tensor:
         return torch.tanh(logits / self._softcap) * self._softcap if self._softcap else logits
@@ -218,7 +226,7 @@ class BaseModel:
         return _tokenizer_sha256(self.tokenizer)
 
     def _probe_input(self) -> dict[str, Tensor]:
-        ids = torch.tensor([[0, 1]], device=self.model.device)
+        ids = torch.tensor([[0, 1]], device=self.device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
@@ -235,10 +243,14 @@ SAMPLES = 1024  # values of a tensor that are hashed
 
 def _weights_sha256(model: nn.Module) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.named_parameters()):
-        digest.update(f"{name}{list(tensor.shape)}".encode())
-        digest.update(_as_bytes(tensor.detach().flatten()[:: max(1, tensor.numel() // SAMPLES)]))
+    for name, shape, sample in sorted((name, list(each.shape), _sample(each)) for name, each in named_weights(model)):
+        digest.update(f"{name}{shape}".encode())
+        digest.update(sample)
     return digest.hexdigest()
+
+
+def _sample(tensor: Tensor) -> bytes:
+    return _as_bytes(tensor.detach().flatten()[:: max(1, tensor.numel() // SAMPLES)])
 
 
 def _as_bytes(tensor: Tensor) -> bytes:
@@ -339,6 +351,7 @@ def load_base(
     name: str = "llama",
     *,
     device: str = "auto",
+    device_map: DeviceMap | None = None,
     dtype: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -349,28 +362,32 @@ def load_base(
     Args:
         name: a preset name, a local folder, or a hub id `org/name[@revision]`.
         device: `auto`, or a torch device.
+        device_map: instead of one device, for a model too large for it: `auto`, `balanced`, `sequential`, or a device,
+            `cpu` or `disk` for each part of the model by name, as transformers takes it.
         dtype: `float32`, `bfloat16`, `float16`, or `auto`: as stored, but float32 on CPU.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run model code that the repository brings. Only for sources you trust.
         notify: called with one line for each stage that takes time.
 
     Raises:
-        ModelError: if the model cannot be found, loaded or edited, or the device is not there.
+        ModelError: if the model cannot be found, loaded or edited, the device is not there, or a map is given as well.
     """
     transformers_logging.disable_progress_bar()
     source = resolve_model(name, revision)
-    place = pick_device(device)
+    place = _place(device, device_map)
     location = str(embedded.embedded_folder(notify)) if source.embedded else source.location
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if source.revision:
         options["revision"] = source.revision
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, **options)
-        model = AutoModelForCausalLM.from_pretrained(location, dtype=_dtype(dtype, place), **options)
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
+        model = AutoModelForCausalLM.from_pretrained(
+            location, dtype=_dtype(dtype, place), device_map=device_map, **options
+        )
+    except (OSError, ValueError, ImportError, RuntimeError, AssertionError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{source}: cannot be loaded: {reason}") from None
-    return BaseModel(model.to(place), tokenizer, source)
+    return BaseModel(model.to(place) if device_map is None else model, tokenizer, source)
 
 
 def answer(base: BaseModel, prompt: str, max_new_tokens: int = 32) -> str:
@@ -379,6 +396,18 @@ def answer(base: BaseModel, prompt: str, max_new_tokens: int = 32) -> str:
     ids = base.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=base.pad_token)
     text: str = base.tokenizer.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     return text
+
+
+def _place(device: str, device_map: DeviceMap | None) -> torch.device:
+    """The device, or the kind of those on which a map lets the model run."""
+    if device_map is None:
+        return pick_device(device)
+    if device != "auto":
+        raise ModelError(
+            f"--device {device} and --device-map exclude each other: give one device, or a map over several"
+        )
+    named = device_map.values() if isinstance(device_map, Mapping) else (device_map,)
+    return torch.device("cpu") if {str(place) for place in named} <= {"cpu", "disk"} else pick_device()
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype | str:

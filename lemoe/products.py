@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lemoe.placement import device_of
+
 EXACT = 1e-6  # relative error of a product in float32; bfloat16 has some 1e-3
 
 
@@ -70,14 +72,15 @@ class _FrozenLinear(torch.autograd.Function):
 
 def frozen_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`inputs @ weight.T + bias`, with a weight `[out, in]` and a bias `[out]` that are not trained."""
-    if _gains(weight):
+    if _gains(weight, weight.device):
         result: Tensor = _FrozenLinear.apply(inputs, weight, bias)
         return result
     return functional.linear(inputs, weight, bias)
 
 
-def _gains(weight: Tensor) -> bool:
-    frozen = weight.device.type == "cpu" and weight.dtype == torch.float32 and not weight.requires_grad
+def _gains(weight: Tensor, device: torch.device) -> bool:
+    """Whether products on `device` with a weight, which may be away, are faster so."""
+    frozen = device.type == "cpu" and weight.dtype == torch.float32 and not weight.requires_grad
     return frozen and onednn_is_exact()
 
 
@@ -85,17 +88,31 @@ def _gains(weight: Tensor) -> bool:
 def fast_products(model: nn.Module) -> Iterator[None]:
     """While open, the frozen linear layers of `model` compute by `frozen_linear`."""
     changed = [
-        module
+        (module, name)
         for module in model.modules()
-        if type(module) is nn.Linear and "forward" not in module.__dict__ and _gains(module.weight)
+        if type(module) is nn.Linear and _gains(module.weight, device_of(module)) and (name := _plain_forward(module))
     ]
-    for module in changed:
-        module.__dict__["forward"] = functools.partial(_forward, module)
+    before = [module.__dict__.get(name) for module, name in changed]
+    for module, name in changed:
+        module.__dict__[name] = functools.partial(_forward, module)
     try:
         yield
     finally:
-        for module in changed:
-            del module.__dict__["forward"]
+        for (module, name), own in zip(changed, before, strict=True):
+            del module.__dict__[name]
+            if own is not None:
+                module.__dict__[name] = own
+
+
+def _plain_forward(module: nn.Linear) -> str | None:
+    """The attribute under which a layer finds its class's forward; None where it has one of its own.
+
+    Where accelerate's hooks bring weights in, they stand around `_old_forward`.
+    """
+    if hasattr(module, "_hf_hook"):
+        plain = getattr(module._old_forward, "__func__", None) is nn.Linear.forward
+        return "_old_forward" if plain else None
+    return None if "forward" in module.__dict__ else "forward"
 
 
 def _forward(module: nn.Linear, inputs: Tensor) -> Tensor:

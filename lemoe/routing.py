@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -119,6 +119,11 @@ class Sequences:
     mask: Tensor
     prompt: Tensor
     memory: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Sequences":
+        """The same, on `device`."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if value is not None}
+        return replace(self, **moved)
 
 
 class LiveRouter(ABC):

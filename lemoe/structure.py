@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lemoe.errors import ModelError
 from lemoe.hooks import Site
+from lemoe.placement import named_weights
 
 Activation = nn.Module
 
@@ -32,7 +33,7 @@ class FFNSite(Site):
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Name and value of every parameter of the frozen FFN, in a stable order."""
         for part in dict.fromkeys((self.entry, self.exit)):
-            for name, tensor in sorted(part.named_parameters()):
+            for name, tensor in sorted(named_weights(part)):
                 yield f"{type(part).__name__}.{name}", tensor
 
 

@@ -25,7 +25,7 @@ def compacted(
     if output is not None:
         check_free(output, overwrite=overwrite)
     merged = read()
-    base = open_base({**options, "dtype": "auto"}, quiet=False)
+    base = open_base({**options, "device_map": None, "dtype": "auto"}, quiet=False)
     with stage("compacting", quiet=False) as notify:
         outcome = compact(base, merged.state, tolerance=tolerance, notify=notify)
     _show(outcome)

@@ -161,6 +161,8 @@ def command(
 
 def _engine(name: str, address: str | None, workers: int | None, options: Mapping[str, Any]) -> "Engine":
     if name == "ray":
+        if options["device_map"]:
+            raise click.UsageError("--device-map is for --engine local: each worker of Ray has one device for its base")
         from lemoe.engines.ray import RayEngine
 
         return RayEngine(loader(options), address, workers)

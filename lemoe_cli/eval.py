@@ -261,7 +261,7 @@ def _shortfall(verdict: "Verdict") -> str:
 def _run_settings(edits: Path, base: "BaseModel", decode: "Decode", options: dict[str, Any]) -> dict[str, Any]:
     """What was measured, and on what, as JSON says it."""
     chosen = {name: options[name] for name in ("model", "revision", "limit", "sample", "seed")}
-    where = {"dtype": str(base.dtype).removeprefix("torch."), "device": str(base.device)}
+    where = {"dtype": str(base.dtype).removeprefix("torch."), "device": ", ".join(map(str, base.devices))}
     digest = hashlib.sha256(edits.read_bytes()).hexdigest()
     return {"edits": str(edits), "edits_sha256": digest, "decode": decode, **chosen, **where}
 

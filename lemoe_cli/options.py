@@ -66,12 +66,18 @@ edits_argument = click.argument("edits", type=FILE)
 
 _MODEL_HELP = "Preset name (llama = embedded), folder, or org/name[@rev]."
 _device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+_device_map_option = click.option(
+    "--device-map",
+    type=click.Choice(["auto", "balanced", "sequential"]),
+    help="For a model larger than a GPU: over all of them, main memory and disk.",
+)
 _source_options: Callable[[Any], Any] = combined(
     click.option("--revision", help="Branch, tag or commit of a hub model."),
     click.option("--trust-remote-code", is_flag=True, help="Run model code that the repository brings."),
 )
 _loading_options: Callable[[Any], Any] = combined(
     _device_option,
+    _device_map_option,
     click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16."),
     _source_options,
 )
@@ -129,6 +135,7 @@ def open_base(options: Mapping[str, Any], *, quiet: bool) -> "BaseModel":
         return load_base(
             options["model"],
             device=options["device"],
+            device_map=options["device_map"],
             dtype=options["dtype"],
             revision=options["revision"],
             trust_remote_code=options["trust_remote_code"],

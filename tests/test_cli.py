@@ -309,6 +309,14 @@ MISTAKES = {
     "unknown preset": (("edit", "{edits}", "-m", "{model}", "--preset", "papr"), "there is: "),
     "unknown device": (("plan", "{edits}", "-m", "{model}", "--device", "tpu"), "--device tpu: not available here"),
     "unknown dtype": (("plan", "{edits}", "-m", "{model}", "--dtype", "int3"), "--dtype int3: expected auto"),
+    "device and device map": (
+        ("plan", "{edits}", "-m", "{model}", "--device", "cpu", "--device-map", "auto"),
+        "--device cpu and --device-map exclude each other",
+    ),
+    "device map with ray": (
+        ("edit", "{edits}", "-m", "{model}", "--device-map", "auto", "--engine", "ray"),
+        "--device-map is for --engine local",
+    ),
     "layer too high": (("edit", "{edits}", "-m", "{model}", *SMALL, "--layer", "9"), "layers 0 to 2"),
     "wrong layer path": (("edit", "{edits}", "-m", "{model}", *SMALL, "--layer-path", "ffn"), "Candidates: mlp"),
     "missing adaptor to measure": (("eval", "{edits}", "-m", "{model}", "-a", "none"), "none: no such file"),

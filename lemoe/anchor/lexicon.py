@@ -11,6 +11,7 @@ import numpy
 from numpy.typing import NDArray
 
 from lemoe.anchor.words import fold, stem
+from lemoe.placement import own_weights
 from lemoe.routing import Host
 
 RELATION_UNIT = 1.6
@@ -28,7 +29,7 @@ class Lexicon:
         self._tokenizer = base.tokenizer
         self._special = frozenset(base.tokenizer.all_special_ids)
         self._decode_byte = _byte_alphabet() if "Ġ" in base.tokenizer.get_vocab() else None
-        self._vectors = _without_common_direction(base.embedding.weight.detach().float().cpu().numpy())
+        self._vectors = _without_common_direction(own_weights(base.embedding)["weight"].detach().float().cpu().numpy())
         self._ids: dict[str, list[int]] = {}
         self._rarity: dict[str, float] = {}
         self._relation: dict[str, float] = {}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lemoe.baselines.live import live_batches, live_losses
-from lemoe.changes import WeightChange, swapped, trainable
+from lemoe.changes import WeightChange, check_resident, swapped, trainable
 from lemoe.edits import Edit
 from lemoe.models import BaseModel
 from lemoe.settings import Settings
@@ -59,4 +59,5 @@ def train(
 
 
 def _weights(base: BaseModel, layer: int, layer_path: str | None) -> list[Tensor]:
+    check_resident(base)
     return [weight for _, weight in base.site(layer, layer_path).tensors()]

@@ -11,6 +11,7 @@ from torch.nn import functional
 from lemoe.frozen.replay import LayerCall
 from lemoe.hooks import released
 from lemoe.models import BaseModel
+from lemoe.placement import taken
 from lemoe.tokens import Batch, Passage, length_buckets
 
 
@@ -32,7 +33,8 @@ class LiveBatch:
         hidden = self.hidden
         for call in self.calls:
             hidden = call(hidden)
-        return hidden[self.batch.target_rows, self.batch.target_columns]
+        rows, columns = self.batch.target_rows, self.batch.target_columns
+        return taken(hidden, rows, columns).to(rows.device)
 
 
 def live_batches(base: BaseModel, layer: int, passages: Sequence[Passage], max_tokens: int) -> list[LiveBatch]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lemoe.baselines.live import live_batches, live_losses
-from lemoe.changes import WeightChange
+from lemoe.changes import WeightChange, check_resident
 from lemoe.edits import Edit
 from lemoe.errors import LemoeError
 from lemoe.models import BaseModel
@@ -69,6 +69,7 @@ def train(
 @contextmanager
 def _inserted(base: BaseModel, layers: range, rank: int) -> Iterator[list[Tensor]]:
     """While open, fresh matrices stand beside the linear maps of `layers`; yields them."""
+    check_resident(base)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_linear_maps(base, layers))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -23,6 +23,7 @@ from lemoe.anchor.anchors import Anchors as StoredRouter
 from lemoe.experts import Experts
 from lemoe.hooks import Site
 from lemoe.live import LiveAdaptor
+from lemoe.placement import device_of
 from lemoe.routing import Lineage
 
 ADAPTOR = "adaptor.safetensors"
@@ -56,7 +57,7 @@ class LemoeForCausalLM(BaseModel):
     def _edited(self) -> LiveAdaptor:
         """The experts at work, on the device of the embeddings."""
         embedding = self.get_input_embeddings()
-        if self._live is None or self._live.router.device != embedding.weight.device:
+        if self._live is None or self._live.router.device != device_of(embedding):
             if self._live is not None:
                 self._live.remove()
             places = {name: self.get_submodule(path) for name, path in self.config.lemoe.items()}
@@ -96,7 +97,7 @@ class Edits:
 
     def beside(self, places: dict[str, nn.Module], embedding: nn.Embedding) -> LiveAdaptor:
         """Put the experts to work in the decoder, at the FFN and on the device of the embeddings."""
-        device = embedding.weight.device
+        device = device_of(embedding)
         tokenizer = AutoTokenizer.from_pretrained(self._home, revision=self._revision, trust_remote_code=True)
         self._host = Host(embedding, tokenizer, device)
         router = self._router.live(self._host, self._settings)

@@ -23,6 +23,7 @@ from lemoe.frozen.prefixes import Forest, Rows, Tree
 from lemoe.frozen.replay import FrozenBatch, LayerCall, constant_cache, hidden_of
 from lemoe.hooks import released
 from lemoe.models import BaseModel
+from lemoe.placement import taken
 from lemoe.structure import FFNSite
 from lemoe.tokens import Batch, Passage, length_buckets, steady_width
 
@@ -47,7 +48,7 @@ class Below:
         inputs: `[nodes, hidden]`, the input of the edited FFN.
         output: `[nodes, hidden]`, the output of the edited layer.
         last: `[nodes, hidden]`, the output of the last layer.
-        openings: keys and values `[nodes, heads, width]` in each layer above.
+        openings: keys and values `[nodes, heads, width]` in each layer above, on its device; all else is on the base's.
         in_tuple: whether the layers wrap what they give.
 
     `last` and `openings` are None and empty if the texts went no further than the edited layer.
@@ -113,7 +114,9 @@ class Below:
         if self.last is None:
             raise ValueError("these texts did not run through the whole model")
         nothing = self.output.new_zeros(1, 1, 1, 1).expand(len(nodes), 1, nodes.shape[1], 1)
-        above = [(keys[nodes].transpose(1, 2), values[nodes].transpose(1, 2)) for keys, values in self.openings]
+        above = [
+            (taken(keys, nodes).transpose(1, 2), taken(values, nodes).transpose(1, 2)) for keys, values in self.openings
+        ]
         return constant_cache([*[(nothing, nothing)] * (self.layer + 1), *above])
 
 
@@ -185,6 +188,9 @@ def _run_trees(
     cache = DynamicCache()
     cache.layers = [_NoLayer() for _ in range(layer + 1)]
 
+    def kept(hidden: Tensor) -> Tensor:
+        return hidden.to(base.device).reshape(*real.shape, -1)[real]
+
     def done(module: nn.Module, args: tuple[Any, ...], given: Any) -> None:
         seen["output"] = given
         if not whole:
@@ -192,7 +198,7 @@ def _run_trees(
 
     handles = [
         site.entry.register_forward_pre_hook(lambda module, args: seen.update(inputs=args[0])),
-        base.layers[-1].register_forward_hook(lambda module, args, given: seen.update(last=hidden_of(given)[real])),
+        base.layers[-1].register_forward_hook(lambda module, args, given: seen.update(last=kept(hidden_of(given)))),
         base.layers[layer].register_forward_hook(done),
     ]
     with released(handles), suppress(_Enough):
@@ -203,10 +209,10 @@ def _run_trees(
             _forward(base, cache, input_ids=rows.ids, attention_mask=real.long())
     above = cache.layers[layer + 1 :]
     return _Part(
-        inputs=seen["inputs"].reshape(*rows.ids.shape, -1)[real],
-        output=hidden_of(seen["output"])[real],
+        inputs=kept(seen["inputs"]),
+        output=kept(hidden_of(seen["output"])),
         last=seen.get("last"),
-        openings=[(kept.keys.transpose(1, 2)[real], kept.values.transpose(1, 2)[real]) for kept in above],
+        openings=[(taken(each.keys.transpose(1, 2), real), taken(each.values.transpose(1, 2), real)) for each in above],
         in_tuple=isinstance(seen["output"], tuple),
     )
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lemoe.hooks import Site, hooked
+from lemoe.placement import taken
 
 
 def only_at(site: Site, places: Tensor) -> AbstractContextManager[None]:
@@ -16,12 +17,12 @@ def only_at(site: Site, places: Tensor) -> AbstractContextManager[None]:
 
     def entry(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         shapes.append(args[0].shape)
-        return (args[0].reshape(-1, args[0].shape[-1])[places], *args[1:])
+        return (taken(args[0].reshape(-1, args[0].shape[-1]), places), *args[1:])
 
     def exit_(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         shape = shapes.pop()
         everywhere = output.new_zeros(shape.numel() // shape[-1], output.shape[-1])
-        return everywhere.index_put((places,), output).reshape(*shape[:-1], output.shape[-1])
+        return everywhere.index_put((places.to(output.device),), output).reshape(*shape[:-1], output.shape[-1])
 
     return hooked(site, entry, exit_)
 

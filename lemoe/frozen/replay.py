@@ -5,19 +5,23 @@ and the head runs at target positions alone. Columns before any expert acts keep
 are not replayed either.
 """
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from lemoe.frozen.hooks import only_at
+from lemoe.placement import is_offloaded, taken
 from lemoe.structure import FFNSite
 from lemoe.tokens import Batch
+
+Within = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,20 @@ class LayerCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        return hidden_of(self.layer(hidden, *self.args, **self.kwargs))
+    def __call__(self, hidden: Tensor, within: Within = nullcontext) -> Tensor:
+        """Run the layer, inside a context if given.
+
+        The weights of an offloaded layer are not kept for the backward pass, in which it runs again.
+        """
+        if not (hidden.requires_grad and is_offloaded(self.layer)):
+            return self._run(hidden, within)
+        with set_checkpoint_early_stop(False):  # the layer comes to its end, where its weights leave again
+            again: Tensor = checkpoint(self._run, hidden, within, use_reentrant=False, preserve_rng_state=False)
+            return again
+
+    def _run(self, hidden: Tensor, within: Within) -> Tensor:
+        with within():
+            return hidden_of(self.layer(hidden, *self.args, **self.kwargs))
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -44,6 +60,8 @@ class FrozenBatch:
 
     What the edited FFN gives is added to the residual stream, so that the edited layer's new output is its old one
     plus the experts' delta: that layer need not run again either.
+
+    All of it is on the base's device; the layers above may be on others.
 
     Attributes:
         batch: what was run.
@@ -76,10 +94,10 @@ class FrozenBatch:
         rows, columns = self.batch.target_rows, self.batch.target_columns - self.start
         for call in self.calls[:-1]:
             hidden = call(hidden)
-        with only_at(self.top, rows * hidden.shape[1] + columns) if self.top else nullcontext():
-            for call in self.calls[-1:]:
-                hidden = call(hidden)
-        return hidden[rows, columns]
+        at_targets = partial(only_at, self.top, rows * hidden.shape[1] + columns) if self.top else nullcontext
+        for call in self.calls[-1:]:
+            hidden = call(hidden, at_targets)
+        return taken(hidden, rows, columns).to(rows.device)
 
 
 class _ConstantLayer(DynamicLayer):
