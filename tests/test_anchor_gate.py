@@ -90,6 +90,17 @@ def test_the_index_looks_at_every_subject_that_a_text_mentions_with_one_imperfec
     assert number in seen or not mentioned
 
 
+def test_a_look_up_touches_no_name_that_only_begins_alike(tiny: Callable[[str], lemoe.BaseModel]) -> None:
+    index = SubjectIndex(lexicon_of(tiny("llama")))
+    numbers = {
+        first: index.add(f"{first} Fitzgerald") for first in ("Maria", "Marie", *(f"Ma{n}q{n}" for n in "abcdefgh"))
+    }
+    reader = Reader()
+    for word in "Maria Fitzgerald".split():
+        reader.push(f" {word}".encode())
+    assert set(index.near(reader.words)) == {numbers["Maria"], numbers["Marie"]}
+
+
 @pytest.fixture(scope="module")
 def known(real_base: lemoe.BaseModel) -> Gate:
     """A gate over `KNOWN` with the default thresholds."""

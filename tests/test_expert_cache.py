@@ -1,16 +1,20 @@
 """Experts that are read when they are needed: the same answers, and no more in memory than was asked for."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import lemoe
 from lemoe.checkpoint import AdaptorFile
 from lemoe.errors import AdaptorError
 from lemoe.expert_cache import ExpertCache
 from lemoe.insertion import InsertedAdaptor
+from lemoe_cli.main import cli
+from lemoe_cli.options import Size
 
 SettingsOf = Callable[..., lemoe.Settings]
 
@@ -74,3 +78,43 @@ def test_a_file_that_changes_while_it_is_used_gives_an_error(
         path.write_bytes(path.read_bytes()[:-2000])
         with pytest.raises(AdaptorError, match="cannot be read any more"):
             logits(base, [fact.prompt for fact in facts])
+
+
+def test_figures_are_those_of_an_adaptor_in_memory(base: lemoe.BaseModel, facts: list[lemoe.Edit], path: Path) -> None:
+    whole = lemoe.evaluate(base, lemoe.load_adaptor(path), facts)
+    assert lemoe.evaluate(base, AdaptorFile(path), facts, expert_cache=one_expert(path)) == whole
+    assert lemoe.evaluate(base, AdaptorFile(path), facts) == whole
+
+
+def printed(*arguments: object) -> str:
+    result = CliRunner().invoke(cli, [*map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_commands_print_the_same_with_few_experts_in_memory(
+    tiny_folder: Callable[[str], Path], facts: list[lemoe.Edit], path: Path, tmp_path: Path
+) -> None:
+    edits = tmp_path / "edits.jsonl"
+    lines = (json.dumps({"prompt": fact.prompt, "target": fact.target, "subject": fact.subject}) for fact in facts)
+    edits.write_text("\n".join(lines))
+    model = ("--model", tiny_folder("llama"), "--adaptor", path, "--quiet", "--json")
+    for command in (("ask", facts[0].prompt, facts[2].prompt), ("eval", edits)):
+        assert printed(*command, *model, "--expert-cache", "1K") == printed(*command, *model)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("0", 0), ("700", 700), ("64M", 64 << 20), ("1.5g", 3 << 29), ("2KiB", 2048)]
+)
+def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
+    assert Size().convert(text, None, None) == size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [(("--expert-cache", "64M"), "needs an --adaptor"), (("--adaptor", "a", "--expert-cache", "lots"), "64M or 2G")],
+)
+def test_a_cache_of_nothing_and_a_size_that_is_none_are_refused(arguments: tuple[str, ...], reason: str) -> None:
+    result = CliRunner().invoke(cli, ["ask", "Who?", "--model", "llama", *arguments])
+    assert result.exit_code == 2
+    assert reason in result.stderr
