@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 
 BALANCED_LIMIT = 1000  # edits that are clustered as a whole, and rounds that are ordered as a whole
-PART = 400  # edits in a part of a larger set; size-constrained k-means grows faster than the set
+LEAST = 8  # the smaller side of a cut has a share of one in so many at least, so that there are few cuts
 SAMPLE = 10_000  # edits that tell where to cut
 GATHERED = 8192  # rows that are copied at a time
 
@@ -27,9 +27,7 @@ def clustered(vectors: Vectors, subjects: Sequence[str], round_size: int, seed: 
     Time and memory grow with the number of edits, not with its square.
     """
     together = _pulled_together(vectors, subjects)
-    parts = [
-        _balanced(together, part, -(-len(part) // round_size), seed) for part in _parts(together, round_size, seed)
-    ]
+    parts = [_balanced(together, part, round_size, seed) for part in _parts(together, round_size, seed)]
     del together
     parts = _one_round_a_subject(parts, subjects)
     rounds = [members for part in parts for members in _levelled(part, subjects, vectors, round_size)]
@@ -49,32 +47,27 @@ def _pulled_together(vectors: Vectors, subjects: Sequence[str]) -> Vectors:
 
 
 def _parts(vectors: Vectors, round_size: int, seed: int) -> Iterator[Indices]:
-    """Sets small enough for size-constrained k-means; all but the last are whole rounds."""
-    most = max(round_size, PART if len(vectors) > BALANCED_LIMIT else BALANCED_LIMIT)
+    """Sets small enough for size-constrained k-means, whose cost grows faster than the set."""
     pending = [numpy.arange(len(vectors))]
     while pending:
         members = pending.pop()
-        if len(members) <= most:
+        if len(members) <= max(round_size, BALANCED_LIMIT):
             yield members
         else:
-            pending += _halves(vectors, members, round_size, seed)
+            pending += _halves(vectors, members, seed)
 
 
-def _halves(vectors: Vectors, members: Indices, round_size: int, seed: int) -> tuple[Indices, Indices]:
-    """The members on either side of a plane between two clusters; the second, in whole rounds, has a quarter at least.
-
-    A subject's edits lie in one place, so that the plane parts one subject at most.
-    """
+def _halves(vectors: Vectors, members: Indices, seed: int) -> tuple[Indices, Indices]:
+    """The members on either side of the plane between two clusters, each an eighth of them at least."""
     sample = vectors[members[:: -(-len(members) // SAMPLE)]]
     if (sample == sample[0]).all():
-        cut = len(members) // (2 * round_size) * round_size or round_size
-        return members[cut:], members[:cut]
+        return members[: len(members) // 2], members[len(members) // 2 :]
     one, other = KMeans(2, n_init=1, random_state=seed).fit(sample).cluster_centers_
     heights = _heights(vectors, members, other - one)
-    rounds = (len(members) - 1) // round_size
-    low = round(int((heights < (other @ other - one @ one) / 2).sum()) / round_size)
-    cut = round_size * max(1, min(max(low, -(-rounds // 4)), rounds - rounds // 4))
+    near = int((heights < (other @ other - one @ one) / 2).sum())
+    least = len(members) // LEAST
     order = heights.argsort(kind="stable")
+    cut = min(max(near, least), len(members) - least)
     return members[numpy.sort(order[cut:])], members[numpy.sort(order[:cut])]
 
 
@@ -84,8 +77,9 @@ def _heights(vectors: Vectors, members: Indices, direction: Vectors) -> Vectors:
     return numpy.concatenate([vectors[members[start : start + GATHERED]] @ direction for start in starts])
 
 
-def _balanced(vectors: Vectors, part: Indices, count: int, seed: int) -> list[list[int]]:
-    """The part in `count` rounds whose sizes differ by one at most."""
+def _balanced(vectors: Vectors, part: Indices, round_size: int, seed: int) -> list[list[int]]:
+    """The part in as few rounds as hold it, whose sizes differ by one at most."""
+    count = -(-len(part) // round_size)
     if count == 1:
         return [part.tolist()]
     model = KMeansConstrained(
