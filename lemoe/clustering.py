@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 
 BALANCED_LIMIT = 1000  # edits that are clustered as a whole, and rounds that are ordered as a whole
+PART_ROUNDS = 50  # in a part of a larger set, at most; the cost of clustering grows with edits times rounds
 LEAST = 8  # the smaller side of a cut has a share of one in so many at least, so that there are few cuts
 SAMPLE = 10_000  # edits that tell where to cut
 GATHERED = 8192  # rows that are copied at a time
@@ -47,11 +48,13 @@ def _pulled_together(vectors: Vectors, subjects: Sequence[str]) -> Vectors:
 
 
 def _parts(vectors: Vectors, round_size: int, seed: int) -> Iterator[Indices]:
-    """Sets small enough for size-constrained k-means, whose cost grows faster than the set."""
+    """Sets small enough for size-constrained k-means."""
+    whole, part = (max(round_size, limit) for limit in (BALANCED_LIMIT, min(BALANCED_LIMIT, PART_ROUNDS * round_size)))
+    most = whole if len(vectors) <= whole else part
     pending = [numpy.arange(len(vectors))]
     while pending:
         members = pending.pop()
-        if len(members) <= max(round_size, BALANCED_LIMIT):
+        if len(members) <= most:
             yield members
         else:
             pending += _halves(vectors, members, seed)

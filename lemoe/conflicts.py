@@ -134,7 +134,9 @@ def _contradict(one: _Asked, other: _Asked) -> bool:
 
 def _likeness(one: frozenset[str], other: frozenset[str]) -> float:
     """Jaccard likeness of the content words of two questions."""
-    return len(one & other) / len(one | other) if one | other else 1.0
+    shared = len(one & other)
+    union = len(one) + len(other) - shared
+    return shared / union if union else 1.0
 
 
 def _content(edit: Edit) -> frozenset[str]:
