@@ -105,11 +105,22 @@ def test_an_edit_is_compared_with_no_more_centres_among_many_than_among_few(monk
     assert 0 < distances(monkeypatch, 6000) / 6000 < 1.5 * distances(monkeypatch, 1500) / 1500
 
 
-def test_memory_grows_with_the_edits_and_not_with_their_square() -> None:
-    vectors, subjects = points(2600), apart(2600)
+class InTurn:
+    """Puts rows into clusters in turn, at once."""
+
+    def __init__(self, n_clusters: int, **options: object):
+        self.n_clusters = n_clusters
+
+    def fit_predict(self, rows: Vectors) -> Any:
+        return numpy.arange(len(rows)) % self.n_clusters
+
+
+def test_memory_grows_with_the_edits_and_not_with_their_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clustering, "KMeansConstrained", InTurn)
+    vectors, subjects = points(8000), apart(8000)
     tracemalloc.start()
     try:
-        rounds = clustered(vectors, subjects, 1, 0)
+        rounds = clustered(vectors, subjects, 2, 0)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
