@@ -3,13 +3,14 @@
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from lemoe.edits import Edit
 
 NEAR_SAME = 0.6  # share of content words that two questions about one subject have in common
+COMPARED = 1000  # later edits about its subject among which an edit's contradiction is looked for
 
 _WORD = re.compile(r"\w+")
 _STOP_WORDS = frozenset(
@@ -77,16 +78,18 @@ class Conflict:
 
 
 def find_conflicts(edits: Sequence[Edit]) -> list[Conflict]:
-    """All conflicts among `edits`, each with its nearest later counterpart, in the file's order."""
+    """All conflicts among `edits`, each with its nearest later counterpart, in the file's order.
+
+    Contradictions are looked for among the next `COMPARED` edits about a subject.
+    """
     by_subject: dict[str, list[int]] = defaultdict(list)
     for index, edit in enumerate(edits):
         by_subject[question(edit.subject or edit.prompt)].append(index)
     conflicts = []
     for members in by_subject.values():
-        for place, earlier in enumerate(members):
-            found = [c for later in members[place + 1 :] if (c := _compare(edits[earlier], edits[later]))]
-            if found:  # the same question asked again settles it, whatever stands between
-                conflicts.append((earlier, min(found, key=lambda conflict: conflict.relation == "contradiction")))
+        if len(members) > 1:
+            found = _conflicts_of([edits[index] for index in members])
+            conflicts += [(members[place], conflict) for place, conflict in found]
     return [conflict for _, conflict in sorted(conflicts, key=lambda pair: pair[0])]
 
 
@@ -95,19 +98,45 @@ def left_out(conflicts: Sequence[Conflict]) -> set[str]:
     return {conflict.earlier for conflict in conflicts if conflict.relation != "contradiction"}
 
 
-def _compare(earlier: Edit, later: Edit) -> Conflict | None:
-    same_target = question(earlier.target) == question(later.target)
-    if question(earlier.prompt) == question(later.prompt):
-        return Conflict("duplicate" if same_target else "superseded", earlier.id, later.id)
-    if not same_target and _likeness(earlier, later) >= NEAR_SAME:
-        return Conflict("contradiction", earlier.id, later.id)
-    return None
+@dataclass(frozen=True)
+class _Asked:
+    """What of an edit is compared: the keys of its question and its target, and its content words."""
+
+    prompt: str
+    target: str
+    content: frozenset[str]
 
 
-def _likeness(first: Edit, second: Edit) -> float:
-    """Jaccard likeness of the content words of two questions, their subject left out."""
-    one, other = _content(first), _content(second)
-    return len(one & other) / len(one | other) if one | other else 1.0
+def _conflicts_of(edits: Sequence[Edit]) -> Iterator[tuple[int, Conflict]]:
+    """The conflicts among edits about one subject, each with the place of the earlier edit.
+
+    The same question asked again settles it, whatever stands between.
+    """
+    asked = [_Asked(question(edit.prompt), question(edit.target), _content(edit)) for edit in edits]
+    again: dict[str, int] = {}
+    for place in reversed(range(len(edits))):
+        mine = asked[place]
+        later = again.get(mine.prompt)
+        relation: Relation = "contradiction"
+        if later is not None:
+            relation = "duplicate" if asked[later].target == mine.target else "superseded"
+        else:
+            near = range(place + 1, min(place + 1 + COMPARED, len(edits)))
+            later = next((other for other in near if _contradict(mine, asked[other])), None)
+        if later is not None:
+            yield place, Conflict(relation, edits[place].id, edits[later].id)
+        again[mine.prompt] = place
+
+
+def _contradict(one: _Asked, other: _Asked) -> bool:
+    return one.target != other.target and _likeness(one.content, other.content) >= NEAR_SAME
+
+
+def _likeness(one: frozenset[str], other: frozenset[str]) -> float:
+    """Jaccard likeness of the content words of two questions."""
+    shared = len(one & other)
+    union = len(one) + len(other) - shared
+    return shared / union if union else 1.0
 
 
 def _content(edit: Edit) -> frozenset[str]:

@@ -6,7 +6,7 @@ routes stay apart. Edits of one subject share a round.
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,10 @@ from typing import Any
 import numpy
 import torch
 import yaml
-from k_means_constrained import KMeansConstrained
-from numpy.typing import NDArray
-from sklearn.cluster import BisectingKMeans
 
 from lemoe.anchor.anchors import lexicon_of
 from lemoe.anchor.lexicon import infer_subject
+from lemoe.clustering import Vectors, clustered
 from lemoe.conflicts import Conflict, find_conflicts, left_out, question
 from lemoe.edits import Edit
 from lemoe.errors import InputError
@@ -27,9 +25,12 @@ from lemoe.models import BaseModel
 from lemoe.settings import Order, Settings
 from lemoe.training import encode_edits
 
-BALANCED_LIMIT = 1000  # edits; size-constrained k-means grows faster than the set, larger sets are split first
+EMBEDDED = 8192  # tokens whose embeddings are looked up at a time
+BY_HAND = 10_000  # edits; libyaml writes larger plans ten times as fast, with emoji as numbers
+DEEPEST = 100  # levels of a plan file
 
-Vectors = NDArray[numpy.float32]
+_QUICK_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+_QUICK_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,13 @@ def plan(base: BaseModel, edits: Sequence[Edit], settings: Settings) -> Plan:
     if not edits:
         raise InputError("there are no edits to plan")
     inferred = _inferred_subjects(base, edits)
-    named = [replace(edit, subject=edit.subject or inferred[edit.id]) for edit in edits]
+    named = [edit if edit.subject else replace(edit, subject=inferred[edit.id]) for edit in edits]
     conflicts = find_conflicts(named)
     dropped = left_out(conflicts)
     kept = [edit for edit in named if edit.id not in dropped]
     vectors = embed_prompts(base, kept)
     orders: dict[Order, list[list[int]]] = {
-        "planned": _planned(kept, vectors, settings),
+        "planned": clustered(vectors, _subjects(kept), settings.round_size, settings.seed),
         "file": _chunks(list(range(len(kept))), settings.round_size),
         "random": _chunks(random.Random(settings.seed).sample(range(len(kept)), len(kept)), settings.round_size),
     }
@@ -112,128 +113,26 @@ def _inferred_subjects(base: BaseModel, edits: Sequence[Edit]) -> dict[str, str]
 @torch.no_grad()
 def embed_prompts(base: BaseModel, edits: Sequence[Edit]) -> Vectors:
     """Unit vectors `[edits, hidden]`: the mean over each prompt of the embedding layer's output (paper, 3.2)."""
-    passages = encode_edits(base, edits)
-    rows = []
-    for passage in passages:
-        ids = torch.tensor(passage.prompt, device=base.device)
-        rows.append(base.embedding(ids).float().mean(0))
-    vectors = torch.nn.functional.normalize(torch.stack(rows), dim=-1)
-    return vectors.cpu().numpy()
+    prompts = [passage.prompt for passage in encode_edits(base, edits)]
+    vectors = numpy.empty((len(prompts), base.embedding.weight.shape[1]), numpy.float32)
+    for rows in _of_one_length(prompts):
+        ids = torch.tensor([prompts[row] for row in rows], device=base.device)
+        means = base.embedding(ids).float().mean(1)
+        vectors[rows] = torch.nn.functional.normalize(means, dim=-1).cpu().numpy()
+    return vectors
 
 
-def _planned(edits: Sequence[Edit], vectors: Vectors, settings: Settings) -> list[list[int]]:
-    subjects = _subjects(edits)
-    together = _pulled_together(vectors, subjects)
-    rounds = []
-    for part in _parts(together, settings):
-        count = -(-len(part) // settings.round_size)
-        for members in _balanced(together[part], count, settings.seed):
-            rounds.append([part[index] for index in members])
-    rounds = _one_round_a_subject(rounds, subjects, vectors, settings.round_size)
-    return _apart([sorted(members) for members in rounds], vectors)
+def _of_one_length(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Places of prompts that can be looked up together without padding."""
+    lengths: dict[int, list[int]] = defaultdict(list)
+    for place, prompt in enumerate(prompts):
+        lengths[len(prompt)].append(place)
+    for length, places in lengths.items():
+        yield from _chunks(places, max(1, EMBEDDED // length))
 
 
 def _subjects(edits: Sequence[Edit]) -> list[str]:
     return [question(edit.subject) if edit.subject else f"? {edit.id}" for edit in edits]
-
-
-def _pulled_together(vectors: Vectors, subjects: Sequence[str]) -> Vectors:
-    """Each edit at the mean of its subject's edits, so that clustering tends to keep them together."""
-    groups: dict[str, list[int]] = defaultdict(list)
-    for index, subject in enumerate(subjects):
-        groups[subject].append(index)
-    moved = vectors.copy()
-    for members in groups.values():
-        moved[members] = vectors[members].mean(0)
-    return moved
-
-
-def _parts(vectors: Vectors, settings: Settings) -> list[list[int]]:
-    """Sets small enough for size-constrained k-means."""
-    count = -(-len(vectors) // BALANCED_LIMIT)
-    if count == 1:
-        return [list(range(len(vectors)))]
-    model = BisectingKMeans(
-        n_clusters=count, random_state=settings.seed, bisecting_strategy="largest_cluster", n_init=3
-    )
-    labels = model.fit_predict(vectors)
-    return [numpy.flatnonzero(labels == label).tolist() for label in range(count) if (labels == label).any()]
-
-
-def _balanced(vectors: Vectors, count: int, seed: int) -> list[list[int]]:
-    if count == 1:
-        return [list(range(len(vectors)))]
-    model = KMeansConstrained(
-        n_clusters=count,
-        size_min=len(vectors) // count,
-        size_max=-(-len(vectors) // count),
-        n_init=3,
-        max_iter=50,
-        random_state=seed,
-        n_jobs=1,
-    )
-    labels = model.fit_predict(vectors)
-    return [numpy.flatnonzero(labels == label).tolist() for label in range(count)]
-
-
-def _one_round_a_subject(
-    rounds: list[list[int]], subjects: Sequence[str], vectors: Vectors, round_size: int
-) -> list[list[int]]:
-    """Bring a subject's scattered edits into one round, and move loosely held ones out where that overfills it."""
-    home: dict[str, int] = {}
-    counts = Counter((subjects[index], number) for number, members in enumerate(rounds) for index in members)
-    for (subject, number), _ in sorted(counts.items(), key=lambda item: (-item[1], item[0][1])):
-        home.setdefault(subject, number)
-    gathered: list[list[int]] = [[] for _ in rounds]
-    for index in sorted(index for members in rounds for index in members):
-        gathered[home[subjects[index]]].append(index)
-    return _levelled(gathered, subjects, vectors, round_size)
-
-
-def _levelled(rounds: list[list[int]], subjects: Sequence[str], vectors: Vectors, round_size: int) -> list[list[int]]:
-    sizes = Counter(subjects[index] for members in rounds for index in members)
-    number = 0
-    while number < len(rounds):
-        while len(rounds[number]) > round_size:
-            centre = vectors[rounds[number]].mean(0)
-            groups = sorted({subjects[index] for index in rounds[number]}, key=lambda name: (sizes[name], name))
-            smallest = [name for name in groups if sizes[name] == sizes[groups[0]]]
-            loosest = min(smallest, key=lambda name: _nearness(rounds[number], subjects, name, vectors, centre))
-            moving = [index for index in rounds[number] if subjects[index] == loosest]
-            moving = moving if len(moving) < len(rounds[number]) else moving[round_size:]
-            rounds[number] = [index for index in rounds[number] if index not in moving]
-            target = _room_for(rounds, len(moving), vectors, vectors[moving].mean(0), round_size)
-            if target is None:
-                rounds.append(moving)
-            else:
-                rounds[target].extend(moving)
-        number += 1
-    return [members for members in rounds if members]
-
-
-def _nearness(
-    members: Sequence[int], subjects: Sequence[str], subject: str, vectors: Vectors, centre: Vectors
-) -> float:
-    return float(vectors[[index for index in members if subjects[index] == subject]].mean(0) @ centre)
-
-
-def _room_for(
-    rounds: Sequence[Sequence[int]], count: int, vectors: Vectors, centre: Vectors, round_size: int
-) -> int | None:
-    open_ = [n for n, members in enumerate(rounds) if members and len(members) + count <= round_size]
-    return max(open_, key=lambda number: float(vectors[list(rounds[number])].mean(0) @ centre), default=None)
-
-
-def _apart(rounds: list[list[int]], vectors: Vectors) -> list[list[int]]:
-    """Order rounds so that neighbours differ: from the most typical round, always to the least alike one."""
-    centres = numpy.stack([vectors[members].mean(0) for members in rounds])
-    alike = centres @ centres.T
-    order = [int(alike.sum(1).argmax())]
-    left = set(range(len(rounds))) - set(order)
-    while left:
-        order.append(min(left, key=lambda number: (alike[order[-1], number], number)))
-        left.remove(order[-1])
-    return [rounds[number] for number in order]
 
 
 def _chunks(indices: list[int], size: int) -> list[list[int]]:
@@ -249,8 +148,12 @@ def cohesion_of(vectors: Vectors) -> float:
 
 def similarity_of(vectors: Vectors, rounds: Sequence[Sequence[int]]) -> Similarity:
     """How alike the rows of `vectors` that make up each round are, and the rounds."""
-    within = [(cohesion_of(vectors[list(members)]), len(members)) for members in rounds if len(members) > 1]
-    centres = numpy.stack([vectors[list(members)].mean(0) for members in rounds])
+    within, means = [], []
+    for members in rounds:
+        mine = vectors[list(members)]
+        means.append(mine.mean(0))
+        within += [(cohesion_of(mine), len(mine))] if len(mine) > 1 else []
+    centres = numpy.stack(means)
     centres /= numpy.linalg.norm(centres, axis=1, keepdims=True)
     weight = sum(size for _, size in within)
     return Similarity(
@@ -280,7 +183,18 @@ def save_plan(chosen: Plan, edits: Sequence[Edit], source: str) -> str:
         "rounds": [{name: texts[name] for name in members} for members in chosen.rounds],
     }
     head = "# Rounds in training order. Move, drop or reorder lines at will; `lemoe edit --plan` follows the ids.\n"
-    return head + yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=10_000)
+    dumper = _QUICK_DUMPER if len(edits) > BY_HAND else yaml.SafeDumper
+    return head + yaml.dump(document, Dumper=dumper, sort_keys=False, allow_unicode=True, width=10_000)
+
+
+def _parsed(text: str) -> Any:
+    """The YAML document; one nested more deeply than any plan would take libyaml, and Python with it, off its feet."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_QUICK_LOADER):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise ValueError("nested too deeply for a plan")
+    return yaml.load(text, Loader=_QUICK_LOADER)
 
 
 def load_plan(path: Path | str, edits: Sequence[Edit]) -> list[list[Edit]]:
@@ -291,7 +205,7 @@ def load_plan(path: Path | str, edits: Sequence[Edit]) -> list[list[Edit]]:
     """
     path = Path(path)
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = _parsed(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
     except (yaml.YAMLError, ValueError) as error:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +13,8 @@ from lemoe.errors import InputError
 
 if TYPE_CHECKING:
     from lemoe.models import BaseModel
+
+TOKENISED = 1000  # passages whose texts go to the tokenizer at a time
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,22 @@ def encode(base: "BaseModel", prompt: str, target: str | None = None) -> Passage
             or if the prompt's tokens are no prefix of prompt + target (then the model would never meet, in use,
             the context it was taught in).
     """
+    ids = base.tokenizer(_written(prompt, target)).input_ids
+    return _passage(base, target, *map(tuple, ids))
+
+
+def _written(prompt: str, target: str | None) -> list[str]:
+    """The texts whose tokens make a passage: the prompt, and the prompt with its target."""
     prompt = prompt.rstrip(" \t")
-    start = tuple(base.tokenizer(prompt).input_ids)
+    joint = "" if prompt.endswith("\n") else " "
+    return [prompt] if target is None else [prompt, prompt + joint + target.strip()]
+
+
+def _passage(base: "BaseModel", target: str | None, start: tuple[int, ...], full: tuple[int, ...] = ()) -> Passage:
     if not start:
         raise ValueError("the prompt gives no tokens")
     if target is None:
         return within_context(base, Passage(start))
-    joint = "" if prompt.endswith("\n") else " "
-    full = tuple(base.tokenizer(prompt + joint + target.strip()).input_ids)
     if full[: len(start)] != start:
         raise ValueError("the tokens of the prompt are not a prefix of the tokens of prompt + target")
     if len(full) == len(start):
@@ -72,11 +82,15 @@ def encode_all(base: "BaseModel", texts: Iterable[tuple[str, str, str | None]]) 
         InputError: listing every text that cannot be used, by its place.
     """
     passages, problems = [], []
-    for place, prompt, target in texts:
-        try:
-            passages.append(encode(base, prompt, target))
-        except ValueError as problem:
-            problems.append(f"{place}: {problem}")
+    waiting = iter(texts)
+    while part := list(islice(waiting, TOKENISED)):
+        written = [_written(prompt, target) for _, prompt, target in part]
+        ids = iter(base.tokenizer([text for pair in written for text in pair]).input_ids)
+        for (place, _, target), pair in zip(part, written, strict=True):
+            try:
+                passages.append(_passage(base, target, *map(tuple, islice(ids, len(pair)))))
+            except ValueError as problem:
+                problems.append(f"{place}: {problem}")
     if problems:
         raise InputError.listing(f"{len(problems)} text(s) cannot be used with this model", problems)
     return passages

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from lemoe.edits import Edit
     from lemoe.planning import Plan
 
+ROUNDS_SHOWN = 200
+
 
 @click.command("plan")
 @edits_argument
@@ -60,9 +62,10 @@ def _show(planned: "Plan", edits: "list[Edit]", order: str) -> None:
     by_id = {edit.id: edit for edit in edits}
     rows = [
         (str(number), str(len(members)), f"{cohesion:.3f}", by_id[members[0]].prompt)
-        for number, (members, cohesion) in enumerate(zip(planned.rounds, planned.cohesion, strict=True), 1)
+        for number, members, cohesion in zip(range(1, ROUNDS_SHOWN + 1), planned.rounds, planned.cohesion, strict=False)
     ]
-    table(f"{len(rows)} rounds", ("round", "edits", "similarity", "first edit"), rows, left=4)
+    table(f"{len(planned.rounds)} rounds", ("round", "edits", "similarity", "first edit"), rows, left=4)
+    _tell_of_more(len(planned.rounds) - len(rows))
     results.print()
     table(
         "Similarity of prompts (cosine); a good order is high within rounds, low between",
@@ -94,8 +97,14 @@ def _show(planned: "Plan", edits: "list[Edit]", order: str) -> None:
         [(c.relation, _brief(by_id[c.earlier]), _brief(by_id[c.later])) for c in shown],
         left=3,
     )
-    if len(planned.conflicts) > len(shown):
-        results.print(f"... and {len(planned.conflicts) - len(shown)} more, all in the plan file (-o)")
+    _tell_of_more(len(planned.conflicts) - len(shown))
+
+
+def _tell_of_more(count: int) -> None:
+    from lemoe_cli.ui import results
+
+    if count:
+        results.print(f"... and {count} more, all in the plan file (-o)")
 
 
 def _brief(edit: "Edit") -> str:

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 
 import lemoe
 from lemoe.engines import local
+from lemoe_cli import plan as plan_command
 from lemoe_cli.main import cli
 
 COMMANDS = ("plan", "edit", "eval", "ask", "merge", "show")
@@ -124,6 +125,15 @@ def test_plan_shows_rounds_and_writes_a_plan_that_edit_follows(edits: Path, mode
     assert lemoe_command("edit", edits, "-m", model, *SMALL, "--plan", plan).exit_code == 0
     taught = lemoe.load_adaptor(tmp_path / "edits.lemoe" / "adaptor.safetensors").rounds
     assert [len(record.edits) for record in taught] == [len(members) for members in rounds[1:]]
+
+
+def test_plan_shows_the_first_of_many_rounds(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_command, "ROUNDS_SHOWN", 2)
+    path = tmp_path / "edits.jsonl"
+    path.write_text("".join(f'{{"prompt": "{name} is", "target": "b"}}\n' for name in ("Ada", "Bo", "Cleo")))
+    result = lemoe_command("plan", path, "-m", model, "--preset", "paper", "--round-size", "1")
+    assert "3 rounds" in result.stdout
+    assert "... and 1 more, all in the plan file (-o)" in result.stdout
 
 
 def test_plan_reports_edits_that_contradict_each_other(model: Path, tmp_path: Path) -> None:

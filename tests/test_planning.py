@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 import lemoe
+from lemoe import planning
 from lemoe.conflicts import find_conflicts, left_out
 from lemoe.errors import InputError
 from lemoe.planning import load_plan, save_plan
@@ -155,6 +156,16 @@ def test_a_saved_plan_reads_back_as_the_same_rounds(base: lemoe.BaseModel, paper
     assert [[edit.id for edit in members] for members in load_plan(path, edits)] == [list(m) for m in planned.rounds]
 
 
+def test_a_plan_of_many_edits_is_written_by_another_library_and_reads_the_same(
+    base: lemoe.BaseModel, paper: SettingsOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edits = [*people(5, 2), lemoe.Edit("0012", "é: # - ? 🍎", "- x: [y"), lemoe.Edit("no", "'\"{", "1e3")]
+    planned = lemoe.plan(base, edits, paper())
+    written = save_plan(planned, edits, "edits.jsonl")
+    monkeypatch.setattr(planning, "BY_HAND", 3)
+    assert yaml.safe_load(save_plan(planned, edits, "edits.jsonl")) == yaml.safe_load(written)
+
+
 def test_a_plan_file_shows_people_what_each_id_is(base: lemoe.BaseModel, paper: SettingsOf) -> None:
     edits = asked(("Same?", "a"), ("Same?", "b"))
     document = yaml.safe_load(save_plan(lemoe.plan(base, edits, paper()), edits, "edits.jsonl"))
@@ -185,6 +196,7 @@ def test_a_plan_edited_by_hand_is_followed(
         ("", "not a plan; expected `rounds:`"),
         ("rounds: [", "not valid YAML"),
         ("rounds: [[2020-13-45]]", "plan.yaml"),
+        ("rounds: " + "[" * 300_000, "nested too deeply for a plan"),
     ],
 )
 def test_a_bad_plan_is_refused_with_what_is_wrong(

@@ -1,0 +1,73 @@
+"""What order planning costs as edits grow in number, and how much better than chance its rounds are.
+
+    python tests/benchmarks/planning.py                    # 1,000, 10,000 and 100,000 edits
+    python tests/benchmarks/planning.py --edits 1000000    # about five gigabytes above the loaded base
+
+The edits are real questions about made-up names, one in four about a name that was asked about before; their vectors
+come from the embedding layer of the model. Seconds are those of the whole of `lemoe.plan`. Reads the real edits in
+../shared/data where they are there, else examples/edits.jsonl.
+"""
+
+import argparse
+import random
+import time
+
+import psutil
+from speed import Peak, real_edits
+
+import lemoe
+
+AGAIN = 0.25  # share of edits about a name that has one already
+
+
+def synthetic_edits(edits: list[lemoe.Edit], count: int) -> list[lemoe.Edit]:
+    """Real questions about names made of the words of real subjects."""
+    rng = random.Random(0)
+    usable = [edit for edit in edits if edit.subject and edit.subject in edit.prompt]
+    subjects = [(edit.subject or "").split() for edit in usable]
+    words = sorted({word for name in subjects for word in name if word[:1].isupper() and word.isalpha()})
+    names: list[str] = []
+    made = []
+    for number in range(count):
+        edit = rng.choice(usable)
+        name = " ".join(rng.choices(words, k=max(2, len((edit.subject or "").split()))))
+        if names and rng.random() < AGAIN:
+            name = rng.choice(names)
+        names.append(name)
+        made.append(lemoe.Edit(str(number), edit.prompt.replace(edit.subject or "", name), edit.target, name))
+    return made
+
+
+def row(base: lemoe.BaseModel, edits: list[lemoe.Edit], settings: lemoe.Settings) -> str:
+    process = psutil.Process()
+    resident = process.memory_info().rss
+    started = time.perf_counter()
+    with Peak(process) as peak:
+        planned = lemoe.plan(base, edits, settings)
+    seconds = time.perf_counter() - started
+    chosen, drawn = planned.similarity["planned"], planned.similarity["random"]
+    return (
+        f"| {len(edits):,} | {len(planned.rounds):,} | {seconds:.1f} | {1e3 * seconds / len(edits):.2f} "
+        f"| {(peak.bytes - resident) / 2**20:,.0f} | {chosen.within:.3f} / {chosen.between:.3f} "
+        f"| {drawn.within:.3f} / {drawn.between:.3f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--edits", type=int, nargs="*", default=[1_000, 10_000, 100_000])
+    parser.add_argument("--round-size", type=int)
+    given = parser.parse_args()
+    base = lemoe.load_base("llama")
+    asked = {} if given.round_size is None else {"round_size": given.round_size}
+    settings = lemoe.resolve_settings("anchor", None, asked)
+    made = synthetic_edits(real_edits(3000), max(given.edits))
+    lemoe.plan(base, made[:200], settings)
+    print("| edits | rounds | s | ms an edit | peak, MiB | planned: within / between | random |")
+    print("|---|---|---|---|---|---|---|")
+    for count in given.edits:
+        print(row(base, made[:count], settings), flush=True)
+
+
+if __name__ == "__main__":
+    main()
