@@ -9,18 +9,14 @@ share of the prompts. Both adaptors answer the same prompts in turn; the file li
 import argparse
 import random
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from speed import random_adaptor, real_edits, synthetic_anchors
 
 import lemoe
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from speed import random_adaptor, real_edits, synthetic_anchors
 
 TOKENS = 24
 LENGTH = 10  # tokens of a prompt

@@ -16,12 +16,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from synthetic import made_up
+
 import lemoe
 from lemoe.checkpoint import AdaptorFile
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from synthetic import made_up
 
 DATA = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
 SHARE = 10  # first and last tenth of the rounds

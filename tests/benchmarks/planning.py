@@ -9,33 +9,15 @@ come from the embedding layer of the model. Seconds are those of the whole of `l
 """
 
 import argparse
-import random
 import time
 
 import psutil
 from speed import Peak, real_edits
+from synthetic import made_up
 
 import lemoe
 
 AGAIN = 0.25  # share of edits about a name that has one already
-
-
-def synthetic_edits(edits: list[lemoe.Edit], count: int) -> list[lemoe.Edit]:
-    """Real questions about names made of the words of real subjects."""
-    rng = random.Random(0)
-    usable = [edit for edit in edits if edit.subject and edit.subject in edit.prompt]
-    subjects = [(edit.subject or "").split() for edit in usable]
-    words = sorted({word for name in subjects for word in name if word[:1].isupper() and word.isalpha()})
-    names: list[str] = []
-    made = []
-    for number in range(count):
-        edit = rng.choice(usable)
-        name = " ".join(rng.choices(words, k=max(2, len((edit.subject or "").split()))))
-        if names and rng.random() < AGAIN:
-            name = rng.choice(names)
-        names.append(name)
-        made.append(lemoe.Edit(str(number), edit.prompt.replace(edit.subject or "", name), edit.target, name))
-    return made
 
 
 def row(base: lemoe.BaseModel, edits: list[lemoe.Edit], settings: lemoe.Settings) -> str:
@@ -61,7 +43,7 @@ def main() -> None:
     base = lemoe.load_base("llama")
     asked = {} if given.round_size is None else {"round_size": given.round_size}
     settings = lemoe.resolve_settings("anchor", None, asked)
-    made = synthetic_edits(real_edits(3000), max(given.edits))
+    made = list(made_up(real_edits(3000), max(given.edits), crowded=True, again=AGAIN))
     lemoe.plan(base, made[:200], settings)
     print("| edits | rounds | s | ms an edit | peak, MiB | planned: within / between | random |")
     print("|---|---|---|---|---|---|---|")

@@ -14,7 +14,6 @@ test run.
 import argparse
 import random
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from synthetic import made_up
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
@@ -45,10 +45,6 @@ from lemoe.products import fast_products
 from lemoe.structure import FFNSite
 from lemoe.tokens import Batch, Passage, length_buckets
 from lemoe.training import encode_edits
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from synthetic import made_up
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DATA = REPOSITORY / ".." / "shared" / "data"

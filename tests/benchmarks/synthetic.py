@@ -12,14 +12,17 @@ GROWTH = 0.75  # distinct words grow with the number of names to this power; .83
 COMMON = 50  # a word's frequency goes with 1 / (rank + this): the first is in every hundred and seventieth name
 
 
-def made_up(edits: Sequence[Edit], count: int, *, crowded: bool = False, seed: int = 0) -> Iterator[Edit]:
-    """`count` edits: real ones with another subject of as many words (two at least), no subject twice.
+def made_up(
+    edits: Sequence[Edit], count: int, *, crowded: bool = False, again: float = 0.0, seed: int = 0
+) -> Iterator[Edit]:
+    """`count` edits: real ones with another subject of as many words (two at least).
 
     Words are as frequent as in real names, the most frequent ones of real subjects first; there are as many as so many
     names have, blends of two real words where those do not suffice.
 
     Args:
         crowded: only words of real subjects, each as frequent as the other, however many names are made of them.
+        again: share of edits about a subject that has one already; the others have a new one each.
     """
     rng = random.Random(seed)
     usable = [edit for edit in edits if edit.subject and edit.subject in edit.prompt and edit.rephrases]
@@ -29,13 +32,18 @@ def made_up(edits: Sequence[Edit], count: int, *, crowded: bool = False, seed: i
     if not crowded:
         words = _grown(words, round(len(words) * (count / len(subjects)) ** GROWTH), rng)
     weights = list(accumulate(1.0 if crowded else 1 / (rank + COMMON) for rank in range(len(words))))
-    taken: set[str] = set()
-    while len(taken) < count:
+    names: dict[str, None] = {}
+    asked: list[str] = []
+    while len(asked) < count:
         edit = rng.choice(usable)
         name = " ".join(rng.choices(words, cum_weights=weights, k=max(2, len((edit.subject or "").split()))))
-        if name not in taken:
-            taken.add(name)
-            yield _renamed(edit, name, f"made-{len(taken)}")
+        if asked and rng.random() < again:
+            name = rng.choice(asked)
+        elif name in names:
+            continue
+        names[name] = None
+        asked.append(name)
+        yield _renamed(edit, name, f"made-{len(asked)}")
 
 
 def _is_name(word: str) -> bool:
