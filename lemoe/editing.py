@@ -175,6 +175,7 @@ def _edit(
         rounds = _follow(plan_file, places, edits, new, folder, overwrite=force or resume)
     else:
         rounds = _plan(base, new, settings, folder, source, listener, overwrite=force or resume)
+    listener.planned(len(rounds), sum(len(round_.edits) for round_ in rounds))
     settings = _fitting(base, site, settings, listener)
     began = time.monotonic()
     trained = _train_rounds(base, rounds, settings, folder, start, engine, listener, force=force, resume=resume)

@@ -140,7 +140,7 @@ def command(
             found = ", ".join(f"{score.layer}: {score.generality:.2f}" for score in chosen.scores)
             click.echo(f"layer: {chosen.layer}; perplexity of targets after unseen rewordings {found}", err=True)
 
-    with EditProgress(len(read), quiet=quiet) as progress:
+    with EditProgress(quiet=quiet) as progress:
         report = edit(
             base,
             read,

@@ -67,7 +67,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
 class EditProgress:
     """Live view of a run: edits done and time left, the round, its step and loss."""
 
-    def __init__(self, total: int, *, quiet: bool):
+    def __init__(self, *, quiet: bool):
         self._quiet = quiet
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -79,7 +79,7 @@ class EditProgress:
             disable=quiet or not notes.is_terminal,
             transient=True,
         )
-        self._task: TaskID = self._progress.add_task("planning", total=total)
+        self._task: TaskID = self._progress.add_task("planning", total=None)
         self._done = 0.0
         self._size = 0
         self._label = ""
@@ -90,6 +90,9 @@ class EditProgress:
 
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
+
+    def planned(self, rounds: int, edits: int) -> None:
+        self._progress.update(self._task, description=f"{rounds} rounds", total=edits)
 
     def round_started(self, number: int, of: int, edits: int) -> None:
         self._label = f"round {number}/{of}"

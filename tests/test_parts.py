@@ -11,6 +11,7 @@ import pytest
 
 import lemoe
 from lemoe.errors import InputError
+from lemoe.listening import Silent
 from lemoe.merging import merge
 
 SettingsOf = Callable[..., lemoe.Settings]
@@ -38,6 +39,19 @@ def test_parts_merged_are_the_adaptor_of_one_run_byte_for_byte(
     assert (tmp_path / "merged").read_bytes() == whole.path.read_bytes()
     rounds = sorted(path.name for path in (tmp_path / "part-1" / "rounds").iterdir())
     assert rounds == ["0002.safetensors", "0003.safetensors"]
+
+
+class Told(Silent):
+    def planned(self, rounds: int, edits: int) -> None:
+        self.expected = (rounds, edits)
+
+
+def test_a_part_says_how_much_it_has_to_do_itself(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, plan: Path, tmp_path: Path
+) -> None:
+    told = Told()
+    lemoe.edit(base, facts, anchor(), tmp_path / "part", plan_file=plan, places=range(1, 3), listener=told)
+    assert told.expected == (2, 4)
 
 
 def test_a_part_is_resumed_round_by_round(
