@@ -67,7 +67,7 @@ def synthetic(number: int, edits: int, hidden: int) -> AdaptorState:
     )
     offsets = torch.arange(edits + 1) * WIDTH
     experts = Experts(up, down, gate, offsets, torch.ones(edits))
-    return AdaptorState(base, replace(resolve_settings(), layer=28), (record,), experts, Anchors(anchors))
+    return AdaptorState(base, replace(resolve_settings(), layer=28), (record,), experts, Anchors.of_each(anchors))
 
 
 def sizes(folder: Path, edits: int) -> None:

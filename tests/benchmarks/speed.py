@@ -12,6 +12,7 @@ test run.
 """
 
 import argparse
+import hashlib
 import random
 import statistics
 import tempfile
@@ -37,6 +38,7 @@ from lemoe.anchor.anchors import Anchors
 from lemoe.anchor.gate import Anchor
 from lemoe.anchor.lessons import LessonMaker, Lessons, Teaching
 from lemoe.anchor.training import DEFAULT_WIDTH, Blocks
+from lemoe.edits import digest_over
 from lemoe.experts import rms_normal
 from lemoe.frozen import residual_scale
 from lemoe.hooks import beside
@@ -359,10 +361,13 @@ def routing() -> None:
 
 
 def random_adaptor(base: lemoe.BaseModel, taught: AdaptorState, anchors: Anchors) -> AdaptorState:
-    """The experts of `taught` over and over, one for each of `anchors`."""
+    """The experts of `taught` over and over, one for each of `anchors`, as one round."""
     count = len(anchors.anchors)
     places = [place % len(taught.experts) for place in range(count)]
-    return replace(taught, experts=taught.experts.select(places), router=anchors)
+    names = tuple(f"made-{number}" for number in range(count))
+    digests = tuple(hashlib.sha256(name.encode()).hexdigest() for name in names)
+    record = replace(taught.rounds[0], experts=count, ids=names, edits=digests, edits_sha256=digest_over(digests))
+    return replace(taught, rounds=(record,), experts=taught.experts.select(places), router=anchors)
 
 
 def inference(device: str = "auto") -> None:
