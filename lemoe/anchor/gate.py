@@ -318,7 +318,7 @@ class Route:
             else:
                 self._withdraw(number)
         near = self._gate.index.near(words)
-        self._complete_waiting(words, last, growing)
+        self._complete_waiting(words, words[-2:] if time == self._word_start else words[-1:])
         for number in near:
             if number in self._mentions:
                 continue
@@ -327,17 +327,17 @@ class Route:
             elif len(subjects[number].words) > 1:
                 self._waiting[number] = last
 
-    def _complete_waiting(self, words: Sequence[Word], last: int, growing: bool) -> None:
-        """Look again at subjects of which a part was read."""
-        subjects = self._gate.index.subjects
-        letters = {word.text[0] for word in words[max(0, last - 1) :]}  # of the growing word and the one just ended
+    def _complete_waiting(self, words: Sequence[Word], fresh: Sequence[Word]) -> None:
+        """Look again at subjects of which a part was read, where one of the `fresh` words may be of the rest.
+
+        Those that waited for the word which has grown are left to the index, which knows what it has grown into.
+        """
+        last, growing = len(words) - 1, self._reader.growing
         for number, at in list(self._waiting.items()):
-            subject = subjects[number]
-            if number in self._mentions or last - at > subject.patience:
+            subject = self._gate.index.subjects[number]
+            if at == last or number in self._mentions or last - at > subject.patience:
                 del self._waiting[number]
-            elif (at >= last - 1 or not letters.isdisjoint(subject.initials)) and (
-                found := subject.at(words, at, growing=growing)
-            ):
+            elif any(subject.may_hold(word) for word in fresh) and (found := subject.at(words, at, growing=growing)):
                 self._mentions[number] = found
                 del self._waiting[number]
 

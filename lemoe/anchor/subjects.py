@@ -86,6 +86,15 @@ class Subject:
                 return Mention(1.0, frozenset(used)) if self._capital_fits(words, used) else None
         return self._in_window(words, at, growing)
 
+    def may_hold(self, word: Word) -> bool:
+        """Whether a word that was read counts for any of the subject's."""
+        if word.text[0] not in self.initials:
+            return False
+        last = len(self.words) - 1
+        return self._lexicon.stem(word.text) in self._stem_set or any(
+            _credit(stored, word.text, word.capital, place == last) for place, stored in enumerate(self.words)
+        )
+
     def _in_window(self, words: Sequence[Word], at: int, growing: bool) -> Mention | None:
         count = len(self.words)
         window = range(max(0, at - count - 1), min(len(words), at + count + 2))
