@@ -123,11 +123,12 @@ def _packed(name: str, rows: Sequence[Sequence[int]], dtype: torch.dtype) -> dic
 
 
 def _unpacked(name: str, tensors: Mapping[str, Tensor]) -> list[tuple[int, ...]]:
-    values, offsets = tensors[name].tolist(), tensors[f"{name}_offsets"]
-    if not offsets_hold(offsets, len(values)) or any(value < 0 for value in values):
+    values, offsets = tensors[name].numpy(), tensors[f"{name}_offsets"]
+    if not offsets_hold(offsets, len(values)) or bool((values < 0).any()):
         raise ValueError(f"{name}: offsets or ids out of order or range")
-    bounds = offsets.tolist()
-    return [tuple(values[start:end]) for start, end in pairwise(bounds)]
+    shared: dict[int, int] = {}  # one object for each id, however often it stands there
+    rows = (values[start:end].tolist() for start, end in pairwise(offsets.tolist()))
+    return [tuple(shared.setdefault(value, value) for value in row) for row in rows]
 
 
 def build_gate(base: Host, anchors: Sequence[Anchor], settings: RouterSettings) -> Gate:

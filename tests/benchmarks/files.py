@@ -17,6 +17,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import torch
 
 from lemoe.adaptor import AdaptorState, RoundRecord
@@ -84,12 +85,12 @@ def sizes(folder: Path, edits: int) -> None:
 
 
 def measure_merge(folder: Path, output: Path) -> None:
-    """Merge what is in `folder`; print peak memory, in KiB, above that after imports, and of the anchors alone."""
+    """Merge what is in `folder`; print peak memory, in KiB, above that after imports, and of what is opened alone."""
     paths = sorted(folder.glob("*.safetensors"))
     AdaptorFile(paths[0]).rows("experts.up", 0, 1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = psutil.Process().memory_info().rss >> 10
     opened = [AdaptorFile(path) for path in paths]
-    anchors = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    anchors = (psutil.Process().memory_info().rss >> 10) - before
     del opened
     merge(paths, output)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
@@ -116,7 +117,7 @@ def main() -> None:
         found = json.loads(run.stdout)
     expert = 3 * WIDTH * given.hidden * 4
     print(f"\nmerging {given.files} files of {given.edits} edits, {found['file'] / MIB:.0f} MiB in all:")
-    print(f"one expert {expert / KIB:.0f} KiB, all anchors in memory {found['anchors'] / KIB:.1f} MiB")
+    print(f"one expert {expert / KIB:.0f} KiB, all anchors and records in memory {found['anchors'] / KIB:.1f} MiB")
     print(f"peak memory above the start {found['peak'] / KIB:.1f} MiB")
 
 
