@@ -18,7 +18,7 @@ from lemoe.tensorfile import Entry
 OnConflict = Literal["latest", "error", "keep"]
 SHOWN = 20  # conflicts named in an error
 PREFIX = 6  # hexadecimal digits of a round's id that name it
-PIECE = 1 << 20  # bytes that are copied at once, if an expert is not larger
+PIECE = 1 << 17  # bytes that are copied at once, if a row is not larger
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from markdown_it import MarkdownIt
 
 import lemoe
 from lemoe.adaptor import AdaptorState, RoundRecord
+from lemoe.comparison import Compared, Comparison
 from lemoe.errors import InputError, OutputError
 from lemoe.evaluation import EvalResult, Record
 from lemoe.metrics import mean
@@ -214,6 +215,23 @@ def test_factors_add_forgetting_and_order(
     assert "largest difference 0.260 0.000" in text
     assert "Routing over rounds" not in text
     assert "Forgetting" not in text_of(page)
+
+
+def test_markdown_has_the_matrix_the_orders_and_the_methods_too(
+    base: lemoe.BaseModel, state: AdaptorState, probed: list[lemoe.Edit], result: EvalResult, markdown: str
+) -> None:
+    factors = ThreeFactors(
+        state.settings, ((0.875, 0.25), (None, 0.75)), None, (OneOrder("planned", None, (0.9, 0.5)),)
+    )
+    compared = Compared(replace(state.settings, method="anchor"), 0.975, 0.9, result.metrics, 1.5, 2048.0)
+    text = as_markdown(
+        report_of(base, state, probed, result, source="edits", factors=factors, comparison=Comparison((), (compared,)))
+    )
+    assert "| 1 | 0.875 | 0.250 |\n| 2 |  | 0.750 |" in text
+    assert "| planned | 0.900 | 0.500 |" in text
+    assert "| anchor | 0.975 |" in text
+    assert "| 1.500 | 2.0 |" in text
+    assert "planned" not in markdown
 
 
 def test_a_long_run_leaves_rounds_out_of_its_drawings_and_says_so(

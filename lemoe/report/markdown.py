@@ -5,10 +5,13 @@ from collections.abc import Iterable, Sequence
 
 from lemoe.report.content import Report
 from lemoe.report.failures import Failure, Failures
+from lemoe.report.rounds import Forgetting, spread
 from lemoe.report.scores import MetricScores, Score
-from lemoe.report.text import counted, percent, with_error
+from lemoe.report.studies import MethodRow, OrderTable
+from lemoe.report.text import counted, figure, percent, with_error
 
 ANSWER_SHOWN = 120  # characters
+MATRIX_SHOWN = 10  # rounds
 _PLAIN = re.compile(r"(?:[A-Za-z0-9 ,()-]|: |\.(?=\d))*")
 _ACTIVE = re.compile(r"[\\`*_~\[\]<>|&:@#$\"]|(?<=www)\.", re.IGNORECASE)
 
@@ -21,11 +24,14 @@ def as_markdown(report: Report) -> str:
             _scores([one for metric in report.metrics for one in _headlines(metric)]),
             _folded("All figures", _scores([score for metric in report.metrics for score in metric.scores])),
         ]
+    if report.methods:
+        parts.append(_methods(report.methods))
+    if report.forgetting:
+        parts.append(_folded("Reliability of each round after each round", _matrix(report.forgetting)))
+    if report.routed:
+        parts.append(_folded("Prompts that reach their edit's expert, likewise", _matrix(report.routed)))
     if report.orders:
-        orders = [(row.name, row.reliability, row.generality) for row in report.orders.rows]
-        spread = ("largest difference", report.orders.reliability_spread, report.orders.generality_spread)
-        rows = [[name, *map(_number, values)] for name, *values in [*orders, spread]]
-        parts.append(_table(("order", "reliability", "generality"), rows))
+        parts.append(_orders(report.orders))
     parts += [_failures(group) for group in report.failures if group.failed]
     return "\n\n".join(parts) + "\n"
 
@@ -56,6 +62,39 @@ def _scores(scores: Sequence[Score]) -> str:
 
 def _name(score: Score) -> str:
     return score.name if score.kind == "all" else f"{score.name}, {_code(score.kind)}"
+
+
+def _methods(methods: Sequence[MethodRow]) -> str:
+    columns = ("method", "when taught", "reliability", "generality", "locality", "s an edit", "KiB an edit")
+    rows = [
+        [
+            row.method,
+            figure(row.learned),
+            *map(with_error, (row.reliability, row.generality, row.locality)),
+            figure(row.seconds),
+            f"{row.bytes / 1024:,.1f}",
+        ]
+        for row in methods
+    ]
+    return _table(columns, rows)
+
+
+def _matrix(forgetting: Forgetting) -> str:
+    """A row for each round, a column for each round after which it was measured; as many as are easily read."""
+    places = spread(range(len(forgetting.numbers)), MATRIX_SHOWN)
+    numbers = [str(forgetting.numbers[place]) for place in places]
+    rows = [
+        [number, *("" if (value := forgetting.values[row][column]) is None else figure(value) for column in places)]
+        for number, row in zip(numbers, places, strict=True)
+    ]
+    return _table(("round", *(f"after {number}" for number in numbers)), rows)
+
+
+def _orders(orders: OrderTable) -> str:
+    spreads = ("largest difference", orders.reliability_spread, orders.generality_spread)
+    rows = [(row.name, row.reliability, row.generality) for row in orders.rows]
+    cells = [[name, *map(_number, values)] for name, *values in [*rows, spreads]]
+    return _table(("order", "reliability", "generality"), cells)
 
 
 def _failures(group: Failures) -> str:

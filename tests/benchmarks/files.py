@@ -10,7 +10,6 @@ expert and of all anchors as they stand in memory.
 import argparse
 import json
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from speed import Peak
 
 from lemoe.adaptor import AdaptorState, RoundRecord
 from lemoe.anchor.anchors import Anchors
@@ -85,16 +85,17 @@ def sizes(folder: Path, edits: int) -> None:
 
 
 def measure_merge(folder: Path, output: Path) -> None:
-    """Merge what is in `folder`; print peak memory, in KiB, above that after imports, and of what is opened alone."""
+    """Merge what is in `folder`; print peak memory above that after imports, and of what is opened alone, bytes."""
     paths = sorted(folder.glob("*.safetensors"))
     AdaptorFile(paths[0]).rows("experts.up", 0, 1)
-    before = psutil.Process().memory_info().rss >> 10
+    process = psutil.Process()
+    before = process.memory_info().rss
     opened = [AdaptorFile(path) for path in paths]
-    anchors = (psutil.Process().memory_info().rss >> 10) - before
+    anchors = process.memory_info().rss - before
     del opened
-    merge(paths, output)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(json.dumps({"anchors": anchors, "peak": peak, "file": output.stat().st_size}))
+    with Peak(process) as peak:
+        merge(paths, output)
+    print(json.dumps({"anchors": anchors, "peak": peak.bytes - before, "file": output.stat().st_size}))
 
 
 def main() -> None:
@@ -117,8 +118,8 @@ def main() -> None:
         found = json.loads(run.stdout)
     expert = 3 * WIDTH * given.hidden * 4
     print(f"\nmerging {given.files} files of {given.edits} edits, {found['file'] / MIB:.0f} MiB in all:")
-    print(f"one expert {expert / KIB:.0f} KiB, all anchors and records in memory {found['anchors'] / KIB:.1f} MiB")
-    print(f"peak memory above the start {found['peak'] / KIB:.1f} MiB")
+    print(f"one expert {expert / KIB:.0f} KiB, all anchors and records in memory {found['anchors'] / MIB:.1f} MiB")
+    print(f"peak memory above the start {found['peak'] / MIB:.1f} MiB")
 
 
 if __name__ == "__main__":
