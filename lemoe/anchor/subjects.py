@@ -215,7 +215,7 @@ class SubjectIndex:
 
     def near(self, words: Sequence[Word]) -> list[int]:
         """Numbers of the subjects that the last word of `words` may complete."""
-        hits = list(self._hits(words))
+        hits = self._hits(words)
         if len(hits) < 2:
             return hits[0] if hits else []
         return sorted({number for numbers in hits for number in numbers})
@@ -238,23 +238,25 @@ class SubjectIndex:
                 for key in self._vocabulary.add(word):
                     self._beside[stemmed][key].append(number)
 
-    def _hits(self, words: Sequence[Word]) -> Iterator[list[int]]:
+    def _hits(self, words: Sequence[Word]) -> list[list[int]]:
         word = words[-1]
         stemmed = self._lexicon.stem(word.text)
-        yield from _found(self._alone, (stemmed,))
+        hits: list[list[int]] = []
+        _collect(self._alone, (stemmed,), hits)
         if len(words) < 2:
-            return
-        yield from _found(self._alone, (words[-2].text + word.text,))
+            return hits
+        _collect(self._alone, (words[-2].text + word.text,), hits)
         mine, keys = self._beside.get(stemmed), self._vocabulary.keys(word)
         for before in words[-NEAR - 1 : -1]:
             other = self._lexicon.stem(before.text)
             first, second = _in_order(stemmed, other)
-            if first in self._pairs:
-                yield from _found(self._pairs[first], (second,))
+            if pairs := self._pairs.get(first):
+                _collect(pairs, (second,), hits)
             if mine:
-                yield from _found(mine, self._vocabulary.keys(before))
-            if keys and other in self._beside:
-                yield from _found(self._beside[other], keys)
+                _collect(mine, self._vocabulary.keys(before), hits)
+            if keys and (theirs := self._beside.get(other)):
+                _collect(theirs, keys, hits)
+        return hits
 
 
 Postings = dict[str, list[int]]
@@ -264,8 +266,10 @@ def _postings() -> Postings:
     return defaultdict(list)
 
 
-def _found(postings: Postings, keys: Iterable[str]) -> Iterator[list[int]]:
-    return (postings[key] for key in keys if key in postings)
+def _collect(postings: Postings, keys: Iterable[str], hits: list[list[int]]) -> None:
+    for key in keys:
+        if key in postings:
+            hits.append(postings[key])
 
 
 def _in_order(one: str, other: str) -> tuple[str, str]:
