@@ -13,12 +13,11 @@ from lemoe.checkpoint import MATRICES, AdaptorFile, matrices_of, write_adaptor
 from lemoe.errors import AdaptorError, InputError
 from lemoe.files import check_free
 from lemoe.models import DTYPES
-from lemoe.tensorfile import Entry
+from lemoe.tensorfile import PIECE, Entry
 
 OnConflict = Literal["latest", "error", "keep"]
 SHOWN = 20  # conflicts named in an error
 PREFIX = 6  # hexadecimal digits of a round's id that name it
-PIECE = 1 << 17  # bytes that are copied at once, if a row is not larger
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ _NAMES = {
     torch.uint8: "U8",
 }
 ALIGNMENT = 8  # bytes to which the header is padded
-PIECE = 1 << 17  # bytes read at once
+PIECE = 1 << 17  # bytes read or copied at once, if a row is not larger
 HASH = "sha256"
 
 

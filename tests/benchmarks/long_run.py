@@ -73,7 +73,7 @@ def phases(folder: Path) -> dict[str, list[object]]:
         "edit": ["edit", edits, *model, "--plan", plan, "--output", run_folder, "--resume"],
         "merge": ["merge", *rounds, "--output", adaptor, "--quiet", "--force"],
         "eval": ["eval", edits, *model, "--adaptor", adaptor, "--json"],
-        "eval, experts on demand": ["eval", edits, *model, "--adaptor", adaptor, "--expert-cache", "8M", "--json"],
+        "eval-on-demand": ["eval", edits, *model, "--adaptor", adaptor, "--expert-cache", "8M", "--json"],
     }
 
 
@@ -103,7 +103,7 @@ def main() -> None:
         done = {name: Phase(**phase) for name, phase in json.loads(notes.read_text()).items()}
     for name in given.phases.split(","):
         if name not in done:
-            done[name] = run(phases(folder)[name], folder / f"{name.replace(' ', '-')}.out")
+            done[name] = run(phases(folder)[name], folder / f"{name}.out")
             notes.write_text(json.dumps({name: asdict(phase) for name, phase in done.items()}))
     print("| phase | seconds | ms an edit | peak memory |\n|---|---|---|---|")
     for name, phase in done.items():
