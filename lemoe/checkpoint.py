@@ -6,7 +6,7 @@ All metadata is sorted JSON under one key, so that equal states give equal files
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, fields, replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -61,7 +61,7 @@ def write_adaptor(
         "tool": f"lemoe {__version__}",
         "base": state.base.as_dict(),
         "settings": state.settings.as_dict(),
-        "rounds": [asdict(record) for record in state.rounds],
+        "rounds": [vars(record) for record in state.rounds],
     }
     write_tensors(Path(path), METADATA_KEY, header, {**entries, **matrices}, overwrite=overwrite)
 

@@ -102,9 +102,11 @@ def _merged(
         file.check_whole()
     state, kept_out = _stacked(files, paths, on_conflict)
     named = sorted({expert for name in drop for expert in _named(state, name)})
-    taught = state.taught
-    dropped = tuple(edit for expert in named for edit in taught[expert])
-    state = state.without(named) if named else state
+    dropped: tuple[Taught, ...] = ()
+    if named:
+        taught = state.taught
+        dropped = tuple(edit for expert in named for edit in taught[expert])
+        state = state.without(named)
     if dtype:
         state = replace(state, experts=state.experts.stored_as(DTYPES[dtype]))
     rounds = [record.id for file in files for record in file.state.rounds]

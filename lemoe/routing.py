@@ -91,8 +91,10 @@ class Lineage:
 
     @classmethod
     def of_round(cls, name: str, parent: str | None, depth: int, experts: int, edits: int) -> "list[Lineage]":
-        """Of each of a round's experts."""
-        return [cls(name, parent, depth, len(part)) for part in equal_parts(edits, experts)]
+        """Of each of a round's experts; those that hold as many edits share one."""
+        sizes = [len(part) for part in equal_parts(edits, experts)]
+        shared = {size: cls(name, parent, depth, size) for size in set(sizes)}
+        return [shared[size] for size in sizes]
 
 
 def equal_parts(edits: int, experts: int) -> list[range]:

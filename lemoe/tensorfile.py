@@ -24,6 +24,7 @@ _NAMES = {
 ALIGNMENT = 8  # bytes to which the header is padded
 PIECE = 1 << 17  # bytes read or copied at once, if a row is not larger
 HASH = "sha256"
+COMPACT, SPACED = (",", ":"), (", ", ": ")  # what stands between the items of JSON
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,23 @@ def write_tensors(
     table = _table(ordered)
     check_free(path, overwrite=overwrite)
     whole = {**metadata, HASH: _hash(table, metadata, _data(ordered))}
-    text = _canonical({"__metadata__": {key: json.dumps(whole, sort_keys=True)}, **table})
-    text += b" " * (-len(text) % ALIGNMENT)
-    write_whole(path, chain([len(text).to_bytes(8, "little") + text], _data(ordered)), overwrite=overwrite)
+    write_whole(path, chain(_header(key, whole, table), _data(ordered)), overwrite=overwrite)
+
+
+def _header(key: str, metadata: Mapping[str, object], table: Mapping[str, object]) -> Iterator[bytes]:
+    """Its length, and the header: the metadata, JSON within a string, and then the table."""
+    opening = f'{{"__metadata__":{{{json.dumps(key)}:"'.encode()
+    closing = b'"},' + "".join(_json(table, COMPACT)).removeprefix("{").encode()
+    length = len(opening) + sum(map(len, _escaped(metadata))) + len(closing)
+    padding = -length % ALIGNMENT
+    yield (length + padding).to_bytes(8, "little") + opening
+    yield from _escaped(metadata)
+    yield closing + b" " * padding
+
+
+def _escaped(metadata: Mapping[str, object]) -> Iterator[bytes]:
+    """JSON as it stands in a JSON string."""
+    return (json.dumps(part)[1:-1].encode() for part in _json(metadata, SPACED))
 
 
 @dataclass(frozen=True)
@@ -108,14 +123,27 @@ def is_as_written(path: Path, key: str) -> bool:
 
 
 def _hash(table: Mapping[str, object], metadata: Mapping[str, object], data: Iterable[bytes]) -> str:
-    digest = hashlib.sha256(_canonical(table) + _canonical(metadata))
+    digest = hashlib.sha256()
+    for text in chain(_json(table, COMPACT), _json(metadata, COMPACT)):
+        digest.update(text.encode())
     for part in data:
         digest.update(part)
     return digest.hexdigest()
 
 
-def _canonical(value: Mapping[str, object]) -> bytes:
-    return json.dumps(value, separators=(",", ":"), sort_keys=True).encode()
+def _json(value: object, separators: tuple[str, str], depth: int = 2) -> Iterator[str]:
+    """Sorted JSON in parts, of which none holds more than one value at `depth`: the whole may be long."""
+    if depth == 0 or not value or not isinstance(value, Mapping | list):
+        yield json.dumps(value, separators=separators, sort_keys=True)
+        return
+    between, colon = separators
+    named = isinstance(value, Mapping)
+    for place, item in enumerate(sorted(value) if named else value):
+        yield ("{" if named else "[") if place == 0 else between
+        if named:
+            yield json.dumps(item) + colon
+        yield from _json(value[item] if named else item, separators, depth - 1)
+    yield "}" if named else "]"
 
 
 def _table(entries: Mapping[str, Entry]) -> dict[str, object]:

@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import accumulate, chain, islice, pairwise
 from weakref import WeakKeyDictionary
 
 import numpy
@@ -59,11 +59,10 @@ class Anchors(Router):
     def tensors(self) -> dict[str, Tensor]:
         """Token ids end to end with offsets `[edits + 1]`; subjects as UTF-8 bytes, empty where inferred."""
         anchors = self.anchors
-        subjects = [tuple((anchor.subject or "").encode()) for anchor in anchors]
         return {
             **_packed("anchors.prompt", [anchor.prompt for anchor in anchors], torch.int32),
             **_packed("anchors.target", [anchor.target for anchor in anchors], torch.int32),
-            **_packed("anchors.subject", subjects, torch.uint8),
+            **_packed("anchors.subject", [(anchor.subject or "").encode() for anchor in anchors], torch.uint8),
         }
 
     @classmethod
@@ -115,11 +114,10 @@ _STORED = (("anchors.prompt", torch.int32), ("anchors.target", torch.int32), ("a
 
 
 def _packed(name: str, rows: Sequence[Sequence[int]], dtype: torch.dtype) -> dict[str, Tensor]:
-    lengths = torch.tensor([0, *map(len, rows)], dtype=torch.int64)
-    return {
-        name: torch.tensor([value for row in rows for value in row], dtype=dtype),
-        f"{name}_offsets": lengths.cumsum(0),
-    }
+    offsets = numpy.fromiter(accumulate(map(len, rows), initial=0), numpy.int64, len(rows) + 1)
+    values = torch.empty(int(offsets[-1]), dtype=dtype)
+    values.numpy()[:] = numpy.fromiter(chain.from_iterable(rows), values.numpy().dtype, len(values))
+    return {name: values, f"{name}_offsets": torch.from_numpy(offsets)}
 
 
 def _unpacked(name: str, tensors: Mapping[str, Tensor]) -> list[tuple[int, ...]]:

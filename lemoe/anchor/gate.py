@@ -20,7 +20,7 @@ WORDS_BEFORE = 12  # words in front of a mention that tell what is asked
 TAIL = 12  # tokens of an anchor by which its own prompt is looked up
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Anchor:
     """What an edit is recognised by: token ids of its prompt and target, and its subject (None: inferred)."""
 
@@ -29,7 +29,7 @@ class Anchor:
     subject: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Reading:
     """How the gate stands after a token.
 
@@ -53,7 +53,7 @@ class Reading:
 SHUT = Reading(-1, "subject", -1, 0.0, 0.0, 0.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Question:
     """What is asked about a subject: the words around its mention, with their stems, weights and the weights' sum."""
 
@@ -69,7 +69,7 @@ class Question:
         return cls(unique, tuple(map(lexicon.stem, unique)), weights, sum(weights))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Prepared:
     """What an anchor asks, the stems of its target, and the share of its question that stands before the subject."""
 
@@ -78,7 +78,7 @@ class Prepared:
     front: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """An anchor's question against what was read: see `compare`."""
 

@@ -17,7 +17,7 @@ NEAR = 6  # words between which two words of a subject are looked for
 INITIAL, NICKNAME, MISSPELT = 0.75, 0.7, 0.9  # credit for an imperfect word
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Mention:
     """Where a subject stands: the share of its weight that is there, and the positions of its words."""
 
