@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import lemoe
 from lemoe.anchor.anchors import Anchors, LiveAnchors, build_gate, lexicon_of
 from lemoe.anchor.gate import SHUT, Anchor, Gate, Reading, Route
-from lemoe.anchor.subjects import SubjectIndex
+from lemoe.anchor.subjects import Sentence, SubjectIndex
 from lemoe.anchor.words import Reader
 from lemoe.errors import AdaptorError
 from lemoe.routing import Sequences
@@ -86,7 +86,7 @@ def test_the_index_looks_at_every_subject_that_a_text_mentions_with_one_imperfec
     for word in ["of", *(imperfect(word, how) if at == place else word for at, word in enumerate(name)), "once"]:
         reader.push(f" {word}".encode())
         seen.update(index.near(reader.words))
-        mentioned |= index.subjects[number].at(reader.words, len(reader.words) - 1, growing=False) is not None
+        mentioned |= index.subjects[number].ending(Sentence(reader.words, lexicon)) is not None
     assert number in seen or not mentioned
 
 

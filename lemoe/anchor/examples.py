@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from lemoe.anchor.gate import Gate, Question, around, compare
 from lemoe.anchor.lexicon import infer_subject
+from lemoe.anchor.subjects import Sentence
 from lemoe.anchor.words import Reader, Word
 from lemoe.conflicts import question
 from lemoe.edits import Edit
@@ -172,7 +173,7 @@ def other_questions(gate: Gate, edits: Sequence[Edit], place: int, count: int, r
     scored = []
     for text in dict.fromkeys(texts):
         words = _read(text)
-        mention = about.find(words)
+        mention = about.find(Sentence(words, gate.lexicon))
         if mention is None:
             continue
         compared = compare(stored, Question.of(around(words, mention), gate.lexicon), gate.lexicon)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lemoe.anchor.lexicon import Lexicon, infer_subject
-from lemoe.anchor.subjects import Mention, Subject, SubjectIndex
+from lemoe.anchor.subjects import Mention, Sentence, Subject, SubjectIndex
 from lemoe.anchor.words import Reader, Word, split_words
 from lemoe.routing import Scope
 
@@ -97,23 +97,18 @@ def compare(stored: Prepared, read: Question, lexicon: Lexicon) -> Comparison:
     """
     asked, answer = stored.question, stored.answer
     total, total_read = asked.total, read.total
-    best_read = [0.0] * len(read.words)
+    alike = [list(map(lexicon.likeness(word).__getitem__, read.words)) for word in asked.words]
+    best = [max(row, default=0.0) for row in alike]
+    best_read = list(map(max, zip(*alike, strict=True))) if alike else [0.0] * len(read.words)
     matched = 0.0
-    for word, weight in zip(asked.words, asked.weights, strict=True):
-        best = 0.0
-        for place, other in enumerate(read.words):
-            alike = lexicon.likeness(word, other)
-            if alike > best:
-                best = alike
-            if alike > best_read[place]:
-                best_read[place] = alike
-        matched += weight * best
+    for weight, likeness in zip(asked.weights, best, strict=True):
+        matched += weight * likeness
     matched_read = 0.0
-    for stemmed, weight, alike in zip(read.stems, read.weights, best_read, strict=True):
+    for stemmed, weight, likeness in zip(read.stems, read.weights, best_read, strict=True):
         if stemmed in answer:
             total_read -= weight
         else:
-            matched_read += weight * alike
+            matched_read += weight * likeness
     conflict = min(total - matched, total_read - matched_read) / (1 + matched + matched_read)
     fit = (matched + 1) / (total + 1) + (matched_read + 1) / (total_read + 1)
     enough = stored.front < 0.5 or (total_read > 0 and total_read >= EVIDENCE * total * stored.front)
@@ -206,7 +201,7 @@ class Gate:
         """What a prompt asks: around its last mention of the subject, to its end; and which of it stands in front."""
         sentences = self._sentences(prompt)
         for place in range(len(sentences) - 1, -1, -1):
-            mention = subject.find(sentences[place])
+            mention = subject.find(Sentence(sentences[place], self.lexicon))
             if mention:
                 words = around(sentences[place], mention)
                 words += [word.text for later in sentences[place + 1 :] for word in later]
@@ -309,35 +304,36 @@ class Route:
 
     def _follow_mentions(self, time: int) -> None:
         """Check again the mentions that the growing word belongs to, and look for new ones."""
-        words, growing, last = self._reader.words, self._reader.growing, len(self._reader.words) - 1
+        words, last = self._reader.words, len(self._reader.words) - 1
+        sentence = Sentence(words, self._gate.lexicon, growing=self._reader.growing)
         subjects = self._gate.index.subjects
         for number in [number for number, mention in self._mentions.items() if last in mention.positions]:
-            found = subjects[number].at(words, last, growing=growing)
+            found = subjects[number].at(sentence, last)
             if found:
                 self._mentions[number] = found
             else:
                 self._withdraw(number)
         near = self._gate.index.near(words)
-        self._complete_waiting(words, words[-2:] if time == self._word_start else words[-1:])
+        self._complete_waiting(sentence, words[-2:] if time == self._word_start else words[-1:])
         for number in near:
             if number in self._mentions:
                 continue
-            if found := subjects[number].ending(words, growing=growing):
+            if found := subjects[number].ending(sentence):
                 self._mentions[number] = found
             elif len(subjects[number].words) > 1:
                 self._waiting[number] = last
 
-    def _complete_waiting(self, words: Sequence[Word], fresh: Sequence[Word]) -> None:
+    def _complete_waiting(self, sentence: Sentence, fresh: Sequence[Word]) -> None:
         """Look again at subjects of which a part was read, where one of the `fresh` words may be of the rest.
 
         Those that waited for the word which has grown are left to the index, which knows what it has grown into.
         """
-        last, growing = len(words) - 1, self._reader.growing
+        last = len(sentence.words) - 1
         for number, at in list(self._waiting.items()):
             subject = self._gate.index.subjects[number]
             if at == last or number in self._mentions or last - at > subject.patience:
                 del self._waiting[number]
-            elif any(subject.may_hold(word) for word in fresh) and (found := subject.at(words, at, growing=growing)):
+            elif any(subject.may_hold(word) for word in fresh) and (found := subject.at(sentence, at)):
                 self._mentions[number] = found
                 del self._waiting[number]
 

@@ -34,7 +34,8 @@ class Lexicon:
         self._rarity: dict[str, float] = {}
         self._relation: dict[str, float] = {}
         self._vector: dict[str, Vector] = {}
-        self._likeness: dict[tuple[str, str], float] = {}
+        self._likeness: dict[str, Likeness] = {}
+        self._compared = 0
         self._piece: dict[int, bytes] = {}
         self._stem: dict[str, str] = {}
 
@@ -77,17 +78,19 @@ class Lexicon:
             self._relation[word] = (self.rarity(word) / RELATION_UNIT) ** RELATION_POWER
         return self._relation[word]
 
-    def likeness(self, word: str, other: str) -> float:
-        """How far two words mean the same, 0 to 1; 1 with a common stem."""
-        pair = (word, other)
-        known = self._likeness.get(pair)
+    def likeness(self, word: str) -> "Likeness":
+        """How far other words mean the same as this one."""
+        if self._compared >= REMEMBERED:
+            self._likeness.clear()
+            self._compared = 0
+        known = self._likeness.get(word)
         if known is None:
-            if len(self._likeness) >= REMEMBERED:
-                self._likeness.clear()
-            known = self._likeness[pair] = self._compare(word, other)
+            known = self._likeness[word] = Likeness(self, word)
         return known
 
-    def _compare(self, word: str, other: str) -> float:
+    def compare(self, word: str, other: str) -> float:
+        """How far two words mean the same, 0 to 1; 1 with a common stem."""
+        self._compared += 1
         if self.stem(word) == self.stem(other):
             return 1.0
         cosine = float(self.vector(word) @ self.vector(other))
@@ -105,6 +108,19 @@ class Lexicon:
         if word not in self._ids:
             self._ids[word] = self._tokenizer(" " + word, add_special_tokens=False).input_ids
         return self._ids[word]
+
+
+class Likeness(dict[str, float]):
+    """How far each other word means the same as one, worked out when it is first asked for."""
+
+    def __init__(self, lexicon: Lexicon, word: str):
+        super().__init__()
+        self._lexicon = lexicon
+        self._word = word
+
+    def __missing__(self, other: str) -> float:
+        known = self[other] = self._lexicon.compare(self._word, other)
+        return known
 
 
 def _without_common_direction(embeddings: Vector) -> Vector:

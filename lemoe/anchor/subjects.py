@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations, permutations
+from typing import NamedTuple
 
 from lemoe.anchor.lexicon import Lexicon
 from lemoe.anchor.vocabulary import LONG, Vocabulary
@@ -23,6 +24,36 @@ class Mention:
 
     coverage: float
     positions: frozenset[int]
+
+
+class Window(NamedTuple):
+    """The words around a place of a sentence: the stem of each by its position, all stems, and all first letters."""
+
+    stems: dict[int, str]
+    present: frozenset[str]
+    initials: frozenset[str]
+
+
+class Sentence:
+    """The words that were read of a sentence, in which many subjects are looked for; `growing`: the last may go on."""
+
+    __slots__ = ("_lexicon", "_windows", "growing", "words")
+
+    def __init__(self, words: Sequence[Word], lexicon: Lexicon, *, growing: bool = False):
+        self.words = words
+        self.growing = growing
+        self._lexicon = lexicon
+        self._windows: dict[tuple[int, int], Window] = {}
+
+    def window(self, at: int, count: int) -> Window:
+        """What stands around position `at`, as far as a mention of `count` words that holds it may reach."""
+        known = self._windows.get((at, count))
+        if known is None:
+            reach = range(max(0, at - count - 1), min(len(self.words), at + count + 2))
+            stems = {position: self._lexicon.stem(self.words[position].text) for position in reach}
+            initials = frozenset(self.words[position].text[0] for position in reach)
+            known = self._windows[at, count] = Window(stems, frozenset(stems.values()), initials)
+        return known
 
 
 class Subject:
@@ -56,35 +87,42 @@ class Subject:
         self._lexicon = lexicon
         self._stem_set = frozenset(self.stems)
 
-    def find(self, words: Sequence[Word]) -> Mention | None:
+    def find(self, sentence: Sentence) -> Mention | None:
         """The fullest mention in a whole sentence."""
         found = [
             mention
-            for at, word in enumerate(words)
-            if self._starts(words, at, word) and (mention := self.at(words, at, growing=False))
+            for at in range(len(sentence.words))
+            if self._starts(sentence.words, at) and (mention := self.at(sentence, at))
         ]
         return max(found, key=lambda mention: mention.coverage, default=None)
 
-    def _starts(self, words: Sequence[Word], at: int, word: Word) -> bool:
-        stemmed = self._lexicon.stem(word.text) in self._stem_set
-        return stemmed or word.text == self.joined or (at > 0 and words[at - 1].text + word.text == self.joined)
+    def _starts(self, words: Sequence[Word], at: int) -> bool:
+        word = words[at].text
+        stemmed = self._lexicon.stem(word) in self._stem_set
+        return stemmed or word == self.joined or (at > 0 and words[at - 1].text + word == self.joined)
 
-    def ending(self, words: Sequence[Word], *, growing: bool) -> Mention | None:
+    def ending(self, sentence: Sentence) -> Mention | None:
         """The mention that the last word belongs to; one too short to be told apart counts beside the one before."""
-        last = len(words) - 1
-        if growing and len(words[last].text) < SHORT and last:
-            found = self.at(words, last - 1, growing=True)
+        last = len(sentence.words) - 1
+        if sentence.growing and len(sentence.words[last].text) < SHORT and last:
+            found = self.at(sentence, last - 1)
             return found if found and last in found.positions else None
-        return self.at(words, last, growing=growing)
+        return self.at(sentence, last)
 
-    def at(self, words: Sequence[Word], at: int, *, growing: bool) -> Mention | None:
-        """The mention that holds position `at`; `growing` says that the last word may not be whole yet."""
-        if growing and at == len(words) - 1 and len(words[at].text) < SHORT:
+    def at(self, sentence: Sentence, at: int) -> Mention | None:
+        """The mention that holds position `at`."""
+        words = sentence.words
+        word = words[at].text
+        if sentence.growing and at == len(words) - 1 and len(word) < SHORT:
             return None
-        for used in ((at,), (at - 1, at)):  # one word written as two, or two as one
-            if used[0] >= 0 and "".join(words[position].text for position in used) == self.joined:
-                return Mention(1.0, frozenset(used)) if self._capital_fits(words, used) else None
-        return self._in_window(words, at, growing)
+        if word == self.joined:
+            return self._whole(words, (at,))
+        if at > 0 and words[at - 1].text + word == self.joined:  # one word written as two, or two as one
+            return self._whole(words, (at - 1, at))
+        return self._in_window(sentence, at)
+
+    def _whole(self, words: Sequence[Word], used: Sequence[int]) -> Mention | None:
+        return Mention(1.0, frozenset(used)) if self._capital_fits(words, used) else None
 
     def may_hold(self, word: Word) -> bool:
         """Whether a word that was read counts for any of the subject's."""
@@ -95,19 +133,18 @@ class Subject:
             _credit(stored, word.text, word.capital, place == last) for place, stored in enumerate(self.words)
         )
 
-    def _in_window(self, words: Sequence[Word], at: int, growing: bool) -> Mention | None:
-        count = len(self.words)
-        window = range(max(0, at - count - 1), min(len(words), at + count + 2))
-        stems = {position: self._lexicon.stem(words[position].text) for position in window}
-        if not self._may_cover(words, stems):
+    def _in_window(self, sentence: Sentence, at: int) -> Mention | None:
+        words, count = sentence.words, len(self.words)
+        window = sentence.window(at, count)
+        if not self._may_cover(window):
             return None
-        exact = self._exact_words(words, stems, at)
+        exact = self._exact_words(words, window.stems, at)
         if exact is None:
             return None
         score, used, missing = exact
         if count > 1:
-            unfinished = len(words) - 1 if growing else -1
-            score += self._lenient_words(words, window, used, missing, at, unfinished)
+            unfinished = len(words) - 1 if sentence.growing else -1
+            score += self._lenient_words(words, window.stems, used, missing, at, unfinished)
         if score < COVERAGE * self.total or at not in used:
             return None
         first, last = min(used), max(used)
@@ -115,16 +152,13 @@ class Subject:
             return None
         return Mention(score / self.total, frozenset(range(first, last + 1)))
 
-    def _may_cover(self, words: Sequence[Word], stems: dict[int, str]) -> bool:
+    def _may_cover(self, window: Window) -> bool:
         """A quick bound: could the window reach the coverage at all?"""
-        present = set(stems.values())
-        initials = {words[position].text[0] for position in stems}
-        several = len(self.words) > 1
-        possible = sum(
-            weight
-            for weight, stemmed, word in zip(self.weights, self.stems, self.words, strict=True)
-            if stemmed in present or (several and word[0] in initials)
-        )
+        initials = window.initials if len(self.words) > 1 else ()
+        possible = 0.0
+        for weight, stemmed, initial in zip(self.weights, self.stems, self.initials, strict=True):
+            if stemmed in window.present or initial in initials:
+                possible += weight
         return possible >= COVERAGE * self.total
 
     def _exact_words(
@@ -151,7 +185,13 @@ class Subject:
         return score, used, missing
 
     def _lenient_words(
-        self, words: Sequence[Word], window: range, used: set[int], missing: Sequence[int], at: int, unfinished: int
+        self,
+        words: Sequence[Word],
+        window: Iterable[int],
+        used: set[int],
+        missing: Sequence[int],
+        at: int,
+        unfinished: int,
     ) -> float:
         """Credit for missing words that stand there abbreviated or misspelt; their places join `used`."""
         score = 0.0
@@ -213,12 +253,12 @@ class SubjectIndex:
             self._store(subject, known)
         return known
 
-    def near(self, words: Sequence[Word]) -> list[int]:
+    def near(self, words: Sequence[Word]) -> Sequence[int]:
         """Numbers of the subjects that the last word of `words` may complete."""
-        hits = self._hits(words)
+        hits = [numbers for numbers in self._hits(words) if numbers]
         if len(hits) < 2:
             return hits[0] if hits else []
-        return sorted({number for numbers in hits for number in numbers})
+        return sorted(set[int]().union(*hits))
 
     def _store(self, subject: Subject, number: int) -> None:
         """Under each word, or two that must be read near each other, of which every mention has one."""
@@ -238,25 +278,23 @@ class SubjectIndex:
                 for key in self._vocabulary.add(word):
                     self._beside[stemmed][key].append(number)
 
-    def _hits(self, words: Sequence[Word]) -> list[list[int]]:
+    def _hits(self, words: Sequence[Word]) -> Iterator[Sequence[int]]:
         word = words[-1]
         stemmed = self._lexicon.stem(word.text)
-        hits: list[list[int]] = []
-        _collect(self._alone, (stemmed,), hits)
+        yield self._alone.get(stemmed, ())
         if len(words) < 2:
-            return hits
-        _collect(self._alone, (words[-2].text + word.text,), hits)
+            return
+        yield self._alone.get(words[-2].text + word.text, ())
         mine, keys = self._beside.get(stemmed), self._vocabulary.keys(word)
         for before in words[-NEAR - 1 : -1]:
             other = self._lexicon.stem(before.text)
             first, second = _in_order(stemmed, other)
             if pairs := self._pairs.get(first):
-                _collect(pairs, (second,), hits)
+                yield pairs.get(second, ())
             if mine:
-                _collect(mine, self._vocabulary.keys(before), hits)
+                yield from _shared(mine, self._vocabulary.keys(before))
             if keys and (theirs := self._beside.get(other)):
-                _collect(theirs, keys, hits)
-        return hits
+                yield from _shared(theirs, keys)
 
 
 Postings = dict[str, list[int]]
@@ -266,10 +304,9 @@ def _postings() -> Postings:
     return defaultdict(list)
 
 
-def _collect(postings: Postings, keys: Iterable[str], hits: list[list[int]]) -> None:
-    for key in keys:
-        if key in postings:
-            hits.append(postings[key])
+def _shared(postings: Postings, keys: set[str]) -> Iterator[Sequence[int]]:
+    """What stands under any of the keys; goes through those or through the postings, whichever are fewer."""
+    return map(postings.__getitem__, keys & postings.keys())
 
 
 def _in_order(one: str, other: str) -> tuple[str, str]:

@@ -22,7 +22,7 @@ class Vocabulary:
         self._words: dict[str, tuple[str, ...]] = {}
         self._in_order: list[str] = []
         self._halves: dict[str, list[str]] = defaultdict(list)
-        self._known: dict[tuple[str, bool], tuple[str, ...]] = {}
+        self._known: dict[tuple[str, bool], set[str]] = {}
 
     def add(self, word: str) -> tuple[str, ...]:
         """The keys of a stored word, which is added if it is new."""
@@ -35,13 +35,13 @@ class Vocabulary:
                     self._halves[half].append(word)
         return keys
 
-    def keys(self, read: Word) -> tuple[str, ...]:
+    def keys(self, read: Word) -> set[str]:
         """The keys of all stored words that a word that was read may stand for."""
         known = self._known.get((read.text, read.capital))
         if known is None:
             if len(self._known) >= REMEMBERED:
                 self._known.clear()
-            known = self._known[read.text, read.capital] = tuple(set(self._keys(read.text, read.capital)))
+            known = self._known[read.text, read.capital] = set(self._keys(read.text, read.capital))
         return known
 
     def _keys(self, word: str, capital: bool) -> Iterator[str]:
