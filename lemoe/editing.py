@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from lemoe.adaptor import AdaptorState, check_settings, round_id, stack
 from lemoe.card import write_card
 from lemoe.checkpoint import ADAPTOR_NAME, load_adaptor, save_adaptor
-from lemoe.edits import Edit
+from lemoe.edits import Edit, Round
 from lemoe.engines import Engine
 from lemoe.engines.local import LocalEngine
 from lemoe.errors import AdaptorError, InputError, LemoeError, OutputError
@@ -28,7 +28,7 @@ from lemoe.listening import Listener, Silent
 from lemoe.memory import fitting_tokens, free_memory
 from lemoe.methods import check_adds_experts, parent_of, rounds_depend
 from lemoe.models import BaseModel
-from lemoe.planning import Round, load_plan, plan, rounds_of, save_plan
+from lemoe.planning import load_plan, plan, rounds_of, save_plan
 from lemoe.settings import Settings
 from lemoe.structure import FFNSite
 from lemoe.training import encode_edits

@@ -50,6 +50,15 @@ class Edit:
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+@dataclass(frozen=True)
+class Round:
+    """Edits that are trained together: the round `number`, from 1, `of` all that the plan has."""
+
+    number: int
+    of: int
+    edits: Sequence[Edit]
+
+
 def digest_of(edits: Iterable[Edit]) -> str:
     """SHA-256 over the digests of `edits`, in their order."""
     return digest_over(edit.digest for edit in edits)

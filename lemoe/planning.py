@@ -60,15 +60,6 @@ class Plan:
     inferred: dict[str, str]
 
 
-@dataclass(frozen=True)
-class Round:
-    """Edits that are trained together: the round `number`, from 1, `of` all that the plan has."""
-
-    number: int
-    of: int
-    edits: Sequence[Edit]
-
-
 def plan(base: BaseModel, edits: Sequence[Edit], settings: Settings) -> Plan:
     """Plan the rounds of `edits`, at most `settings.round_size` in each, in the order that the settings name.
 

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from lemoe.adaptor import AdaptorState
+from lemoe.edits import Round
 from lemoe.listening import Listener
 from lemoe.models import BaseModel
-from lemoe.planning import Round
 from lemoe.settings import Settings
 
 

@@ -6,13 +6,12 @@ from dataclasses import replace
 import torch
 
 from lemoe.adaptor import AdaptorState
-from lemoe.edits import Edit
+from lemoe.edits import Edit, Round
 from lemoe.errors import LemoeError
 from lemoe.listening import Listener
 from lemoe.memory import SMALLEST
 from lemoe.methods import train_round
 from lemoe.models import BaseModel
-from lemoe.planning import Round
 from lemoe.settings import Settings
 
 

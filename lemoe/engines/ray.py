@@ -16,12 +16,11 @@ from typing import Any
 import torch
 
 from lemoe.adaptor import AdaptorState
-from lemoe.edits import Edit
+from lemoe.edits import Edit, Round
 from lemoe.engines.local import train_within_memory
 from lemoe.errors import InputError, LemoeError, ModelError
 from lemoe.listening import Listener, Silent
 from lemoe.models import BaseModel, Fingerprint, ModelSource
-from lemoe.planning import Round
 from lemoe.settings import Settings
 
 RETRIES = 3  # times that one round may lose its worker
