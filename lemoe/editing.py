@@ -10,13 +10,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lemoe.adaptor import AdaptorState, check_settings, round_id, stack
+from lemoe.adaptor import AdaptorState, RoundRecord, check_settings, round_id, stack
 from lemoe.card import write_card
-from lemoe.checkpoint import ADAPTOR_NAME, load_adaptor, save_adaptor
+from lemoe.checkpoint import ADAPTOR_NAME, AdaptorFile, load_adaptor, save_adaptor
 from lemoe.edits import Edit, Round
 from lemoe.engines import Engine
 from lemoe.engines.local import LocalEngine
@@ -26,6 +27,7 @@ from lemoe.files import remove_scratch, write_whole
 from lemoe.insertion import check_base
 from lemoe.listening import Listener, Silent
 from lemoe.memory import fitting_tokens, free_memory
+from lemoe.merging import write_stack
 from lemoe.methods import check_adds_experts, parent_of, rounds_depend
 from lemoe.models import BaseModel
 from lemoe.planning import load_plan, plan, rounds_of, save_plan
@@ -36,6 +38,7 @@ from lemoe.training import encode_edits
 PLAN_NAME = "plan.yaml"
 ROUNDS_NAME = "rounds"
 LOCK_NAME = ".lock"
+EXPERT_CACHE = 256 << 20  # bytes of experts that are kept in memory while a run's edits are asked in the end
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,8 @@ class EditReport:
     """What a run did.
 
     Attributes:
-        state: the stacked adaptor.
-        path, size: of its file, bytes.
+        path, size: of the stacked adaptor's file, bytes.
+        rounds: how many it holds.
         taught: the edits that are in the new rounds.
         reliability_before, reliability_after: share of their target tokens that the model predicts.
         exact_before, exact_after: share of them whose whole target it predicts.
@@ -53,9 +56,9 @@ class EditReport:
         missed: names of the edits whose own prompt was not answered when their round ended.
     """
 
-    state: AdaptorState
     path: Path
     size: int
+    rounds: int
     taught: int
     reliability_before: float
     reliability_after: float
@@ -64,6 +67,11 @@ class EditReport:
     seconds: float
     unreached: tuple[int, ...]
     missed: tuple[str, ...]
+
+    @cached_property
+    def state(self) -> AdaptorState:
+        """The stacked adaptor, read from its file when it is first asked for."""
+        return load_adaptor(self.path)
 
 
 def edit(
@@ -109,21 +117,69 @@ def edit(
         for difference in check_base(base, start, allow=allow_base_mismatch):
             listener.note(f"another base than the adaptor was made for: {difference}")
         check_settings(start, settings)
+    layer = start.base.layer if start else settings.layer_of(len(base.layers), base.source.layers)
+    site = base.site(layer, settings.layer_path)
     with _locked(folder):
-        return _edit(
-            base,
-            edits,
-            settings,
-            folder,
-            source,
-            plan_file,
-            places,
-            start,
-            engine,
-            listener,
-            force=force,
-            resume=resume,
-        )
+        encode_edits(base, edits)
+        if resume and plan_file is None and (folder / PLAN_NAME).exists():
+            plan_file = folder / PLAN_NAME
+        new = _not_yet_taught(edits, start, listener)
+        if plan_file is not None:
+            rounds = _follow(plan_file, places, edits, new, folder, overwrite=force or resume)
+        else:
+            rounds = _plan(base, new, settings, folder, source, listener, overwrite=force or resume)
+        listener.planned(len(rounds), sum(len(round_.edits) for round_ in rounds))
+        settings = _fitting(base, site, settings, listener)
+        began = time.monotonic()
+        records = _train_rounds(base, rounds, settings, folder, start, engine, listener, force=force, resume=resume)
+        seconds = time.monotonic() - began
+        files = [AdaptorFile(_file_of(folder, round_)) for round_ in rounds]
+        state = write_stack([start, *files] if start else files, folder / ADAPTOR_NAME, overwrite=force or resume)
+        for earlier, later in state.replaced:
+            listener.note(f"edit {earlier.id} is superseded: {later.id} answers its question now")
+        if force:
+            _remove_leftovers(folder, rounds)
+        write_card(folder, base, state)
+        return _report(base, folder / ADAPTOR_NAME, rounds, records, settings, seconds)
+
+
+def _report(
+    base: BaseModel,
+    path: Path,
+    rounds: Sequence[Round],
+    records: Sequence[RoundRecord],
+    settings: Settings,
+    seconds: float,
+) -> EditReport:
+    """What the rounds, with their `records`, have taught the adaptor at `path`."""
+    taught = [edit for round_ in rounds for edit in round_.edits]
+    adaptor = AdaptorFile(path)
+    measured = evaluate(
+        base,
+        adaptor,
+        taught,
+        only=("reliability",),
+        batch_tokens=settings.batch_tokens,
+        expert_cache=EXPERT_CACHE,
+        allow_base_mismatch=True,  # which `edit` has refused unless it was asked for
+    )
+    return EditReport(
+        path=path,
+        size=path.stat().st_size,
+        rounds=len(adaptor.state.rounds),
+        taught=len(taught),
+        reliability_before=measured.value("reliability", stage="before"),
+        reliability_after=measured.value("reliability"),
+        exact_before=measured.value("reliability", "exact_match", stage="before"),
+        exact_after=measured.value("reliability", "exact_match"),
+        seconds=seconds,
+        unreached=tuple(
+            round_.number
+            for round_, record in zip(rounds, records, strict=True)
+            if not record.loss < settings.loss_target
+        ),
+        missed=tuple(name for record in records for name in record.missed or ()),
+    )
 
 
 @contextmanager
@@ -147,73 +203,6 @@ def _locked(folder: Path) -> Iterator[None]:
             if not any(folder.iterdir()):
                 folder.rmdir()
         lock.release()
-
-
-def _edit(
-    base: BaseModel,
-    edits: Sequence[Edit],
-    settings: Settings,
-    folder: Path,
-    source: str,
-    plan_file: Path | str | None,
-    places: range | None,
-    start: AdaptorState | None,
-    engine: Engine,
-    listener: Listener,
-    *,
-    force: bool,
-    resume: bool,
-) -> EditReport:
-    """See `edit`."""
-    layer = start.base.layer if start else settings.layer_of(len(base.layers), base.source.layers)
-    site = base.site(layer, settings.layer_path)
-    encode_edits(base, edits)
-    if resume and plan_file is None and (folder / PLAN_NAME).exists():
-        plan_file = folder / PLAN_NAME
-    new = _not_yet_taught(edits, start, listener)
-    if plan_file is not None:
-        rounds = _follow(plan_file, places, edits, new, folder, overwrite=force or resume)
-    else:
-        rounds = _plan(base, new, settings, folder, source, listener, overwrite=force or resume)
-    listener.planned(len(rounds), sum(len(round_.edits) for round_ in rounds))
-    settings = _fitting(base, site, settings, listener)
-    began = time.monotonic()
-    trained = _train_rounds(base, rounds, settings, folder, start, engine, listener, force=force, resume=resume)
-    seconds = time.monotonic() - began
-    state = stack([start, *trained] if start else trained)
-    for earlier, later in state.replaced:
-        listener.note(f"edit {earlier.id} is superseded: {later.id} answers its question now")
-    path = folder / ADAPTOR_NAME
-    save_adaptor(state, path, overwrite=force or resume)
-    if force:
-        _remove_leftovers(folder, rounds)
-    write_card(folder, base, state)
-    taught = [edit for round_ in rounds for edit in round_.edits]
-    measured = evaluate(
-        base,
-        state,
-        taught,
-        only=("reliability",),
-        batch_tokens=settings.batch_tokens,
-        allow_base_mismatch=True,  # which `edit` has refused unless it was asked for
-    )
-    return EditReport(
-        state=state,
-        path=path,
-        size=path.stat().st_size,
-        taught=len(taught),
-        reliability_before=measured.value("reliability", stage="before"),
-        reliability_after=measured.value("reliability"),
-        exact_before=measured.value("reliability", "exact_match", stage="before"),
-        exact_after=measured.value("reliability", "exact_match"),
-        seconds=seconds,
-        unreached=tuple(
-            round_.number
-            for round_, state in zip(rounds, trained, strict=True)
-            if not state.rounds[0].loss < settings.loss_target
-        ),
-        missed=tuple(name for state in trained for name in state.rounds[0].missed or ()),
-    )
 
 
 def _fitting(base: BaseModel, site: FFNSite, settings: Settings, listener: Listener) -> Settings:
@@ -348,26 +337,32 @@ def _train_rounds(
     *,
     force: bool,
     resume: bool,
-) -> list[AdaptorState]:
-    """The states of all rounds, in order, each written as soon as it is there."""
+) -> list[RoundRecord]:
+    """The records of all rounds, in order; each state is written as soon as it is there, and let go."""
     before = start
-    states: dict[int, AdaptorState] = {}
-    for group in [[round_] for round_ in rounds] if rounds_depend(settings) else [rounds]:
-        kept = _all_finished(base, group, settings, folder, before) if resume else {}
+    depend = rounds_depend(settings)
+    records: dict[int, RoundRecord] = {}
+
+    def done(round_: Round, state: AdaptorState, *, kept: bool) -> None:
+        nonlocal before
+        records[round_.number] = state.rounds[0]
+        listener.round_done(round_.number, round_.of, state.rounds[0], kept=kept)
+        if depend:
+            before = stack([before, state] if before else [state])
+
+    for group in [[round_] for round_ in rounds] if depend else [rounds]:
+        missing = []
         for round_ in group:
-            if round_.number in kept:
-                listener.round_done(round_.number, round_.of, kept[round_.number].rounds[0], kept=True)
-        missing = [round_ for round_ in group if round_.number not in kept]
-        states |= kept
+            state = _finished(base, _file_of(folder, round_), round_.edits, settings, before) if resume else None
+            if state is None:
+                missing.append(round_)
+            else:
+                done(round_, state, kept=True)
         for round_, state in engine.train(base, missing, settings, before, listener):
             _check_converged(round_, state)
             save_adaptor(state, _file_of(folder, round_), overwrite=force or resume)
-            states[round_.number] = state
-            listener.round_done(round_.number, round_.of, state.rounds[0], kept=False)
-        if rounds_depend(settings):
-            latest = [states[round_.number] for round_ in group]
-            before = stack([before, *latest] if before else latest)
-    return [states[round_.number] for round_ in rounds]
+            done(round_, state, kept=False)
+    return [records[round_.number] for round_ in rounds]
 
 
 def _check_converged(round_: Round, state: AdaptorState) -> None:
@@ -378,14 +373,6 @@ def _check_converged(round_: Round, state: AdaptorState) -> None:
 
 def _file_of(folder: Path, round_: Round) -> Path:
     return folder / ROUNDS_NAME / f"{round_.number:04d}.safetensors"
-
-
-def _all_finished(
-    base: BaseModel, rounds: Sequence[Round], settings: Settings, folder: Path, before: AdaptorState | None
-) -> dict[int, AdaptorState]:
-    """The rounds, by number, that an interrupted run has finished."""
-    found = {r.number: _finished(base, _file_of(folder, r), r.edits, settings, before) for r in rounds}
-    return {number: state for number, state in found.items() if state is not None}
 
 
 def _finished(

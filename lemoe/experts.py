@@ -65,6 +65,11 @@ class Experts:
         gate = None if self.gate is None else self.gate.to(dtype)
         return replace(self, up=self.up.to(dtype), down=self.down.to(dtype), gate=gate)
 
+    def outline(self) -> "Experts":
+        """The same experts with matrices that have shapes alone (device `meta`)."""
+        gate = None if self.gate is None else self.gate.to("meta")
+        return replace(self, up=self.up.to("meta"), down=self.down.to("meta"), gate=gate)
+
     def select(self, chosen: Sequence[int]) -> "Experts":
         """The experts `chosen`, in that order."""
         spans = [range(int(self.offsets[index]), int(self.offsets[index + 1])) for index in chosen]

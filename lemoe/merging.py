@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,27 @@ from lemoe.tensorfile import PIECE, Entry
 OnConflict = Literal["latest", "error", "keep"]
 SHOWN = 20  # conflicts named in an error
 PREFIX = 6  # hexadecimal digits of a round's id that name it
+
+
+class Part(Protocol):
+    """What is stacked: a state whose experts may have shapes alone, and their values row by row."""
+
+    state: AdaptorState
+
+    def rows(self, name: str, start: int, end: int) -> Tensor:
+        """Rows `start` to `end` of one of the experts' matrices."""
+        ...
+
+
+class _Held:
+    """A state that is in memory, as a part of a stack."""
+
+    def __init__(self, state: AdaptorState):
+        self.state = replace(state, experts=state.experts.outline())
+        self._matrices = matrices_of(state)
+
+    def rows(self, name: str, start: int, end: int) -> Tensor:
+        return self._matrices[name][start:end]
 
 
 @dataclass(frozen=True)
@@ -93,6 +114,27 @@ def read_merged(
     return replace(merged, state=replace(merged.state, experts=experts))
 
 
+def write_stack(
+    parts: Sequence[AdaptorState | AdaptorFile], path: Path | str, *, overwrite: bool = False
+) -> AdaptorState:
+    """Stack states and files, in order, into the file `path`; experts of files are copied piece by piece.
+
+    Returns:
+        the stack; its experts have shapes, and their values are in the file.
+
+    Raises:
+        AdaptorError: if the parts cannot be stacked, or a file is not as it was written.
+        OutputError: if the output exists and `overwrite` is not given, or cannot be written.
+    """
+    for part in parts:
+        if isinstance(part, AdaptorFile):
+            part.check_whole()
+    there: list[Part] = [_Held(part) if isinstance(part, AdaptorState) else part for part in parts]
+    state = stack([part.state for part in there])
+    write_adaptor(state, _matrices(there, state), path, overwrite=overwrite)
+    return state
+
+
 def _merged(
     paths: Sequence[Path | str], on_conflict: OnConflict, drop: Sequence[str], dtype: str | None
 ) -> tuple[list[AdaptorFile], Merged]:
@@ -113,9 +155,9 @@ def _merged(
     return files, Merged(state, len(rounds) - len(set(rounds)), dropped, kept_out, 0)
 
 
-def _matrices(files: Sequence[AdaptorFile], state: AdaptorState) -> dict[str, Entry]:
+def _matrices(parts: Sequence[Part], state: AdaptorState) -> dict[str, Entry]:
     """The experts' matrices of a stack, where they are."""
-    sources = list(_sources(files, state))
+    sources = list(_sources(parts, state))
     return {name: _streamed(name, matrix, sources) for name, matrix in matrices_of(state).items()}
 
 
@@ -177,7 +219,7 @@ def _edits_named(state: AdaptorState, name: str) -> list[int]:
     return [number for number, edit in enumerate(state.edits) if edit.id == name]
 
 
-Source = tuple[AdaptorFile, int, int]  # a file, and its rows from, to
+Source = tuple[Part, int, int]  # a part, and its rows from, to
 
 
 def _streamed(name: str, matrix: Tensor, sources: Sequence[Source]) -> Entry:
@@ -185,9 +227,9 @@ def _streamed(name: str, matrix: Tensor, sources: Sequence[Source]) -> Entry:
     rows = max(1, PIECE // max(1, matrix.shape[1] * matrix.dtype.itemsize))
 
     def parts() -> Iterator[Tensor]:
-        for file, start, end in sources:
+        for part, start, end in sources:
             for first in range(start, end, rows):
-                yield _finite(name, file.rows(name, first, min(end, first + rows)), matrix.dtype)
+                yield _finite(name, part.rows(name, first, min(end, first + rows)), matrix.dtype)
 
     return Entry(matrix.dtype, tuple(matrix.shape), parts)
 
@@ -199,23 +241,23 @@ def _finite(name: str, part: Tensor, dtype: torch.dtype) -> Tensor:
     return stored
 
 
-def _sources(files: Sequence[AdaptorFile], state: AdaptorState) -> Iterator[Source]:
+def _sources(parts: Sequence[Part], state: AdaptorState) -> Iterator[Source]:
     """Where the neurons of each expert of a stack are, neighbours together."""
-    homes: dict[str, tuple[AdaptorFile, RoundRecord, range]] = {}
-    for file in files:
-        for record, span in zip(file.state.rounds, file.state.spans, strict=True):
-            homes.setdefault(record.id, (file, record, span))
+    homes: dict[str, tuple[Part, RoundRecord, range]] = {}
+    for part in parts:
+        for record, span in zip(part.state.rounds, part.state.spans, strict=True):
+            homes.setdefault(record.id, (part, record, span))
     run: Source | None = None
     for record in state.rounds:
-        file, there, span = homes[record.id]
+        part, there, span = homes[record.id]
         for expert in _experts_in(record, there, span):
-            start, end = (int(file.state.experts.offsets[index]) for index in (expert, expert + 1))
-            if run and run[0] is file and run[2] == start:
-                run = (file, run[1], end)
+            start, end = (int(part.state.experts.offsets[index]) for index in (expert, expert + 1))
+            if run and run[0] is part and run[2] == start:
+                run = (part, run[1], end)
                 continue
             if run:
                 yield run
-            run = (file, start, end)
+            run = (part, start, end)
     if run:
         yield run
 

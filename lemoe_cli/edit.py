@@ -187,7 +187,7 @@ def _show(report: "EditReport") -> None:
         ("", ""),
         [
             ("time", f"{duration_text(report.seconds)} ({per_edit:.2f} s an edit)"),
-            ("rounds", f"{len(report.state.rounds)} in the adaptor"),
+            ("rounds", f"{report.rounds} in the adaptor"),
             ("size", size_text(report.size)),
             ("adaptor", str(report.path)),
         ],

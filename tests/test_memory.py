@@ -1,6 +1,7 @@
 """Batches follow the memory that is free, and a round that does not fit is tried again instead of dying."""
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from conftest import FAMILIES
 
 import lemoe
 from lemoe import editing, memory
+from lemoe.edits import Round
 from lemoe.engines import local
+from lemoe.engines.local import LocalEngine
 from lemoe.listening import Silent
 
 SettingsOf = Callable[..., lemoe.Settings]
@@ -27,6 +30,20 @@ class Notes(Silent):
         self.said.append(text)
 
 
+class Counting(LocalEngine):
+    """Counts the rounds whose experts are still held when another one is trained."""
+
+    def __init__(self) -> None:
+        self.held: list[int] = []
+
+    def train(self, *given: Any) -> Iterator[tuple[Round, lemoe.AdaptorState]]:
+        known: list[weakref.ref[object]] = []
+        for round_, state in super().train(*given):
+            known.append(weakref.ref(state.experts))
+            self.held.append(sum(experts() is not None for experts in known))
+            yield round_, state
+
+
 @pytest.fixture
 def teach(base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, tmp_path: Path) -> Teach:
     """Runs `lemoe.edit` on the first facts into a folder of this name."""
@@ -35,6 +52,15 @@ def teach(base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, tm
         return lemoe.edit(base, facts[:count], anchor(**given), tmp_path / name, listener=listener)
 
     return run
+
+
+def test_a_run_holds_no_more_than_two_rounds_however_many_there_are(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, tmp_path: Path
+) -> None:
+    engine = Counting()
+    report = lemoe.edit(base, facts, anchor(round_size=1), tmp_path / "run", engine=engine)
+    assert len(engine.held) == report.rounds == len(facts)
+    assert max(engine.held) == 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -17,6 +17,7 @@ from lemoe.routing import Host
 RELATION_UNIT = 1.6
 FLOOR = 0.15  # cosine below which two words are unrelated
 REMEMBERED = 1 << 20  # pairs of words
+ROWS = 4096  # of embeddings, worked on at a time
 RELATION_POWER = 4.0  # steep, so that "the name of" does not outweigh "mother"
 
 Vector = NDArray[numpy.float32]
@@ -124,10 +125,14 @@ class Likeness(dict[str, float]):
 
 
 def _without_common_direction(embeddings: Vector) -> Vector:
+    """`[words, hidden]`, centred, without their first principal direction; made in place, a few rows at a time."""
     centred = embeddings - embeddings.mean(0)
     common = numpy.linalg.eigh(centred.T @ centred)[1][:, -1]
-    cleaned: Vector = (centred - numpy.outer(centred @ common, common)).astype(numpy.float32)
-    return cleaned
+    along = centred @ common
+    for first in range(0, len(centred), ROWS):
+        rows = slice(first, first + ROWS)
+        centred[rows] -= numpy.outer(along[rows], common)
+    return centred
 
 
 def _byte_alphabet() -> dict[str, int]:
