@@ -140,7 +140,7 @@ def edit(
         if force:
             _remove_leftovers(folder, rounds)
         write_card(folder, base, state)
-        return _report(base, folder / ADAPTOR_NAME, rounds, records, settings, seconds)
+        return _report(base, folder / ADAPTOR_NAME, rounds, records, settings, seconds, listener)
 
 
 def _report(
@@ -150,6 +150,7 @@ def _report(
     records: Sequence[RoundRecord],
     settings: Settings,
     seconds: float,
+    listener: Listener,
 ) -> EditReport:
     """What the rounds, with their `records`, have taught the adaptor at `path`."""
     taught = [edit for round_ in rounds for edit in round_.edits]
@@ -162,6 +163,7 @@ def _report(
         batch_tokens=settings.batch_tokens,
         expert_cache=EXPERT_CACHE,
         allow_base_mismatch=True,  # which `edit` has refused unless it was asked for
+        on_progress=listener.asked,
     )
     return EditReport(
         path=path,

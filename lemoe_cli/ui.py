@@ -65,7 +65,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
 
 
 class EditProgress:
-    """Live view of a run: edits done and time left, the round, its step and loss."""
+    """Live view of a run: edits done and time left, the round, its step and loss; in the end, edits asked for."""
 
     def __init__(self, *, quiet: bool):
         self._quiet = quiet
@@ -82,7 +82,9 @@ class EditProgress:
         self._task: TaskID = self._progress.add_task("planning", total=None)
         self._done = 0.0
         self._size = 0
+        self._share = 0.0
         self._label = ""
+        self._asking = False
 
     def __enter__(self) -> "EditProgress":
         self._progress.start()
@@ -96,12 +98,12 @@ class EditProgress:
 
     def round_started(self, number: int, of: int, edits: int) -> None:
         self._label = f"round {number}/{of}"
-        self._size = edits
+        self._size, self._share = edits, 0.0
 
     def step(self, step: Step) -> None:
-        share = self._size * min(1.0, step.number / step.of)
+        self._share = max(self._share, self._size * min(1.0, step.number / step.of))  # a second try takes nothing back
         text = f"{self._label}  step {step.number:>3}/{step.of}  loss {step.loss:6.3f}"
-        self._progress.update(self._task, description=text, completed=int(self._done + share))
+        self._progress.update(self._task, description=text, completed=int(self._done + self._share))
 
     def round_done(self, number: int, of: int, record: RoundRecord, *, kept: bool) -> None:
         self._done += len(record.edits)
@@ -110,6 +112,12 @@ class EditProgress:
         if record.retried and not kept:
             how += f", {record.retried} needed more"
         self.note(f"round {number}/{of}: {len(record.edits)} edits, {how}")
+
+    def asked(self, done: int, of: int) -> None:
+        if not self._asking:
+            self._asking = True
+            self._progress.reset(self._task, description="asking every edit", total=of)
+        self._progress.update(self._task, completed=done)
 
     def note(self, text: str) -> None:
         if not self._quiet:

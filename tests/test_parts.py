@@ -45,6 +45,9 @@ class Told(Silent):
     def planned(self, rounds: int, edits: int) -> None:
         self.expected = (rounds, edits)
 
+    def asked(self, done: int, of: int) -> None:
+        self.progress = (done, of)
+
 
 def test_a_part_says_how_much_it_has_to_do_itself(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, plan: Path, tmp_path: Path
@@ -52,6 +55,7 @@ def test_a_part_says_how_much_it_has_to_do_itself(
     told = Told()
     lemoe.edit(base, facts, anchor(), tmp_path / "part", plan_file=plan, places=range(1, 3), listener=told)
     assert told.expected == (2, 4)
+    assert told.progress == (4, 4)
 
 
 def test_a_part_is_resumed_round_by_round(
