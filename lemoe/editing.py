@@ -38,6 +38,7 @@ from lemoe.training import encode_edits
 PLAN_NAME = "plan.yaml"
 ROUNDS_NAME = "rounds"
 LOCK_NAME = ".lock"
+DIGITS = 4  # of a round's number in its file's name, unless the plan has more rounds
 EXPERT_CACHE = 256 << 20  # bytes of experts that are kept in memory while a run's edits are asked in the end
 
 
@@ -374,7 +375,9 @@ def _check_converged(round_: Round, state: AdaptorState) -> None:
 
 
 def _file_of(folder: Path, round_: Round) -> Path:
-    return folder / ROUNDS_NAME / f"{round_.number:04d}.safetensors"
+    """Where a round is written; names sort as the numbers do."""
+    digits = max(DIGITS, len(str(round_.of)))
+    return folder / ROUNDS_NAME / f"{round_.number:0{digits}d}.safetensors"
 
 
 def _finished(

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import lemoe
+from lemoe.editing import _file_of
+from lemoe.edits import Round
 from lemoe.errors import InputError
 from lemoe.listening import Silent
 from lemoe.merging import merge
@@ -39,6 +41,11 @@ def test_parts_merged_are_the_adaptor_of_one_run_byte_for_byte(
     assert (tmp_path / "merged").read_bytes() == whole.path.read_bytes()
     rounds = sorted(path.name for path in (tmp_path / "part-1" / "rounds").iterdir())
     assert rounds == ["0002.safetensors", "0003.safetensors"]
+
+
+@pytest.mark.parametrize(("of", "name"), [(40, "0007.safetensors"), (12_000, "00007.safetensors")])
+def test_names_of_rounds_sort_as_their_numbers_do(of: int, name: str) -> None:
+    assert _file_of(Path("run"), Round(7, of, [])) == Path("run", "rounds", name)
 
 
 class Told(Silent):
