@@ -5,13 +5,17 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 from lemoe.edits import Edit, digest_of, digest_over
 from lemoe.errors import AdaptorError
 from lemoe.experts import Experts
-from lemoe.models import Fingerprint
+from lemoe.fingerprint import Fingerprint
 from lemoe.routing import Lineage, Router, equal_parts
 from lemoe.settings import Settings
+
+if TYPE_CHECKING:
+    from lemoe.models import BaseModel
 
 
 @dataclass(frozen=True)
@@ -269,6 +273,25 @@ def _check_repeated(one: RoundRecord, other: RoundRecord) -> None:
             f"round {other.id[:12]} is there twice, without {len(other.dropped)} of its edits and without "
             f"{len(one.dropped)}; drop the same from both, or leave one out"
         )
+
+
+def check_base(base: "BaseModel", state: AdaptorState, *, allow: bool = False) -> tuple[str, ...]:
+    """Refuse a state that was made for another base, or, with `allow`, only one that has no place in this one.
+
+    Returns:
+        the differences, with `allow`.
+
+    Raises:
+        AdaptorError: listing the differences.
+    """
+    there = base.fingerprint(state.base.layer, state.settings.layer_path)
+    differences = state.base.differences(there)
+    if differences and not (allow and state.base.fits(there)):
+        raise AdaptorError(
+            f"this adaptor was made for another base model ({state.base.name}) than {base.source.name}:\n  "
+            + "\n  ".join(differences)
+        )
+    return tuple(differences)
 
 
 _COMPATIBLE_SETTINGS = ("method", "top_k", "router_width", "gate_conflict", "gate_slack")

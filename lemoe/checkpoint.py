@@ -19,8 +19,8 @@ from lemoe import __version__
 from lemoe.adaptor import AdaptorState, RoundRecord
 from lemoe.errors import AdaptorError, InputError
 from lemoe.experts import Experts
-from lemoe.methods import ROUTERS
-from lemoe.models import Fingerprint
+from lemoe.fingerprint import Fingerprint
+from lemoe.routers import ROUTERS
 from lemoe.routing import offsets_hold
 from lemoe.settings import Settings, coerce_settings
 from lemoe.tensorfile import Entry, is_as_written, stored_tensors, write_tensors

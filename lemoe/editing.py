@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lemoe.adaptor import AdaptorState, RoundRecord, check_settings, round_id, stack
+from lemoe.adaptor import AdaptorState, RoundRecord, check_base, check_settings, round_id, stack
 from lemoe.card import write_card
 from lemoe.checkpoint import ADAPTOR_NAME, AdaptorFile, load_adaptor, save_adaptor
 from lemoe.edits import Edit, Round
@@ -24,7 +24,6 @@ from lemoe.engines.local import LocalEngine
 from lemoe.errors import AdaptorError, InputError, LemoeError, OutputError
 from lemoe.evaluation import evaluate
 from lemoe.files import remove_scratch, write_whole
-from lemoe.insertion import check_base
 from lemoe.listening import Listener, Silent
 from lemoe.memory import fitting_tokens, free_memory
 from lemoe.merging import write_stack

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lemoe.routing import Routing
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # of stored weights
 EPSILON = 1e-6
 NARROW = 64  # neurons up to which experts are gathered and run in one product
 CROWD = 4  # rows an expert below which gathering is cheaper than taking the experts one by one

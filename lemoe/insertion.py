@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lemoe.adaptor import AdaptorState
+from lemoe.adaptor import AdaptorState, check_base
 from lemoe.checkpoint import AdaptorFile
 from lemoe.errors import AdaptorError
 from lemoe.expert_cache import ExpertCache
@@ -123,25 +123,6 @@ def insert(
     file.check_whole()
     experts = ExpertCache(file, base.device, expert_cache)
     return InsertedAdaptor(base, file.state, experts=experts, allow_base_mismatch=allow_base_mismatch)
-
-
-def check_base(base: BaseModel, state: AdaptorState, *, allow: bool = False) -> tuple[str, ...]:
-    """Refuse a state that was made for another base, or, with `allow`, only one that has no place in this one.
-
-    Returns:
-        the differences, with `allow`.
-
-    Raises:
-        AdaptorError: listing the differences.
-    """
-    there = base.fingerprint(state.base.layer, state.settings.layer_path)
-    differences = state.base.differences(there)
-    if differences and not (allow and state.base.fits(there)):
-        raise AdaptorError(
-            f"this adaptor was made for another base model ({state.base.name}) than {base.source.name}:\n  "
-            + "\n  ".join(differences)
-        )
-    return tuple(differences)
 
 
 @contextmanager

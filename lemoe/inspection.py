@@ -3,13 +3,15 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lemoe.adaptor import AdaptorState, Taught
+from lemoe.adaptor import AdaptorState, Taught, check_base
 from lemoe.checkpoint import AdaptorFile
 from lemoe.edits import digest_over
 from lemoe.errors import AdaptorError
-from lemoe.insertion import check_base
-from lemoe.models import BaseModel
+
+if TYPE_CHECKING:
+    from lemoe.models import BaseModel
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def inspect_adaptor(path: Path | str) -> Inspection:
     )
 
 
-def verify(found: Inspection, base: BaseModel | None = None) -> list[str]:
+def verify(found: Inspection, base: "BaseModel | None" = None) -> list[str]:
     """What was checked, one line each.
 
     Raises:

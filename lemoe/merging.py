@@ -11,8 +11,8 @@ from torch import Tensor
 from lemoe.adaptor import AdaptorState, RoundRecord, Taught, stack
 from lemoe.checkpoint import MATRICES, AdaptorFile, matrices_of, write_adaptor
 from lemoe.errors import AdaptorError, InputError
+from lemoe.experts import DTYPES
 from lemoe.files import check_free
-from lemoe.models import DTYPES
 from lemoe.tensorfile import PIECE, Entry
 
 OnConflict = Literal["latest", "error", "keep"]

@@ -1,24 +1,18 @@
-"""The methods that presets name, each behind the same interface: a router to store and a way to train a round."""
+"""The methods that presets name, each behind the same interface: a way to train a round."""
 
 from collections.abc import Sequence
 
 from lemoe.adaptor import AdaptorState
 from lemoe.anchor import training as anchor_training
-from lemoe.anchor.anchors import Anchors
-from lemoe.baselines.anchored_gate import AnchoredGate
 from lemoe.edits import Edit
 from lemoe.errors import InputError
 from lemoe.models import BaseModel
 from lemoe.paper import training as paper_training
-from lemoe.paper.routing import KeyRouter
 from lemoe.products import fast_products
-from lemoe.routing import Router
 from lemoe.settings import Settings
 from lemoe.training import OnStep
 
 BASELINES = ("ft", "lora", "memoe")
-
-ROUTERS: dict[str, type[Router]] = {kind.method: kind for kind in (Anchors, KeyRouter, AnchoredGate)}
 
 
 def check_adds_experts(settings: Settings) -> None:

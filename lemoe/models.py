@@ -1,18 +1,10 @@
 """The frozen base model: what `--model` names, loaded through transformers, with the places that editing needs."""
 
-import hashlib
-import json
-import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
-import yaml
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -20,98 +12,16 @@ from transformers.utils import logging as transformers_logging
 
 from lemoe import embedded
 from lemoe.embedded import Notify
-from lemoe.errors import InputError, ModelError
-from lemoe.placement import device_of, named_weights, own_weights, taken
+from lemoe.errors import ModelError
+from lemoe.experts import DTYPES
+from lemoe.fingerprint import Fingerprint, ffn_sha256, tokenizer_sha256, weights_sha256
+from lemoe.placement import device_of, own_weights, taken
 from lemoe.products import frozen_linear
+from lemoe.sources import ModelSource, resolve_model
 from lemoe.structure import FFNSite, find_ffn, find_layers, steps_after_layers
 
 LOGIT_ROWS = 64  # positions whose logits over the whole vocabulary stand in memory at once, outside training steps
 DeviceMap = str | Mapping[str, int | str | torch.device]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """What a `--model` argument means; `layers` holds the layer to edit by method, where the preset says one."""
-
-    name: str
-    location: str
-    revision: str | None = None
-    embedded: bool = False
-    layers: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def hub_id(self) -> str | None:
-        """The repository on the hub, if it is there."""
-        if self.embedded:
-            return embedded.HUB_ID
-        return None if Path(self.location).is_dir() or self.location.count("/") != 1 else self.location
-
-    @property
-    def shared_name(self) -> str:
-        """A name that says nothing of this machine: of a folder, its last part."""
-        return self.name if self.hub_id else Path(self.location).name
-
-    def __str__(self) -> str:
-        if self.embedded:
-            return f"{self.name} = {embedded.TITLE}, embedded"
-        where = f"{self.location}@{self.revision}" if self.revision else self.location
-        return where if where == self.name else f"{self.name} = {where}"
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """What tells one base model from another, as far as an adaptor for `layer` depends on it.
-
-    Weights are hashed as bfloat16, so that one checkpoint has one fingerprint however it is loaded.
-
-    Attributes:
-        ffn_sha256: of the edited layer's FFN.
-        weights_sha256: of `SAMPLES` values of every other tensor, so that no fine-tune passes for its base.
-        tokenizer_sha256: of all that decides how text becomes tokens.
-    """
-
-    name: str
-    revision: str | None
-    architecture: str
-    layer: int
-    ffn: str
-    hidden: int
-    intermediate: int
-    gated: bool
-    vocabulary: int
-    ffn_sha256: str
-    weights_sha256: str
-    tokenizer_sha256: str
-
-    def differences(self, other: "Fingerprint") -> list[str]:
-        """One line for each identifying field in which `other` differs; names and revisions are only labels."""
-        return [
-            f"{name}: {getattr(self, name)} != {getattr(other, name)}"
-            for name in _IDENTITY
-            if getattr(self, name) != getattr(other, name)
-        ]
-
-    def fits(self, other: "Fingerprint") -> bool:
-        """Whether an adaptor for `self` has a place in `other` at all."""
-        return all(getattr(self, name) == getattr(other, name) for name in _SHAPE)
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-_SHAPE = ("layer", "ffn", "hidden", "gated")
-_IDENTITY = (
-    "architecture",
-    "layer",
-    "ffn",
-    "hidden",
-    "intermediate",
-    "gated",
-    "ffn_sha256",
-    "weights_sha256",
-    "tokenizer_sha256",
-)
 
 
 class BaseModel:
@@ -216,114 +126,18 @@ class BaseModel:
             intermediate=site.intermediate,
             gated=site.gated,
             vocabulary=self.vocabulary,
-            ffn_sha256=_ffn_sha256(site),
-            weights_sha256=_weights_sha256(self.model),
+            ffn_sha256=ffn_sha256(site),
+            weights_sha256=weights_sha256(self.model),
             tokenizer_sha256=self._tokenizer_sha256,
         )
 
     @cached_property
     def _tokenizer_sha256(self) -> str:
-        return _tokenizer_sha256(self.tokenizer)
+        return tokenizer_sha256(self.tokenizer)
 
     def _probe_input(self) -> dict[str, Tensor]:
         ids = torch.tensor([[0, 1]], device=self.device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def _ffn_sha256(site: FFNSite) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in site.tensors():
-        digest.update(f"{name}{list(tensor.shape)}".encode())
-        digest.update(_as_bytes(tensor))
-    return digest.hexdigest()
-
-
-SAMPLES = 1024  # values of a tensor that are hashed
-
-
-def _weights_sha256(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, shape, sample in sorted((name, list(each.shape), _sample(each)) for name, each in named_weights(model)):
-        digest.update(f"{name}{shape}".encode())
-        digest.update(sample)
-    return digest.hexdigest()
-
-
-def _sample(tensor: Tensor) -> bytes:
-    return _as_bytes(tensor.detach().flatten()[:: max(1, tensor.numel() // SAMPLES)])
-
-
-def _as_bytes(tensor: Tensor) -> bytes:
-    content: bytes = tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
-    return content
-
-
-def _tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of all that decides how text becomes tokens, not of padding or truncation left on by an earlier use."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    described = json.loads(backend.to_str()) if backend is not None else {"vocab": tokenizer.get_vocab()}
-    for state in ("padding", "truncation"):
-        described.pop(state, None)
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
-
-
-def model_presets() -> dict[str, Mapping[str, Any]]:
-    """The names that `--model` knows: ours, then the user's own file, which wins."""
-    presets = yaml.safe_load(resources.files("lemoe").joinpath("presets/models.yaml").read_text())
-    own = Path(os.environ.get("LEMOE_MODELS") or Path(platformdirs.user_config_dir("lemoe")) / "models.yaml")
-    if not own.is_file():
-        if os.environ.get("LEMOE_MODELS"):
-            raise InputError(f"{own}: no such file, but LEMOE_MODELS names it")
-        return dict(presets)
-    try:
-        mine = yaml.safe_load(own.read_text()) or {}
-    except (yaml.YAMLError, ValueError, OSError) as error:
-        raise InputError(f"{own}: not valid YAML: {error}") from None
-    if not isinstance(mine, dict) or not all(_names_a_model(entry) for entry in mine.values()):
-        raise InputError(f"{own}: expected lines like `name: {{hub: org/name, layers: {{anchor: 28}}}}`")
-    return {**presets, **mine}
-
-
-_ENTRY_KEYS = {"hub", "embedded", "layers"}
-
-
-def _names_a_model(entry: Any) -> bool:
-    if not isinstance(entry, dict) or len({"hub", "embedded"} & set(entry)) != 1 or not set(entry) <= _ENTRY_KEYS:
-        return False
-    layers = entry.get("layers", {})
-    texts = [entry[key] for key in ("hub", "embedded") if key in entry]
-    return all(isinstance(text, str) and text for text in texts) and (
-        isinstance(layers, dict) and all(isinstance(layer, int) for layer in layers.values())
-    )
-
-
-def resolve_model(name: str, revision: str | None = None) -> ModelSource:
-    """What `name` means: a folder, a preset name, or a hub id `org/name[@revision]`.
-
-    Raises:
-        ModelError: if it is none of these, with the names that are known.
-    """
-    if name and Path(name).is_dir():
-        return ModelSource(name, str(Path(name)), revision)
-    presets = model_presets()
-    if name in presets:
-        entry = presets[name]
-        if "embedded" in entry and revision:
-            raise ModelError(f"--revision {revision}: {name} is embedded and has one revision only")
-        if "embedded" in entry:
-            return ModelSource(name, str(entry["embedded"]), None, embedded=True, layers=entry.get("layers", {}))
-        return _hub_source(name, str(entry["hub"]), revision, entry.get("layers", {}))
-    if "/" in name and not name.startswith((".", "/", "~")):
-        return _hub_source(name, name, revision, {})
-    raise ModelError(
-        f"--model {name}: no such folder or preset. Give a local folder, a hub id (org/name[@revision]), "
-        f"or one of: {', '.join(sorted(presets))}"
-    )
-
-
-def _hub_source(name: str, hub: str, revision: str | None, layers: Mapping[str, int]) -> ModelSource:
-    location, _, pinned = hub.partition("@")
-    return ModelSource(name, location, revision or pinned or None, layers=layers)
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -65,8 +65,9 @@ def command(
     if first is None:
         raise InputError("no prompts: name them on the command line, or give one a line on stdin")
 
+    from lemoe.adaptor import check_base
     from lemoe.asking import ask
-    from lemoe.insertion import check_base, insert
+    from lemoe.insertion import insert
     from lemoe_cli.ui import say
 
     file = open_adaptor(adaptor) if adaptor else None

@@ -100,8 +100,8 @@ def command(
     \b
     lemoe eval edits.jsonl -m llama -a edits.lemoe --min reliability=0.99 --max overfit=0.05
     """
+    from lemoe.adaptor import check_base
     from lemoe.bars import check_kinds, hold
-    from lemoe.insertion import check_base
     from lemoe.texts import read_texts
     from lemoe_cli.studies import run_studies, studied
 

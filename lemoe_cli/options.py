@@ -126,7 +126,8 @@ def loader(options: Mapping[str, Any]) -> "Callable[..., BaseModel]":
 
 def open_base(options: Mapping[str, Any], *, quiet: bool) -> "BaseModel":
     """The base model that the model options name; says on stderr what the name meant."""
-    from lemoe.models import load_base, resolve_model
+    from lemoe.models import load_base
+    from lemoe.sources import resolve_model
     from lemoe_cli.ui import stage
 
     if not quiet:

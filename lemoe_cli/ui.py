@@ -3,13 +3,15 @@
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lemoe.adaptor import RoundRecord
-from lemoe.training import Step
+if TYPE_CHECKING:
+    from lemoe.adaptor import RoundRecord
+    from lemoe.training import Step
 
 notes = Console(stderr=True, highlight=False, markup=False)
 results = Console(highlight=False, soft_wrap=False, markup=False)
@@ -100,12 +102,12 @@ class EditProgress:
         self._label = f"round {number}/{of}"
         self._size, self._share = edits, 0.0
 
-    def step(self, step: Step) -> None:
+    def step(self, step: "Step") -> None:
         self._share = max(self._share, self._size * min(1.0, step.number / step.of))  # a second try takes nothing back
         text = f"{self._label}  step {step.number:>3}/{step.of}  loss {step.loss:6.3f}"
         self._progress.update(self._task, description=text, completed=int(self._done + self._share))
 
-    def round_done(self, number: int, of: int, record: RoundRecord, *, kept: bool) -> None:
+    def round_done(self, number: int, of: int, record: "RoundRecord", *, kept: bool) -> None:
         self._done += len(record.edits)
         self._progress.update(self._task, completed=int(self._done))
         how = "kept from the unfinished run" if kept else f"{record.steps} steps, loss {record.loss:.3f}"

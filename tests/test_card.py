@@ -12,7 +12,7 @@ import lemoe
 from lemoe.card import write_card
 from lemoe.embedded import HUB_ID
 from lemoe.errors import InputError
-from lemoe.models import ModelSource
+from lemoe.sources import ModelSource
 
 SettingsOf = Callable[..., lemoe.Settings]
 

@@ -101,17 +101,28 @@ def test_the_version_is_the_packages() -> None:
     assert lemoe_command("--version").stdout == f"lemoe, version {lemoe.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["edit", "--help"], ["eval", "--help"], ["plan", "--help"]])
-def test_help_loads_none_of_the_heavy_libraries(arguments: list[str]) -> None:
+def loaded(arguments: list[str], libraries: set[str]) -> set[str]:
+    """Those of `libraries` that a command has loaded when it ends."""
     code = (
         "import sys\n"
         "from lemoe_cli.main import cli\n"
         f"cli({arguments!r}, standalone_mode=False)\n"
-        "heavy = {'torch', 'transformers', 'sklearn', 'rich', 'numpy'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
+        f"print(*({libraries!r} & set(sys.modules)), file=sys.stderr)\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+    return set(result.stderr.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["edit", "--help"], ["eval", "--help"], ["plan", "--help"]])
+def test_help_loads_none_of_the_heavy_libraries(arguments: list[str]) -> None:
+    assert not loaded(arguments, {"torch", "transformers", "sklearn", "rich", "numpy"})
+
+
+@pytest.mark.parametrize("arguments", [["show"], ["merge", "--dry-run"]])
+def test_what_only_reads_files_loads_nothing_that_runs_models(arguments: list[str]) -> None:
+    file = Path(__file__).parent / "files" / "anchor-v1.safetensors"
+    assert not loaded([*arguments, str(file)], {"transformers", "sklearn", "accelerate"})
 
 
 def test_plan_shows_rounds_and_writes_a_plan_that_edit_follows(edits: Path, model: Path, tmp_path: Path) -> None:

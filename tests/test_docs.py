@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 import lemoe
 from lemoe.editors import teach
-from lemoe.methods import ROUTERS
+from lemoe.routers import ROUTERS
 from lemoe.settings import presets
 from lemoe_cli.main import COMMANDS
 

@@ -15,7 +15,7 @@ from torch import nn
 import lemoe
 from lemoe.errors import InputError, LemoeError, ModelError
 from lemoe.frozen import run_below
-from lemoe.models import resolve_model
+from lemoe.sources import resolve_model
 from lemoe.structure import find_ffn
 from lemoe.tokens import Batch, encode_all
 

@@ -20,7 +20,7 @@ from itertools import accumulate
 
 import torch
 
-from lemoe.adaptor import AdaptorState, RoundRecord, stack
+from lemoe.adaptor import AdaptorState, RoundRecord, check_base, stack
 from lemoe.anchor.anchors import Anchors, build_gate
 from lemoe.anchor.examples import other_questions, rewordings
 from lemoe.anchor.gate import Anchor
@@ -29,7 +29,6 @@ from lemoe.anchor.training import Blocks, teach, training_seed
 from lemoe.edits import Edit, Probe
 from lemoe.errors import AdaptorError
 from lemoe.evaluation import evaluate
-from lemoe.insertion import check_base
 from lemoe.models import BaseModel
 from lemoe.products import fast_products
 from lemoe.settings import Settings

@@ -19,9 +19,11 @@ from lemoe.adaptor import AdaptorState
 from lemoe.edits import Edit, Round
 from lemoe.engines.local import train_within_memory
 from lemoe.errors import InputError, LemoeError, ModelError
+from lemoe.fingerprint import Fingerprint
 from lemoe.listening import Listener, Silent
-from lemoe.models import BaseModel, Fingerprint, ModelSource
+from lemoe.models import BaseModel
 from lemoe.settings import Settings
+from lemoe.sources import ModelSource
 
 RETRIES = 3  # times that one round may lose its worker
 ANSWER = 10  # seconds in which a cluster must answer

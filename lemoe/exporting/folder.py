@@ -28,7 +28,8 @@ from lemoe.files import SCRATCH, check_free
 from lemoe.frozen.scale import CALIBRATION
 from lemoe.insertion import insert
 from lemoe.merging import Merged, OnConflict, merge
-from lemoe.models import BaseModel, ModelSource, load_base
+from lemoe.models import BaseModel, load_base
+from lemoe.sources import ModelSource
 
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in one file; in several, beside an index

@@ -26,8 +26,8 @@ from lemoe.anchor.gate import Anchor
 from lemoe.checkpoint import AdaptorFile, save_adaptor
 from lemoe.edits import digest_over
 from lemoe.experts import Experts
+from lemoe.fingerprint import Fingerprint
 from lemoe.merging import merge
-from lemoe.models import Fingerprint
 from lemoe.settings import resolve_settings
 
 WIDTH = 4

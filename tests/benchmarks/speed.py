@@ -42,8 +42,8 @@ from lemoe.edits import digest_over
 from lemoe.experts import rms_normal
 from lemoe.frozen import residual_scale
 from lemoe.hooks import beside
-from lemoe.models import ModelSource
 from lemoe.products import fast_products
+from lemoe.sources import ModelSource
 from lemoe.structure import FFNSite
 from lemoe.tokens import Batch, Passage, length_buckets
 from lemoe.training import encode_edits
