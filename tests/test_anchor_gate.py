@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 import lemoe
 from lemoe.anchor.anchors import Anchors, LiveAnchors, build_gate, lexicon_of
-from lemoe.anchor.gate import SHUT, Anchor, Gate, Reading, Route
-from lemoe.anchor.subjects import Sentence, SubjectIndex
+from lemoe.anchor.gate import Anchor, Gate
+from lemoe.anchor.route import SHUT, Reading, Route
+from lemoe.anchor.subject_index import SubjectIndex
+from lemoe.anchor.subjects import Sentence
 from lemoe.anchor.words import Reader
 from lemoe.errors import AdaptorError
 from lemoe.routing import Sequences

@@ -12,8 +12,9 @@ import numpy
 import torch
 from torch import Tensor
 
-from lemoe.anchor.gate import SHUT, Anchor, Gate, Reading, Route
+from lemoe.anchor.gate import Anchor, Gate
 from lemoe.anchor.lexicon import Lexicon
+from lemoe.anchor.route import SHUT, Reading, Route
 from lemoe.errors import AdaptorError
 from lemoe.routing import (
     Explanation,

@@ -7,8 +7,9 @@ import random
 import re
 from collections.abc import Callable, Sequence
 
-from lemoe.anchor.gate import Gate, Question, around, compare
+from lemoe.anchor.gate import Gate
 from lemoe.anchor.lexicon import infer_subject
+from lemoe.anchor.questions import Question, around, compare
 from lemoe.anchor.subjects import Sentence
 from lemoe.anchor.words import Reader, Word
 from lemoe.conflicts import question

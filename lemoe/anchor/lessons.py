@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lemoe.anchor.anchors import build_gate
 from lemoe.anchor.examples import other_questions, rewordings
-from lemoe.anchor.gate import Anchor, Route
+from lemoe.anchor.gate import Anchor
+from lemoe.anchor.route import Route
 from lemoe.chat import encode_turn
 from lemoe.edits import Edit
 from lemoe.experts import rms_normal

@@ -1,20 +1,17 @@
 """Recognising a stored subject in running text: out of order, misspelt, abbreviated, or one letter still missing."""
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations, permutations
 from typing import NamedTuple
 
 from lemoe.anchor.lexicon import Lexicon
-from lemoe.anchor.vocabulary import LONG, Vocabulary
+from lemoe.anchor.vocabulary import LONG
 from lemoe.anchor.words import Word, one_edit_apart, rigid, split_words
 
 COVERAGE = 0.75  # share of the subject's weight that must be present
 PLAIN = 8.0  # a capitalised subject lighter than this must be read with a capital
 SHORT = 3  # letters below which a word that may still grow is no evidence of its own
-NEAR = 6  # words between which two words of a subject are looked for
 INITIAL, NICKNAME, MISSPELT = 0.75, 0.7, 0.9  # credit for an imperfect word
 
 
@@ -230,104 +227,3 @@ def _credit(stored: str, word: str, capital: bool, last: bool) -> float:
     if capital and (stored.startswith(word) or word.startswith(stored)):
         return NICKNAME
     return 0.0
-
-
-class SubjectIndex:
-    """Subjects by the pairs of words of which every mention holds one, so that a look-up touches only likely ones."""
-
-    def __init__(self, lexicon: Lexicon):
-        self.subjects: list[Subject] = []
-        self._lexicon = lexicon
-        self._vocabulary = Vocabulary()
-        self._numbers: dict[tuple[str, ...], int] = {}
-        self._alone: dict[str, list[int]] = defaultdict(list)  # by a word that is enough by itself
-        self._pairs: dict[str, Postings] = defaultdict(_postings)  # by two stems, the lesser first
-        self._beside: dict[str, Postings] = defaultdict(_postings)  # by a stem and a key of another word near it
-
-    def add(self, text: str) -> int:
-        """The number of the subject `text`, stored if it is new."""
-        subject = Subject(text, self._lexicon)
-        known = self._numbers.setdefault(subject.stems, len(self.subjects))
-        if known == len(self.subjects):
-            self.subjects.append(subject)
-            self._store(subject, known)
-        return known
-
-    def near(self, words: Sequence[Word]) -> Sequence[int]:
-        """Numbers of the subjects that the last word of `words` may complete."""
-        hits = [numbers for numbers in self._hits(words) if numbers]
-        if len(hits) < 2:
-            return hits[0] if hits else []
-        return sorted(set[int]().union(*hits))
-
-    def _store(self, subject: Subject, number: int) -> None:
-        """Under each word, or two that must be read near each other, of which every mention has one."""
-        stems, weights = subject.stems, subject.weights
-        order = sorted(range(len(stems)), key=lambda index: -weights[index])
-        enough = COVERAGE * subject.total
-        if weights[order[0]] >= enough:
-            self._alone[stems[order[0]]].append(number)
-        if 1 < len(stems) <= 3:
-            self._alone[subject.joined].append(number)
-        two = _two_of_these(order, weights, enough)
-        for first, second in {_in_order(stems[one], stems[other]) for one, other in combinations(two, 2)}:
-            self._pairs[first][second].append(number)
-        imperfect = {*permutations(two, 2), *_may_be_imperfect(subject, order, enough)}
-        for word, stemmed in {(subject.words[index], stems[other]) for index, other in imperfect}:
-            if not rigid(word):
-                for key in self._vocabulary.add(word):
-                    self._beside[stemmed][key].append(number)
-
-    def _hits(self, words: Sequence[Word]) -> Iterator[Sequence[int]]:
-        word = words[-1]
-        stemmed = self._lexicon.stem(word.text)
-        yield self._alone.get(stemmed, ())
-        if len(words) < 2:
-            return
-        yield self._alone.get(words[-2].text + word.text, ())
-        mine, keys = self._beside.get(stemmed), self._vocabulary.keys(word)
-        for before in words[-NEAR - 1 : -1]:
-            other = self._lexicon.stem(before.text)
-            first, second = _in_order(stemmed, other)
-            if pairs := self._pairs.get(first):
-                yield pairs.get(second, ())
-            if mine:
-                yield from _shared(mine, self._vocabulary.keys(before))
-            if keys and (theirs := self._beside.get(other)):
-                yield from _shared(theirs, keys)
-
-
-Postings = dict[str, list[int]]
-
-
-def _postings() -> Postings:
-    return defaultdict(list)
-
-
-def _shared(postings: Postings, keys: set[str]) -> Iterator[Sequence[int]]:
-    """What stands under any of the keys; goes through those or through the postings, whichever are fewer."""
-    return map(postings.__getitem__, keys & postings.keys())
-
-
-def _in_order(one: str, other: str) -> tuple[str, str]:
-    return (one, other) if one < other else (other, one)
-
-
-def _may_be_imperfect(subject: Subject, order: Sequence[int], enough: float) -> Iterator[tuple[int, int]]:
-    """Each heavy word that may be misspelt or abbreviated, with any other of some weight that then stands whole."""
-    rest = subject.total
-    for index in order:
-        yield from ((index, other) for other, weight in enumerate(subject.weights) if other != index and weight >= 1.0)
-        rest -= subject.weights[index]
-        if rest < enough:
-            break
-
-
-def _two_of_these(order: Sequence[int], weights: Sequence[float], enough: float) -> Sequence[int]:
-    """The fewest heaviest words of which a mention must hold two; none where one may be enough."""
-    rest = sum(weights)
-    for count, index in enumerate(order, 1):
-        rest -= weights[index]
-        if count > 1 and weights[order[0]] + rest < enough:
-            return order[:count]
-    return ()

@@ -1,0 +1,217 @@
+"""How the gate stands along one sequence: which stored edit, if any, is active at each token, read causally.
+
+Two tiers. An edit's own prompt, met token for token, routes to that edit and locks the route for the length of its
+target. Otherwise a subject must be mentioned, and what is asked about it in that sentence must not conflict with what
+the anchor asks. An open gate stays open for as long as the answer may take, then closes, so that a subject mentioned
+far from a question leaves the question alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from lemoe.anchor.gate import Gate
+from lemoe.anchor.questions import Question, around, compare
+from lemoe.anchor.subjects import Mention, Sentence
+from lemoe.anchor.words import Reader, Word
+from lemoe.routing import Scope
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How the gate stands after a token.
+
+    Attributes:
+        edit: the active anchor, -1 where the gate is shut.
+        scope: `in`; or why it is shut: no stored `subject` was mentioned, or another `relation` is asked of one.
+        nearest: the anchor that was active or came nearest, -1 if no subject was mentioned.
+        coverage: share of its subject's weight that was read.
+        conflict: how far what is asked differs from what it asks; the gate opens up to its threshold.
+        fit: how much of what is asked the two share, 0 to 2.
+    """
+
+    edit: int
+    scope: Scope
+    nearest: int
+    coverage: float
+    conflict: float
+    fit: float
+
+
+SHUT = Reading(-1, "subject", -1, 0.0, 0.0, 0.0)
+
+
+class Route:
+    """The gate's state along one sequence; `push` reads one token."""
+
+    def __init__(self, gate: Gate):
+        self._gate = gate
+        self._reader = Reader()
+        self._ids: list[int] = []
+        self._now = SHUT
+        self._until = -1  # last token for which the gate stays open
+        self._locked = -1  # last token for which an own prompt's route is locked
+        self._lock_start = 0
+        self._settling = False  # the answer to an own prompt was just read; its words are no new evidence
+        self._opened = -1
+        self._word_start = -1
+        self._signature: tuple[int, int] | None = None
+        self._mentions: dict[int, Mention] = {}
+        self._waiting: dict[int, int] = {}
+        self._matched: dict[int, float] = {}
+
+    def copy(self) -> "Route":
+        """The same state, to go on differently from here."""
+        other = Route(self._gate)
+        other.__dict__.update(self.__dict__)
+        other._reader = self._reader.copy()
+        other._ids = list(self._ids)
+        other._mentions, other._waiting = dict(self._mentions), dict(self._waiting)
+        other._matched = dict(self._matched)
+        return other
+
+    def push(self, token: int) -> Reading:
+        """How the gate stands after `token`."""
+        self._ids.append(token)
+        time = len(self._ids) - 1
+        if self._reader.push(self._gate.lexicon.piece(token)):
+            self._forget_sentence()
+        if self._now.edit >= 0 and time > self._until:
+            self._shut()
+        if not self._own_prompt(time) and time > self._locked and self._read_something(time):
+            self._follow_mentions(time)
+            self._decide(time)
+        return self._now
+
+    def _forget_sentence(self) -> None:
+        self._mentions, self._waiting, self._matched = {}, {}, {}
+        self._signature = None
+        if self._now.edit < 0:
+            self._now = SHUT
+
+    def _shut(self) -> None:
+        self._now = replace(self._now, edit=-1, scope="subject")
+
+    def _own_prompt(self, time: int) -> bool:
+        number = self._gate.own_prompt(self._ids)
+        if number < 0:
+            return False
+        anchor = self._gate.anchors[number]
+        start = time - len(anchor.prompt) + 1
+        if time <= self._locked and start > self._lock_start:  # a prompt inside the answer of another
+            return False
+        self._now = Reading(number, "in", number, 1.0, 0.0, 2.0)
+        self._locked = time + len(anchor.target)
+        self._lock_start = start
+        self._until = self._locked + self._gate.slack
+        self._settling = True
+        return True
+
+    def _read_something(self, time: int) -> bool:
+        words = self._reader.words
+        signature = (len(words), len(words[-1].text)) if words else None
+        if signature is None or signature == self._signature:
+            return False
+        if self._signature is None or self._signature[0] != signature[0]:
+            self._word_start = time
+        self._signature = signature
+        return True
+
+    def _follow_mentions(self, time: int) -> None:
+        """Check again the mentions that the growing word belongs to, and look for new ones."""
+        words, last = self._reader.words, len(self._reader.words) - 1
+        sentence = Sentence(words, self._gate.lexicon, growing=self._reader.growing)
+        subjects = self._gate.index.subjects
+        for number in [number for number, mention in self._mentions.items() if last in mention.positions]:
+            found = subjects[number].at(sentence, last)
+            if found:
+                self._mentions[number] = found
+            else:
+                self._withdraw(number)
+        near = self._gate.index.near(words)
+        self._complete_waiting(sentence, words[-2:] if time == self._word_start else words[-1:])
+        for number in near:
+            if number in self._mentions:
+                continue
+            if found := subjects[number].ending(sentence):
+                self._mentions[number] = found
+            elif len(subjects[number].words) > 1:
+                self._waiting[number] = last
+
+    def _complete_waiting(self, sentence: Sentence, fresh: Sequence[Word]) -> None:
+        """Look again at subjects of which a part was read, where one of the `fresh` words may be of the rest.
+
+        Those that waited for the word which has grown are left to the index, which knows what it has grown into.
+        """
+        last = len(sentence.words) - 1
+        for number, at in list(self._waiting.items()):
+            subject = self._gate.index.subjects[number]
+            if at == last or number in self._mentions or last - at > subject.patience:
+                del self._waiting[number]
+            elif any(subject.may_hold(word) for word in fresh) and (found := subject.at(sentence, at)):
+                self._mentions[number] = found
+                del self._waiting[number]
+
+    def _withdraw(self, subject: int) -> None:
+        """The word grew into another one; what opened on it was a mistake."""
+        del self._mentions[subject]
+        active = self._now.edit
+        if active >= 0 and self._gate.subjects[active] == subject and self._opened >= self._word_start:
+            self._shut()
+
+    def _decide(self, time: int) -> None:
+        """Compare all anchors of the mentioned subjects, and open, switch, prolong or stay."""
+        best: tuple[tuple[float, float, int], Reading, bool] | None = None
+        nearest: Reading | None = None
+        scores: dict[int, float] = {}
+        asked: dict[frozenset[int], Question] = {}
+        for subject, mention in self._mentions.items():
+            read = asked.get(mention.positions)
+            if read is None:
+                read = asked[mention.positions] = Question.of(around(self._reader.words, mention), self._gate.lexicon)
+            for number in self._gate.of_subject(subject):
+                compared = compare(self._gate.prepared(number), read, self._gate.lexicon)
+                fresh = compared.matched > self._matched.get(number, -1.0) + 1e-6
+                self._matched[number] = max(compared.matched, self._matched.get(number, -1.0))
+                scores[number] = compared.fit
+                inside = compared.enough and compared.conflict <= self._gate.threshold
+                reading = Reading(
+                    number if inside else -1,
+                    "in" if inside else "relation",
+                    number,
+                    mention.coverage,
+                    compared.conflict,
+                    compared.fit,
+                )
+                weight = mention.coverage * self._gate.index.subjects[subject].total
+                key = (round(compared.fit, 3), weight, number)
+                if inside and (best is None or key > best[0]):
+                    best = (key, reading, fresh)
+                if nearest is None or compared.conflict < nearest.conflict:
+                    nearest = reading
+        if self._settling:
+            self._settling = False
+        elif best is not None:
+            self._take(best[0], best[1], best[2], scores, time)
+        elif nearest is not None and self._now.edit < 0:
+            self._now = nearest
+
+    def _take(
+        self, key: tuple[float, float, int], reading: Reading, fresh: bool, scores: dict[int, float], time: int
+    ) -> None:
+        number, active = reading.edit, self._now.edit
+        reach = time + len(self._gate.anchors[number].target) + self._gate.slack
+        if number == active:
+            self._until = max(self._until, reach) if fresh else self._until
+        elif active < 0:
+            last = len(self._reader.words) - 1
+            if fresh or last in self._mentions[self._gate.subjects[number]].positions:
+                self._now, self._until, self._opened = reading, reach, time
+        elif fresh and self._beats(key, active, scores):
+            self._now, self._until, self._opened = reading, reach, time
+
+    def _beats(self, key: tuple[float, float, int], active: int, scores: dict[int, float]) -> bool:
+        """Whether new evidence for another anchor outweighs the active one."""
+        score = scores.get(active)
+        if score is None or score < key[0]:
+            return True
+        return score <= key[0] and key[2] > active
