@@ -1,6 +1,6 @@
 """Two workers of Ray against one process, each on one core: the speed-up, the same bytes, and workers that are killed.
 
-    python tests/benchmarks/engines.py [--edits 400] [--kills 5]
+    python tests/benchmarks/engines.py [--rounds 40] [--round-size 20] [--kills 5]
 
 The reference is what two processes with nothing to share reach: matrix products on one core, then on both at once.
 """
@@ -28,7 +28,6 @@ from lemoe.engines.ray import RayEngine
 from lemoe.listening import Silent
 
 CORES = sorted(os.sched_getaffinity(0))[:2]
-ROUND = 10  # edits
 
 
 class Clock(Silent):
@@ -115,13 +114,14 @@ def timeline(name: str, clock: Clock) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--edits", type=int, default=40 * ROUND)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--round-size", type=int, default=20)
     parser.add_argument("--kills", type=int, default=5)
     given = parser.parse_args()
     bound = ceiling()
     base = lemoe.load_base("llama")
-    edits = real_edits(given.edits)
-    settings = lemoe.resolve_settings("anchor", None, {"round_size": ROUND})
+    edits = real_edits(given.rounds * given.round_size)
+    settings = lemoe.resolve_settings("anchor", None, {"round_size": given.round_size})
     engine = RayEngine(partial(lemoe.load_base, "llama"), workers=len(CORES))
     print("| run | first round done | a quarter | half | three quarters | all |\n|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
