@@ -133,14 +133,27 @@ def edit(
         began = time.monotonic()
         records = _train_rounds(base, rounds, settings, folder, start, engine, listener, force=force, resume=resume)
         seconds = time.monotonic() - began
-        files = [AdaptorFile(_file_of(folder, round_)) for round_ in rounds]
-        state = write_stack([start, *files] if start else files, folder / ADAPTOR_NAME, overwrite=force or resume)
-        for earlier, later in state.replaced:
-            listener.note(f"edit {earlier.id} is superseded: {later.id} answers its question now")
+        _write_adaptor(base, rounds, folder, start, listener, overwrite=force or resume)
         if force:
             _remove_leftovers(folder, rounds)
-        write_card(folder, base, state)
         return _report(base, folder / ADAPTOR_NAME, rounds, records, settings, seconds, listener)
+
+
+def _write_adaptor(
+    base: BaseModel,
+    rounds: Sequence[Round],
+    folder: Path,
+    start: AdaptorState | None,
+    listener: Listener,
+    *,
+    overwrite: bool,
+) -> None:
+    """Stack what the run started from and the files of its rounds, with a card beside."""
+    files = [AdaptorFile(_file_of(folder, round_)) for round_ in rounds]
+    state = write_stack([start, *files] if start else files, folder / ADAPTOR_NAME, overwrite=overwrite)
+    for earlier, later in state.replaced:
+        listener.note(f"edit {earlier.id} is superseded: {later.id} answers its question now")
+    write_card(folder, base, state)
 
 
 def _report(
