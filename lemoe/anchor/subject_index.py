@@ -12,6 +12,10 @@ from lemoe.anchor.words import Word, rigid
 NEAR = 6  # words between which two words of a subject are looked for
 
 
+Posting = int | Sequence[int]  # numbers of subjects; most keys have one alone, for which a list would be a waste
+Postings = dict[str, int | list[int]]
+
+
 class SubjectIndex:
     """Subjects by the pairs of words of which every mention holds one, so that a look-up touches only likely ones."""
 
@@ -20,9 +24,9 @@ class SubjectIndex:
         self._lexicon = lexicon
         self._vocabulary = Vocabulary()
         self._numbers: dict[tuple[str, ...], int] = {}
-        self._alone: dict[str, list[int]] = defaultdict(list)  # by a word that is enough by itself
-        self._pairs: dict[str, Postings] = defaultdict(_postings)  # by two stems, the lesser first
-        self._beside: dict[str, Postings] = defaultdict(_postings)  # by a stem and a key of another word near it
+        self._alone: Postings = {}  # by a word that is enough by itself
+        self._pairs: dict[str, Postings] = defaultdict(dict)  # by two stems, the lesser first
+        self._beside: dict[str, Postings] = defaultdict(dict)  # by a stem and a key of another word near it
 
     def add(self, text: str) -> int:
         """The number of the subject `text`, stored if it is new."""
@@ -33,12 +37,15 @@ class SubjectIndex:
             self._store(subject, known)
         return known
 
-    def near(self, words: Sequence[Word]) -> Sequence[int]:
+    def near(self, words: Sequence[Word]) -> list[int]:
         """Numbers of the subjects that the last word of `words` may complete."""
-        hits = [numbers for numbers in self._hits(words) if numbers]
-        if len(hits) < 2:
-            return hits[0] if hits else []
-        return sorted(set[int]().union(*hits))
+        numbers: set[int] = set()
+        for hit in self._hits(words):
+            if isinstance(hit, int):
+                numbers.add(hit)
+            else:
+                numbers.update(hit)
+        return sorted(numbers)
 
     def _store(self, subject: Subject, number: int) -> None:
         """Under each word, or two that must be read near each other, of which every mention has one."""
@@ -46,19 +53,19 @@ class SubjectIndex:
         order = sorted(range(len(stems)), key=lambda index: -weights[index])
         enough = COVERAGE * subject.total
         if weights[order[0]] >= enough:
-            self._alone[stems[order[0]]].append(number)
+            _post(self._alone, stems[order[0]], number)
         if 1 < len(stems) <= 3:
-            self._alone[subject.joined].append(number)
+            _post(self._alone, subject.joined, number)
         two = _two_of_these(order, weights, enough)
         for first, second in {_in_order(stems[one], stems[other]) for one, other in combinations(two, 2)}:
-            self._pairs[first][second].append(number)
+            _post(self._pairs[first], second, number)
         imperfect = {*permutations(two, 2), *_may_be_imperfect(subject, order, enough)}
         for word, stemmed in {(subject.words[index], stems[other]) for index, other in imperfect}:
             if not rigid(word):
                 for key in self._vocabulary.add(word):
-                    self._beside[stemmed][key].append(number)
+                    _post(self._beside[stemmed], key, number)
 
-    def _hits(self, words: Sequence[Word]) -> Iterator[Sequence[int]]:
+    def _hits(self, words: Sequence[Word]) -> Iterator[Posting]:
         word = words[-1]
         stemmed = self._lexicon.stem(word.text)
         yield self._alone.get(stemmed, ())
@@ -77,14 +84,17 @@ class SubjectIndex:
                 yield from _shared(theirs, keys)
 
 
-Postings = dict[str, list[int]]
+def _post(postings: Postings, key: str, number: int) -> None:
+    there = postings.get(key)
+    if there is None:
+        postings[key] = number
+    elif isinstance(there, int):
+        postings[key] = [there, number]
+    else:
+        there.append(number)
 
 
-def _postings() -> Postings:
-    return defaultdict(list)
-
-
-def _shared(postings: Postings, keys: set[str]) -> Iterator[Sequence[int]]:
+def _shared(postings: Postings, keys: set[str]) -> Iterator[Posting]:
     """What stands under any of the keys; goes through those or through the postings, whichever are fewer."""
     return map(postings.__getitem__, keys & postings.keys())
 

@@ -58,7 +58,6 @@ class Subject:
 
     __slots__ = (
         "_lexicon",
-        "_stem_set",
         "capital",
         "initials",
         "joined",
@@ -82,7 +81,6 @@ class Subject:
         count = len(self.words)
         self.patience = count + 1 if count > 2 else 1  # words after one of it within which the rest may follow
         self._lexicon = lexicon
-        self._stem_set = frozenset(self.stems)
 
     def find(self, sentence: Sentence) -> Mention | None:
         """The fullest mention in a whole sentence."""
@@ -95,7 +93,7 @@ class Subject:
 
     def _starts(self, words: Sequence[Word], at: int) -> bool:
         word = words[at].text
-        stemmed = self._lexicon.stem(word) in self._stem_set
+        stemmed = self._lexicon.stem(word) in self.stems
         return stemmed or word == self.joined or (at > 0 and words[at - 1].text + word == self.joined)
 
     def ending(self, sentence: Sentence) -> Mention | None:
@@ -126,7 +124,7 @@ class Subject:
         if word.text[0] not in self.initials:
             return False
         last = len(self.words) - 1
-        return self._lexicon.stem(word.text) in self._stem_set or any(
+        return self._lexicon.stem(word.text) in self.stems or any(
             _credit(stored, word.text, word.capital, place == last) for place, stored in enumerate(self.words)
         )
 
