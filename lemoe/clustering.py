@@ -27,7 +27,7 @@ def clustered(vectors: Vectors, subjects: Sequence[str], round_size: int, seed: 
 
     Time and memory grow with the number of edits, not with its square.
     """
-    together = _pulled_together(vectors, subjects)
+    together = _Together(vectors, subjects)
     parts = [_balanced(together, part, round_size, seed) for part in _parts(together, round_size, seed)]
     del together
     parts = _one_round_a_subject(parts, subjects)
@@ -35,19 +35,31 @@ def clustered(vectors: Vectors, subjects: Sequence[str], round_size: int, seed: 
     return _apart([sorted(members) for members in rounds], vectors)
 
 
-def _pulled_together(vectors: Vectors, subjects: Sequence[str]) -> Vectors:
-    """Each edit at the mean of its subject's edits, so that clustering tends to keep them together."""
-    groups: dict[str, list[int]] = defaultdict(list)
-    for index, subject in enumerate(subjects):
-        groups[subject].append(index)
-    moved = vectors.copy()
-    for members in groups.values():
-        if len(members) > 1:
-            moved[members] = vectors[members].mean(0)
-    return moved
+class _Together:
+    """Vectors of edits, each at the mean of its subject's edits, so that clustering tends to keep those together."""
+
+    def __init__(self, vectors: Vectors, subjects: Sequence[str]):
+        groups: dict[str, list[int]] = defaultdict(list)
+        for index, subject in enumerate(subjects):
+            groups[subject].append(index)
+        several = [members for members in groups.values() if len(members) > 1]
+        self._vectors = vectors
+        self._means = numpy.empty((len(several), vectors.shape[1]), vectors.dtype)
+        self._mean_of = numpy.full(len(vectors), -1)  # -1: the only edit of its subject
+        for number, members in enumerate(several):
+            self._means[number] = vectors[members].mean(0)
+            self._mean_of[members] = number
+
+    def __len__(self) -> int:
+        return len(self._vectors)
+
+    def __getitem__(self, rows: Indices) -> Vectors:
+        found, numbers = self._vectors[rows], self._mean_of[rows]
+        found[numbers >= 0] = self._means[numbers[numbers >= 0]]
+        return found
 
 
-def _parts(vectors: Vectors, round_size: int, seed: int) -> Iterator[Indices]:
+def _parts(vectors: _Together, round_size: int, seed: int) -> Iterator[Indices]:
     """Sets small enough for size-constrained k-means."""
     whole, part = (max(round_size, limit) for limit in (BALANCED_LIMIT, min(BALANCED_LIMIT, PART_ROUNDS * round_size)))
     most = whole if len(vectors) <= whole else part
@@ -60,7 +72,7 @@ def _parts(vectors: Vectors, round_size: int, seed: int) -> Iterator[Indices]:
             pending += _halves(vectors, members, seed)
 
 
-def _halves(vectors: Vectors, members: Indices, seed: int) -> tuple[Indices, Indices]:
+def _halves(vectors: _Together, members: Indices, seed: int) -> tuple[Indices, Indices]:
     """The members on either side of the plane between two clusters, each an eighth of them at least."""
     sample = vectors[members[:: -(-len(members) // SAMPLE)]]
     if (sample == sample[0]).all():
@@ -74,13 +86,13 @@ def _halves(vectors: Vectors, members: Indices, seed: int) -> tuple[Indices, Ind
     return members[numpy.sort(order[cut:])], members[numpy.sort(order[:cut])]
 
 
-def _heights(vectors: Vectors, members: Indices, direction: Vectors) -> Vectors:
+def _heights(vectors: _Together, members: Indices, direction: Vectors) -> Vectors:
     """How far each member lies in a direction, without a copy of them all."""
     starts = range(0, len(members), GATHERED)
     return numpy.concatenate([vectors[members[start : start + GATHERED]] @ direction for start in starts])
 
 
-def _balanced(vectors: Vectors, part: Indices, round_size: int, seed: int) -> list[list[int]]:
+def _balanced(vectors: _Together, part: Indices, round_size: int, seed: int) -> list[list[int]]:
     """The part in as few rounds as hold it, whose sizes differ by one at most."""
     count = -(-len(part) // round_size)
     if count == 1:
