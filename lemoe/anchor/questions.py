@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lemoe.anchor.lexicon import Lexicon
 from lemoe.anchor.subjects import Mention
@@ -36,8 +37,7 @@ class Prepared:
     front: float
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
+class Comparison(NamedTuple):
     """An anchor's question against what was read: see `compare`."""
 
     conflict: float

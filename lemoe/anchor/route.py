@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lemoe.anchor.gate import Gate
-from lemoe.anchor.questions import Question, around, compare
+from lemoe.anchor.questions import Comparison, Question, around, compare
 from lemoe.anchor.subjects import Mention, Sentence
 from lemoe.anchor.words import Reader, Word
 from lemoe.routing import Scope
@@ -160,8 +160,8 @@ class Route:
 
     def _decide(self, time: int) -> None:
         """Compare all anchors of the mentioned subjects, and open, switch, prolong or stay."""
-        best: tuple[tuple[float, float, int], Reading, bool] | None = None
-        nearest: Reading | None = None
+        best: tuple[tuple[float, float, int], Mention, Comparison, bool] | None = None
+        nearest: tuple[int, Mention, Comparison, bool] | None = None
         scores: dict[int, float] = {}
         asked: dict[frozenset[int], Question] = {}
         for subject, mention in self._mentions.items():
@@ -174,26 +174,21 @@ class Route:
                 self._matched[number] = max(compared.matched, self._matched.get(number, -1.0))
                 scores[number] = compared.fit
                 inside = compared.enough and compared.conflict <= self._gate.threshold
-                reading = Reading(
-                    number if inside else -1,
-                    "in" if inside else "relation",
-                    number,
-                    mention.coverage,
-                    compared.conflict,
-                    compared.fit,
-                )
-                weight = mention.coverage * self._gate.index.subjects[subject].total
-                key = (round(compared.fit, 3), weight, number)
-                if inside and (best is None or key > best[0]):
-                    best = (key, reading, fresh)
-                if nearest is None or compared.conflict < nearest.conflict:
-                    nearest = reading
+                if inside:
+                    weight = mention.coverage * self._gate.index.subjects[subject].total
+                    key = (round(compared.fit, 3), weight, number)
+                    if best is None or key > best[0]:
+                        best = (key, mention, compared, fresh)
+                if nearest is None or compared.conflict < nearest[2].conflict:
+                    nearest = (number, mention, compared, inside)
         if self._settling:
             self._settling = False
         elif best is not None:
-            self._take(best[0], best[1], best[2], scores, time)
+            key, mention, compared, fresh = best
+            self._take(key, _reading(key[2], mention, compared, inside=True), fresh, scores, time)
         elif nearest is not None and self._now.edit < 0:
-            self._now = nearest
+            number, mention, compared, inside = nearest
+            self._now = _reading(number, mention, compared, inside=inside)
 
     def _take(
         self, key: tuple[float, float, int], reading: Reading, fresh: bool, scores: dict[int, float], time: int
@@ -215,3 +210,14 @@ class Route:
         if score is None or score < key[0]:
             return True
         return score <= key[0] and key[2] > active
+
+
+def _reading(number: int, mention: Mention, compared: Comparison, *, inside: bool) -> Reading:
+    return Reading(
+        number if inside else -1,
+        "in" if inside else "relation",
+        number,
+        mention.coverage,
+        compared.conflict,
+        compared.fit,
+    )

@@ -1,6 +1,6 @@
 """Recognising a stored subject in running text: out of order, misspelt, abbreviated, or one letter still missing."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -24,11 +24,11 @@ class Mention:
 
 
 class Window(NamedTuple):
-    """The words around a place of a sentence: the stem of each by its position, all stems, and all first letters."""
+    """The words around a place of a sentence: their positions, the positions of each stem, and all first letters."""
 
-    stems: dict[int, str]
-    present: frozenset[str]
-    initials: frozenset[str]
+    reach: range
+    places: dict[str, list[int]]
+    initials: set[str]
 
 
 class Sentence:
@@ -47,9 +47,11 @@ class Sentence:
         known = self._windows.get((at, count))
         if known is None:
             reach = range(max(0, at - count - 1), min(len(self.words), at + count + 2))
-            stems = {position: self._lexicon.stem(self.words[position].text) for position in reach}
-            initials = frozenset(self.words[position].text[0] for position in reach)
-            known = self._windows[at, count] = Window(stems, frozenset(stems.values()), initials)
+            places: dict[str, list[int]] = {}
+            for position in reach:
+                places.setdefault(self._lexicon.stem(self.words[position].text), []).append(position)
+            initials = {self.words[position].text[0] for position in reach}
+            known = self._windows[at, count] = Window(reach, places, initials)
         return known
 
 
@@ -133,13 +135,13 @@ class Subject:
         window = sentence.window(at, count)
         if not self._may_cover(window):
             return None
-        exact = self._exact_words(words, window.stems, at)
+        exact = self._exact_words(words, window, at)
         if exact is None:
             return None
         score, used, missing = exact
         if count > 1:
             unfinished = len(words) - 1 if sentence.growing else -1
-            score += self._lenient_words(words, window.stems, used, missing, at, unfinished)
+            score += self._lenient_words(words, window.reach, used, missing, at, unfinished)
         if score < COVERAGE * self.total or at not in used:
             return None
         first, last = min(used), max(used)
@@ -152,23 +154,19 @@ class Subject:
         initials = window.initials if len(self.words) > 1 else ()
         possible = 0.0
         for weight, stemmed, initial in zip(self.weights, self.stems, self.initials, strict=True):
-            if stemmed in window.present or initial in initials:
+            if stemmed in window.places or initial in initials:
                 possible += weight
         return possible >= COVERAGE * self.total
 
-    def _exact_words(
-        self, words: Sequence[Word], stems: dict[int, str], at: int
-    ) -> tuple[float, set[int], list[int]] | None:
+    def _exact_words(self, words: Sequence[Word], window: Window, at: int) -> tuple[float, set[int], list[int]] | None:
         """Weight and positions of the words that are there, and the indices of those that are not."""
         score, used, missing = 0.0, set[int](), list[int]()
         for index, stemmed in enumerate(self.stems):
             strict = self.rigid[index]
             places = [
                 position
-                for position, there in stems.items()
-                if position not in used
-                and there == stemmed
-                and not (strict and words[position].text != self.words[index])
+                for position in window.places.get(stemmed, ())
+                if position not in used and not (strict and words[position].text != self.words[index])
             ]
             if places:
                 used.add(min(places, key=lambda position: abs(position - at)))
@@ -182,7 +180,7 @@ class Subject:
     def _lenient_words(
         self,
         words: Sequence[Word],
-        window: Iterable[int],
+        window: range,
         used: set[int],
         missing: Sequence[int],
         at: int,
