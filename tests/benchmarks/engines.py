@@ -74,9 +74,11 @@ def workers() -> list[psutil.Process]:
 
 
 def pin(stop: threading.Event) -> None:
-    """Keep each worker on one core."""
-    while not stop.wait(0.2):
-        for core, process in zip(CORES, sorted(workers(), key=lambda process: process.pid), strict=False):
+    """Keep each worker on one core; looking for them takes time, so that it is done rarely once they are there."""
+    there: list[psutil.Process] = []
+    while not stop.wait(0.2 if len(there) < len(CORES) else 10):
+        there = sorted(workers(), key=lambda process: process.pid)
+        for core, process in zip(CORES, there, strict=False):
             with suppress(psutil.Error):
                 process.cpu_affinity([core])
 
