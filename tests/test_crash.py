@@ -90,6 +90,7 @@ def test_a_run_that_is_told_to_stop_says_how_to_go_on(
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # which a shell's background jobs ignore
     )
     rounds = tmp_path / "edits.lemoe" / "rounds"
     deadline = time.monotonic() + 120
