@@ -52,24 +52,20 @@ class Experts:
 
     def to(self, device: torch.device) -> "Experts":
         """The same experts with parameters on `device`."""
-        gate = None if self.gate is None else self.gate.to(device)
-        return replace(
-            self,
-            up=self.up.to(device),
-            down=self.down.to(device),
-            gate=gate,
-            scale=self.scale.to(device),
-        )
+        return replace(self._changed(lambda matrix: matrix.to(device)), scale=self.scale.to(device))
 
     def stored_as(self, dtype: torch.dtype) -> "Experts":
         """The same experts with matrices of another floating-point type."""
-        gate = None if self.gate is None else self.gate.to(dtype)
-        return replace(self, up=self.up.to(dtype), down=self.down.to(dtype), gate=gate)
+        return self._changed(lambda matrix: matrix.to(dtype))
 
     def outline(self) -> "Experts":
         """The same experts with matrices that have shapes alone (device `meta`)."""
-        gate = None if self.gate is None else self.gate.to("meta")
-        return replace(self, up=self.up.to("meta"), down=self.down.to("meta"), gate=gate)
+        return self._changed(lambda matrix: matrix.to("meta"))
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> "Experts":
+        """The same experts with changed matrices."""
+        gate = None if self.gate is None else change(self.gate)
+        return replace(self, up=change(self.up), down=change(self.down), gate=gate)
 
     def select(self, chosen: Sequence[int]) -> "Experts":
         """The experts `chosen`, in that order."""
