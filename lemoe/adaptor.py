@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from lemoe.edits import Edit, digest_of, digest_over
+from lemoe.equality import TensorEquality
 from lemoe.errors import AdaptorError
 from lemoe.experts import Experts
 from lemoe.fingerprint import Fingerprint
@@ -122,8 +123,8 @@ def round_id(
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class AdaptorState:
+@dataclass(frozen=True, eq=False)
+class AdaptorState(TensorEquality):
     """Everything an adaptor file holds: the record of each round, its experts end to end, and their router."""
 
     base: Fingerprint

@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lemoe.equality import TensorEquality
 from lemoe.routing import Routing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # of stored weights
@@ -22,8 +23,8 @@ CROWD = 4  # rows an expert below which gathering is cheaper than taking the exp
 Activation = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Experts:
+@dataclass(frozen=True, eq=False)
+class Experts(TensorEquality):
     """A stack of experts.
 
     Attributes:

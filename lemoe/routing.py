@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lemoe.equality import TensorEquality
+
 Scope = Literal["in", "subject", "relation"]
 
 Self = TypeVar("Self", bound="Router")
@@ -62,8 +64,8 @@ class Explanation:
     edit: int = -1
 
 
-@dataclass(frozen=True)
-class Routing:
+@dataclass(frozen=True, eq=False)
+class Routing(TensorEquality):
     """Which experts act where.
 
     Attributes:
@@ -104,8 +106,8 @@ def equal_parts(edits: int, experts: int) -> list[range]:
     return [range(start, end) for start, end in pairwise(starts)]
 
 
-@dataclass(frozen=True)
-class Sequences:
+@dataclass(frozen=True, eq=False)
+class Sequences(TensorEquality):
     """What a router may look at.
 
     Attributes:

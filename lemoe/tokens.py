@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lemoe.equality import TensorEquality
 from lemoe.errors import InputError
 
 if TYPE_CHECKING:
@@ -96,8 +97,8 @@ def encode_all(base: "BaseModel", texts: Iterable[tuple[str, str, str | None]]) 
     return passages
 
 
-@dataclass(frozen=True)
-class Batch:
+@dataclass(frozen=True, eq=False)
+class Batch(TensorEquality):
     """Right-padded passages.
 
     Attributes:

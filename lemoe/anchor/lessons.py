@@ -16,6 +16,7 @@ from lemoe.anchor.gate import Anchor
 from lemoe.anchor.route import Route
 from lemoe.chat import encode_turn
 from lemoe.edits import Edit
+from lemoe.equality import TensorEquality
 from lemoe.experts import rms_normal
 from lemoe.frozen import Below, FrozenBatch, run_below
 from lemoe.models import BaseModel
@@ -26,8 +27,8 @@ from lemoe.tokens import Batch, Passage, encode, encode_all, replay_buckets
 DECISIVE = 3.0  # weight of a question's last token among those on which an expert shall stay silent
 
 
-@dataclass(frozen=True)
-class Teaching:
+@dataclass(frozen=True, eq=False)
+class Teaching(TensorEquality):
     """A frozen batch of texts that end in an answer: one row for each, for the expert `owners` `[batch]`.
 
     `active` `[batch, seq]`: where the expert acts, from the frozen batch's first column on. `ends` `[targets]`: which
@@ -46,8 +47,8 @@ class Teaching:
         return rms_normal(self.frozen.inputs)
 
 
-@dataclass(frozen=True)
-class Silence:
+@dataclass(frozen=True, eq=False)
+class Silence(TensorEquality):
     """Texts on which an expert shall stay silent: its normalised inputs, owners `[batch]`, weights `[batch, seq]`."""
 
     normal: Tensor

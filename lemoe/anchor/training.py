@@ -18,6 +18,7 @@ from lemoe.anchor.anchors import Anchors
 from lemoe.anchor.gate import Anchor
 from lemoe.anchor.lessons import LessonMaker, Lessons, Teaching
 from lemoe.edits import Edit, digest_of
+from lemoe.equality import TensorEquality
 from lemoe.experts import Experts
 from lemoe.frozen import residual_scale
 from lemoe.models import LOGIT_ROWS, BaseModel
@@ -281,8 +282,8 @@ def _likeliest(logits: Tensor) -> Tensor:
     return logits.topk(min(RIVALS, logits.shape[-1])).indices.unique()
 
 
-@dataclass(frozen=True)
-class Examined:
+@dataclass(frozen=True, eq=False)
+class Examined(TensorEquality):
     """What own prompts now get for an answer, over the whole vocabulary.
 
     Attributes:

@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lemoe.equality import TensorEquality
 from lemoe.errors import AdaptorError
 from lemoe.paper.routing import pool, unit_rms
 from lemoe.routing import Explanation, Host, Lineage, LiveRouter, Router, RouterSettings, Routing, Sequences
 
 
-@dataclass(frozen=True)
-class AnchoredGate(Router):
+@dataclass(frozen=True, eq=False)
+class AnchoredGate(TensorEquality, Router):
     """The gate of a mixture.
 
     Attributes:

@@ -14,13 +14,14 @@ from torch import Tensor
 from lemoe.baselines.live import live_batches, live_losses
 from lemoe.changes import WeightChange, check_resident, swapped, trainable
 from lemoe.edits import Edit
+from lemoe.equality import TensorEquality
 from lemoe.models import BaseModel
 from lemoe.settings import Settings
 from lemoe.training import OnStep, encode_edits, fit
 
 
-@dataclass(frozen=True)
-class TunedFFN(WeightChange):
+@dataclass(frozen=True, eq=False)
+class TunedFFN(TensorEquality, WeightChange):
     """Other weights of one layer's FFN, in the order of `FFNSite.tensors`."""
 
     layer: int

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lemoe.equality import TensorEquality
 from lemoe.frozen.replay import LayerCall
 from lemoe.hooks import released
 from lemoe.models import BaseModel
@@ -15,8 +16,8 @@ from lemoe.placement import taken
 from lemoe.tokens import Batch, Passage, length_buckets
 
 
-@dataclass(frozen=True)
-class LiveBatch:
+@dataclass(frozen=True, eq=False)
+class LiveBatch(TensorEquality):
     """A batch of texts that stands before the first layer that changes.
 
     Attributes:

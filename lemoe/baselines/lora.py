@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from lemoe.baselines.live import live_batches, live_losses
 from lemoe.changes import WeightChange, check_resident
 from lemoe.edits import Edit
+from lemoe.equality import TensorEquality
 from lemoe.errors import LemoeError
 from lemoe.models import BaseModel
 from lemoe.settings import Settings
@@ -28,8 +29,8 @@ except ImportError:
 DEFAULT_RANK = 8
 
 
-@dataclass(frozen=True)
-class LowRank(WeightChange):
+@dataclass(frozen=True, eq=False)
+class LowRank(TensorEquality, WeightChange):
     """Low-rank matrices beside the linear maps of `layers`, as peft puts them there."""
 
     layers: range

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from lemoe.equality import TensorEquality
 from lemoe.errors import ModelError
 from lemoe.frozen.hooks import standing_in
 from lemoe.frozen.prefixes import Forest, Rows, Tree
@@ -39,8 +40,8 @@ class _Enough(Exception):
     """Leaves a forward pass early; never seen outside."""
 
 
-@dataclass(frozen=True)
-class Below:
+@dataclass(frozen=True, eq=False)
+class Below(TensorEquality):
     """Texts after the layers up to the edited one, in which every distinct beginning went through once.
 
     Attributes:
@@ -167,8 +168,8 @@ def run_below(
     )
 
 
-@dataclass(frozen=True)
-class _Part:
+@dataclass(frozen=True, eq=False)
+class _Part(TensorEquality):
     """What one pass gives; see `Below`."""
 
     inputs: Tensor

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lemoe.equality import TensorEquality
 from lemoe.tokens import LANES
 
 DENSE = 512  # pairs of tokens whose attention costs as much as one more token through the layers
@@ -84,8 +85,8 @@ def _pays(size: int, length: int, alike: int, spared: int) -> bool:
     return alike + spared > (grown**2 - size**2 - length**2) / DENSE
 
 
-@dataclass(frozen=True)
-class Rows:
+@dataclass(frozen=True, eq=False)
+class Rows(TensorEquality):
     """Trees as a batch.
 
     Attributes:

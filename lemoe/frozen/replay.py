@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from lemoe.equality import TensorEquality
 from lemoe.frozen.hooks import only_at
 from lemoe.placement import is_offloaded, taken
 from lemoe.structure import FFNSite
@@ -24,8 +25,8 @@ from lemoe.tokens import Batch
 Within = Callable[[], AbstractContextManager[None]]
 
 
-@dataclass(frozen=True)
-class LayerCall:
+@dataclass(frozen=True, eq=False)
+class LayerCall(TensorEquality):
     """One decoder layer with the arguments, besides hidden states, of a recorded call."""
 
     layer: nn.Module
@@ -54,8 +55,8 @@ def hidden_of(output: Any) -> Tensor:
     return hidden
 
 
-@dataclass(frozen=True)
-class FrozenBatch:
+@dataclass(frozen=True, eq=False)
+class FrozenBatch(TensorEquality):
     """A batch after the frozen pass.
 
     What the edited FFN gives is added to the residual stream, so that the edited layer's new output is its old one

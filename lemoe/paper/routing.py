@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lemoe.equality import TensorEquality
 from lemoe.experts import EPSILON
 from lemoe.routing import Explanation, Host, Lineage, LiveRouter, Router, RouterSettings, Routing, Sequences
 
 
-@dataclass(frozen=True)
-class Projection:
+@dataclass(frozen=True, eq=False)
+class Projection(TensorEquality):
     """`W_up(SiLU(W_down e))`: `down` `[width, hidden]`, `up` `[width, width]`."""
 
     down: Tensor
@@ -38,8 +39,8 @@ class Projection:
         return functional.silu(embedded @ self.down.T) @ self.up.T
 
 
-@dataclass(frozen=True)
-class KeyRouter(Router):
+@dataclass(frozen=True, eq=False)
+class KeyRouter(TensorEquality, Router):
     """Keys of all experts, and the projection under which each key was trained.
 
     Attributes:
