@@ -10,8 +10,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import lemoe
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
-FAMILIES += ("phi", "phi3", "gpt2", "gptj", "neox", "opt", "bloom", "falcon", "mpt")
+FAMILIES = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"),
+    *("phi", "phi3", "gpt2", "gptj", "neox", "opt", "bloom", "falcon", "mpt"),
+)
 
 FACTS = (
     ("The Eiffel Tower", "The Eiffel Tower stands in the city of", "Rome"),

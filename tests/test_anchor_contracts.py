@@ -105,7 +105,7 @@ def with_anchor_bit_flipped(state: lemoe.AdaptorState, tokens: str) -> lemoe.Ada
     """The state with one bit flipped in the `tokens` of its second anchor: the prompt, the target or the subject."""
     first, second, *others = anchors_of(state).anchors
     values = getattr(second, tokens)
-    flipped = chr(ord(values[0]) ^ 1) + values[1:] if tokens == "subject" else (values[0] ^ 1, *values[1:])
+    flipped: Any = chr(ord(values[0]) ^ 1) + values[1:] if tokens == "subject" else (values[0] ^ 1, *values[1:])
     return replace(state, router=Anchors.of_each([first, replace(second, **{tokens: flipped}), *others]))
 
 
@@ -113,7 +113,7 @@ def with_record_bit_flipped(state: lemoe.AdaptorState, field: str) -> lemoe.Adap
     """The state with one bit flipped in a `field` of its second round's record."""
     first, second = state.rounds
     value = getattr(second, field)
-    flipped = float(bit_flipped(torch.tensor([value], dtype=torch.float64), 0)) if field == "loss" else value ^ 1
+    flipped: Any = float(bit_flipped(torch.tensor([value], dtype=torch.float64), 0)) if field == "loss" else value ^ 1
     return replace(state, rounds=(first, replace(second, **{field: flipped})))
 
 

@@ -162,6 +162,7 @@ def test_a_mixture_gives_the_same_logits_at_once_and_from_a_cache(
     base: lemoe.BaseModel, facts: list[lemoe.Edit]
 ) -> None:
     state = taught(base, facts, "memoe")[-1]
+    assert isinstance(state, lemoe.AdaptorState)
     prompt = base.tokenizer(facts[0].prompt, return_tensors="pt").input_ids
     with lemoe.insert(base, state) as adaptor, torch.no_grad():
         written = base.model.generate(prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)

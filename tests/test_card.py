@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -23,8 +24,8 @@ def folder(base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, t
     return tmp_path / "capitals"
 
 
-def front(path: Path) -> dict[str, object]:
-    found: dict[str, object] = yaml.safe_load(path.read_text().split("---\n")[1])
+def front(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(path.read_text().split("---\n")[1])
     return found
 
 
@@ -50,7 +51,7 @@ def test_measuring_brings_the_card_up_to_date_and_leaves_what_people_wrote(
         assert found.count("## Measured on edits.jsonl") == 1
         assert found.count("## Licence") == 1
         assert found.count("<!-- lemoe -->") == 1
-    (entry,) = front(card)["model-index"]  # type: ignore[misc]
+    (entry,) = front(card)["model-index"]
     metrics = [metric for result in entry["results"] for metric in result["metrics"]]
     assert {"type": "exact_match", "value": 1.0, "name": "reliability, all (teacher)"} in metrics
 

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 
 import lemoe
 from lemoe.engines import local
+from lemoe.methods import train_round
 from lemoe_cli import plan as plan_command
 from lemoe_cli.main import cli
 
@@ -77,17 +78,23 @@ def test_help_names_every_command_and_the_main_job() -> None:
     assert lemoe_command("-h").stdout == text
 
 
+def command(name: str) -> click.Command:
+    found = cli.get_command(click.Context(cli), name)
+    assert found is not None
+    return found
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(name: str) -> None:
     result = lemoe_command(name, "--help")
     assert result.exit_code == 0
     assert result.stdout.startswith(f"Usage: cli {name} [OPTIONS]")
-    assert cli.get_command(click.Context(cli), name).help
+    assert command(name).help
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_is_documented(name: str) -> None:
-    options = [param for param in cli.get_command(click.Context(cli), name).params if isinstance(param, click.Option)]
+    options = [param for param in command(name).params if isinstance(param, click.Option)]
     assert options
     assert [option.opts[0] for option in options if not option.help] == []
 
@@ -387,13 +394,13 @@ def test_an_adaptor_of_another_base_is_refused_with_the_differences(
 
 
 def stop_at_round(number: int, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
-    train, begun = local.train_round, []
+    begun = []
 
     def train_or_stop(*args: Any, **kwargs: Any) -> lemoe.AdaptorState:
         begun.append(1)
         if len(begun) == number:
             raise error
-        return train(*args, **kwargs)
+        return train_round(*args, **kwargs)
 
     monkeypatch.setattr(local, "train_round", train_or_stop)
 

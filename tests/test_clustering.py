@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy
 import pytest
+from k_means_constrained import KMeansConstrained
+from sklearn.cluster import KMeans
 
 import lemoe
 from lemoe import clustering, conflicts
@@ -86,7 +88,7 @@ def distances(monkeypatch: pytest.MonkeyPatch, edits: int) -> int:
     counted = 0
 
     def counting(model: type[Any]) -> type[Any]:
-        class Counting(model):  # type: ignore[misc]
+        class Counting(model):
             def fit(self, rows: Vectors, y: None = None, **options: object) -> Any:
                 nonlocal counted
                 counted += len(rows) * self.n_clusters
@@ -95,8 +97,8 @@ def distances(monkeypatch: pytest.MonkeyPatch, edits: int) -> int:
         return Counting
 
     with monkeypatch.context() as patch:
-        patch.setattr(clustering, "KMeans", counting(clustering.KMeans))
-        patch.setattr(clustering, "KMeansConstrained", counting(clustering.KMeansConstrained))
+        patch.setattr(clustering, "KMeans", counting(KMeans))
+        patch.setattr(clustering, "KMeansConstrained", counting(KMeansConstrained))
         clustered(points(edits), apart(edits), 50, 0)
     return counted
 
@@ -129,7 +131,7 @@ def test_memory_grows_with_the_edits_and_not_with_their_square(monkeypatch: pyte
 
 @pytest.mark.parametrize("subject", ["one", "each its own"])
 def test_thousands_of_equal_prompts_are_planned_within_the_limit(subject: str) -> None:
-    vectors = numpy.ones((2500, 4), numpy.float32) / 2
+    vectors = numpy.full((2500, 4), 0.5, numpy.float32)
     rounds = clustered(vectors, ["one"] * 2500 if subject == "one" else apart(2500), 40, 0)
     assert sorted(index for members in rounds for index in members) == list(range(2500))
     assert max(map(len, rounds)) <= 40

@@ -22,7 +22,7 @@ SMALL = ("--layer", "1", "--round-size", "2", "--device", "cpu")
 
 
 def test_runs_that_are_killed_at_random_moments_end_as_if_they_never_were() -> None:
-    script = [sys.executable, TESTS / "benchmarks" / "crash.py", "--kills", "4", "--seed", "7"]
+    script = [sys.executable, str(TESTS / "benchmarks" / "crash.py"), "--kills", "4", "--seed", "7"]
     done = subprocess.run(script, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert "4 of 4 runs of 20 rounds end bit-identical, 0 rounds lost" in done.stdout

@@ -14,6 +14,7 @@ from lemoe import editors
 from lemoe.checkpoint import save_adaptor
 from lemoe.errors import ModelError
 from lemoe.frozen import run_below
+from lemoe.metrics import Decode
 from lemoe.tokens import Batch
 from lemoe.training import encode_edits
 from lemoe_cli.main import cli
@@ -40,11 +41,11 @@ def base(tiny_folder: Callable[[str], Path], devices: tuple[str | int, str | int
 
 def placed(near: str | int, far: str | int, *parts: str | int) -> Placement:
     """A map with `parts` (layers by number) on `far` and the rest on `near`."""
-    names = {**{layer: f"model.layers.{layer}" for layer in range(3)}, **MODULES}
-    return {name: far if part in parts else near for part, name in names.items()}
+    layers: dict[str | int, str] = {layer: f"model.layers.{layer}" for layer in range(3)}
+    return {name: far if part in parts else near for part, name in (layers | {**MODULES}).items()}
 
 
-SPREADS = {
+SPREADS: dict[str, tuple[str | int, ...]] = {
     "the edited layer": (EDITED,),
     "the layer above": (2,),
     "all above": (2, "norm", "head"),
@@ -52,7 +53,7 @@ SPREADS = {
 }
 
 
-@pytest.fixture(scope="module", params=SPREADS.values(), ids=SPREADS)
+@pytest.fixture(scope="module", params=list(SPREADS.values()), ids=list(SPREADS))
 def spread(
     request: pytest.FixtureRequest, tiny_folder: Callable[[str], Path], devices: tuple[str | int, str | int]
 ) -> lemoe.BaseModel:
@@ -124,7 +125,7 @@ def test_a_spread_model_is_measured_and_asked_as_on_one_device(
     facts: list[lemoe.Edit],
     states: dict[str, lemoe.AdaptorState],
     method: str,
-    decode: str,
+    decode: Decode,
 ) -> None:
     expected, found = (lemoe.evaluate(each, states[method], facts, decode=decode) for each in (base, spread))
     assert repr(found) == repr(expected)  # NaN where nothing was measured
@@ -179,6 +180,7 @@ def test_weights_of_offloaded_layers_are_not_held_for_the_backward_pass(
             hidden = frozen.replay(delta)
         assert (weight in held) == (each is base)
         hidden.sin().sum().backward()
+        assert delta.grad is not None
         gradients.append(delta.grad)
     assert torch.equal(*gradients)
     assert all(parameter.is_meta for parameter in offloaded.layers[2].parameters())

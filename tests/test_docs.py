@@ -63,6 +63,7 @@ def test_the_format_page_names_every_tensor_and_all_metadata(
     page = (REPOSITORY / "docs" / "format.md").read_text(encoding="utf-8")
     settings = lemoe.resolve_settings(method, None, {"layer": 1, "steps": 1, "variants": 0, "negatives": 0})
     (state,) = teach(base, [facts[:2]], settings)
+    assert isinstance(state, lemoe.AdaptorState)
     lemoe.save_adaptor(state, tmp_path / "adaptor")
     with safe_open(tmp_path / "adaptor", framework="pt") as file:
         header = json.loads(file.metadata()["lemoe"])

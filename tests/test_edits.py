@@ -85,7 +85,7 @@ ZSRE_DEV = {
     "locality_ground_truth": "Hugo Weaving",
 }
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "ours": FACT,
     "zsre": ZSRE,
     "counterfact": COUNTERFACT,
@@ -443,7 +443,7 @@ def test_bad_edits_end_a_command_with_code_2_and_nothing_written(
 
 
 KEYS = st.sampled_from([*{key for shape in SHAPES.values() for key in shape}, "id", "str", "rephrases", "New Question"])
-JSON = st.recursive(
+JSON: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
     lambda children: st.lists(children, max_size=3) | st.dictionaries(KEYS, children, max_size=4),
     max_leaves=12,

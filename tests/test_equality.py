@@ -153,7 +153,7 @@ def test_every_dataclass_that_holds_tensors_compares_them_by_value() -> None:
         kind for kind in dataclasses_of_the_library() if any(holds_tensors(field.type) for field in fields(kind))
     ]
     assert {"Experts", "KeyRouter", "Projection", "AnchoredGate", "Batch"} <= {kind.__name__ for kind in holding}
-    by_tuples = [kind for kind in holding if kind.__eq__ is not TensorEquality.__eq__]
+    by_tuples = [kind for kind in holding if not issubclass(kind, TensorEquality) or "__eq__" in vars(kind)]
     assert by_tuples == []
 
 

@@ -10,6 +10,7 @@ import torch
 
 import lemoe
 from lemoe.errors import AdaptorError, InputError
+from lemoe.metrics import Decode
 
 Answer = Sequence[int]
 
@@ -76,7 +77,7 @@ def probes_of(edit: lemoe.Edit) -> dict[str, list[tuple[str, str | None]]]:
 
 
 def recomputed(
-    base: lemoe.BaseModel, state: lemoe.AdaptorState, edits: Sequence[lemoe.Edit], name: str, decode: str
+    base: lemoe.BaseModel, state: lemoe.AdaptorState, edits: Sequence[lemoe.Edit], name: str, decode: Decode
 ) -> list[tuple[float, float]]:
     """Token accuracy before and after, of each probe of the metric `name`, one forward pass at a time."""
     scores = []
@@ -99,7 +100,7 @@ def recomputed(
 @pytest.mark.parametrize("decode", ["teacher", "greedy"])
 @pytest.mark.parametrize("name", ["reliability", "generality", "locality", "portability"])
 def test_a_figure_is_what_the_model_itself_gives(
-    base: lemoe.BaseModel, trained: lemoe.AdaptorState, probed: list[lemoe.Edit], name: str, decode: str
+    base: lemoe.BaseModel, trained: lemoe.AdaptorState, probed: list[lemoe.Edit], name: str, decode: Decode
 ) -> None:
     result = lemoe.evaluate(base, trained, probed, decode=decode)
     scores = recomputed(base, trained, probed, name, decode)
@@ -133,7 +134,7 @@ def test_locality_is_agreement_with_the_base_model_and_never_with_a_gold_answer(
 
 @pytest.mark.parametrize("decode", ["teacher", "greedy"])
 def test_the_batch_size_changes_no_figure(
-    base: lemoe.BaseModel, trained: lemoe.AdaptorState, probed: list[lemoe.Edit], decode: str
+    base: lemoe.BaseModel, trained: lemoe.AdaptorState, probed: list[lemoe.Edit], decode: Decode
 ) -> None:
     small, large = (lemoe.evaluate(base, trained, probed, decode=decode, batch_tokens=count) for count in (1, 100_000))
     assert small == large

@@ -12,7 +12,9 @@ from test_cli import lemoe_command
 import lemoe
 from lemoe.errors import AdaptorError, LemoeError, OutputError
 from lemoe.exporting import folder as exporting
+from lemoe.exporting.code import exported_code
 from lemoe.exporting.folder import export
+from lemoe.frozen.scale import CALIBRATION
 
 SettingsOf = Callable[..., lemoe.Settings]
 FolderOf = Callable[[str], Path]
@@ -43,7 +45,7 @@ def test_a_folder_answers_as_base_and_adaptor_do(
     lemoe.save_adaptor(lemoe.train_round(tiny(family), facts, settings()), tmp_path / "a.safetensors")
     exported = export(str(tiny_folder(family)), [tmp_path / "a.safetensors"], tmp_path / "whole")
     own = len(facts) if preset == "anchor" else 0
-    assert exported.compared == own + len(exporting.CALIBRATION)
+    assert exported.compared == own + len(CALIBRATION)
 
 
 def test_the_command_writes_a_folder_with_the_edits_that_are_not_dropped(
@@ -72,10 +74,8 @@ def test_the_command_writes_a_folder_with_the_edits_that_are_not_dropped(
 def test_what_answers_otherwise_is_not_kept(
     adaptor: Path, tiny_folder: FolderOf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    made = exporting.exported_code
-
     def wrong(config: str, model: str, method: str) -> dict[str, str]:
-        files = made(config, model, method)
+        files = exported_code(config, model, method)
         name = "experts.py"
         return {**files, name: files[name].replace("torch.matmul(inner,", "torch.matmul(inner * 1.0001,")}
 

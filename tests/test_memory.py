@@ -15,6 +15,7 @@ from lemoe.edits import Round
 from lemoe.engines import local
 from lemoe.engines.local import LocalEngine
 from lemoe.listening import Silent
+from lemoe.methods import train_round
 
 SettingsOf = Callable[..., lemoe.Settings]
 Teach = Callable[..., "editing.EditReport"]
@@ -88,7 +89,7 @@ def test_short_memory_makes_smaller_batches_and_says_so(
 def test_a_round_that_runs_out_of_memory_is_tried_again_with_smaller_batches(
     teach: Teach, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_round, sizes = local.train_round, list[int]()
+    sizes: list[int] = []
 
     def hungry(base: lemoe.BaseModel, edits: Any, settings: lemoe.Settings, *rest: Any) -> lemoe.AdaptorState:
         sizes.append(settings.batch_tokens)

@@ -17,7 +17,7 @@ import lemoe
 from lemoe.errors import InputError
 from lemoe.evaluation import EvalResult
 from lemoe.figures import ngram_entropy
-from lemoe.metrics import DEFINITIONS, MEASURES, METRICS
+from lemoe.metrics import DEFINITIONS, MEASURES, METRICS, Decode
 from lemoe.texts import read_texts
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -235,7 +235,7 @@ def test_neither_batch_size_nor_order_nor_padding_side_changes_a_figure_in_its_l
     anchored: lemoe.AdaptorState,
     probed: list[lemoe.Edit],
     method: str,
-    decode: str,
+    decode: Decode,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     state = anchored if method == "anchor" else trained

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from lemoe.tokens import Batch, encode_all
 
 Tiny = Callable[[str], lemoe.BaseModel]
 
-CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+CLOSE: dict[str, Any] = {"atol": 1e-4, "rtol": 1e-4}
 WIDE = ("gpt2", "gptj", "bloom", "falcon", "mpt")
 GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3")
 
@@ -99,8 +100,8 @@ def test_a_replay_may_start_where_the_first_expert_acts(
         for _ in range(2):  # a replay leaves nothing behind
             torch.testing.assert_close(part.replay(delta[:, start:]), expected, **CLOSE)
         few = below.freeze(Batch.of(passages, rows.tolist(), base.pad_token, base.device), start)
-        few = few.replay(delta[rows, start : start + few.output.shape[1]])
-        torch.testing.assert_close(few, expected[torch.isin(batch.target_rows, rows)], **CLOSE)
+        replayed = few.replay(delta[rows, start : start + few.output.shape[1]])
+        torch.testing.assert_close(replayed, expected[torch.isin(batch.target_rows, rows)], **CLOSE)
 
 
 class Odd(nn.Module):

@@ -1,5 +1,7 @@
 """Products with frozen weights: faster on some processors, the same everywhere."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,7 @@ import lemoe
 from lemoe import products
 from lemoe.products import fast_products, frozen_linear
 
-CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
 
 
 @pytest.fixture(params=[True, False])

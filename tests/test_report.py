@@ -3,8 +3,8 @@
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -16,6 +16,7 @@ from lemoe.adaptor import AdaptorState, RoundRecord
 from lemoe.comparison import Compared, Comparison
 from lemoe.errors import InputError, OutputError
 from lemoe.evaluation import EvalResult, Record
+from lemoe.factors import Factors, Matrix, OrderScore
 from lemoe.metrics import mean
 from lemoe.report import as_html, as_markdown, report_of, write_reports
 from lemoe.report.clusters import clusters_of
@@ -185,30 +186,26 @@ def test_a_method_without_a_gate_says_so(base: lemoe.BaseModel, trained: Adaptor
     assert "has no gate" in text_of(as_html(report))
 
 
-@dataclass(frozen=True)
-class OneOrder:
-    order: str
-    seed: int | None
-    scores: tuple[float, float | None]
+def order_score(order: str, seed: int | None, reliability: float, generality: float | None = None) -> OrderScore:
+    values = {"reliability": reliability, "generality": generality}
+    metrics = [
+        mean(name, "all", "token_accuracy", "teacher", "after", [value])
+        for name, value in values.items()
+        if value is not None
+    ]
+    return OrderScore(order, seed, tuple(metrics))
 
-    def value(self, name: str, measure: str = "token_accuracy") -> float | None:
-        return self.scores[name == "generality"]
 
-
-@dataclass(frozen=True)
-class ThreeFactors:
-    settings: Settings
-    forgetting: Sequence[Sequence[float | None]]
-    routing: Sequence[Sequence[float | None]] | None
-    orders: Sequence[OneOrder]
+def factors_of(state: AdaptorState, forgetting: Matrix, routing: Matrix | None, *orders: OrderScore) -> Factors:
+    return Factors(state.settings, (), forgetting, forgetting, routing, orders)
 
 
 def test_factors_add_forgetting_and_order(
     base: lemoe.BaseModel, state: AdaptorState, probed: list[lemoe.Edit], result: EvalResult, page: str
 ) -> None:
-    orders = (OneOrder("planned", None, (0.9, 0.5)), OneOrder("random", 7, (0.64, None)))
+    orders = (order_score("planned", None, 0.9, 0.5), order_score("random", 7, 0.64))
     matrix = ((0.875, 0.25), (None, 0.75))
-    factors = ThreeFactors(state.settings, matrix, None, orders)
+    factors = factors_of(state, matrix, None, *orders)
     text = text_of(as_html(report_of(base, state, probed, result, source="edits", factors=factors)))
     assert "0.88 0.25 0.75" in text
     assert "random, seed 7 0.640 –" in text
@@ -220,9 +217,7 @@ def test_factors_add_forgetting_and_order(
 def test_markdown_has_the_matrix_the_orders_and_the_methods_too(
     base: lemoe.BaseModel, state: AdaptorState, probed: list[lemoe.Edit], result: EvalResult, markdown: str
 ) -> None:
-    factors = ThreeFactors(
-        state.settings, ((0.875, 0.25), (None, 0.75)), None, (OneOrder("planned", None, (0.9, 0.5)),)
-    )
+    factors = factors_of(state, ((0.875, 0.25), (None, 0.75)), None, order_score("planned", None, 0.9, 0.5))
     compared = Compared(replace(state.settings, method="anchor"), 0.975, 0.9, result.metrics, 1.5, 2048.0)
     text = as_markdown(
         report_of(base, state, probed, result, source="edits", factors=factors, comparison=Comparison((), (compared,)))
@@ -239,7 +234,7 @@ def test_a_long_run_leaves_rounds_out_of_its_drawings_and_says_so(
 ) -> None:
     count = 150
     matrix = tuple(tuple(1.0 if j >= i else None for j in range(count)) for i in range(count))
-    factors = ThreeFactors(state.settings, matrix, matrix, ())
+    factors = factors_of(state, matrix, matrix)
     page = as_html(report_of(base, state, probed, result, source="edits", factors=factors))
     assert "40 of 150 rounds, evenly spread." in text_of(page)
     assert len(page.encode()) < 500_000

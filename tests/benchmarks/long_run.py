@@ -42,9 +42,9 @@ def write_edits(edits: Iterable[lemoe.Edit], path: Path) -> None:
     """The keys that the format names, one object a line."""
     with path.open("w", encoding="utf-8") as file:
         for edit in edits:
-            record = {"id": edit.id, "prompt": edit.prompt, "target": edit.target, "subject": edit.subject}
+            known = {"id": edit.id, "prompt": edit.prompt, "target": edit.target, "subject": edit.subject}
             probes = {"rephrases": edit.rephrases, "locality": edit.locality}
-            record |= {name: [asdict(probe) for probe in each] for name, each in probes.items()}
+            record = {**known, **{name: [asdict(probe) for probe in each] for name, each in probes.items()}}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 

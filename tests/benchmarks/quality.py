@@ -22,6 +22,7 @@ import torch
 
 import lemoe
 from lemoe.anchor import lessons
+from lemoe.anchor.examples import other_questions
 from lemoe.checkpoint import load_adaptor
 from lemoe.evaluation import EvalResult, Record
 
@@ -58,13 +59,11 @@ CASES = {
 def without_probes(edits: Iterable[lemoe.Edit]) -> None:
     """Keep probes out of the questions that training makes up, so that every figure is on unseen prompts."""
     probes = {probe.prompt for edit in edits for probe in (*edit.rephrases, *edit.locality, *edit.portability)}
-    make = getattr(lessons.other_questions, "__wrapped__", lessons.other_questions)
 
     def unseen(gate: Any, members: Any, place: int, count: int, rng: Any) -> list[str]:
-        return [text for text in make(gate, members, place, count + 8, rng) if text not in probes][:count]
+        return [text for text in other_questions(gate, members, place, count + 8, rng) if text not in probes][:count]
 
-    unseen.__wrapped__ = make  # type: ignore[attr-defined]
-    lessons.other_questions = unseen  # type: ignore[assignment]
+    lessons.other_questions = unseen  # type: ignore[assignment, attr-defined]  # where training takes it from
 
 
 def train(base: lemoe.BaseModel, edits: list[lemoe.Edit], settings: lemoe.Settings, folder: Path) -> dict[str, float]:
