@@ -641,7 +641,8 @@ def test_a_prompt_that_fills_the_context_is_taught_without_the_rewordings_that_d
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf
 ) -> None:
     long = lemoe.Edit("long", "Mozart " + "la " * 38 + "is", "Rome", "Mozart")
-    lemoe.train_round(base, [long, *facts[:1]], anchor(variants=6, steps=2))
+    taught = lemoe.train_round(base, [long, *facts[:1]], anchor(variants=6, steps=2))
+    assert taught.rounds[0].ids == ("long", "fact-0")
 
 
 def test_a_rephrase_that_cannot_be_trained_on_is_named(
