@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -410,6 +411,32 @@ def test_a_replacement_that_fails_keeps_the_old_file(
     with pytest.raises(OutputError):
         lemoe.save_adaptor(trained, path, overwrite=True)
     assert files_of(tmp_path) == {"a.safetensors": b"precious"}
+
+
+def test_a_file_is_whole_on_disk_before_it_takes_its_name_and_its_name_before_saving_ends(
+    trained: lemoe.AdaptorState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a power cut leaves the old file or the new one."""
+    path, done = tmp_path / "a.safetensors", list[tuple[str, object]]()
+    sync, rename = os.fsync, os.replace
+
+    def syncing(handle: int) -> None:
+        found = os.fstat(handle)
+        done.append(("folder", found.st_ino) if stat.S_ISDIR(found.st_mode) else ("file", found.st_size))
+        sync(handle)
+
+    def renaming(source: str, target: Path) -> None:
+        done.append(("renamed within", Path(source).parent))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(os, "replace", renaming)
+    lemoe.save_adaptor(trained, path)
+    assert done == [
+        ("file", path.stat().st_size),
+        ("renamed within", tmp_path),
+        ("folder", tmp_path.stat().st_ino),
+    ]
 
 
 def test_an_existing_file_is_replaced_only_when_that_is_asked_for(trained: lemoe.AdaptorState, tmp_path: Path) -> None:
