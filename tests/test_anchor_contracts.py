@@ -10,12 +10,15 @@ import torch
 from conftest import REPOSITORY
 from test_adaptor_files import with_tensors
 from test_contracts import (
+    CACHE_CHANGES,
     TOLERANCE,
+    each_cache_change,
     files_of,
     generated,
     interrupt_after,
     logits,
     padded,
+    read_on,
     step_by_step,
     weights_of,
 )
@@ -274,6 +277,44 @@ def test_beams_are_the_same_with_and_without_a_cache(tiny: Tiny, taught: Taught,
         assert torch.equal(cached, generated(base, ids, mask, **given, use_cache=False))
     assert not torch.equal(cached, plain)
     assert torch.equal(cached[-2:], plain[-2:])
+
+
+@each_cache_change
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma"])
+def test_a_row_of_a_cache_takes_its_route_along(tiny: Tiny, taught: Taught, family: str, change: str) -> None:
+    base = tiny(family)
+    answer = ids_of(base, ANSWER)
+    ids, mask = padded([ids_of(base, text) for text in (IN_SCOPE[0], OUT_OF_SCOPE[0])], base.pad_token, "left")
+    plain, _ = read_on(base, ids, mask, answer, change)
+    with lemoe.insert(base, taught(family)):
+        found, expected = read_on(base, ids, mask, answer, change)
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+    for row, source in enumerate(CACHE_CHANGES[change][1]):
+        assert torch.equal(found[row], plain[row]) == (source == 1)
+
+
+@torch.no_grad()
+def test_a_cache_that_is_cropped_forgets_what_was_read_since(base: lemoe.BaseModel, taught: Taught) -> None:
+    prompt, since, answer = (ids_of(base, text) for text in (OUT_OF_SCOPE[0], f"\n{IN_SCOPE[0]}", ANSWER))
+    plain = logits(base, torch.cat([prompt, answer], 1))[:, prompt.shape[1] :]
+    with lemoe.insert(base, taught("llama")):
+        cache = base.model(input_ids=prompt, use_cache=True).past_key_values
+        mentioned = logits(base, since, past_key_values=cache)
+        cache.crop(-since.shape[1])
+        torch.testing.assert_close(logits(base, answer, past_key_values=cache), plain, **TOLERANCE)
+    assert not torch.allclose(mentioned, logits(base, torch.cat([prompt, since], 1))[:, prompt.shape[1] :], **TOLERANCE)
+
+
+@each_family
+def test_what_stands_under_the_mask_is_never_read(tiny: Tiny, taught: Taught, family: str) -> None:
+    base = tiny(family)
+    hidden, prompt = ids_of(base, IN_SCOPE[0]), ids_of(base, OUT_OF_SCOPE[0])
+    ids, mask = torch.cat([hidden, prompt], 1), torch.cat([torch.zeros_like(hidden), torch.ones_like(prompt)], 1)
+    given = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    before, written = logits(base, ids, **given), generated(base, ids, mask)
+    with lemoe.insert(base, taught(family)):
+        assert torch.equal(logits(base, ids, **given)[mask.bool()], before[mask.bool()])
+        assert torch.equal(generated(base, ids, mask), written)
 
 
 def test_sampling_gives_the_same_tokens_with_and_without_a_cache(base: lemoe.BaseModel, taught: Taught) -> None:

@@ -69,6 +69,30 @@ def step_by_step(base: lemoe.BaseModel, prompt: Tensor, answer: Tensor) -> Tenso
     return torch.cat(parts, 1)
 
 
+CACHE_CHANGES: dict[str, tuple[Callable[[Any], None], list[int]]] = {  # and which row each row then is
+    "reordered": (lambda cache: cache.reorder_cache(torch.tensor([1, 0])), [1, 0]),
+    "of one beam": (lambda cache: cache.reorder_cache(torch.tensor([1, 1])), [1, 1]),
+    "repeated": (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1]),
+    "selected": (lambda cache: cache.batch_select_indices(torch.tensor([1])), [1]),
+}
+each_cache_change = pytest.mark.parametrize("change", CACHE_CHANGES)
+
+
+@torch.no_grad()
+def read_on(base: lemoe.BaseModel, ids: Tensor, mask: Tensor, answer: Tensor, change: str) -> tuple[Tensor, Tensor]:
+    """Logits of `answer` after the prompts `ids`: from a cache that was changed as `generate` does, and in one pass."""
+    apply, order = CACHE_CHANGES[change]
+    whole = torch.cat([ids[order], answer.expand(len(order), -1)], 1)
+    whole_mask = torch.cat([mask[order], torch.ones_like(whole[:, ids.shape[1] :])], 1)
+    first, places = (((each.cumsum(1) - 1).clamp(min=0)) for each in (mask, whole_mask))
+    cache = base.model(input_ids=ids, attention_mask=mask, position_ids=first, use_cache=True).past_key_values
+    apply(cache)
+    rest = slice(ids.shape[1], None)
+    given = {"attention_mask": whole_mask, "position_ids": places[:, rest], "past_key_values": cache}
+    expected = logits(base, whole, attention_mask=whole_mask, position_ids=places)[:, rest]
+    return logits(base, whole[:, rest], **given), expected
+
+
 def padded(rows: Sequence[Tensor], pad: int, side: str) -> tuple[Tensor, Tensor]:
     width = max(row.shape[1] for row in rows)
     ids, mask = torch.full((len(rows), width), pad), torch.zeros((len(rows), width), dtype=torch.long)
@@ -250,6 +274,17 @@ def test_beam_search_gives_the_same_beams_with_and_without_a_cache(tiny: Tiny, e
     with lemoe.insert(base, edited(family)):
         cached = generated(base, ids, mask, num_beams=3, num_return_sequences=2, use_cache=True)
         assert torch.equal(cached, generated(base, ids, mask, num_beams=3, num_return_sequences=2, use_cache=False))
+
+
+@each_cache_change
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_a_row_of_a_cache_takes_its_route_along(tiny: Tiny, edited: Edited, family: str, change: str) -> None:
+    base, state = tiny(family), edited(family)
+    ids, mask = padded(prompts(base), base.pad_token, "left")
+    with lemoe.insert(base, state) as adaptor, adaptor.prompts(ids.shape[1]):
+        assert len({adaptor.router.explain([row[0].tolist()])[0].expert for row in prompts(base)}) == 2
+        found, expected = read_on(base, ids, mask, torch.tensor([[40, 41, 42]]), change)
+    torch.testing.assert_close(found, expected, **TOLERANCE)
 
 
 def test_sampling_gives_the_same_tokens_with_and_without_a_cache(tiny: Tiny, edited: Edited) -> None:
