@@ -293,12 +293,12 @@ def test_a_row_of_a_cache_takes_its_route_along(tiny: Tiny, taught: Taught, fami
         assert torch.equal(found[row], plain[row]) == (source == 1)
 
 
-@torch.no_grad()
 def test_a_cache_that_is_cropped_forgets_what_was_read_since(base: lemoe.BaseModel, taught: Taught) -> None:
     prompt, since, answer = (ids_of(base, text) for text in (OUT_OF_SCOPE[0], f"\n{IN_SCOPE[0]}", ANSWER))
     plain = logits(base, torch.cat([prompt, answer], 1))[:, prompt.shape[1] :]
     with lemoe.insert(base, taught("llama")):
-        cache = base.model(input_ids=prompt, use_cache=True).past_key_values
+        with torch.no_grad():
+            cache = base.model(input_ids=prompt, use_cache=True).past_key_values
         mentioned = logits(base, since, past_key_values=cache)
         cache.crop(-since.shape[1])
         torch.testing.assert_close(logits(base, answer, past_key_values=cache), plain, **TOLERANCE)

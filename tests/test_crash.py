@@ -93,7 +93,7 @@ def test_a_run_that_is_told_to_stop_says_how_to_go_on(
         preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # which a shell's background jobs ignore
     )
     rounds = tmp_path / "edits.lemoe" / "rounds"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while run.poll() is None and not list(rounds.glob("[0-9]*")) and time.monotonic() < deadline:
         time.sleep(0.05)
     run.send_signal(number)

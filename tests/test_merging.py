@@ -9,6 +9,7 @@ import torch
 
 import lemoe
 from lemoe.checkpoint import AdaptorFile
+from lemoe.edits import digest_of
 from lemoe.errors import AdaptorError, InputError, OutputError
 from lemoe.merging import merge
 
@@ -60,6 +61,8 @@ def test_a_dropped_edit_was_never_there_and_its_prompt_has_the_bases_answer_agai
     assert state.router == whole.router.select(kept)
     assert [record.ids for record in state.rounds] == [("fact-0", "fact-1"), ("fact-3",), ("fact-4", "fact-5")]
     assert state.rounds[1].dropped == (facts[2].digest,)
+    assert state.rounds[1].edits == (facts[3].digest,)
+    assert state.rounds[1].edits_sha256 == digest_of([facts[3]])
     ids = torch.tensor([base.tokenizer(facts[2].prompt).input_ids])
     expected = base.model(ids).logits
     with lemoe.insert(base, whole):
@@ -83,6 +86,17 @@ def test_dropping_the_latest_edit_lets_the_one_before_answer_again(
     assert merge([files[0], tmp_path / "newer"], None).state.replaced
     undone = merged_bytes([files[0], tmp_path / "newer"], tmp_path / "undone", drop=["newer"])
     assert undone == files[0].read_bytes()
+
+
+def test_a_dropped_edit_is_no_more_among_those_that_missed_their_target(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, tmp_path: Path
+) -> None:
+    state = lemoe.train_round(base, facts[:2], anchor(loss_target=0.0, steps=3, retries=0))
+    lemoe.save_adaptor(state, tmp_path / "both")
+    (record,) = merge([tmp_path / "both"], None, drop=["fact-0"]).state.rounds
+    assert state.rounds[0].missed == ("fact-0", "fact-1")
+    assert record.missed == ("fact-1",)
+    assert record.routed <= 1
 
 
 @pytest.mark.parametrize(
