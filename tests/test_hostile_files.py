@@ -15,8 +15,8 @@ from test_cli import refused
 from torch import Tensor
 
 import lemoe
-from lemoe.checkpoint import METADATA_KEY
 from lemoe.errors import AdaptorError
+from lemoe.header import METADATA_KEY
 from lemoe.tensorfile import Entry, write_tensors
 
 Metadata = dict[str, Any]
