@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lemoe_cli.options import FILE, force_option, model_options_without_dtype, quiet_option
+from lemoe_cli.options import FILE, check_inputs, force_option, model_options_without_dtype, quiet_option
 
 if TYPE_CHECKING:
     from lemoe.exporting.folder import Exported
@@ -71,20 +71,23 @@ def command(
     With --export the result is a complete folder that transformers loads with trust_remote_code=True and without
     lemoe: `lemoe merge MODEL A B --export DIR`.
     """
-    from lemoe.merging import merge, read_merged
-
     if export is not None:
         if compact or output is not None or dry_run:
             raise click.UsageError("--export writes a folder of its own; leave out --compact, --output and --dry-run")
         if len(adaptors) < 2 or options["model"]:
             raise click.UsageError("--export takes the base model in front of the adaptors: lemoe merge MODEL A ...")
+        check_inputs(adaptors[1:], {**options, "model": str(adaptors[0])})
         _export(adaptors, export, on_conflict, drop, dtype, options, force=force, quiet=quiet)
         return
     if compact != bool(options["model"]):
         raise click.UsageError("--compact and --model need each other")
     if output is None and not dry_run:
         raise click.UsageError("give the result's file with --output, or --dry-run to see what it would hold")
+    check_inputs(adaptors, options)
     target = None if dry_run else output
+
+    from lemoe.merging import merge, read_merged
+
     if compact:
         from lemoe_cli.compaction import compacted
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lemoe_cli.options import FILE, model_options_if_any, open_base
+from lemoe_cli.options import FILE, check_inputs, model_options_if_any, open_base
 
 if TYPE_CHECKING:
     from lemoe.inspection import Inspection
@@ -27,6 +27,8 @@ def command(adaptor: Path, verify: bool, as_json: bool, list_edits: bool, **opti
 
     ADAPTOR is an adaptor file or the folder of a run. Hashes are shortened; --json has them whole.
     """
+    check_inputs([adaptor], options)
+
     from lemoe.inspection import inspect_adaptor
     from lemoe.inspection import verify as check
 
