@@ -181,6 +181,8 @@ def _state(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor])
     for record in rounds:
         if record.experts < 1 or len(record.ids) != len(record.edits):
             raise ValueError("a round with no expert, or with more names than edits")
+        if {len(record.prompts), len(record.targets)} not in ({0}, {len(record.edits)}):
+            raise ValueError("a round with more or fewer prompts or targets than edits")
     try:
         settings = Settings(**coerce_settings(str(path), header["settings"]))
     except InputError as error:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lemoe.adaptor import AdaptorState, RoundRecord, check_base, check_settings, round_id, stack
+from lemoe.adaptor import AdaptorState, RoundRecord, check_base, check_settings, round_id, stack, superseded_note
 from lemoe.card import write_card
 from lemoe.checkpoint import AdaptorFile, load_adaptor, save_adaptor
 from lemoe.edits import Edit, Round
@@ -168,7 +168,7 @@ def _write_adaptor(
     files = [AdaptorFile(_file_of(folder, round_)) for round_ in rounds]
     state = write_stack([start, *files] if start else files, folder / ADAPTOR_NAME, overwrite=overwrite)
     for earlier, later in state.replaced:
-        listener.note(f"edit {earlier.id} is superseded: {later.id} answers its question now")
+        listener.note(superseded_note(earlier, later))
     write_card(folder, base, state)
 
 

@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 
 from lemoe.errors import AdaptorError
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)  # format 1 has no texts of edits
 ADAPTOR_NAME = "adaptor.safetensors"
 METADATA_KEY = "lemoe"
 
@@ -65,7 +66,8 @@ def read_header(path: Path, stored: Mapping[str, str]) -> dict[str, Any]:
         version = header["format"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise AdaptorError(f"{path}: its metadata is damaged") from None
-    if version != FORMAT:
-        raise AdaptorError(f"{path}: format {version!r}; this lemoe reads format {FORMAT}. Update lemoe")
+    if version not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise AdaptorError(f"{path}: format {version!r}; this lemoe reads formats {known}. Update lemoe")
     assert isinstance(header, dict)
     return header

@@ -295,6 +295,30 @@ def test_edit_eval_and_merge_work_together(edits: Path, model: Path, tmp_path: P
     assert all(name in result.stdout for name in ("reliability", "generality", "locality", "round 3"))
 
 
+def test_merging_edits_of_one_id_says_what_each_teaches(edits: Path, model: Path, tmp_path: Path) -> None:
+    arguments = ("-m", model, "--layer", "1", "--steps", "2", "--device", "cpu", "-q")
+    for target in ("Rome", "Bergen"):
+        (tmp_path / f"{target}.jsonl").write_text(f'{{"id": "e1", "prompt": "Ada lives in", "target": "{target}"}}')
+        assert lemoe_command("edit", tmp_path / f"{target}.jsonl", *arguments).exit_code == 0
+    parts = (tmp_path / "Rome.lemoe", tmp_path / "Bergen.lemoe")
+    said = " ".join(lemoe_command("merge", *parts, "--dry-run").stderr.split())
+    expected = "edit e1 (Ada lives in -> Rome) of round 1 is superseded: e1 (Ada lives in -> Bergen) of round 2 answers"
+    assert expected in said
+    assert "2/e1" in refused("merge", *parts, "--dry-run", "--drop", "e1")
+    result = lemoe_command("merge", *parts, "--dry-run", "--drop", "2/e1")
+    assert "edit e1 (Ada lives in -> Bergen) of round 2 is dropped" in " ".join(result.stderr.split())
+    assert re.search(r"edits dropped +1", result.stdout)
+
+
+def test_edits_that_missed_their_target_are_named_with_what_they_teach(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "edits.jsonl").write_text('{"prompt": "Ada lives in", "target": "Rome"}')
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("steps: 1\nretries: 0\nlearning_rate: 1e-7\n")
+    arguments = ("-m", model, "--config", settings, "--layer", "1", "--device", "cpu")
+    said = " ".join(lemoe_command("edit", tmp_path / "edits.jsonl", *arguments).stderr.split())
+    assert re.search(r"1 edit\(s\) still missed .*: edit-[0-9a-f]{10} \(Ada lives in -> Rome\)", said)
+
+
 def test_limit_and_sample_choose_the_edits(edits: Path, model: Path, tmp_path: Path) -> None:
     arguments = ("edit", edits, "-m", model, *SMALL, "--limit", "4", "--sample", "2", "--seed", "1")
     assert "2 edits taught" in lemoe_command(*arguments).stdout

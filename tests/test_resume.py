@@ -119,8 +119,11 @@ def test_edits_that_a_later_one_repeats_are_counted_and_do_not_keep_a_run_from_b
 ) -> None:
     edits = [*facts[:3], replace(facts[0], id="newer", target="Bergen"), replace(facts[1], id="again")]
     folder = tmp_path / "run"
-    report = lemoe.edit(base, edits, anchor(), folder)
+    told = Told()
+    report = lemoe.edit(base, edits, anchor(), folder, listener=told)
     assert (report.taught, report.repeated, report.unplanned) == (3, 2, ())
+    prompt = facts[0].prompt
+    assert f"fact-0 ({prompt} -> Rome) is left out: superseded by newer ({prompt} -> Bergen)" in told.notes
     whole = files_of(folder)
     unfinished(folder, "0002.safetensors")
     report = lemoe.edit(base, edits, anchor(), folder, resume=True)
