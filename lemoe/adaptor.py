@@ -3,11 +3,11 @@
 import hashlib
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from lemoe.edits import Edit, digest_of, digest_over
+from lemoe.edits import Edit, digest_of, digest_over, edit_label
 from lemoe.equality import TensorEquality
 from lemoe.errors import AdaptorError
 from lemoe.experts import Experts
@@ -21,10 +21,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Taught:
-    """An edit that an expert holds: its name, and the digest of what it teaches."""
+    """An edit that an expert holds: its name, and the digest of what it teaches.
+
+    Attributes:
+        prompt, target: its text; empty where the round's record has none.
+        round: number, in its stack, of the round that holds it, from 1; 0 outside of a stack.
+    """
 
     id: str
     digest: str
+    prompt: str = field(default="", compare=False)
+    target: str = field(default="", compare=False)
+    round: int = field(default=0, compare=False)
+
+    @property
+    def label(self) -> str:
+        """Its name with what it teaches, for messages; with its digest where its text is not known."""
+        if not self.prompt:
+            return f"{self.id} (digest {self.digest[:12]})"
+        return edit_label(self.id, self.prompt, self.target)
 
 
 @dataclass(frozen=True)
@@ -50,6 +65,8 @@ class RoundRecord:
         dropped: digests, sorted, of edits that it was trained on too and that were taken out since.
         base_differences: how the model that it was trained on differed from the adaptor's base, if that was allowed.
         compacted_from: id of the round whose experts were merged into these; None for a round as it was trained.
+        prompts, targets: the text of each edit, where its file discloses it in any case; else, and in files of format
+            1, empty.
     """
 
     id: str
@@ -69,6 +86,8 @@ class RoundRecord:
     dropped: tuple[str, ...] = ()
     base_differences: tuple[str, ...] = ()
     compacted_from: str | None = None
+    prompts: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
 
     @property
     def of_each(self) -> bool:
@@ -83,7 +102,13 @@ class RoundRecord:
     @property
     def taught(self) -> list[tuple[Taught, ...]]:
         """The edits that each expert holds."""
-        edits = [Taught(name, digest) for name, digest in zip(self.ids, self.edits, strict=True)]
+        return self.taught_as(0)
+
+    def taught_as(self, number: int) -> list[tuple[Taught, ...]]:
+        """The edits that each expert holds, in the round of this number."""
+        prompts, targets = (texts or ("",) * len(self.edits) for texts in (self.prompts, self.targets))
+        told = zip(self.ids, self.edits, prompts, targets, strict=True)
+        edits = [Taught(*each, round=number) for each in told]
         return [tuple(edits[place] for place in part) for part in self.parts]
 
     @property
@@ -93,9 +118,12 @@ class RoundRecord:
 
     def without(self, experts: Collection[int]) -> "RoundRecord":
         """The record without its experts at these places and the edits that they hold."""
-        gone = [place for expert, part in enumerate(self.parts) if expert in experts for place in part]
+        gone = {place for expert, part in enumerate(self.parts) if expert in experts for place in part}
         kept = [place for place in range(len(self.edits)) if place not in gone]
         ids, edits = tuple(self.ids[place] for place in kept), tuple(self.edits[place] for place in kept)
+        prompts, targets = (
+            tuple(texts[place] for place in kept) if texts else () for texts in (self.prompts, self.targets)
+        )
         return replace(
             self,
             experts=self.experts - len(experts),
@@ -105,6 +133,8 @@ class RoundRecord:
             missed=None if self.missed is None else tuple(name for name in self.missed if name in ids),
             routed=min(self.routed, len(kept)),
             dropped=tuple(sorted({*self.dropped, *(self.edits[place] for place in gone)})),
+            prompts=prompts,
+            targets=targets,
         )
 
 
@@ -141,14 +171,22 @@ class AdaptorState(TensorEquality):
     @property
     def edits(self) -> list[Taught]:
         """All edits, in the order of the experts that hold them; an edit's place is its number."""
-        return [edit for record in self.rounds for edits in record.taught for edit in edits]
+        return [edit for edits in self._by_part for edit in edits]
+
+    @property
+    def _by_part(self) -> list[tuple[Taught, ...]]:
+        """The edits of each part of each round."""
+        return [edits for number, record in enumerate(self.rounds, 1) for edits in record.taught_as(number)]
 
     @property
     def taught(self) -> list[tuple[Taught, ...]]:
         """The edits that each expert holds."""
         if not self.router.shared:
-            return [edits for record in self.rounds for edits in record.taught]
-        together = [(record, tuple(edit for part in record.taught for edit in part)) for record in self.rounds]
+            return self._by_part
+        together = [
+            (record, tuple(edit for part in record.taught_as(number) for edit in part))
+            for number, record in enumerate(self.rounds, 1)
+        ]
         return [edits for record, edits in together for _ in range(record.experts)]
 
     def holders(self, numbers: Collection[int]) -> list[int]:
@@ -160,7 +198,7 @@ class AdaptorState(TensorEquality):
         owners = [(expert, edits) for expert, edits in enumerate(self.taught) for _ in edits]
         for number in numbers:
             if others := len(owners[number][1]) - 1:
-                name = self.edits[number].id
+                name = self.edits[number].label
                 raise AdaptorError(f"edit {name} shares an expert with {others} other edits; drop the whole round")
         return [owners[number][0] for number in numbers]
 
@@ -223,6 +261,14 @@ class AdaptorState(TensorEquality):
             raise AdaptorError(f"trained beside a round that would go: {', '.join(orphans)}; drop these too")
         experts_kept, router = self.experts.select(kept), self.router.select(kept)
         return replace(self, rounds=tuple(records), experts=experts_kept, router=router)
+
+
+def superseded_note(earlier: Taught, later: Taught) -> str:
+    """What is said of an edit that a later one supersedes; both may have one id."""
+    return (
+        f"edit {earlier.label} of round {earlier.round} is superseded: "
+        f"{later.label} of round {later.round} answers its question now"
+    )
 
 
 def stack(states: Sequence[AdaptorState]) -> AdaptorState:

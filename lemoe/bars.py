@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from lemoe.edits import Edit
 from lemoe.errors import InputError
-from lemoe.evaluation import probes_of, tempts
 from lemoe.metrics import DEFINITIONS, MEASURES, Decode, Direction, Metric
 
 GRAMMAR = "METRIC[/KIND][:MEASURE]=NUMBER"
@@ -139,6 +138,8 @@ def check_kinds(bars: Iterable[Bar], edits: Sequence[Edit], rounds: int = 0) -> 
 
 
 def _kinds(edits: Sequence[Edit]) -> dict[str, set[str]]:
+    from lemoe.evaluation import probes_of, tempts  # loads torch, which reading bars does not need
+
     kinds: dict[str, set[str]] = {name: set() for name in DEFINITIONS}
     kinds["fluency"], kinds["collapse"] = {"all"}, {"all"}
     for edit in edits:

@@ -3,7 +3,6 @@
 All metadata is sorted JSON under one key, so that equal states give equal files, byte for byte.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, replace
@@ -12,7 +11,6 @@ from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lemoe import __version__
@@ -20,14 +18,12 @@ from lemoe.adaptor import AdaptorState, RoundRecord
 from lemoe.errors import AdaptorError, InputError
 from lemoe.experts import Experts
 from lemoe.fingerprint import Fingerprint
+from lemoe.header import FORMAT, METADATA_KEY, adaptor_path, opened_adaptor, read_header
 from lemoe.routers import ROUTERS
 from lemoe.routing import offsets_hold
 from lemoe.settings import Settings, coerce_settings
 from lemoe.tensorfile import Entry, is_as_written, stored_tensors, write_tensors
 
-FORMAT = 1
-ADAPTOR_NAME = "adaptor.safetensors"
-METADATA_KEY = "lemoe"
 MATRICES = ("experts.up", "experts.down", "experts.gate")
 
 Record = TypeVar("Record", Fingerprint, RoundRecord)
@@ -82,9 +78,9 @@ class AdaptorFile:
             AdaptorError: if the file is missing, truncated, of another kind or version, or if any tensor is missing,
                 unexpected, or of the wrong shape or type; all such tensors are listed.
         """
-        self.path = _file_of(path)
-        with _opened(self.path) as file:
-            header = _header(self.path, file.metadata() or {})
+        self.path = adaptor_path(path)
+        with opened_adaptor(self.path, "pt") as file:
+            header = read_header(self.path, file.metadata() or {})
             self.tool = str(header.get("tool", "unknown"))
             names = list(file.keys())
             tensors = {name: _shape_only(file, name) if name in MATRICES else _read(file, name) for name in names}
@@ -143,21 +139,6 @@ def load_adaptor(path: Path | str) -> AdaptorState:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    if path.exists() and not path.is_file():
-        raise AdaptorError(f"{path}: not a file")  # a pipe or a device would never end
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            yield file
-    except FileNotFoundError:
-        raise AdaptorError(f"{path}: no such file") from None
-    except OSError as error:
-        raise AdaptorError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except SafetensorError as error:
-        raise AdaptorError(f"{path}: not a whole safetensors file ({error}); copy or train it again") from None
-
-
-@contextmanager
 def _damage(path: Path) -> Iterator[None]:
     """Take what goes wrong while reading metadata for damage of the file."""
     try:
@@ -175,26 +156,6 @@ def _shape_only(file: Any, name: str) -> Tensor:
 def _read(file: Any, name: str) -> Tensor:
     tensor: Tensor = file.get_tensor(name).clone()
     return tensor
-
-
-def _file_of(path: Path | str) -> Path:
-    """The adaptor file itself, or the one in a run's folder."""
-    path = Path(path)
-    return path / ADAPTOR_NAME if path.is_dir() else path
-
-
-def _header(path: Path, stored: Mapping[str, str]) -> dict[str, Any]:
-    if METADATA_KEY not in stored:
-        raise AdaptorError(f"{path}: a safetensors file, but not a lemoe adaptor (no `{METADATA_KEY}` in its metadata)")
-    try:
-        header = json.loads(stored[METADATA_KEY])
-        version = header["format"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise AdaptorError(f"{path}: its metadata is damaged") from None
-    if version != FORMAT:
-        raise AdaptorError(f"{path}: format {version!r}; this lemoe reads format {FORMAT}. Update lemoe")
-    assert isinstance(header, dict)
-    return header
 
 
 def _small(state: AdaptorState) -> dict[str, Tensor]:
@@ -220,6 +181,8 @@ def _state(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor])
     for record in rounds:
         if record.experts < 1 or len(record.ids) != len(record.edits):
             raise ValueError("a round with no expert, or with more names than edits")
+        if {len(record.prompts), len(record.targets)} not in ({0}, {len(record.edits)}):
+            raise ValueError("a round with more or fewer prompts or targets than edits")
     try:
         settings = Settings(**coerce_settings(str(path), header["settings"]))
     except InputError as error:

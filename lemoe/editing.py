@@ -1,11 +1,11 @@
 """The main job: plan, train one expert a round, and leave files that people can keep.
 
-A run's folder holds `plan.yaml`, one state a round under `rounds/`, each written as soon as the round is done,
-`adaptor.safetensors`, the stack of all rounds and of the adaptor that the run started from, and its card, `README.md`.
+A run's folder holds what it was started for, `run.yaml`, its plan, `plan.yaml`, one state a round under `rounds/`, each
+written as soon as the round is done, `adaptor.safetensors`, the stack of all rounds and of the adaptor that the run
+started from, and its card, `README.md`.
 """
 
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,27 +15,28 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lemoe.adaptor import AdaptorState, RoundRecord, check_base, check_settings, round_id, stack
+from lemoe.adaptor import AdaptorState, RoundRecord, check_base, check_settings, round_id, stack, superseded_note
 from lemoe.card import write_card
-from lemoe.checkpoint import ADAPTOR_NAME, AdaptorFile, load_adaptor, save_adaptor
+from lemoe.checkpoint import AdaptorFile, load_adaptor, save_adaptor
 from lemoe.edits import Edit, Round
 from lemoe.engines import Engine
 from lemoe.engines.local import LocalEngine
 from lemoe.errors import AdaptorError, InputError, LemoeError, OutputError
 from lemoe.evaluation import evaluate
-from lemoe.files import remove_scratch, write_whole
+from lemoe.files import remove_scratch
+from lemoe.header import ADAPTOR_NAME
 from lemoe.listening import Listener, Silent
 from lemoe.memory import fitting_tokens, free_memory
 from lemoe.merging import write_stack
 from lemoe.methods import check_adds_experts, parent_of, rounds_depend
 from lemoe.models import BaseModel
-from lemoe.planning import load_plan, plan, rounds_of, save_plan
+from lemoe.resuming import check_finished_rounds
+from lemoe.runfolder import ROUNDS_NAME, check_places, resumed_places
+from lemoe.runplan import BegunRun, RunPlan, begun_run, followed_plan, fresh_plan, new_edits, write_beginning
 from lemoe.settings import Settings
 from lemoe.structure import FFNSite
 from lemoe.training import encode_edits
 
-PLAN_NAME = "plan.yaml"
-ROUNDS_NAME = "rounds"
 LOCK_NAME = ".lock"
 DIGITS = 4  # of a round's number in its file's name, unless the plan has more rounds
 EXPERT_CACHE = 256 << 20  # bytes of experts that are kept in memory while a run's edits are asked in the end
@@ -49,6 +50,9 @@ class EditReport:
         path, size: of the stacked adaptor's file, bytes.
         rounds: how many it holds.
         taught: the edits that are in the new rounds.
+        known: how many edits were left out because the adaptor to continue holds them already.
+        repeated: how many, because a later one repeats or supersedes them.
+        unplanned: names of those that were, because the plan does not name them.
         reliability_before, reliability_after: share of their target tokens that the model predicts.
         exact_before, exact_after: share of them whose whole target it predicts.
         seconds: for training.
@@ -60,6 +64,9 @@ class EditReport:
     size: int
     rounds: int
     taught: int
+    known: int
+    repeated: int
+    unplanned: tuple[str, ...]
     reliability_before: float
     reliability_after: float
     exact_before: float
@@ -94,22 +101,24 @@ def edit(
 
     Args:
         source: name of the edits file, for the plan.
-        plan_file: rounds to follow; planned afresh if None.
+        plan_file: rounds to follow; planned afresh if None. Edits that it does not name are left out and counted.
         places: train only the rounds at these places of the plan file, from 0; the adaptors of all places, stacked in
             their order, are the adaptor of one run.
         start: an earlier adaptor to continue; its experts stay as they are, and edits it holds are left out.
         force: write into a folder that holds an earlier run, replacing its files.
-        resume: keep the rounds that an unfinished run of the same edits and settings left in `folder`.
+        resume: keep the rounds that an unfinished run of the same edits and settings left in `folder`, and go on with
+            its plan and its places unless they are given; edits that came since are refused unless `plan_file` is.
         allow_base_mismatch: continue `start` on a base that it was not made for; the new rounds record how it differs.
         engine: what trains the rounds; this process if None.
 
     Raises:
-        InputError: for edits or a plan that cannot be used, or places that cannot be trained by themselves.
+        InputError: for edits or a plan that cannot be used, or places that cannot be trained by themselves; or if the
+            run to resume was started for other edits, places or another adaptor.
         AdaptorError: if `start` belongs to another base model.
-        OutputError: if the folder holds an earlier run, or another is at work in it, or it cannot be written.
+        OutputError: if the folder holds an earlier run, or another is at work in it, or it cannot be written; or if
+            finished rounds of the run to resume are of other settings or another base.
     """
     check_adds_experts(settings)
-    check_places(places, settings, planned=plan_file is not None)
     engine, listener = engine or LocalEngine(), listener or Silent()
     check_engine(engine, settings)
     folder = Path(folder)
@@ -121,13 +130,19 @@ def edit(
     site = base.site(layer, settings.layer_path)
     with _locked(folder):
         encode_edits(base, edits)
-        if resume and plan_file is None and (folder / PLAN_NAME).exists():
-            plan_file = folder / PLAN_NAME
-        new = _not_yet_taught(edits, start, listener)
-        if plan_file is not None:
-            rounds = _follow(plan_file, places, edits, new, folder, overwrite=force or resume)
+        begun = begun_run(folder, start) if resume else BegunRun(None, None)
+        places = resumed_places(folder, begun.run, places)
+        check_places(places, settings, planned=plan_file is not None or begun.plan is not None)
+        new = new_edits(edits, start, listener)
+        if plan_file is not None or begun.plan is not None:
+            chosen = followed_plan(plan_file, begun, places, edits, new, start, listener)
         else:
-            rounds = _plan(base, new, settings, folder, source, listener, overwrite=force or resume)
+            chosen = fresh_plan(base, new, settings, source, start, listener)
+        rounds = chosen.rounds
+        if resume:
+            finished = [(_file_of(folder, round_), round_.edits) for round_ in rounds]
+            check_finished_rounds(base, finished, settings, layer, start)
+        write_beginning(folder, chosen, overwrite=force or resume)
         listener.planned(len(rounds), sum(len(round_.edits) for round_ in rounds))
         settings = _fitting(base, site, settings, listener)
         began = time.monotonic()
@@ -136,7 +151,8 @@ def edit(
         _write_adaptor(base, rounds, folder, start, listener, overwrite=force or resume)
         if force:
             _remove_leftovers(folder, rounds)
-        return _report(base, folder / ADAPTOR_NAME, rounds, records, settings, seconds, listener)
+        known = len(edits) - len(new)
+        return _report(base, folder / ADAPTOR_NAME, chosen, known, records, settings, seconds, listener)
 
 
 def _write_adaptor(
@@ -152,21 +168,22 @@ def _write_adaptor(
     files = [AdaptorFile(_file_of(folder, round_)) for round_ in rounds]
     state = write_stack([start, *files] if start else files, folder / ADAPTOR_NAME, overwrite=overwrite)
     for earlier, later in state.replaced:
-        listener.note(f"edit {earlier.id} is superseded: {later.id} answers its question now")
+        listener.note(superseded_note(earlier, later))
     write_card(folder, base, state)
 
 
 def _report(
     base: BaseModel,
     path: Path,
-    rounds: Sequence[Round],
+    chosen: RunPlan,
+    known: int,
     records: Sequence[RoundRecord],
     settings: Settings,
     seconds: float,
     listener: Listener,
 ) -> EditReport:
     """What the rounds, with their `records`, have taught the adaptor at `path`."""
-    taught = [edit for round_ in rounds for edit in round_.edits]
+    taught = [edit for round_ in chosen.rounds for edit in round_.edits]
     adaptor = AdaptorFile(path)
     measured = evaluate(
         base,
@@ -183,6 +200,9 @@ def _report(
         size=path.stat().st_size,
         rounds=len(adaptor.state.rounds),
         taught=len(taught),
+        known=known,
+        repeated=chosen.repeated,
+        unplanned=tuple(edit.id for edit in chosen.unplanned),
         reliability_before=measured.value("reliability", stage="before"),
         reliability_after=measured.value("reliability"),
         exact_before=measured.value("reliability", "exact_match", stage="before"),
@@ -190,7 +210,7 @@ def _report(
         seconds=seconds,
         unreached=tuple(
             round_.number
-            for round_, record in zip(rounds, records, strict=True)
+            for round_, record in zip(chosen.rounds, records, strict=True)
             if not record.loss < settings.loss_target
         ),
         missed=tuple(name for record in records for name in record.missed or ()),
@@ -229,44 +249,6 @@ def _fitting(base: BaseModel, site: FFNSite, settings: Settings, listener: Liste
     return replace(settings, batch_tokens=tokens)
 
 
-def check_folder(folder: Path, *, force: bool = False, resume: bool = False) -> None:
-    """Refuse early, before anything is computed, a folder that holds an earlier run.
-
-    Raises:
-        OutputError: saying how to go on.
-    """
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise OutputError(f"{folder} exists and is not a folder; give another one with -o")
-    if force or resume:
-        return
-    if os.path.lexists(folder / ADAPTOR_NAME):
-        raise OutputError(f"{folder} holds a finished run; give another folder with -o, or --force to replace it")
-    if os.path.lexists(folder / PLAN_NAME):
-        raise OutputError(
-            f"{folder} holds an unfinished run; --resume goes on from its finished rounds, --force starts anew"
-        )
-
-
-def check_places(places: range | None, settings: Settings, *, planned: bool) -> None:
-    """Refuse early, before anything is computed, rounds that cannot be trained by themselves.
-
-    Args:
-        planned: whether there is a plan file, which says what each place holds.
-
-    Raises:
-        InputError: saying what can be.
-    """
-    if places is None:
-        return
-    if not planned:
-        raise InputError("--rounds needs --plan, so that each part follows the same plan; lemoe plan writes one")
-    if places.start and rounds_depend(settings):
-        raise InputError(
-            f"--rounds must start at 0 with preset {settings.method}: each of its rounds is trained beside those "
-            "before it; rounds that --from holds already are left out"
-        )
-
-
 def check_engine(engine: Engine, settings: Settings) -> None:
     """Refuse early to train rounds at once that depend on each other.
 
@@ -283,62 +265,6 @@ def _remove_leftovers(folder: Path, rounds: Sequence[Round]) -> None:
     for path in (folder / ROUNDS_NAME).glob("[0-9]*.safetensors"):
         if path.stem.isdigit() and int(path.stem) not in numbers:
             path.unlink()
-
-
-def _not_yet_taught(edits: Sequence[Edit], start: AdaptorState | None, listener: Listener) -> list[Edit]:
-    known = start.answering if start else frozenset()
-    new = [edit for edit in edits if edit.digest not in known]
-    if not new:
-        raise InputError(f"all {len(edits)} edits are already in the adaptor to continue; there is nothing to teach")
-    if len(new) < len(edits):
-        listener.note(f"{len(edits) - len(new)} edits are already in the adaptor and are left out")
-    return new
-
-
-def _follow(
-    plan_file: Path | str,
-    places: range | None,
-    edits: Sequence[Edit],
-    new: Sequence[Edit],
-    folder: Path,
-    *,
-    overwrite: bool,
-) -> list[Round]:
-    """The rounds at these places of a plan file, without the edits that are taught already."""
-    planned = load_plan(plan_file, edits)
-    if places is None:
-        places = range(len(planned))
-    if not 0 <= places.start < places.stop <= len(planned):
-        wanted_rounds = f"--rounds {places.start}-{places.stop - 1}"
-        raise InputError(f"{plan_file}: {wanted_rounds} is not in it: it has rounds 0 to {len(planned) - 1}")
-    wanted = {edit.id for edit in new}
-    rounds = [Round(n + 1, len(planned), [edit for edit in planned[n] if edit.id in wanted]) for n in places]
-    rounds = [round_ for round_ in rounds if round_.edits]
-    if not rounds:
-        raise InputError(f"{plan_file}: these rounds are already in the adaptor; there is nothing to teach")
-    content = Path(plan_file).read_bytes()
-    if not (folder / PLAN_NAME).exists() or (folder / PLAN_NAME).read_bytes() != content:
-        write_whole(folder / PLAN_NAME, content, overwrite=overwrite)
-    return rounds
-
-
-def _plan(
-    base: BaseModel,
-    edits: Sequence[Edit],
-    settings: Settings,
-    folder: Path,
-    source: str,
-    listener: Listener,
-    *,
-    overwrite: bool,
-) -> list[Round]:
-    planned = plan(base, edits, settings)
-    for conflict in planned.conflicts:
-        if conflict.relation != "contradiction":
-            listener.note(f"{conflict.earlier} is left out: {conflict.relation} by {conflict.later}")
-    write_whole(folder / PLAN_NAME, save_plan(planned, edits, source).encode(), overwrite=overwrite)
-    rounds = rounds_of(planned, edits)
-    return [Round(number, len(rounds), members) for number, members in enumerate(rounds, 1)]
 
 
 def _train_rounds(

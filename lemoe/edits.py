@@ -13,6 +13,9 @@ from typing import Any
 from lemoe.errors import InputError
 from lemoe.formats import Problem, canonical, unfolded
 
+BRIEF = 80  # characters of a prompt or a target in a message
+NAMED = 5  # edits in a message
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -44,6 +47,16 @@ class Edit:
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
+    def fact(self) -> str:
+        """What it teaches, as plans write it."""
+        return f"{self.prompt} -> {self.target}"
+
+    @property
+    def label(self) -> str:
+        """Its id with what it teaches, for messages."""
+        return edit_label(self.id, self.prompt, self.target)
+
+    @property
     def digest(self) -> str:
         """SHA-256 of what the edit teaches: prompt, target and subject, not its probes."""
         text = json.dumps([self.prompt, self.target, self.subject], ensure_ascii=False)
@@ -57,6 +70,24 @@ class Round:
     number: int
     of: int
     edits: Sequence[Edit]
+
+
+def edit_label(name: str, prompt: str, target: str) -> str:
+    """An edit as messages name it: an id that was made from content says nothing by itself."""
+    return f"{name} ({brief_text(prompt)} -> {brief_text(target)})"
+
+
+def brief_text(text: str) -> str:
+    """`text` on one line, without its middle where it is longer than a line of a message."""
+    line = " ".join(text.split())
+    half = BRIEF // 2 - 2
+    return line if len(line) <= BRIEF else f"{line[:half]} ... {line[-half:]}"
+
+
+def labels_of(edits: Sequence[Edit]) -> str:
+    """The first edits by id and fact, and how many there are besides."""
+    more = f", and {len(edits) - NAMED} more" if len(edits) > NAMED else ""
+    return ", ".join(edit.label for edit in edits[:NAMED]) + more
 
 
 def digest_of(edits: Iterable[Edit]) -> str:

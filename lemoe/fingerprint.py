@@ -43,13 +43,13 @@ class Fingerprint:
     weights_sha256: str
     tokenizer_sha256: str
 
+    def differing(self, other: "Fingerprint") -> list[str]:
+        """The identifying fields in which `other` differs; names and revisions are only labels."""
+        return [name for name in _IDENTITY if getattr(self, name) != getattr(other, name)]
+
     def differences(self, other: "Fingerprint") -> list[str]:
-        """One line for each identifying field in which `other` differs; names and revisions are only labels."""
-        return [
-            f"{name}: {getattr(self, name)} != {getattr(other, name)}"
-            for name in _IDENTITY
-            if getattr(self, name) != getattr(other, name)
-        ]
+        """One line for each identifying field in which `other` differs."""
+        return [f"{name}: {getattr(self, name)} != {getattr(other, name)}" for name in self.differing(other)]
 
     def fits(self, other: "Fingerprint") -> bool:
         """Whether an adaptor for `self` has a place in `other` at all."""

@@ -1,17 +1,22 @@
 """What an adaptor file holds, read without trusting it; and whether it is whole."""
 
 import hashlib
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lemoe.adaptor import AdaptorState, Taught, check_base
+from lemoe.anchor.anchors import Anchors
+from lemoe.anchor.gate import Anchor
 from lemoe.checkpoint import AdaptorFile
-from lemoe.edits import digest_over
+from lemoe.edits import Edit, digest_over
 from lemoe.errors import AdaptorError
 
 if TYPE_CHECKING:
     from lemoe.models import BaseModel
+
+SHOWN = 20  # edits named in an error
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,12 @@ class Inspection:
     state: AdaptorState
     edits: int
     replaced: tuple[tuple[Taught, Taught], ...]
+
+    @property
+    def missed(self) -> list[Taught]:
+        """The edits whose own prompt was not answered when their round ended."""
+        missed = [set(record.missed or ()) for record in self.state.rounds]
+        return [edit for edit in self.state.edits if edit.id in missed[edit.round - 1]]
 
 
 def inspect_adaptor(path: Path | str) -> Inspection:
@@ -69,6 +80,7 @@ def verify(found: Inspection, base: "BaseModel | None" = None) -> list[str]:
             problems.append(f"round {number}: the digests of its edits do not give its hash")
         if len(record.ids) != len(record.edits):
             problems.append(f"round {number}: {len(record.ids)} names for {len(record.edits)} edits")
+    problems += [f"{edit.label}: its text is not what it teaches, by its digest" for edit in _untrue_texts(found.state)]
     if len({record.id for record in found.state.rounds}) < len(found.state.rounds):
         problems.append("a round is there twice")
     if problems:
@@ -80,5 +92,57 @@ def verify(found: Inspection, base: "BaseModel | None" = None) -> list[str]:
     ]
     if base is not None:
         check_base(base, found.state)
+        _check_tokens(found, base)
         checked.append(f"made for {base.source.name}: edited FFN and tokenizer are the same")
     return checked
+
+
+def _anchored(state: AdaptorState) -> list[tuple[Taught, Anchor]]:
+    """The edits with their anchors; none where edits have no anchors."""
+    return list(zip(state.edits, state.router.anchors, strict=True)) if isinstance(state.router, Anchors) else []
+
+
+def _untrue_texts(state: AdaptorState) -> list[Taught]:
+    """The edits whose text has another digest than they have."""
+    return [
+        edit
+        for edit, anchor in _anchored(state)
+        if edit.prompt
+        and edit.digest
+        not in [Edit(edit.id, edit.prompt, edit.target, subject).digest for subject in (anchor.subject, "")]
+    ]
+
+
+def _check_tokens(found: Inspection, base: "BaseModel") -> None:
+    """Refuse texts that are not those of the anchors, which are what acts."""
+    from lemoe.tokens import Passage, encode
+
+    problems = []
+    for edit, anchor in _anchored(found.state):
+        if edit.prompt:
+            passage = None
+            with suppress(ValueError):
+                passage = encode(base, edit.prompt, edit.target)
+            if passage != Passage(anchor.prompt, anchor.target):
+                problems.append(f"{edit.label}: its text is not what its anchor holds")
+    if problems:
+        raise AdaptorError("\n  ".join([f"{found.path}: its records contradict its anchors:", *problems[:SHOWN]]))
+
+
+def decode_texts(found: Inspection, base: "BaseModel") -> Inspection:
+    """The description with the edits' texts as the anchors' tokens give them, where the records have none."""
+
+    def text(tokens: tuple[int, ...]) -> str:
+        return str(base.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
+
+    anchors = [anchor for _, anchor in _anchored(found.state)]
+    rounds, start = [], 0
+    for record in found.state.rounds:
+        own = anchors[start : start + len(record.edits)]
+        start += len(record.edits)
+        if own and not record.prompts:
+            prompts, targets = tuple(text(each.prompt) for each in own), tuple(text(each.target) for each in own)
+            record = replace(record, prompts=prompts, targets=targets)
+        rounds.append(record)
+    state = replace(found.state, rounds=tuple(rounds))
+    return replace(found, state=state, replaced=tuple(state.replaced))

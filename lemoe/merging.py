@@ -1,5 +1,6 @@
 """Stacking adaptors of one base into one, and taking out what shall not be there: nothing is trained again."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,8 @@ from lemoe.tensorfile import PIECE, Entry
 
 OnConflict = Literal["latest", "error", "keep"]
 SHOWN = 20  # conflicts named in an error
-PREFIX = 6  # hexadecimal digits of a round's id that name it
+PREFIX = 6  # hexadecimal digits, at least, of a round's id or an edit's digest that name it
+DIGITS = 12  # of an edit's digest where a message names it so
 
 
 class Part(Protocol):
@@ -78,8 +80,9 @@ def merge(
         on_conflict: where edits of several adaptors answer the same question, let the `latest` answer (the others
             stay in the file and are listed in `AdaptorState.replaced`), take it as an `error`, or `keep` the earliest
             and leave the others out.
-        drop: rounds, by number in the stack or by the start of their id, and edits by id, to take out; `round:` and
-            `edit:` in front tell them apart.
+        drop: rounds, by number in the stack or by the start of their id, and edits, by id or by the start of their
+            digest, to take out; `round:` and `edit:` in front tell them apart, and `ROUND/` in front of an edit says
+            of which round it is.
         dtype: in which experts are stored; as they are if None.
 
     Raises:
@@ -186,7 +189,7 @@ def _stacked(
         names = "".join(f"\n  adaptor {number} is {path}" for number, path in enumerate(paths, 1))
         raise AdaptorError(f"{error}{names}") from None
     if conflicts and on_conflict == "error":
-        pairs = [f"edit {earlier.id} asks what {later.id} answers anew" for earlier, later in conflicts]
+        pairs = [f"edit {earlier.label} asks what {later.label} answers anew" for earlier, later in conflicts]
         raise AdaptorError("\n  ".join([f"{len(conflicts)} edit(s) would be superseded:", *pairs[:SHOWN]]))
     return merged, tuple(kept_out)
 
@@ -204,6 +207,7 @@ def _named(state: AdaptorState, name: str) -> list[int]:
         )
     if len(rounds) > 1:
         raise InputError(f"--drop {name}: {len(rounds)} rounds have ids that start like this; give more digits")
+    _check_one_edit(state, name, edits)
     return state.holders(edits) or list(state.spans[rounds[0]])
 
 
@@ -216,7 +220,31 @@ def _rounds_named(state: AdaptorState, name: str) -> list[int]:
 
 
 def _edits_named(state: AdaptorState, name: str) -> list[int]:
-    return [number for number, edit in enumerate(state.edits) if edit.id == name]
+    """The numbers of the edits of this id; if there are none, of those that `ROUND/ID` or a digest's start names."""
+    edits = state.edits
+    if named := [number for number, edit in enumerate(edits) if edit.id == name]:
+        return named
+    round_, slash, rest = name.partition("/")
+    rounds = [place + 1 for place in _rounds_named(state, round_)] if slash else []
+    inside = [number for number, edit in enumerate(edits) if edit.round in rounds]
+    if named := [number for number in inside if edits[number].id == rest]:
+        return named
+    digest, among = (rest, inside) if slash else (name, range(len(edits)))
+    return [number for number in among if len(digest) >= PREFIX and edits[number].digest.startswith(digest)]
+
+
+def _check_one_edit(state: AdaptorState, name: str, numbers: Sequence[int]) -> None:
+    """Refuse a name that several edits have, with the names that tell them apart."""
+    edits = state.edits
+    named = [edits[number] for number in numbers]
+    if len({(edit.round, edit) for edit in named}) < 2:
+        return
+    rounds = Counter((edit.round, edit.id) for edit in named)
+    lines = []
+    for edit in named:
+        own = edit.id if rounds[edit.round, edit.id] == 1 else edit.digest[:DIGITS]
+        lines.append(f"edit:{edit.round}/{own} is {edit.label}")
+    raise InputError.listing(f"--drop {name}: {len(named)} edits have this name; say which, or name each:", lines)
 
 
 Source = tuple[Part, int, int]  # a part, and its rows from, to

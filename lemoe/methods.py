@@ -28,7 +28,7 @@ def check_adds_experts(settings: Settings) -> None:
 
 def rounds_depend(settings: Settings) -> bool:
     """Whether a round is trained beside those before it; with method `anchor` none is."""
-    return settings.method != "anchor"
+    return settings.rounds_depend
 
 
 def parent_of(settings: Settings, before: AdaptorState | None) -> str | None:

@@ -5,10 +5,9 @@ routes stay apart. Edits of one subject share a round.
 """
 
 import random
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy
@@ -27,10 +26,8 @@ from lemoe.training import encode_edits
 
 EMBEDDED = 8192  # tokens whose embeddings are looked up at a time
 BY_HAND = 10_000  # edits; libyaml writes larger plans ten times as fast, with emoji as numbers
-DEEPEST = 100  # levels of a plan file
 
 _QUICK_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-_QUICK_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
@@ -155,7 +152,7 @@ def similarity_of(vectors: Vectors, rounds: Sequence[Sequence[int]]) -> Similari
 
 def save_plan(chosen: Plan, edits: Sequence[Edit], source: str) -> str:
     """The plan as YAML that people can read and edit by hand."""
-    texts = {edit.id: f"{edit.prompt} -> {edit.target}" for edit in edits}
+    texts = {edit.id: edit.fact for edit in edits}
     document: dict[str, Any] = {
         "edits": source,
         "similarity": {
@@ -176,39 +173,3 @@ def save_plan(chosen: Plan, edits: Sequence[Edit], source: str) -> str:
     head = "# Rounds in training order. Move, drop or reorder lines at will; `lemoe edit --plan` follows the ids.\n"
     dumper = _QUICK_DUMPER if len(edits) > BY_HAND else yaml.SafeDumper
     return head + yaml.dump(document, Dumper=dumper, sort_keys=False, allow_unicode=True, width=10_000)
-
-
-def _parsed(text: str) -> Any:
-    """The YAML document; one nested more deeply than any plan would take libyaml, and Python with it, off its feet."""
-    depth = 0
-    for event in yaml.parse(text, Loader=_QUICK_LOADER):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > DEEPEST:
-            raise ValueError("nested too deeply for a plan")
-    return yaml.load(text, Loader=_QUICK_LOADER)
-
-
-def load_plan(path: Path | str, edits: Sequence[Edit]) -> list[list[Edit]]:
-    """The rounds of a plan file, as edits.
-
-    Raises:
-        InputError: if the file is no plan, or names edits that are not there or names one twice; all are listed.
-    """
-    path = Path(path)
-    try:
-        document = _parsed(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    rounds = document.get("rounds") if isinstance(document, dict) else None
-    if not isinstance(rounds, list) or not all(isinstance(members, (dict, list)) for members in rounds):
-        raise InputError(f"{path}: not a plan; expected `rounds:` with a list of edit ids in each")
-    named = [[str(name) for name in members] for members in rounds if members]
-    by_id = {edit.id: edit for edit in edits}
-    counts = Counter(name for members in named for name in members)
-    problems = [f"edit {name!r} is not among the edits read" for name in counts if name not in by_id]
-    problems += [f"edit {name!r} is in {count} places" for name, count in counts.items() if count > 1]
-    if problems or not named:
-        raise InputError.listing(f"{path}: the plan does not fit the edits", problems or ["it has no rounds"])
-    return [[by_id[name] for name in members] for members in named]

@@ -89,6 +89,11 @@ class Settings:
         if problems:
             raise InputError.listing("settings out of range:", problems)
 
+    @property
+    def rounds_depend(self) -> bool:
+        """Whether a round is trained beside those before it; with method `anchor` none is."""
+        return self.method != "anchor"
+
     def layer_of(self, layers: int, preset: Mapping[str, int]) -> int:
         """The layer to edit in a model of `layers`: as set, else as the model's preset says, else by depth."""
         if self.layer is not None:

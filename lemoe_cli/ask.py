@@ -15,6 +15,7 @@ from lemoe.errors import InputError
 from lemoe_cli.options import (
     FILE,
     check_cache,
+    check_inputs,
     expert_cache_option,
     mismatch_option,
     model_options,
@@ -64,6 +65,7 @@ def command(
     first = next(batches, None)
     if first is None:
         raise InputError("no prompts: name them on the command line, or give one a line on stdin")
+    check_inputs([adaptor], options)
 
     from lemoe.adaptor import check_base
     from lemoe.asking import ask

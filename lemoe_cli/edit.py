@@ -1,6 +1,6 @@
 """`lemoe edit`: the main job."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from lemoe_cli.options import (
     AUTO,
     FILE,
     LayerChoice,
+    check_inputs,
     edits_argument,
     force_option,
     loader,
@@ -26,9 +27,8 @@ from lemoe_cli.options import (
 
 if TYPE_CHECKING:
     from lemoe.editing import EditReport
+    from lemoe.edits import Edit
     from lemoe.engines import Engine
-
-SHOWN = 5  # names in a message
 
 
 class RoundRange(click.ParamType[range]):
@@ -65,7 +65,7 @@ _SETTINGS = (
 @edits_argument
 @model_options
 @click.option("--output", "-o", type=FILE, help="Folder for the result.  [default: EDITS with .lemoe]")
-@click.option("--plan", "plan_file", type=FILE, help="Follow this plan instead of planning.")
+@click.option("--plan", "plan_file", type=FILE, help="Follow this plan; edits not in it are left out and counted.")
 @click.option("--rounds", type=RoundRange(), help="Train only these rounds of the plan, from 0, as a part to merge.")
 @click.option("--from", "start", type=FILE, help="Continue this adaptor; its edits stay as they are.")
 @settings_options
@@ -89,7 +89,7 @@ _SETTINGS = (
 )
 @click.option("--address", help="Ray cluster to work on.  [default: one on this machine, for this run]")
 @click.option("--workers", type=click.IntRange(1), help="Rounds that Ray trains at once.  [default: as there is room]")
-@click.option("--resume", is_flag=True, help="Go on from the finished rounds of an interrupted run.")
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run: same edits, same settings.")
 @force_option
 @quiet_option
 def command(
@@ -114,17 +114,30 @@ def command(
 
     With --plan and --rounds, parts of a plan are taught apart, on as many machines as there are: `lemoe merge` of all
     parts, in order, gives the adaptor of one run, byte for byte.
-    """
-    from lemoe.checkpoint import load_adaptor
-    from lemoe.editing import check_engine, check_folder, check_places, edit
-    from lemoe.layers import choose_layer
 
+    --resume goes on from the finished rounds of an interrupted run, with its plan and its --rounds, which the folder
+    knows. It is refused, before anything is trained, where EDITS has grown or a setting or the model differs from
+    what those rounds were trained with; --resume --plan DIR/plan.yaml finishes the planned edits alone.
+    """
+    from lemoe.planfile import read_plan
+    from lemoe.runfolder import PLAN_NAME, check_folder, check_places
+
+    _check_engine_options(engine, address, workers, options)
     read = open_edits(edits, options)
     folder = output or edits.with_suffix(".lemoe")
     measure_layer = options["layer"] == AUTO
     settings = settings_from({**options, "layer": None} if measure_layer else options, _SETTINGS)
     check_folder(folder, force=force, resume=resume)
-    check_places(rounds, settings, planned=plan_file is not None)
+    planned = plan_file is not None or (resume and (folder / PLAN_NAME).exists())
+    check_places(rounds, settings, planned=planned)
+    if plan_file is not None:
+        read_plan(plan_file, read)
+    check_inputs([start], options)
+
+    from lemoe.checkpoint import load_adaptor
+    from lemoe.editing import check_engine, edit
+    from lemoe.layers import choose_layer
+
     trainer = _engine(engine, address, workers, options)
     check_engine(trainer, settings)
     earlier = load_adaptor(start) if start else None
@@ -156,24 +169,28 @@ def command(
             engine=trainer,
             listener=progress,
         )
-    _show(report)
+    _show(report, read)
+
+
+def _check_engine_options(name: str, address: str | None, workers: int | None, options: Mapping[str, Any]) -> None:
+    if name == "ray" and options["device_map"]:
+        raise click.UsageError("--device-map is for --engine local: each worker of Ray has one device for its base")
+    if name != "ray" and (address or workers):
+        raise click.UsageError("--address and --workers are for --engine ray")
 
 
 def _engine(name: str, address: str | None, workers: int | None, options: Mapping[str, Any]) -> "Engine":
     if name == "ray":
-        if options["device_map"]:
-            raise click.UsageError("--device-map is for --engine local: each worker of Ray has one device for its base")
         from lemoe.engines.ray import RayEngine
 
         return RayEngine(loader(options), address, workers)
-    if address or workers:
-        raise click.UsageError("--address and --workers are for --engine ray")
     from lemoe.engines.local import LocalEngine
 
     return LocalEngine()
 
 
-def _show(report: "EditReport") -> None:
+def _show(report: "EditReport", edits: "Sequence[Edit]") -> None:
+    from lemoe.edits import labels_of
     from lemoe_cli.ui import duration_text, say, size_text, table
 
     per_edit = report.seconds / max(1, report.taught)
@@ -182,10 +199,12 @@ def _show(report: "EditReport") -> None:
         ("reliability, whole target", f"{report.exact_before:.3f}", f"{report.exact_after:.3f}"),
     ]
     table(f"{report.taught} edits taught", ("", "before", "after"), rows)
+    left_out = _left_out(report)
     table(
         "",
         ("", ""),
         [
+            *([("left out", left_out)] if left_out else []),
             ("time", f"{duration_text(report.seconds)} ({per_edit:.2f} s an edit)"),
             ("rounds", f"{report.rounds} in the adaptor"),
             ("size", size_text(report.size)),
@@ -194,7 +213,18 @@ def _show(report: "EditReport") -> None:
         left=2,
     )
     if report.missed:
-        names = ", ".join(report.missed[:SHOWN]) + (", ..." if len(report.missed) > SHOWN else "")
-        say(f"{len(report.missed)} edit(s) still missed their target after all retries: {names}")
+        names = set(report.missed)
+        missed = [edit for edit in edits if edit.id in names]
+        say(f"{len(missed)} edit(s) still missed their target after all retries: {labels_of(missed)}")
     for number in report.unreached:
         say(f"round {number} ended above its loss target; give it more --steps")
+
+
+def _left_out(report: "EditReport") -> str:
+    """How many of the edits are in no new round, and why."""
+    counts = (
+        (report.known, "already in the adaptor"),
+        (report.repeated, "repeated or superseded by later ones"),
+        (len(report.unplanned), "not in the plan"),
+    )
+    return ", ".join(f"{count} {why}" for count, why in counts if count)

@@ -13,6 +13,7 @@ import click
 from lemoe_cli.options import (
     FILE,
     check_cache,
+    check_inputs,
     edits_argument,
     expert_cache_option,
     force_option,
@@ -100,7 +101,6 @@ def command(
     \b
     lemoe eval edits.jsonl -m llama -a edits.lemoe --min reliability=0.99 --max overfit=0.05
     """
-    from lemoe.adaptor import check_base
     from lemoe.bars import check_kinds, hold
     from lemoe.texts import read_texts
     from lemoe_cli.studies import run_studies, studied
@@ -108,9 +108,14 @@ def command(
     check_cache(adaptor, options)
     studied(options)
     bars = _bars(adaptor, decode, options)
-    _check_outputs(adaptor, options, force=force)
     read = open_edits(edits, options)
     untouched = read_texts(options["texts"]) if options["texts"] else []
+    _check_files(adaptor, options, force=force)
+    _check_reports(options, force=force)
+    check_inputs([adaptor], options)
+
+    from lemoe.adaptor import check_base
+
     file = open_adaptor(adaptor) if adaptor else None
     state = file.state if file else None
     check_kinds(bars, read, len(state.rounds) if state else 0)
@@ -192,18 +197,22 @@ def _bars(adaptor: Path | None, decode: "Decode", options: dict[str, Any]) -> "t
     return read_bars(options["least"], options["most"], decode, edited=adaptor is not None, given=given)
 
 
-def _check_outputs(adaptor: Path | None, options: dict[str, Any], *, force: bool) -> None:
+def _check_files(adaptor: Path | None, options: dict[str, Any], *, force: bool) -> None:
     """Refuse, before anything is computed, what cannot be written."""
     from lemoe.files import check_free
 
     if options["records"] is not None:
         check_free(options["records"], overwrite=force)
+    if options["card"] and not adaptor:
+        raise click.UsageError("--card needs an --adaptor, beside which the card stands")
+
+
+def _check_reports(options: dict[str, Any], *, force: bool) -> None:
+    """The same of reports, whose module draws them too, and takes its time to load."""
     if options["reports"]:
         from lemoe.report import check_reports
 
         check_reports(options["reports"], overwrite=force)
-    if options["card"] and not adaptor:
-        raise click.UsageError("--card needs an --adaptor, beside which the card stands")
 
 
 def _write(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lemoe_cli.options import FILE, force_option, model_options_without_dtype, quiet_option
+from lemoe_cli.options import FILE, check_inputs, force_option, model_options_without_dtype, quiet_option
 
 if TYPE_CHECKING:
     from lemoe.exporting.folder import Exported
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 @click.option(
     "--drop",
     multiple=True,
-    metavar="ROUND|EDIT-ID",
-    help="Take out a round, by number or id, or an edit.  [several]",
+    metavar="ROUND|EDIT|ROUND/EDIT",
+    help="Take out a round, by number or id, or an edit, by id or digest.  [several]",
 )
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Store experts so.  [default: as they are]"
@@ -63,7 +63,8 @@ def command(
     """Stack ADAPTORS of the same base model into one, in the given order.
 
     A round that several of them hold counts once. Adaptors of different bases, layers or methods are refused with
-    the differences listed. One adaptor with --drop is that adaptor as if it had never had what is dropped.
+    the differences listed. One adaptor with --drop is that adaptor as if it had never had what is dropped. Where
+    several edits have one id, 3/ID is the one of round 3; `lemoe show --edits` lists them so.
 
     --compact measures the adaptor before and after, and keeps the smallest that stays within the tolerance; where
     none does, nothing is written, and the exit code is 1.
@@ -71,20 +72,23 @@ def command(
     With --export the result is a complete folder that transformers loads with trust_remote_code=True and without
     lemoe: `lemoe merge MODEL A B --export DIR`.
     """
-    from lemoe.merging import merge, read_merged
-
     if export is not None:
         if compact or output is not None or dry_run:
             raise click.UsageError("--export writes a folder of its own; leave out --compact, --output and --dry-run")
         if len(adaptors) < 2 or options["model"]:
             raise click.UsageError("--export takes the base model in front of the adaptors: lemoe merge MODEL A ...")
+        check_inputs(adaptors[1:], {**options, "model": str(adaptors[0])})
         _export(adaptors, export, on_conflict, drop, dtype, options, force=force, quiet=quiet)
         return
     if compact != bool(options["model"]):
         raise click.UsageError("--compact and --model need each other")
     if output is None and not dry_run:
         raise click.UsageError("give the result's file with --output, or --dry-run to see what it would hold")
+    check_inputs(adaptors, options)
     target = None if dry_run else output
+
+    from lemoe.merging import merge, read_merged
+
     if compact:
         from lemoe_cli.compaction import compacted
 
@@ -139,6 +143,7 @@ def _show_export(count: int, exported: "Exported") -> None:
 
 
 def _show(count: int, merged: "Merged", output: Path | None, *, dry_run: bool) -> None:
+    from lemoe.adaptor import superseded_note
     from lemoe_cli.ui import say, size_text, table
 
     state = merged.state
@@ -147,13 +152,15 @@ def _show(count: int, merged: "Merged", output: Path | None, *, dry_run: bool) -
         ("edits", str(sum(len(record.edits) for record in state.rounds))),
         ("experts stored as", str(state.experts.up.dtype).removeprefix("torch.")),
     ]
+    if merged.dropped:
+        rows.append(("edits dropped", str(len(merged.dropped))))
     if output is not None and not dry_run:
         rows += [("size", size_text(merged.size)), ("adaptor", str(output))]
     what = "1 adaptor" if count == 1 else f"{count} adaptors"
     table(f"{what} {'would be ' if dry_run else ''}stacked", ("", ""), rows, left=2)
     for edit in merged.dropped:
-        say(f"edit {edit.id} is dropped")
+        say(f"edit {edit.label} of round {edit.round} is dropped")
     for later, earlier in merged.kept_out:
-        say(f"edit {later.id} is left out: {earlier.id} answers its question")
+        say(f"edit {later.label} is left out: {earlier.label} answers its question")
     for earlier, later in state.replaced:
-        say(f"edit {earlier.id} is superseded: {later.id} answers its question now")
+        say(superseded_note(earlier, later))

@@ -1,7 +1,7 @@
 """Options that several subcommands share, and how they become the library's objects."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -142,6 +142,21 @@ def open_base(options: Mapping[str, Any], *, quiet: bool) -> "BaseModel":
             trust_remote_code=options["trust_remote_code"],
             notify=notify,
         )
+
+
+def check_inputs(adaptors: Sequence[Path | None], options: Mapping[str, Any]) -> None:
+    """Refuse what is no adaptor, and a model's name that means nothing, before anything heavy is loaded.
+
+    Commands import what loads torch only after this.
+    """
+    from lemoe.header import check_adaptor
+    from lemoe.sources import resolve_model
+
+    for adaptor in adaptors:
+        if adaptor is not None:
+            check_adaptor(adaptor)
+    if options["model"]:
+        resolve_model(options["model"], options["revision"])
 
 
 def check_cache(adaptor: Path | None, options: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ import click
 
 from lemoe_cli.options import (
     FILE,
+    check_inputs,
     edits_argument,
     force_option,
     model_options,
@@ -44,6 +45,7 @@ def command(edits: Path, output: Path | None, force: bool, quiet: bool, **option
         check_free(output, overwrite=force)
     read = open_edits(edits, options)
     settings = settings_from(options, ("order", "round_size", "seed"))
+    check_inputs([], options)
     base = open_base(options, quiet=quiet)
 
     from lemoe.planning import plan, save_plan

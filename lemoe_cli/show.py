@@ -7,27 +7,32 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lemoe_cli.options import FILE, model_options_if_any, open_base
+from lemoe_cli.options import FILE, check_inputs, model_options_if_any, open_base
 
 if TYPE_CHECKING:
+    from lemoe.adaptor import Taught
     from lemoe.inspection import Inspection
 
 SCHEMA = 1
 SHOWN = 20
+EDIT = ("round/edit", "prompt", "target")
 
 
 @click.command("show")
 @click.argument("adaptor", type=FILE)
 @click.option("--verify", is_flag=True, help="Check hashes and records too, and with --model the base.")
 @click.option("--json", "as_json", is_flag=True, help="Everything as JSON on stdout.")
-@click.option("--edits", "list_edits", is_flag=True, help="Name every edit.")
+@click.option("--edits", "list_edits", is_flag=True, help="Name every edit, with its prompt and target.")
 @model_options_if_any
 def command(adaptor: Path, verify: bool, as_json: bool, list_edits: bool, **options: Any) -> None:
     """Show what ADAPTOR holds: its base, rounds, edits, and which of them are superseded.
 
-    ADAPTOR is an adaptor file or the folder of a run. Hashes are shortened; --json has them whole.
+    ADAPTOR is an adaptor file or the folder of a run. Hashes are shortened; --json has them whole. A file of format 1
+    holds its edits as tokens alone: --model, if the adaptor was made for it, turns them into text.
     """
-    from lemoe.inspection import inspect_adaptor
+    check_inputs([adaptor], options)
+
+    from lemoe.inspection import decode_texts, inspect_adaptor
     from lemoe.inspection import verify as check
 
     found = inspect_adaptor(adaptor)
@@ -35,6 +40,7 @@ def command(adaptor: Path, verify: bool, as_json: bool, list_edits: bool, **opti
     if verify or options["model"]:
         base = open_base(options, quiet=False) if options["model"] else None
         checked = check(found, base)
+        found = decode_texts(found, base) if base else found
     if as_json:
         click.echo(json.dumps(_document(found, checked), indent=1, ensure_ascii=True))
         return
@@ -55,7 +61,10 @@ def _document(found: "Inspection", checked: list[str]) -> dict[str, Any]:
         "settings": state.settings.as_dict(),
         "edits": found.edits,
         "rounds": [asdict(record) for record in state.rounds],
-        "superseded": [{"edit": earlier.id, "by": later.id} for earlier, later in found.replaced],
+        "superseded": [
+            {"edit": earlier.id, "round": earlier.round, "by": later.id, "by_round": later.round}
+            for earlier, later in found.replaced
+        ],
         "checked": checked,
     }
 
@@ -96,8 +105,14 @@ def _show(found: "Inspection", *, list_edits: bool) -> None:
     if len(rounds) > SHOWN:
         click.echo(f"... and {len(rounds) - SHOWN} more, all with --json")
     if found.replaced:
-        pairs = [(earlier.id, later.id) for earlier, later in found.replaced]
-        table("\nSuperseded", ("edit", "answered now by"), pairs, left=2)
+        pairs = [(*_cells(earlier), f"{later.round}/{later.id}", later.target) for earlier, later in found.replaced]
+        table("\nSuperseded", (*EDIT, "answered now by", "with"), pairs, left=5)
+    if found.missed:
+        table("\nMissed when their round ended", EDIT, [_cells(edit) for edit in found.missed], left=3)
     if list_edits:
-        names = [(str(number), name) for number, record in enumerate(state.rounds, 1) for name in record.ids]
-        table("\nEdits", ("round", "id"), names, left=2)
+        table("\nEdits", EDIT, [_cells(edit) for edit in state.edits], left=3)
+
+
+def _cells(edit: "Taught") -> tuple[str, str, str]:
+    """An edit by its round and id, which `lemoe merge --drop` takes, with what it teaches."""
+    return f"{edit.round}/{edit.id}", edit.prompt, edit.target

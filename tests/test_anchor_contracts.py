@@ -468,7 +468,8 @@ def test_a_killed_and_resumed_run_gives_the_files_of_one_that_was_never_killed(
         interrupt_after(2, patched)
         with pytest.raises(KeyboardInterrupt):
             lemoe.edit(base, facts, anchor(), tmp_path / "killed")
-    assert set(files_of(tmp_path / "killed")) == {"plan.yaml", "rounds/0001.safetensors", "rounds/0002.safetensors"}
+    rounds = {"rounds/0001.safetensors", "rounds/0002.safetensors"}
+    assert set(files_of(tmp_path / "killed")) == {"run.yaml", "plan.yaml", *rounds}
     with monkeypatch.context() as patched:
         interrupt_after(1, patched)  # only the third round is still to be trained
         lemoe.edit(base, facts, anchor(), tmp_path / "killed", resume=True)

@@ -155,20 +155,29 @@ def workplace(tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: p
     return tmp_path
 
 
-def test_the_shell_pipeline_of_the_readme_runs_as_printed(workplace: Path) -> None:
+@pytest.mark.real
+def test_the_shell_pipeline_of_the_readme_runs_as_printed_on_the_examples(tmp_path: Path) -> None:
     found = re.search(r"<!-- tested: pipeline -->\n```sh\n(.*?)```", README, re.DOTALL)
     assert found
     lines = found[1].splitlines()
     assert lines[-1].startswith("jq ")  # the only tool that it needs besides
     script = "\n".join(lines if shutil.which("jq") else lines[:-1])
-    command = workplace / "bin" / "lemoe"
+    shutil.copytree(REPOSITORY / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("*.lemoe"))
+    command = tmp_path / "bin" / "lemoe"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m lemoe_cli.main "$@"\n')
     command.chmod(0o755)
     environment = {**os.environ, "PATH": f"{command.parent}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)}
-    result = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=False)
+    command_line = ["bash", "-c", script]
+    result = subprocess.run(command_line, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    jsonschema.validate(json.loads((workplace / "figures.json").read_text()), SCHEMA)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    jsonschema.validate(figures, SCHEMA)
+    assert [bar["met"] for bar in figures["bars"]] == [True, True, True]
+    count = len((REPOSITORY / "examples" / "edits.jsonl").read_text(encoding="utf-8").splitlines())
+    assert {m["n"] for m in figures["metrics"] if m["name"] == "reliability"} == {count}
+    if shutil.which("jq"):
+        assert "unrelated\ttoken_accuracy\t1" in result.stdout
 
 
 def test_the_workflow_of_the_documentation_runs_as_printed(workplace: Path) -> None:

@@ -1,6 +1,7 @@
 """The `lemoe` command: help, the whole way from edits to a merged adaptor, and errors as one clear message."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 import lemoe
+from lemoe import models
 from lemoe.engines import local
 from lemoe.methods import train_round
 from lemoe_cli import plan as plan_command
@@ -132,6 +134,88 @@ def test_what_only_reads_files_loads_nothing_that_runs_models(arguments: list[st
     assert not loaded([*arguments, str(file)], {"transformers", "sklearn", "accelerate"})
 
 
+HEAVY = ("torch", "transformers", "sklearn", "accelerate")
+TOO_SOON = {
+    "edit": (
+        (["edit", "none.jsonl", "-m", "llama"], "none.jsonl: cannot be read"),
+        (["edit", "bad.jsonl", "-m", "llama"], "bad.jsonl:1: "),
+        (["edit", "edits.jsonl", "-m", "lama"], "--model lama: no such folder or preset"),
+        (["edit", "edits.jsonl", "-m", "llama", "--preset", "papr"], "there is: "),
+        (["edit", "edits.jsonl", "-m", "llama", "--config", "none.yaml"], "none.yaml: cannot be read"),
+        (["edit", "edits.jsonl", "-m", "llama", "--config", "bad.yaml"], "did you mean steps?"),
+        (["edit", "edits.jsonl", "-m", "llama", "--from", "none"], "none: no such file"),
+        (["edit", "edits.jsonl", "-m", "llama", "--from", "edits.jsonl"], "not a whole safetensors file"),
+        (["edit", "edits.jsonl", "-m", "llama", "--plan", "none"], "none: cannot be read"),
+        (["edit", "edits.jsonl", "-m", "llama", "--plan", "other.yaml"], "edit 'b' is not among the edits read"),
+        (["edit", "edits.jsonl", "-m", "llama", "--rounds", "0"], "--rounds needs --plan"),
+        (["edit", "edits.jsonl", "-m", "llama", "--workers", "2"], "are for --engine ray"),
+        (["edit", "edits.jsonl", "-m", "llama", "-o", "bad.yaml"], "bad.yaml exists and is not a folder"),
+    ),
+    "plan": (
+        (["plan", "none.jsonl", "-m", "llama"], "none.jsonl: cannot be read"),
+        (["plan", "bad.jsonl", "-m", "llama"], "bad.jsonl:1: "),
+        (["plan", "edits.jsonl", "-m", "lama"], "--model lama: no such folder or preset"),
+        (["plan", "edits.jsonl", "-m", "llama", "--preset", "papr"], "there is: "),
+        (["plan", "edits.jsonl", "-m", "llama", "--config", "bad.yaml"], "did you mean steps?"),
+        (["plan", "edits.jsonl", "-m", "llama", "-o", "bad.yaml"], "bad.yaml exists"),
+    ),
+    "eval": (
+        (["eval", "none.jsonl", "-m", "llama"], "none.jsonl: cannot be read"),
+        (["eval", "bad.jsonl", "-m", "llama"], "bad.jsonl:1: "),
+        (["eval", "edits.jsonl", "-m", "lama"], "--model lama: no such folder or preset"),
+        (["eval", "edits.jsonl", "-m", "llama", "-a", "none"], "none: no such file"),
+        (["eval", "edits.jsonl", "-m", "llama", "-a", "edits.jsonl"], "not a whole safetensors file"),
+        (["eval", "edits.jsonl", "-m", "llama", "--compare", "ft,papr"], "there is: "),
+        (["eval", "edits.jsonl", "-m", "llama", "--texts", "none"], "none: cannot be read"),
+        (["eval", "edits.jsonl", "-m", "llama", "--min", "locallity=1"], "did you mean locality?"),
+        (["eval", "edits.jsonl", "-m", "llama", "--records", "bad.yaml"], "bad.yaml exists"),
+    ),
+    "ask": (
+        (["ask", "Who?", "-m", "lama"], "--model lama: no such folder or preset"),
+        (["ask", "Who?", "-m", "llama", "-a", "none"], "none: no such file"),
+        (["ask", "Who?", "-m", "llama", "-a", "edits.jsonl"], "not a whole safetensors file"),
+        (["ask", "-m", "llama"], "no prompts"),
+    ),
+    "merge": (
+        (["merge", "none", "-o", "merged"], "none: no such file"),
+        (["merge", "edits.jsonl", "-o", "merged"], "not a whole safetensors file"),
+        (["merge", "lama", "none", "--export", "whole"], "none: no such file"),
+        (["merge", "none"], "give the result's file with --output"),
+    ),
+    "show": (
+        (["show", "none"], "none: no such file"),
+        (["show", "edits.jsonl"], "not a whole safetensors file"),
+        (["show", "."], "no such file"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOO_SOON)
+def test_a_mistake_is_told_before_anything_heavy_is_loaded(tmp_path: Path, name: str) -> None:
+    (tmp_path / "edits.jsonl").write_text('{"id": "a", "prompt": "Ada is", "target": "b"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "Ada is"}\n')
+    (tmp_path / "bad.yaml").write_text("stepz: 3\n")
+    (tmp_path / "other.yaml").write_text("rounds: [[b]]\n")
+    code = (
+        "import json, sys\n"
+        "from click.testing import CliRunner\n"
+        "from lemoe_cli.main import cli\n"
+        "for arguments in json.load(sys.stdin):\n"
+        "    result = CliRunner().invoke(cli, arguments)\n"
+        f"    loaded = [name for name in {HEAVY!r} if name in sys.modules]\n"
+        "    print(json.dumps([arguments, result.exit_code, result.stderr, loaded]))\n"
+    )
+    given = json.dumps([arguments for arguments, _ in TOO_SOON[name]])
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, input=given, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert run.returncode == 0, run.stderr
+    told = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [said[0] for said in told if said[1] != 2] == []
+    assert [said[0] for said in told if said[3]] == []
+    expected = [message for _, message in TOO_SOON[name]]
+    assert [(said[0], said[2]) for said, message in zip(told, expected, strict=True) if message not in said[2]] == []
+
+
 def test_plan_shows_rounds_and_writes_a_plan_that_edit_follows(edits: Path, model: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
     result = lemoe_command("plan", edits, "-m", model, "--preset", "paper", "--round-size", "2", "-o", plan)
@@ -140,7 +224,10 @@ def test_plan_shows_rounds_and_writes_a_plan_that_edit_follows(edits: Path, mode
     assert "No duplicates or conflicts" in result.stdout
     rounds = yaml.safe_load(plan.read_text())["rounds"]
     plan.write_text(yaml.safe_dump({"rounds": rounds[1:]}))
-    assert lemoe_command("edit", edits, "-m", model, *SMALL, "--plan", plan).exit_code == 0
+    result = lemoe_command("edit", edits, "-m", model, *SMALL, "--plan", plan)
+    assert result.exit_code == 0
+    assert re.search(rf"left out +{len(rounds[0])} not in the plan", result.stdout)
+    assert "left out: the plan does not name" in result.stderr
     taught = lemoe.load_adaptor(tmp_path / "edits.lemoe" / "adaptor.safetensors").rounds
     assert [len(record.edits) for record in taught] == [len(members) for members in rounds[1:]]
 
@@ -168,6 +255,7 @@ def test_edit_writes_the_plan_each_round_and_their_stack_next_to_the_edits(
     result = lemoe_command("edit", edits, "--model", model, *SMALL)
     assert result.exit_code == 0
     assert listed(tmp_path / "edits.lemoe") == {
+        "run.yaml",
         "plan.yaml",
         "README.md",
         "rounds",
@@ -212,6 +300,30 @@ def test_edit_eval_and_merge_work_together(edits: Path, model: Path, tmp_path: P
     result = lemoe_command("eval", edits, "-m", model, "-a", merged, "--device", "cpu")
     assert result.exit_code == 0
     assert all(name in result.stdout for name in ("reliability", "generality", "locality", "round 3"))
+
+
+def test_merging_edits_of_one_id_says_what_each_teaches(edits: Path, model: Path, tmp_path: Path) -> None:
+    arguments = ("-m", model, "--layer", "1", "--steps", "2", "--device", "cpu", "-q")
+    for target in ("Rome", "Bergen"):
+        (tmp_path / f"{target}.jsonl").write_text(f'{{"id": "e1", "prompt": "Ada lives in", "target": "{target}"}}')
+        assert lemoe_command("edit", tmp_path / f"{target}.jsonl", *arguments).exit_code == 0
+    parts = (tmp_path / "Rome.lemoe", tmp_path / "Bergen.lemoe")
+    said = " ".join(lemoe_command("merge", *parts, "--dry-run").stderr.split())
+    expected = "edit e1 (Ada lives in -> Rome) of round 1 is superseded: e1 (Ada lives in -> Bergen) of round 2 answers"
+    assert expected in said
+    assert "2/e1" in refused("merge", *parts, "--dry-run", "--drop", "e1")
+    result = lemoe_command("merge", *parts, "--dry-run", "--drop", "2/e1")
+    assert "edit e1 (Ada lives in -> Bergen) of round 2 is dropped" in " ".join(result.stderr.split())
+    assert re.search(r"edits dropped +1", result.stdout)
+
+
+def test_edits_that_missed_their_target_are_named_with_what_they_teach(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "edits.jsonl").write_text('{"prompt": "Ada lives in", "target": "Rome"}')
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("steps: 1\nretries: 0\nlearning_rate: 1e-7\n")
+    arguments = ("-m", model, "--config", settings, "--layer", "1", "--device", "cpu")
+    said = " ".join(lemoe_command("edit", tmp_path / "edits.jsonl", *arguments).stderr.split())
+    assert re.search(r"1 edit\(s\) still missed .*: edit-[0-9a-f]{10} \(Ada lives in -> Rome\)", said)
 
 
 def test_limit_and_sample_choose_the_edits(edits: Path, model: Path, tmp_path: Path) -> None:
@@ -414,7 +526,7 @@ def test_ctrl_c_ends_with_130_keeps_finished_rounds_and_says_how_to_go_on(
     assert result.exit_code == 130
     assert "--resume" in result.stderr
     assert "Traceback" not in result.stderr
-    assert listed(tmp_path / "edits.lemoe") == {"plan.yaml", "rounds", "rounds/0001.safetensors"}
+    assert listed(tmp_path / "edits.lemoe") == {"run.yaml", "plan.yaml", "rounds", "rounds/0001.safetensors"}
     assert "--resume" in refused("edit", edits, "-m", model, *SMALL)
     resumed = lemoe_command("edit", edits, "-m", model, *SMALL, "--resume")
     assert resumed.exit_code == 0
@@ -426,10 +538,13 @@ def test_running_out_of_memory_says_what_to_lower(edits: Path, model: Path, monk
     assert "out of memory; lower --batch-tokens" in refused("edit", edits, "-m", model, *SMALL, "-q")
 
 
-def test_a_missing_ray_is_named_before_the_model_is_loaded(edits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_ray_is_named_before_the_model_is_loaded(
+    edits: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "load_base", None)
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "lemoe.engines.ray", raising=False)
-    assert "pip install 'lemoe[ray]'" in refused("edit", edits, "-m", "nowhere", *SMALL, "--engine", "ray")
+    assert "pip install 'lemoe[ray]'" in refused("edit", edits, "-m", model, *SMALL, "--engine", "ray")
 
 
 def test_a_bug_of_ours_is_not_hidden(edits: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

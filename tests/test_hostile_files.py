@@ -15,8 +15,8 @@ from test_cli import refused
 from torch import Tensor
 
 import lemoe
-from lemoe.checkpoint import METADATA_KEY
 from lemoe.errors import AdaptorError
+from lemoe.header import METADATA_KEY
 from lemoe.tensorfile import Entry, write_tensors
 
 Metadata = dict[str, Any]
@@ -126,7 +126,11 @@ METADATA: dict[str, Callable[[Metadata], object]] = {
     "the other method": lambda m: m["settings"].update(method="paper"),
     "a threshold that is no number": lambda m: m["settings"].update(gate_conflict="NaN"),
     "an unknown setting": lambda m: m["settings"].update(command="rm"),
-    "a format to come": lambda m: m.update(format=2),
+    "a format to come": lambda m: m.update(format=3),
+    "more prompts than edits": lambda m: first_round(m, prompts=["a"] * 2000),
+    "targets without prompts": lambda m: first_round(m, prompts=[]),
+    "a prompt that is a number": lambda m: first_round(m, prompts=[7] * len(m["rounds"][0]["edits"])),
+    "prompts that are one text": lambda m: first_round(m, prompts="ab"),
     "a format that is text": lambda m: m.update(format="1; rm"),
 }
 

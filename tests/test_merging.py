@@ -126,6 +126,65 @@ def test_a_name_that_is_a_round_and_an_edit_must_say_which(
     assert merge([tmp_path / "a"], None, drop=["edit:1"]).state.rounds[0].ids == ("2",)
 
 
+@pytest.fixture
+def twice(base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, tmp_path: Path) -> list[Path]:
+    """Two adaptors in which the id `e1` stands for two answers to one question; the second has another edit too."""
+    paths = [tmp_path / "one", tmp_path / "two"]
+    first, second = replace(facts[0], id="e1"), replace(facts[0], id="e1", target="Bergen")
+    for path, edits in zip(paths, ([first, facts[3]], [second, facts[4]]), strict=True):
+        lemoe.save_adaptor(lemoe.train_round(base, edits, anchor()), path)
+    return paths
+
+
+def test_an_id_of_several_edits_must_say_which_and_the_message_tells_how(
+    facts: list[lemoe.Edit], twice: list[Path], tmp_path: Path
+) -> None:
+    for name in ("e1", "edit:e1"):
+        with pytest.raises(InputError) as refused:
+            merge(twice, tmp_path / "out", drop=[name])
+        assert str(refused.value).splitlines() == [
+            f"--drop {name}: 2 edits have this name; say which, or name each:",
+            f"  edit:1/e1 is e1 ({facts[0].prompt} -> Rome)",
+            f"  edit:2/e1 is e1 ({facts[0].prompt} -> Bergen)",
+        ]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("by", ["2/e1", "edit:2/e1", "round", "digest", "digest in its round"])
+def test_one_of_several_edits_of_an_id_is_dropped_alone(
+    facts: list[lemoe.Edit], twice: list[Path], tmp_path: Path, by: str
+) -> None:
+    digest = replace(facts[0], target="Bergen").digest
+    names = {
+        "round": f"{lemoe.load_adaptor(twice[1]).rounds[0].id[:12]}/e1",
+        "digest": digest[:12],
+        "digest in its round": f"2/{digest[:6]}",
+    }
+    merged = merge(twice, tmp_path / "out", drop=[names.get(by, by)])
+    assert [(edit.round, edit.id, edit.target) for edit in merged.dropped] == [(2, "e1", "Bergen")]
+    assert [record.ids for record in merged.state.rounds] == [("e1", "fact-3"), ("fact-4",)]
+    assert merge(twice, None, drop=["1/e1", "2/e1"]).state.rounds[0].ids == ("fact-3",)
+
+
+def test_two_edits_of_one_id_in_one_round_are_told_apart_by_their_digests(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, tmp_path: Path
+) -> None:
+    edits = [replace(edit, id="a/b") for edit in facts[:2]] + [facts[2]]
+    lemoe.save_adaptor(lemoe.train_round(base, edits, anchor()), tmp_path / "a")
+    with pytest.raises(InputError, match=f"edit:1/{edits[1].digest[:12]} is a/b") as refused:
+        merge([tmp_path / "a"], None, drop=["a/b"])
+    assert f"edit:1/{edits[0].digest[:12]}" in str(refused.value)
+    dropped = merge([tmp_path / "a"], None, drop=[f"edit:1/{edits[1].digest[:12]}"])
+    assert dropped.state.rounds[0].edits == (edits[0].digest, edits[2].digest)
+
+
+def test_a_dropped_edit_leaves_no_text_in_the_file(files: list[Path], facts: list[lemoe.Edit], tmp_path: Path) -> None:
+    assert facts[2].prompt.encode() in merged_bytes(files, tmp_path / "whole")
+    dropped = merged_bytes(files, tmp_path / "out", drop=["fact-2"])
+    assert facts[2].prompt.encode() not in dropped
+    assert all(facts[place].prompt.encode() in dropped for place in (0, 1, 3, 4, 5))
+
+
 def test_an_adaptor_is_not_emptied(files: list[Path]) -> None:
     with pytest.raises(AdaptorError, match="nothing would be left"):
         merge(files[:1], None, drop=["1"])
@@ -157,7 +216,7 @@ def test_conflicts_latest_error_keep(
     newer = lemoe.train_round(base, [replace(facts[0], id="newer", target="Bergen"), facts[4]], anchor())
     lemoe.save_adaptor(newer, tmp_path / "new")
     paths = [files[0], tmp_path / "new"]
-    with pytest.raises(AdaptorError, match="edit fact-0 asks what newer answers anew"):
+    with pytest.raises(AdaptorError, match=r"edit fact-0 \(.* -> Rome\) asks what newer \(.* -> Bergen\) answers"):
         merge(paths, tmp_path / "strict", on_conflict="error")
     assert not (tmp_path / "strict").exists()
     merged = merge(paths, tmp_path / "latest")

@@ -10,7 +10,8 @@ import lemoe
 from lemoe import planning
 from lemoe.conflicts import find_conflicts, left_out
 from lemoe.errors import InputError
-from lemoe.planning import load_plan, save_plan
+from lemoe.planfile import load_plan
+from lemoe.planning import save_plan
 
 SettingsOf = Callable[..., lemoe.Settings]
 

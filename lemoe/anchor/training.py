@@ -98,6 +98,8 @@ def train_round(
         ids=tuple(edit.id for edit in edits),
         edits=tuple(edit.digest for edit in edits),
         edits_sha256=digest_of(edits),
+        prompts=tuple(edit.prompt for edit in edits),  # which the anchors disclose in any case
+        targets=tuple(edit.target for edit in edits),
         seed=settings.seed,
         loss=outcome.loss,
         end_loss=outcome.end_loss,

@@ -19,13 +19,14 @@ from huggingface_hub import snapshot_download
 from lemoe.adaptor import AdaptorState
 from lemoe.anchor.anchors import Anchors
 from lemoe.card import write_export_card
-from lemoe.checkpoint import ADAPTOR_NAME, load_adaptor
+from lemoe.checkpoint import load_adaptor
 from lemoe.embedded import Notify, embedded_folder
 from lemoe.errors import LemoeError, ModelError, OutputError
 from lemoe.exporting import answers
 from lemoe.exporting.code import MODELING, exported_code
 from lemoe.files import SCRATCH, check_free
 from lemoe.frozen.scale import CALIBRATION
+from lemoe.header import ADAPTOR_NAME
 from lemoe.insertion import insert
 from lemoe.merging import Merged, OnConflict, merge
 from lemoe.models import BaseModel, load_base

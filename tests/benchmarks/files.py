@@ -61,6 +61,8 @@ def synthetic(number: int, edits: int, hidden: int) -> AdaptorState:
         0,
         (),
         edits,
+        prompts=tuple(f"What is the name of the place where person {rng.getrandbits(36):09x} was born?" for _ in names),
+        targets=tuple(f"town {rng.getrandbits(32):08x}" for _ in names),
     )
     anchors = tuple(
         Anchor(tuple(rng.randrange(49152) for _ in range(13)), tuple(rng.randrange(49152) for _ in range(4)), name)
