@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from lemoe.models import BaseModel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Taught:
     """An edit that an expert holds: its name, and the digest of what it teaches."""
 
@@ -92,16 +94,17 @@ class RoundRecord:
 
     def without(self, experts: Collection[int]) -> "RoundRecord":
         """The record without its experts at these places and the edits that they hold."""
-        gone = [place for expert, part in enumerate(self.parts) if expert in experts for place in part]
+        gone = {place for expert, part in enumerate(self.parts) if expert in experts for place in part}
         kept = [place for place in range(len(self.edits)) if place not in gone]
         ids, edits = tuple(self.ids[place] for place in kept), tuple(self.edits[place] for place in kept)
+        names = frozenset(ids)
         return replace(
             self,
             experts=self.experts - len(experts),
             ids=ids,
             edits=edits,
             edits_sha256=digest_over(edits),
-            missed=None if self.missed is None else tuple(name for name in self.missed if name in ids),
+            missed=None if self.missed is None else tuple(name for name in self.missed if name in names),
             routed=min(self.routed, len(kept)),
             dropped=tuple(sorted({*self.dropped, *(self.edits[place] for place in gone)})),
         )
@@ -124,7 +127,10 @@ def round_id(
 
 @dataclass(frozen=True)
 class AdaptorState:
-    """Everything an adaptor file holds: the record of each round, its experts end to end, and their router."""
+    """Everything an adaptor file holds: the record of each round, its experts end to end, and their router.
+
+    What is asked of it again and again (`edits`, `taught`, `spans`) is worked out once: 140 bytes an edit.
+    """
 
     base: Fingerprint
     settings: Settings
@@ -137,18 +143,25 @@ class AdaptorState:
         """Where each expert's round stands in its lineage."""
         return [lineage for record in self.rounds for lineage in record.lineages]
 
-    @property
-    def edits(self) -> list[Taught]:
+    @cached_property
+    def edits(self) -> tuple[Taught, ...]:
         """All edits, in the order of the experts that hold them; an edit's place is its number."""
-        return [edit for record in self.rounds for edits in record.taught for edit in edits]
+        return tuple(
+            Taught(name, digest)
+            for record in self.rounds
+            for name, digest in zip(record.ids, record.edits, strict=True)
+        )
 
-    @property
-    def taught(self) -> list[tuple[Taught, ...]]:
+    @cached_property
+    def taught(self) -> tuple[tuple[Taught, ...], ...]:
         """The edits that each expert holds."""
-        if not self.router.shared:
-            return [edits for record in self.rounds for edits in record.taught]
-        together = [(record, tuple(edit for part in record.taught for edit in part)) for record in self.rounds]
-        return [edits for record, edits in together for _ in range(record.experts)]
+        ends = list(accumulate(len(record.edits) for record in self.rounds))
+        rounds = [
+            (record, self.edits[end - len(record.edits) : end]) for end, record in zip(ends, self.rounds, strict=True)
+        ]
+        if self.router.shared:
+            return tuple(edits for record, edits in rounds for _ in range(record.experts))
+        return tuple(edits[part.start : part.stop] for record, edits in rounds for part in record.parts)
 
     def holders(self, numbers: Collection[int]) -> list[int]:
         """The experts that hold the edits of these numbers, each alone.
@@ -156,12 +169,17 @@ class AdaptorState:
         Raises:
             AdaptorError: if one of them shares its expert with other edits.
         """
-        owners = [(expert, edits) for expert, edits in enumerate(self.taught) for _ in edits]
-        for number in numbers:
-            if others := len(owners[number][1]) - 1:
+        owners = [bisect_right(self._taught_up_to, number) for number in numbers]
+        for number, owner in zip(numbers, owners, strict=True):
+            if others := len(self.taught[owner]) - 1:
                 name = self.edits[number].id
                 raise AdaptorError(f"edit {name} shares an expert with {others} other edits; drop the whole round")
-        return [owners[number][0] for number in numbers]
+        return owners
+
+    @cached_property
+    def _taught_up_to(self) -> list[int]:
+        """How many edits the experts hold up to each."""
+        return list(accumulate(map(len, self.taught)))
 
     @property
     def homes(self) -> dict[str, frozenset[int]]:
@@ -184,11 +202,11 @@ class AdaptorState:
         superseded = self.router.superseded()
         return frozenset(edit.digest for number, edit in enumerate(self.edits) if number not in superseded)
 
-    @property
-    def spans(self) -> list[range]:
+    @cached_property
+    def spans(self) -> tuple[range, ...]:
         """The experts of each round."""
         ends = list(accumulate(record.experts for record in self.rounds))
-        return [range(end - record.experts, end) for end, record in zip(ends, self.rounds, strict=True)]
+        return tuple(range(end - record.experts, end) for end, record in zip(ends, self.rounds, strict=True))
 
     def only(self, rounds: Sequence[int]) -> "AdaptorState":
         """The state with the rounds at these places alone."""

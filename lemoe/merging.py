@@ -1,6 +1,7 @@
 """Stacking adaptors of one base into one, and taking out what shall not be there: nothing is trained again."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
@@ -143,7 +144,8 @@ def _merged(
     for file in files:
         file.check_whole()
     state, kept_out = _stacked(files, paths, on_conflict)
-    named = sorted({expert for name in drop for expert in _named(state, name)})
+    numbers = _numbers_of({part for name in drop for part in (name, name.partition(":")[2])}, state)
+    named = sorted({expert for name in drop for expert in _named(state, name, numbers)})
     dropped: tuple[Taught, ...] = ()
     if named:
         taught = state.taught
@@ -191,11 +193,11 @@ def _stacked(
     return merged, tuple(kept_out)
 
 
-def _named(state: AdaptorState, name: str) -> list[int]:
-    """The experts of the round or of the edit that `name` means."""
+def _named(state: AdaptorState, name: str, numbers: Mapping[str, list[int]]) -> list[int]:
+    """The experts of the round or of the edit that `name` means; `numbers` of the edits with each name."""
     kind, _, rest = name.partition(":")
     rounds = _rounds_named(state, rest if kind == "round" else name) if kind != "edit" else []
-    edits = _edits_named(state, rest if kind == "edit" else name) if kind != "round" else []
+    edits = numbers.get(rest if kind == "edit" else name, []) if kind != "round" else []
     if rounds and edits:
         raise InputError(f"--drop {name}: a round and an edit have this name; write round:{name} or edit:{name}")
     if not rounds and not edits:
@@ -215,8 +217,13 @@ def _rounds_named(state: AdaptorState, name: str) -> list[int]:
     return [place for place, record in enumerate(state.rounds) if record.id.startswith(name)]
 
 
-def _edits_named(state: AdaptorState, name: str) -> list[int]:
-    return [number for number, edit in enumerate(state.edits) if edit.id == name]
+def _numbers_of(names: AbstractSet[str], state: AdaptorState) -> dict[str, list[int]]:
+    """The numbers of the edits with each of these names, found in one pass."""
+    numbers: dict[str, list[int]] = {}
+    for number, edit in enumerate(state.edits if names else ()):
+        if edit.id in names:
+            numbers.setdefault(edit.id, []).append(number)
+    return numbers
 
 
 Source = tuple[Part, int, int]  # a part, and its rows from, to

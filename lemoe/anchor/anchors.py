@@ -5,6 +5,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, chain, islice, pairwise
 from weakref import WeakKeyDictionary
 
@@ -47,7 +48,7 @@ class Anchors(Router):
         """Anchors of which each has an expert of its own."""
         return cls(tuple((anchor,) for anchor in anchors))
 
-    @property
+    @cached_property
     def anchors(self) -> tuple[Anchor, ...]:
         """All of them; an anchor's place is the number of its edit."""
         return tuple(anchor for group in self.groups for anchor in group)
@@ -101,6 +102,10 @@ class Anchors(Router):
 
     def superseded(self) -> dict[int, int]:
         """Anchors with the very prompt of a later one."""
+        return dict(self._superseded)
+
+    @cached_property
+    def _superseded(self) -> dict[int, int]:
         anchors = self.anchors
         latest = {anchor.prompt: number for number, anchor in enumerate(anchors)}
         return {
