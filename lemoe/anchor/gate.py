@@ -38,6 +38,7 @@ class Gate:
         self.slack = slack
         self.anchors: list[Anchor] = []
         self.subjects: list[int] = []  # number of each anchor's subject
+        self.longest = 1  # tokens of the longest prompt
         self.index = SubjectIndex(lexicon)
         self._prepared: dict[int, Prepared] = {}
         self._tables: dict[int, QuestionTable] = {}
@@ -51,6 +52,7 @@ class Gate:
         number = len(self.anchors)
         subject = self.index.add(anchor.subject or infer_subject(self.lexicon.text(anchor.prompt), self.lexicon))
         self.anchors.append(anchor)
+        self.longest = max(self.longest, len(anchor.prompt))
         self.subjects.append(subject)
         self._of_subject[subject].append(number)
         self._tables.pop(subject, None)

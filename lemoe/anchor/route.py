@@ -6,6 +6,7 @@ the anchor asks. An open gate stays open for as long as the answer may take, the
 far from a question leaves the question alone.
 """
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -38,6 +39,8 @@ class Reading:
     fit: float
 
 
+ROUTE, WORD, MENTION, WAITING = 3072, 160, 640, 160  # bytes of a route, and for each of what it holds
+
 SHUT = Reading(-1, "subject", -1, 0.0, 0.0, 0.0)
 
 
@@ -47,7 +50,8 @@ class Route:
     def __init__(self, gate: Gate):
         self._gate = gate
         self._reader = Reader()
-        self._ids: list[int] = []
+        self._time = -1  # place of the last token
+        self._ids = array("i")  # the last tokens, as many as the longest own prompt has, or some more
         self._now = SHUT
         self._until = -1  # last token for which the gate stays open
         self._locked = -1  # last token for which an own prompt's route is locked
@@ -65,15 +69,25 @@ class Route:
         other = Route(self._gate)
         other.__dict__.update(self.__dict__)
         other._reader = self._reader.copy()
-        other._ids = list(self._ids)
+        other._ids = self._ids[:]
         other._mentions, other._waiting = dict(self._mentions), dict(self._waiting)
         other._matched = dict(self._matched)
         return other
 
+    @property
+    def size(self) -> int:
+        """Bytes that it takes, about, and not less."""
+        matched = sum(map(len, self._matched.values()))
+        held = WORD * len(self._reader.words) + MENTION * (len(self._mentions) + len(self._matched))
+        return ROUTE + held + 4 * len(self._ids) + WAITING * len(self._waiting) + 32 * matched
+
     def push(self, token: int) -> Reading:
         """How the gate stands after `token`."""
         self._ids.append(token)
-        time = len(self._ids) - 1
+        if len(self._ids) > 2 * self._gate.longest:
+            del self._ids[: -self._gate.longest]
+        self._time += 1
+        time = self._time
         if self._reader.push(self._gate.lexicon.piece(token)):
             self._forget_sentence()
         if self._now.edit >= 0 and time > self._until:
