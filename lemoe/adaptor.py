@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from lemoe.models import BaseModel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Taught:
     """An edit that an expert holds: its name, and the digest of what it teaches.
 
@@ -99,17 +101,11 @@ class RoundRecord:
         """The places of the edits that each expert holds."""
         return equal_parts(len(self.edits), self.experts)
 
-    @property
-    def taught(self) -> list[tuple[Taught, ...]]:
-        """The edits that each expert holds."""
-        return self.taught_as(0)
-
-    def taught_as(self, number: int) -> list[tuple[Taught, ...]]:
-        """The edits that each expert holds, in the round of this number."""
+    def taught_as(self, number: int) -> list[Taught]:
+        """Its edits, as those of the round of this number in a stack."""
         prompts, targets = (texts or ("",) * len(self.edits) for texts in (self.prompts, self.targets))
         told = zip(self.ids, self.edits, prompts, targets, strict=True)
-        edits = [Taught(*each, round=number) for each in told]
-        return [tuple(edits[place] for place in part) for part in self.parts]
+        return [Taught(*each, round=number) for each in told]
 
     @property
     def lineages(self) -> list[Lineage]:
@@ -124,13 +120,14 @@ class RoundRecord:
         prompts, targets = (
             tuple(texts[place] for place in kept) if texts else () for texts in (self.prompts, self.targets)
         )
+        names = frozenset(ids)
         return replace(
             self,
             experts=self.experts - len(experts),
             ids=ids,
             edits=edits,
             edits_sha256=digest_over(edits),
-            missed=None if self.missed is None else tuple(name for name in self.missed if name in ids),
+            missed=None if self.missed is None else tuple(name for name in self.missed if name in names),
             routed=min(self.routed, len(kept)),
             dropped=tuple(sorted({*self.dropped, *(self.edits[place] for place in gone)})),
             prompts=prompts,
@@ -155,7 +152,10 @@ def round_id(
 
 @dataclass(frozen=True, eq=False)
 class AdaptorState(TensorEquality):
-    """Everything an adaptor file holds: the record of each round, its experts end to end, and their router."""
+    """Everything an adaptor file holds: the record of each round, its experts end to end, and their router.
+
+    What is asked of it again and again (`edits`, `taught`, `spans`) is worked out once: some 210 bytes an edit.
+    """
 
     base: Fingerprint
     settings: Settings
@@ -168,26 +168,21 @@ class AdaptorState(TensorEquality):
         """Where each expert's round stands in its lineage."""
         return [lineage for record in self.rounds for lineage in record.lineages]
 
-    @property
-    def edits(self) -> list[Taught]:
+    @cached_property
+    def edits(self) -> tuple[Taught, ...]:
         """All edits, in the order of the experts that hold them; an edit's place is its number."""
-        return [edit for edits in self._by_part for edit in edits]
+        return tuple(edit for number, record in enumerate(self.rounds, 1) for edit in record.taught_as(number))
 
-    @property
-    def _by_part(self) -> list[tuple[Taught, ...]]:
-        """The edits of each part of each round."""
-        return [edits for number, record in enumerate(self.rounds, 1) for edits in record.taught_as(number)]
-
-    @property
-    def taught(self) -> list[tuple[Taught, ...]]:
+    @cached_property
+    def taught(self) -> tuple[tuple[Taught, ...], ...]:
         """The edits that each expert holds."""
-        if not self.router.shared:
-            return self._by_part
-        together = [
-            (record, tuple(edit for part in record.taught_as(number) for edit in part))
-            for number, record in enumerate(self.rounds, 1)
+        ends = list(accumulate(len(record.edits) for record in self.rounds))
+        rounds = [
+            (record, self.edits[end - len(record.edits) : end]) for end, record in zip(ends, self.rounds, strict=True)
         ]
-        return [edits for record, edits in together for _ in range(record.experts)]
+        if self.router.shared:
+            return tuple(edits for record, edits in rounds for _ in range(record.experts))
+        return tuple(edits[part.start : part.stop] for record, edits in rounds for part in record.parts)
 
     def holders(self, numbers: Collection[int]) -> list[int]:
         """The experts that hold the edits of these numbers, each alone.
@@ -195,12 +190,17 @@ class AdaptorState(TensorEquality):
         Raises:
             AdaptorError: if one of them shares its expert with other edits.
         """
-        owners = [(expert, edits) for expert, edits in enumerate(self.taught) for _ in edits]
-        for number in numbers:
-            if others := len(owners[number][1]) - 1:
+        owners = [bisect_right(self._taught_up_to, number) for number in numbers]
+        for number, owner in zip(numbers, owners, strict=True):
+            if others := len(self.taught[owner]) - 1:
                 name = self.edits[number].label
                 raise AdaptorError(f"edit {name} shares an expert with {others} other edits; drop the whole round")
-        return [owners[number][0] for number in numbers]
+        return owners
+
+    @cached_property
+    def _taught_up_to(self) -> list[int]:
+        """How many edits the experts hold up to each."""
+        return list(accumulate(map(len, self.taught)))
 
     @property
     def homes(self) -> dict[str, frozenset[int]]:
@@ -223,11 +223,11 @@ class AdaptorState(TensorEquality):
         superseded = self.router.superseded()
         return frozenset(edit.digest for number, edit in enumerate(self.edits) if number not in superseded)
 
-    @property
-    def spans(self) -> list[range]:
+    @cached_property
+    def spans(self) -> tuple[range, ...]:
         """The experts of each round."""
         ends = list(accumulate(record.experts for record in self.rounds))
-        return [range(end - record.experts, end) for end, record in zip(ends, self.rounds, strict=True)]
+        return tuple(range(end - record.experts, end) for end, record in zip(ends, self.rounds, strict=True))
 
     def only(self, rounds: Sequence[int]) -> "AdaptorState":
         """The state with the rounds at these places alone."""

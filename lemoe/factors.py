@@ -5,7 +5,7 @@ experts that they were taught to, and what other orders of the same edits come t
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
@@ -137,13 +137,14 @@ def _column(
     taught = [edit for members in rounds for edit in members]
     result = evaluate(base, edited, taught, decode=decode, only=("reliability",), batch_tokens=batch_tokens)
     records = iter(result.records)
-    return [_moment(edited, [(edit, next(records)) for edit in members]) for members in rounds]
+    homes = edited.homes if isinstance(edited, AdaptorState) and not edited.router.shared else None
+    return [_moment(homes, [(edit, next(records)) for edit in members]) for members in rounds]
 
 
-def _moment(edited: Edited, answered: Sequence[tuple[Edit, Record]]) -> _Moment:
+def _moment(homes: Mapping[str, frozenset[int]] | None, answered: Sequence[tuple[Edit, Record]]) -> _Moment:
+    """One round's, with the experts that each edit was taught to, where routes are told apart."""
     routed = None
-    if isinstance(edited, AdaptorState) and not edited.router.shared:
-        homes = edited.homes
+    if homes is not None:
         routed = fmean(record.route.expert in homes[edit.digest] for edit, record in answered)
     scores = [record.token_accuracy_after for _, record in answered]
     return _Moment(fmean(scores), fmean(score == 1.0 for score in scores), routed)

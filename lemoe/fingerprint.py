@@ -91,6 +91,30 @@ def weights_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+Stamp = tuple[object, ...]
+
+
+def weights_stamp(model: nn.Module) -> Stamp:
+    """What changes when other tensors stand in for weights, as in baseline `ft`, or when weights are written to.
+
+    Reads none of them: it is where each is in memory, and how often it was written to, `.data` left aside.
+    """
+    return tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in model.parameters())
+
+
+def ffn_checksum(site: "FFNSite") -> int:
+    """The sum over an FFN's bit patterns, far quicker than its hash, which tells of writes that leave no other trace.
+
+    Weights that a device map keeps off the devices count as 0: nothing can write to them.
+    """
+    weights = dict.fromkeys(weight for part in (site.entry, site.exit) for weight in part.parameters())
+    return sum(int(_bits(weight).sum(dtype=torch.int64)) for weight in weights if not weight.is_meta)
+
+
+def _bits(weight: Tensor) -> Tensor:
+    return weight.detach().view({1: torch.int8, 2: torch.int16, 4: torch.int32}.get(weight.itemsize, torch.int64))
+
+
 def _sample(tensor: Tensor) -> bytes:
     return _as_bytes(tensor.detach().flatten()[:: max(1, tensor.numel() // SAMPLES)])
 

@@ -1,7 +1,7 @@
 """Stacking adaptors of one base into one, and taking out what shall not be there: nothing is trained again."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
@@ -146,7 +146,8 @@ def _merged(
     for file in files:
         file.check_whole()
     state, kept_out = _stacked(files, paths, on_conflict)
-    named = sorted({expert for name in drop for expert in _named(state, name)})
+    numbers = _numbers_by_id(state, drop)
+    named = sorted({expert for name in drop for expert in _named(state, name, numbers)})
     dropped: tuple[Taught, ...] = ()
     if named:
         taught = state.taught
@@ -194,11 +195,11 @@ def _stacked(
     return merged, tuple(kept_out)
 
 
-def _named(state: AdaptorState, name: str) -> list[int]:
-    """The experts of the round or of the edit that `name` means."""
+def _named(state: AdaptorState, name: str, numbers: Mapping[str, list[int]]) -> list[int]:
+    """The experts of the round or of the edit that `name` means; `numbers` of the edits with each id."""
     kind, _, rest = name.partition(":")
     rounds = _rounds_named(state, rest if kind == "round" else name) if kind != "edit" else []
-    edits = _edits_named(state, rest if kind == "edit" else name) if kind != "round" else []
+    edits = _edits_named(state, rest if kind == "edit" else name, numbers) if kind != "round" else []
     if rounds and edits:
         raise InputError(f"--drop {name}: a round and an edit have this name; write round:{name} or edit:{name}")
     if not rounds and not edits:
@@ -219,18 +220,23 @@ def _rounds_named(state: AdaptorState, name: str) -> list[int]:
     return [place for place, record in enumerate(state.rounds) if record.id.startswith(name)]
 
 
-def _edits_named(state: AdaptorState, name: str) -> list[int]:
+def _edits_named(state: AdaptorState, name: str, numbers: Mapping[str, list[int]]) -> list[int]:
     """The numbers of the edits of this id; if there are none, of those that `ROUND/ID` or a digest's start names."""
+    if name in numbers:
+        return numbers[name]
     edits = state.edits
-    if named := [number for number, edit in enumerate(edits) if edit.id == name]:
-        return named
     round_, slash, rest = name.partition("/")
     rounds = [place + 1 for place in _rounds_named(state, round_)] if slash else []
-    inside = [number for number, edit in enumerate(edits) if edit.round in rounds]
-    if named := [number for number in inside if edits[number].id == rest]:
+    if named := [number for number in numbers.get(rest, ()) if edits[number].round in rounds]:
         return named
-    digest, among = (rest, inside) if slash else (name, range(len(edits)))
-    return [number for number in among if len(digest) >= PREFIX and edits[number].digest.startswith(digest)]
+    digest = rest if slash else name
+    if len(digest) < PREFIX or (slash and not rounds):
+        return []
+    return [
+        number
+        for number, edit in enumerate(edits)
+        if edit.digest.startswith(digest) and (not slash or edit.round in rounds)
+    ]
 
 
 def _check_one_edit(state: AdaptorState, name: str, numbers: Sequence[int]) -> None:
@@ -245,6 +251,17 @@ def _check_one_edit(state: AdaptorState, name: str, numbers: Sequence[int]) -> N
         own = edit.id if rounds[edit.round, edit.id] == 1 else edit.digest[:DIGITS]
         lines.append(f"edit:{edit.round}/{own} is {edit.label}")
     raise InputError.listing(f"--drop {name}: {len(named)} edits have this name; say which, or name each:", lines)
+
+
+def _numbers_by_id(state: AdaptorState, drop: Sequence[str]) -> dict[str, list[int]]:
+    """The numbers of the edits with each id that a name to drop may mean, found in one pass."""
+    names = {part for name in drop for part in (name, name.partition(":")[2])}
+    names |= {name.partition("/")[2] for name in names}
+    numbers: dict[str, list[int]] = {}
+    for number, edit in enumerate(state.edits if drop else ()):
+        if edit.id in names:
+            numbers.setdefault(edit.id, []).append(number)
+    return numbers
 
 
 Source = tuple[Part, int, int]  # a part, and its rows from, to
@@ -292,6 +309,11 @@ def _sources(parts: Sequence[Part], state: AdaptorState) -> Iterator[Source]:
 
 def _experts_in(record: RoundRecord, stored: RoundRecord, span: range) -> Iterator[int]:
     """The record's experts, which are some of those `stored`, in the same order: each is known by its edits."""
-    numbers = iter(zip(stored.taught, span, strict=True))
-    for edits in record.taught:
+    numbers = iter(zip(_names_by_expert(stored), span, strict=True))
+    for edits in _names_by_expert(record):
         yield next(expert for there, expert in numbers if there == edits)
+
+
+def _names_by_expert(record: RoundRecord) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Ids and digests of the edits that each expert of a round holds."""
+    return ((record.ids[part.start : part.stop], record.edits[part.start : part.stop]) for part in record.parts)

@@ -14,7 +14,15 @@ from lemoe import embedded
 from lemoe.embedded import Notify
 from lemoe.errors import ModelError
 from lemoe.experts import DTYPES
-from lemoe.fingerprint import Fingerprint, ffn_sha256, tokenizer_sha256, weights_sha256
+from lemoe.fingerprint import (
+    Fingerprint,
+    Stamp,
+    ffn_checksum,
+    ffn_sha256,
+    tokenizer_sha256,
+    weights_sha256,
+    weights_stamp,
+)
 from lemoe.placement import device_of, own_weights, taken
 from lemoe.products import frozen_linear
 from lemoe.sources import ModelSource, resolve_model
@@ -50,6 +58,8 @@ class BaseModel:
         self._softcap: float | None = getattr(text_config, "final_logit_softcapping", None)
         self.max_length: int | None = getattr(text_config, "max_position_embeddings", None)
         self._sites: dict[tuple[int, str | None], FFNSite] = {}
+        self._ffn_hashes: dict[tuple[int, str | None], tuple[Stamp, str]] = {}
+        self._weights_hash: tuple[Stamp, str] | None = None
         self._finish = steps_after_layers(self.decoder, self.layers, self._probe_input())
 
     @property
@@ -114,8 +124,9 @@ class BaseModel:
         return hidden
 
     def fingerprint(self, layer: int, path: str | None = None) -> Fingerprint:
-        """What an adaptor for this layer is bound to."""
+        """What an adaptor for this layer is bound to; weights are hashed anew only where others stand in for them."""
         site = self.site(layer, path)
+        ffn, weights = self._weight_hashes(layer, path)
         return Fingerprint(
             name=self.source.name,
             revision=self.source.revision,
@@ -126,10 +137,22 @@ class BaseModel:
             intermediate=site.intermediate,
             gated=site.gated,
             vocabulary=self.vocabulary,
-            ffn_sha256=ffn_sha256(site),
-            weights_sha256=weights_sha256(self.model),
+            ffn_sha256=ffn,
+            weights_sha256=weights,
             tokenizer_sha256=self._tokenizer_sha256,
         )
+
+    def _weight_hashes(self, layer: int, path: str | None) -> tuple[str, str]:
+        """Hashes of a layer's FFN and of all weights, each computed once as long as the weights are the same."""
+        site, stamp = self.site(layer, path), weights_stamp(self.model)
+        ffn_stamp = (*stamp, ffn_checksum(site))
+        known = self._ffn_hashes.get((layer, path))
+        changed = known is not None and known[0] != ffn_stamp
+        if known is None or changed:
+            known = self._ffn_hashes[layer, path] = (ffn_stamp, ffn_sha256(site))
+        if self._weights_hash is None or changed or self._weights_hash[0] != stamp:
+            self._weights_hash = (stamp, weights_sha256(self.model))
+        return known[1], self._weights_hash[1]
 
     @cached_property
     def _tokenizer_sha256(self) -> str:

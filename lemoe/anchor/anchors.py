@@ -1,10 +1,10 @@
 """Stored anchors: the tokens by which edits are recognised, as tensors that stack by concatenation."""
 
 import gc
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, chain, islice, pairwise
 from weakref import WeakKeyDictionary
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lemoe.anchor.gate import Anchor, Gate
 from lemoe.anchor.lexicon import Lexicon
+from lemoe.anchor.read_prefixes import PADDING, Ids, Prefix, ReadPrefixes, cells_of
 from lemoe.anchor.route import SHUT, Reading, Route
 from lemoe.errors import AdaptorError
 from lemoe.routing import (
@@ -28,7 +29,7 @@ from lemoe.routing import (
     offsets_hold,
 )
 
-PADDING = -1
+REMEMBERED = 64 << 20  # bytes of sequences that were read and may be read on; 10,000 sentences of 40 words
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Anchors(Router):
         """Anchors of which each has an expert of its own."""
         return cls(tuple((anchor,) for anchor in anchors))
 
-    @property
+    @cached_property
     def anchors(self) -> tuple[Anchor, ...]:
         """All of them; an anchor's place is the number of its edit."""
         return tuple(anchor for group in self.groups for anchor in group)
@@ -101,6 +102,10 @@ class Anchors(Router):
 
     def superseded(self) -> dict[int, int]:
         """Anchors with the very prompt of a later one."""
+        return dict(self._superseded)
+
+    @cached_property
+    def _superseded(self) -> dict[int, int]:
         anchors = self.anchors
         latest = {anchor.prompt: number for number, anchor in enumerate(anchors)}
         return {
@@ -164,10 +169,19 @@ def lexicon_of(base: Host) -> Lexicon:
 class LiveAnchors(LiveRouter):
     """Reads every sequence token by token; its memory is the tokens themselves, so a route depends on nothing else.
 
-    The state after a prefix is kept for a while, so that decoding reads each token once.
+    Beside each token stands the name of what was read up to there, which is remembered for a while, so that decoding
+    reads each token once.
     """
 
-    def __init__(self, base: Host, anchors: Anchors, settings: RouterSettings, *, remembered: int = 1024):
+    def __init__(self, base: Host, anchors: Anchors, settings: RouterSettings, *, remembered: int = REMEMBERED):
+        """Anchors at work in `base`.
+
+        Args:
+            remembered: bytes of sequences that are remembered; those of the last call are in any case.
+
+        Raises:
+            AdaptorError: if the anchors hold tokens that the base model does not know.
+        """
         known = len(base.embedding.weight)
         if any(max((*anchor.prompt, *anchor.target)) >= known for anchor in anchors.anchors):
             raise AdaptorError("the adaptor's anchors hold tokens that the base model does not know")
@@ -176,42 +190,35 @@ class LiveAnchors(LiveRouter):
             self.gate.retire(number)
         self.device = base.device
         self._owners = {SHUT.edit: -1, **dict(enumerate(anchors.owners))}
-        self._states: OrderedDict[bytes, Route] = OrderedDict()
-        self._remembered = remembered
+        self._prefixes = ReadPrefixes(self.gate, remembered)
 
     def route(self, sequences: Sequences) -> tuple[Routing, Tensor]:
         if sequences.ids is None:
             raise AdaptorError("preset `anchor` routes by tokens: call the model with input_ids, not inputs_embeds")
-        ids = sequences.ids.masked_fill(~sequences.mask, PADDING).cpu()
-        past = None if sequences.memory is None else sequences.memory[:, 0, :, 0].cpu().numpy()
-        rows = [self._row(None if past is None else past[row], new) for row, new in enumerate(ids.numpy())]
+        ids: Ids = sequences.ids.masked_fill(~sequences.mask, PADDING).to("cpu", torch.int32).numpy()
+        prefixes = self._resume(sequences.memory, len(ids))
+        starts = [prefix.name for prefix in prefixes]
+        before = [prefix.copy() for prefix in prefixes if prefix.columns] if ids.shape[1] > 1 else []
+        rows = [prefix.read(new) for prefix, new in zip(prefixes, ids, strict=True)]
+        self._prefixes.keep([*before, *prefixes])
+        cells = torch.from_numpy(cells_of(ids, starts, [prefix.name for prefix in prefixes]))
         acting = [[self._owners[reading.edit] for reading in row] for row in rows]
         experts = torch.tensor(acting, device=self.device).unsqueeze(-1)
         ends = _last_columns(sequences.prompt.expand_as(sequences.mask))
         explained = tuple(self._explanation(row[end]) for row, end in zip(rows, ends, strict=True))
-        memory = ids.to(self.device).unsqueeze(1).unsqueeze(-1)
+        memory = cells.to(self.device).unsqueeze(1)
         return Routing(experts, torch.ones_like(experts, dtype=torch.float32), explained), memory
 
-    def _row(self, past: "Ids | None", new: "Ids") -> list[Reading]:
-        known = new[:0] if past is None else past[past != PADDING]
-        route = self._resume(known)
-        readings = [route.push(int(token)) if token != PADDING else SHUT for token in new]
-        self._remember(numpy.concatenate([known, new[new != PADDING]]), route)
-        return readings
-
-    def _resume(self, known: "Ids") -> Route:
-        stored = self._states.get(known.tobytes()) if len(known) else None
-        if stored is not None:
-            return stored.copy()
-        route = Route(self.gate)
-        for token in known:
-            route.push(int(token))
-        return route
-
-    def _remember(self, ids: "Ids", route: Route) -> None:
-        self._states[ids.tobytes()] = route
-        while len(self._states) > self._remembered:
-            self._states.popitem(last=False)
+    def _resume(self, memory: Tensor | None, count: int) -> list[Prefix]:
+        """Each sequence, read to the end of its memory; what was not forgotten is not read again."""
+        if memory is None:
+            return [self._prefixes.resume(None) for _ in range(count)]
+        last: Ids = memory[:, 0, -1].cpu().numpy()
+        found = (self._prefixes.resume_at(cells, memory.shape[2]) for cells in last)
+        return [
+            prefix if prefix is not None else self._prefixes.resume(memory[row, 0].cpu().numpy())
+            for row, prefix in enumerate(found)
+        ]
 
     def reading(self, prompt: Sequence[int]) -> Reading:
         """How the gate stands at the end of a prompt."""
@@ -232,9 +239,6 @@ class LiveAnchors(LiveRouter):
             fit=reading.fit,
             edit=reading.nearest,
         )
-
-
-Ids = numpy.ndarray[tuple[int], numpy.dtype[numpy.int64]]
 
 
 def _last_columns(prompt: Tensor) -> list[int]:

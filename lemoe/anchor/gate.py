@@ -4,8 +4,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lemoe.anchor.comparisons import MANY, ArrayCache, Comparisons, FewComparisons, QuestionTable
 from lemoe.anchor.lexicon import Lexicon, infer_subject
-from lemoe.anchor.questions import WORDS_BEFORE, Prepared, Question, around
+from lemoe.anchor.questions import WORDS_BEFORE, Prepared, Question, around, compare
 from lemoe.anchor.subject_index import SubjectIndex
 from lemoe.anchor.subjects import Sentence, Subject
 from lemoe.anchor.words import Reader, Word, split_words
@@ -37,8 +38,11 @@ class Gate:
         self.slack = slack
         self.anchors: list[Anchor] = []
         self.subjects: list[int] = []  # number of each anchor's subject
+        self.longest = 1  # tokens of the longest prompt
         self.index = SubjectIndex(lexicon)
         self._prepared: dict[int, Prepared] = {}
+        self._tables: dict[int, QuestionTable] = {}
+        self._arrays = ArrayCache()
         self._of_subject: dict[int, list[int]] = defaultdict(list)
         self._by_tail: dict[tuple[int, ...] | bytes, list[int]] = defaultdict(list)
         self._endings: dict[int, set[int]] = defaultdict(set)  # lengths of the tails that end in a token
@@ -48,8 +52,10 @@ class Gate:
         number = len(self.anchors)
         subject = self.index.add(anchor.subject or infer_subject(self.lexicon.text(anchor.prompt), self.lexicon))
         self.anchors.append(anchor)
+        self.longest = max(self.longest, len(anchor.prompt))
         self.subjects.append(subject)
         self._of_subject[subject].append(number)
+        self._tables.pop(subject, None)
         self._by_tail[self._tail(anchor.prompt)].append(number)
         if len(anchor.prompt) > 1:
             self._endings[anchor.prompt[-1]].add(min(TAIL, len(anchor.prompt) - 1))
@@ -77,10 +83,19 @@ class Gate:
     def retire(self, number: int) -> None:
         """Let an anchor open the gate no more; its number stays taken."""
         self._of_subject[self.subjects[number]].remove(number)
+        self._tables.pop(self.subjects[number], None)
         self._by_tail[self._tail(self.anchors[number].prompt)].remove(number)
 
-    def of_subject(self, subject: int) -> list[int]:
-        return self._of_subject[subject]
+    def compare(self, subject: int, read: Question) -> Comparisons:
+        """What was read about a subject against what each of its anchors asks."""
+        numbers = self._of_subject[subject]
+        if len(numbers) < MANY:
+            return FewComparisons(numbers, [compare(self.prepared(number), read, self.lexicon) for number in numbers])
+        table = self._tables.get(subject)
+        if table is None:
+            asked = map(self._prepare, numbers)
+            table = self._tables[subject] = QuestionTable(numbers, asked, self.lexicon, self._arrays)
+        return table.compare(read)
 
     def own_prompt(self, ids: Sequence[int]) -> int:
         """The anchor whose whole prompt ends here, -1 for none: the longest, then the latest.

@@ -97,6 +97,14 @@ class Lexicon:
         cosine = float(self.vector(word) @ self.vector(other))
         return min(max((cosine - FLOOR) / (1 - FLOOR), 0.0), 1.0)
 
+    def compare_all(self, word: str, vectors: Vector) -> NDArray[numpy.float64]:
+        """`compare` with the words of these vectors `[words, hidden]`, none of which has the same stem.
+
+        Each is a dot product of its own, so that the numbers are those of `compare`, bit for bit.
+        """
+        cosines = (vectors[:, None, :] @ self.vector(word)[:, None])[:, 0, 0].astype(numpy.float64)
+        return numpy.clip((cosines - FLOOR) / (1 - FLOOR), 0.0, 1.0)
+
     def vector(self, word: str) -> Vector:
         """Unit vector `[hidden]`: the mean of the word's token embeddings without their common direction."""
         if word not in self._vector:

@@ -6,11 +6,13 @@ the anchor asks. An open gate stays open for as long as the answer may take, the
 far from a question leaves the question alone.
 """
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from lemoe.anchor.comparisons import Comparisons, Matched
 from lemoe.anchor.gate import Gate
-from lemoe.anchor.questions import Comparison, Question, around, compare
+from lemoe.anchor.questions import Comparison, Question, around
 from lemoe.anchor.subjects import Mention, Sentence
 from lemoe.anchor.words import Reader, Word
 from lemoe.routing import Scope
@@ -37,6 +39,8 @@ class Reading:
     fit: float
 
 
+ROUTE, WORD, MENTION, WAITING = 3072, 160, 640, 160  # bytes of a route, and for each of what it holds
+
 SHUT = Reading(-1, "subject", -1, 0.0, 0.0, 0.0)
 
 
@@ -46,7 +50,8 @@ class Route:
     def __init__(self, gate: Gate):
         self._gate = gate
         self._reader = Reader()
-        self._ids: list[int] = []
+        self._time = -1  # place of the last token
+        self._ids = array("i")  # the last tokens, as many as the longest own prompt has, or some more
         self._now = SHUT
         self._until = -1  # last token for which the gate stays open
         self._locked = -1  # last token for which an own prompt's route is locked
@@ -57,22 +62,32 @@ class Route:
         self._signature: tuple[int, int] | None = None
         self._mentions: dict[int, Mention] = {}
         self._waiting: dict[int, int] = {}
-        self._matched: dict[int, float] = {}
+        self._matched: dict[int, Matched] = {}  # of each subject's anchors
 
     def copy(self) -> "Route":
         """The same state, to go on differently from here."""
         other = Route(self._gate)
         other.__dict__.update(self.__dict__)
         other._reader = self._reader.copy()
-        other._ids = list(self._ids)
+        other._ids = self._ids[:]
         other._mentions, other._waiting = dict(self._mentions), dict(self._waiting)
         other._matched = dict(self._matched)
         return other
 
+    @property
+    def size(self) -> int:
+        """Bytes that it takes, about, and not less."""
+        matched = sum(map(len, self._matched.values()))
+        held = WORD * len(self._reader.words) + MENTION * (len(self._mentions) + len(self._matched))
+        return ROUTE + held + 4 * len(self._ids) + WAITING * len(self._waiting) + 32 * matched
+
     def push(self, token: int) -> Reading:
         """How the gate stands after `token`."""
         self._ids.append(token)
-        time = len(self._ids) - 1
+        if len(self._ids) > 2 * self._gate.longest:
+            del self._ids[: -self._gate.longest]
+        self._time += 1
+        time = self._time
         if self._reader.push(self._gate.lexicon.piece(token)):
             self._forget_sentence()
         if self._now.edit >= 0 and time > self._until:
@@ -161,37 +176,43 @@ class Route:
     def _decide(self, time: int) -> None:
         """Compare all anchors of the mentioned subjects, and open, switch, prolong or stay."""
         best: tuple[tuple[float, float, int], Mention, Comparison, bool] | None = None
-        nearest: tuple[int, Mention, Comparison, bool] | None = None
-        scores: dict[int, float] = {}
+        nearest: tuple[int, Mention, Comparison] | None = None
+        fits: list[float] = []
+        for subject, mention, found, before in self._compared():
+            if (fit := found.fit_of(self._now.edit)) is not None:
+                fits.append(fit)
+            if (place := found.best(self._gate.threshold)) is not None:
+                compared = found.at(place)
+                weight = mention.coverage * self._gate.index.subjects[subject].total
+                key = (round(compared.fit, 3), weight, found.numbers[place])
+                if best is None or key > best[0]:
+                    best = (key, mention, compared, before is None or compared.matched > before[place] + 1e-6)
+            if (place := found.nearest()) is not None:
+                compared = found.at(place)
+                if nearest is None or compared.conflict < nearest[2].conflict:
+                    nearest = (found.numbers[place], mention, compared)
+        if self._settling:
+            self._settling = False
+        elif best is not None:
+            key, mention, compared, fresh = best
+            self._take(key, _reading(key[2], mention, compared, inside=True), fresh, fits, time)
+        elif nearest is not None and self._now.edit < 0:
+            self._now = _reading(*nearest, inside=False)
+
+    def _compared(self) -> Iterator[tuple[int, Mention, Comparisons, Matched | None]]:
+        """Each mentioned subject with what was read against its anchors, and how much of them was read before."""
         asked: dict[frozenset[int], Question] = {}
         for subject, mention in self._mentions.items():
             read = asked.get(mention.positions)
             if read is None:
                 read = asked[mention.positions] = Question.of(around(self._reader.words, mention), self._gate.lexicon)
-            for number in self._gate.of_subject(subject):
-                compared = compare(self._gate.prepared(number), read, self._gate.lexicon)
-                fresh = compared.matched > self._matched.get(number, -1.0) + 1e-6
-                self._matched[number] = max(compared.matched, self._matched.get(number, -1.0))
-                scores[number] = compared.fit
-                inside = compared.enough and compared.conflict <= self._gate.threshold
-                if inside:
-                    weight = mention.coverage * self._gate.index.subjects[subject].total
-                    key = (round(compared.fit, 3), weight, number)
-                    if best is None or key > best[0]:
-                        best = (key, mention, compared, fresh)
-                if nearest is None or compared.conflict < nearest[2].conflict:
-                    nearest = (number, mention, compared, inside)
-        if self._settling:
-            self._settling = False
-        elif best is not None:
-            key, mention, compared, fresh = best
-            self._take(key, _reading(key[2], mention, compared, inside=True), fresh, scores, time)
-        elif nearest is not None and self._now.edit < 0:
-            number, mention, compared, inside = nearest
-            self._now = _reading(number, mention, compared, inside=inside)
+            found = self._gate.compare(subject, read)
+            before = self._matched.get(subject)
+            self._matched[subject] = found.most_matched(before)
+            yield subject, mention, found, before
 
     def _take(
-        self, key: tuple[float, float, int], reading: Reading, fresh: bool, scores: dict[int, float], time: int
+        self, key: tuple[float, float, int], reading: Reading, fresh: bool, active_fits: Sequence[float], time: int
     ) -> None:
         number, active = reading.edit, self._now.edit
         reach = time + len(self._gate.anchors[number].target) + self._gate.slack
@@ -201,15 +222,12 @@ class Route:
             last = len(self._reader.words) - 1
             if fresh or last in self._mentions[self._gate.subjects[number]].positions:
                 self._now, self._until, self._opened = reading, reach, time
-        elif fresh and self._beats(key, active, scores):
+        elif fresh and self._beats(key, active, active_fits):
             self._now, self._until, self._opened = reading, reach, time
 
-    def _beats(self, key: tuple[float, float, int], active: int, scores: dict[int, float]) -> bool:
-        """Whether new evidence for another anchor outweighs the active one."""
-        score = scores.get(active)
-        if score is None or score < key[0]:
-            return True
-        return score <= key[0] and key[2] > active
+    def _beats(self, key: tuple[float, float, int], active: int, fits: Sequence[float]) -> bool:
+        """Whether new evidence for another anchor outweighs the active one, which `fits` so well where mentioned."""
+        return all(fit < key[0] or (fit <= key[0] and key[2] > active) for fit in fits)
 
 
 def _reading(number: int, mention: Mention, compared: Comparison, *, inside: bool) -> Reading:

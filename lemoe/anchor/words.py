@@ -104,7 +104,10 @@ class Reader:
 
     def copy(self) -> "Reader":
         other = Reader()
-        other.words = [Word(w.text, w.capital, w.first) for w in self.words]
+        other.words = self.words[:]
+        if self.words:  # the only one that may still change
+            last = self.words[-1]
+            other.words[-1] = Word(last.text, last.capital, last.first)
         other.growing = self.growing
         other._decoder.setstate(self._decoder.getstate())
         other._stop, other._hard = self._stop, self._hard

@@ -1,0 +1,209 @@
+"""Sequences that are read on: each token once, whatever is done to the KV cache, in few bytes however long they are."""
+
+import tracemalloc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import lemoe
+from lemoe.anchor.anchors import Anchors, LiveAnchors
+from lemoe.anchor.gate import Anchor
+from lemoe.anchor.route import Reading, Route
+from lemoe.routing import Sequences
+from lemoe.tokens import encode
+
+FACTS = (
+    ("Marie Curie", "Marie Curie was born in the town of", "Bergen"),
+    ("Marie Curie", "The field of Marie Curie was", "botany"),
+    ("Lake Como", "The largest fish of Lake Como is the", "golden pike"),
+)
+PHRASES = ("Marie Curie", " was born in the", " Lake Como", ". ", "?\n", " largest fish of", " Ma", "rie Cu", "rie")
+
+few = hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(scope="module")
+def stored(base: lemoe.BaseModel) -> Anchors:
+    passages = [encode(base, prompt, target) for _, prompt, target in FACTS]
+    anchors = [Anchor(p.prompt, p.target, name) for p, (name, *_) in zip(passages, FACTS, strict=True)]
+    return Anchors.of_each(anchors)
+
+
+def live_of(base: lemoe.BaseModel, stored: Anchors, **given: int) -> LiveAnchors:
+    return LiveAnchors(base, stored, lemoe.resolve_settings("anchor", None, {"gate_slack": 4}), **given)
+
+
+@pytest.fixture
+def live(base: lemoe.BaseModel, stored: Anchors) -> LiveAnchors:
+    return live_of(base, stored)
+
+
+def read_on(live: LiveAnchors, ids: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The experts of new tokens `[batch, seq]`, and the memory of all."""
+    known = torch.ones_like(ids, dtype=torch.bool)
+    routing, new = live.route(Sequences(ids, None, known, known, memory))
+    return routing.experts[..., 0], new.clone() if memory is None else torch.cat([memory, new], 2)
+
+
+def experts_along(live: LiveAnchors, ids: Sequence[int]) -> list[int]:
+    route = Route(live.gate)
+    return [route.push(token).edit for token in ids]
+
+
+@contextmanager
+def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The tokens that routes read, while open."""
+    read: list[int] = []
+    push = Route.push
+
+    def counting_push(self: Route, token: int) -> Reading:
+        read.append(token)
+        return push(self, token)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Route, "push", counting_push)
+        yield read
+
+
+steps = st.lists(
+    st.tuples(
+        st.sampled_from(["read", "read", "beams", "repeat", "crop", "cut in front", "fork", "back", "another router"]),
+        st.integers(0, 5),
+        st.lists(st.sampled_from(PHRASES), min_size=1, max_size=3),
+    ),
+    max_size=14,
+)
+
+
+@given(steps, st.sampled_from([0, 20_000, 1 << 20]))
+@few
+def test_whatever_is_done_to_the_cache_a_route_depends_on_its_tokens_alone(
+    base: lemoe.BaseModel, stored: Anchors, done: list[tuple[str, int, list[str]]], remembered: int
+) -> None:
+    live = live_of(base, stored, remembered=remembered)
+    rows = [base.tokenizer(text).input_ids[:4] for text in ("Marie Curie was", "Lake Como. Marie")]
+    _, memory = read_on(live, torch.tensor(rows), None)
+    forks = [(rows, memory)]
+    for what, number, phrases in done:
+        if what == "read":
+            new = base.tokenizer("".join(phrases)).input_ids
+            added = [new[place:] + new[:place] for place in range(len(rows))]
+            experts, memory = read_on(live, torch.tensor(added), memory)
+            rows = [row + more for row, more in zip(rows, added, strict=True)]
+            for row, found in zip(rows, experts.tolist(), strict=True):
+                assert found == experts_along(live, row)[-len(found) :]
+        elif what == "beams":
+            order = [(number + place * place) % len(rows) for place in range(len(rows))]
+            rows, memory = [rows[place] for place in order], memory[order]
+        elif what == "repeat" and len(rows) < 5:
+            rows, memory = [row for row in rows for _ in range(2)], memory.repeat_interleave(2, 0)
+        elif what in ("crop", "cut in front") and len(rows[0]) > number + 1:
+            kept = slice(0, len(rows[0]) - number) if what == "crop" else slice(number, None)
+            rows, memory = [row[kept] for row in rows], memory[:, :, kept]
+        elif what == "fork":
+            forks.append((rows, memory.clone()))
+        elif what == "back":
+            rows, memory = forks[number % len(forks)]
+        elif what == "another router":
+            live = live_of(base, stored, remembered=remembered)
+
+
+def test_a_decoding_step_reads_one_token_of_each_sequence_in_batches_of_any_size(
+    base: lemoe.BaseModel, live: LiveAnchors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = torch.tensor(base.tokenizer("Marie Curie was born in the town of").input_ids)
+    batch = 1100
+    ids = words.repeat(batch, 1)
+    ids[:, 0] = torch.arange(batch) % (base.vocabulary - 4) + 3
+    ids[:, 1] = torch.arange(batch) // (base.vocabulary - 4) + 3
+    _, memory = read_on(live, ids, None)
+    for step in range(3):
+        with counted(monkeypatch) as read:
+            _, memory = read_on(live, words[step].repeat(batch, 1), memory)
+        assert len(read) == batch
+
+
+def test_prefixes_that_were_forgotten_are_read_again_and_then_known(
+    base: lemoe.BaseModel, stored: Anchors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = live_of(base, stored, remembered=0)
+    ids = torch.tensor([base.tokenizer("Marie Curie was born in the town of").input_ids])
+    _, memory = read_on(live, ids, None)
+    read_on(live, ids[:, :1], None)
+    for expected in (ids.shape[1] + 1, 1, 1):
+        with counted(monkeypatch) as read:
+            _, memory = read_on(live, ids[:, :1], memory)
+        assert len(read) == expected
+
+
+def test_tokens_that_are_tried_and_taken_back_cost_only_themselves(
+    base: lemoe.BaseModel, live: LiveAnchors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in assisted decoding: each step reads six tokens, of which three stay."""
+    ids = torch.tensor([base.tokenizer("Marie Curie was born in the town of. " * 8).input_ids])
+    _, memory = read_on(live, ids, None)
+    for _ in range(20):
+        with counted(monkeypatch) as read:
+            _, tried = read_on(live, ids[:, :6], memory)
+        memory = tried[:, :, : memory.shape[2] + 3]
+        assert len(read) <= 3 + 6
+
+
+def test_conversations_that_go_on_from_one_prompt_read_it_once(
+    base: lemoe.BaseModel, live: LiveAnchors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.tensor([base.tokenizer("Marie Curie was born in the town of. " * 8).input_ids])
+    _, memory = read_on(live, ids, None)
+    for _ in range(5):
+        with counted(monkeypatch) as read:
+            going_on = memory.clone()
+            for token in range(10):
+                _, going_on = read_on(live, ids[:, token : token + 1], going_on)
+        assert len(read) == 10
+
+
+def kept_bytes(live: LiveAnchors, text: Tensor, sequences: int, steps: int) -> int:
+    """What stays in memory, the KV cache left aside, of sequences that go on from one text, each in its own way."""
+    tracemalloc.start()
+    try:
+        _, memory = read_on(live, text, None)
+        memory = memory.expand(sequences, -1, -1, -1)
+        for _ in range(steps):
+            _, memory = read_on(live, torch.arange(3, 3 + sequences).unsqueeze(1) % 300, memory)
+        return tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_is_remembered_does_not_grow_with_the_context(base: lemoe.BaseModel, stored: Anchors) -> None:
+    text = torch.tensor([base.tokenizer("Marie Curie was born there. A fish swims by.\n").input_ids])
+    short, long = (kept_bytes(live_of(base, stored), text.repeat(1, times), 64, 2) for times in (4, 160))
+    assert long < 1.2 * short
+
+
+def test_what_is_remembered_stays_within_its_bytes(base: lemoe.BaseModel, stored: Anchors) -> None:
+    """However long a sentence grows; the last call's sequences are remembered in any case."""
+    room = 400_000
+    ids = torch.tensor([base.tokenizer(" and Marie Curie saw the lake" * 10).input_ids])
+    live = live_of(base, stored, remembered=room)
+    read_on(live, ids[:, :2], None)
+    tracemalloc.start()
+    try:
+        memory = None
+        for token in range(ids.shape[1]):
+            _, memory = read_on(live, ids[:, token : token + 1], memory)
+        assert tracemalloc.get_traced_memory()[0] < room
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_sequence_in_the_cache_has_few_bytes_a_token(live: LiveAnchors) -> None:
+    _, memory = read_on(live, torch.tensor([[3, 4, 5]]), None)
+    assert memory.dtype == torch.int32
+    assert memory.shape == (1, 1, 3, 5)
