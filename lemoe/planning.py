@@ -24,13 +24,12 @@ from lemoe.errors import InputError
 from lemoe.models import BaseModel
 from lemoe.settings import Order, Settings
 from lemoe.training import encode_edits
+from lemoe.yamlfile import read_yaml
 
 EMBEDDED = 8192  # tokens whose embeddings are looked up at a time
 BY_HAND = 10_000  # edits; libyaml writes larger plans ten times as fast, with emoji as numbers
-DEEPEST = 100  # levels of a plan file
 
 _QUICK_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-_QUICK_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
@@ -178,16 +177,6 @@ def save_plan(chosen: Plan, edits: Sequence[Edit], source: str) -> str:
     return head + yaml.dump(document, Dumper=dumper, sort_keys=False, allow_unicode=True, width=10_000)
 
 
-def _parsed(text: str) -> Any:
-    """The YAML document; one nested more deeply than any plan would take libyaml, and Python with it, off its feet."""
-    depth = 0
-    for event in yaml.parse(text, Loader=_QUICK_LOADER):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > DEEPEST:
-            raise ValueError("nested too deeply for a plan")
-    return yaml.load(text, Loader=_QUICK_LOADER)
-
-
 def load_plan(path: Path | str, edits: Sequence[Edit]) -> list[list[Edit]]:
     """The rounds of a plan file, as edits.
 
@@ -195,12 +184,7 @@ def load_plan(path: Path | str, edits: Sequence[Edit]) -> list[list[Edit]]:
         InputError: if the file is no plan, or names edits that are not there or names one twice; all are listed.
     """
     path = Path(path)
-    try:
-        document = _parsed(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    document = read_yaml(path)
     rounds = document.get("rounds") if isinstance(document, dict) else None
     if not isinstance(rounds, list) or not all(isinstance(members, (dict, list)) for members in rounds):
         raise InputError(f"{path}: not a plan; expected `rounds:` with a list of edit ids in each")
