@@ -23,11 +23,12 @@ from lemoe.fingerprint import Fingerprint
 from lemoe.routers import ROUTERS
 from lemoe.routing import offsets_hold
 from lemoe.settings import Settings, coerce_settings
-from lemoe.tensorfile import Entry, is_as_written, stored_tensors, write_tensors
+from lemoe.tensorfile import HASH, Entry, is_as_written, stored_tensors, write_tensors
 
 FORMAT = 1
 ADAPTOR_NAME = "adaptor.safetensors"
 METADATA_KEY = "lemoe"
+_HEADER = {"format", "tool", "base", "settings", "rounds", HASH}
 MATRICES = ("experts.up", "experts.down", "experts.gate")
 
 Record = TypeVar("Record", Fingerprint, RoundRecord)
@@ -85,7 +86,7 @@ class AdaptorFile:
         self.path = _file_of(path)
         with _opened(self.path) as file:
             header = _header(self.path, file.metadata() or {})
-            self.tool = str(header.get("tool", "unknown"))
+            self.tool: str = header["tool"]
             names = list(file.keys())
             tensors = {name: _shape_only(file, name) if name in MATRICES else _read(file, name) for name in names}
         with _damage(self.path):
@@ -186,15 +187,18 @@ def _file_of(path: Path | str) -> Path:
 def _header(path: Path, stored: Mapping[str, str]) -> dict[str, Any]:
     if METADATA_KEY not in stored:
         raise AdaptorError(f"{path}: a safetensors file, but not a lemoe adaptor (no `{METADATA_KEY}` in its metadata)")
+    if len(stored) > 1:
+        raise AdaptorError(f"{path}: not a valid adaptor: metadata beside `{METADATA_KEY}`, which nothing vouches for")
     try:
         header = json.loads(stored[METADATA_KEY])
         version = header["format"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise AdaptorError(f"{path}: its metadata is damaged") from None
-    if version != FORMAT:
-        raise AdaptorError(f"{path}: format {version!r}; this lemoe reads format {FORMAT}. Update lemoe")
-    assert isinstance(header, dict)
-    return header
+    if type(version) is not int or version != FORMAT:
+        raise AdaptorError(f"{path}: format {version!r:.60}; this lemoe reads format {FORMAT}. Update lemoe")
+    if not isinstance(header.get("tool"), str) or not set(header) <= _HEADER:
+        raise AdaptorError(f"{path}: its metadata is damaged: it holds {', '.join(sorted(header))[:200]}")
+    return dict(header)
 
 
 def _small(state: AdaptorState) -> dict[str, Tensor]:
@@ -221,7 +225,10 @@ def _state(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor])
         if record.experts < 1 or len(record.ids) != len(record.edits):
             raise ValueError("a round with no expert, or with more names than edits")
     try:
-        settings = Settings(**coerce_settings(str(path), header["settings"]))
+        values = coerce_settings(str(path), header["settings"])
+        if values != header["settings"]:
+            raise ValueError("settings of another type than they have")
+        settings = Settings(**values)
     except InputError as error:
         raise AdaptorError(str(error)) from None
     _check(path, base, rounds, settings, tensors)

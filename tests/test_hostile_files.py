@@ -127,6 +127,13 @@ METADATA: dict[str, Callable[[Metadata], object]] = {
     "a threshold that is no number": lambda m: m["settings"].update(gate_conflict="NaN"),
     "an unknown setting": lambda m: m["settings"].update(command="rm"),
     "a format to come": lambda m: m.update(format=2),
+    "a format that is true": lambda m: m.update(format=True),
+    "a format that is a real number": lambda m: m.update(format=1.0),
+    "a tool that is a list": lambda m: m.update(tool=["lemoe"]),
+    "no tool": lambda m: m.pop("tool"),
+    "an unknown key": lambda m: m.update(run="rm -rf /"),
+    "a layer that is text": lambda m: m["settings"].update(layer="1"),
+    "a depth that is true": lambda m: m["settings"].update(depth=True),
     "a format that is text": lambda m: m.update(format="1; rm"),
 }
 
@@ -209,3 +216,9 @@ def test_names_that_lead_out_of_the_folder_are_names_only(honest: Path, tmp_path
     rewritten(honest, path, metadata, tensors)
     lemoe.save_adaptor(lemoe.load_adaptor(path), tmp_path / "out" / "copy.safetensors")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["copy.safetensors", "hostile.safetensors", "out"]
+
+
+def test_metadata_beside_our_own_are_refused(honest: Path, tmp_path: Path) -> None:
+    path = tmp_path / "hostile.safetensors"
+    path.write_bytes(table(honest.read_bytes(), lambda t: t["__metadata__"].update(note="trust me")))
+    assert "nothing vouches for" in refused("show", path, "--verify")
