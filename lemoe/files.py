@@ -18,6 +18,8 @@ def write_whole(path: Path, content: bytes | Iterable[bytes], *, overwrite: bool
         OutputError: if the file exists and `overwrite` is not given, or cannot be written.
     """
     check_free(path, overwrite=overwrite)
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path}: cannot be written: there is something that is no file")  # a device, a folder
     scratch: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
