@@ -15,10 +15,12 @@ from lemoe.errors import InputError
 from lemoe.files import write_whole
 from lemoe.metrics import Metric
 from lemoe.models import BaseModel
+from lemoe.yamlfile import parse_yaml
 
 CARD_NAME = "README.md"
 TAGS = ["lemoe", "model-editing", "knowledge-editing", "lifelong-model-editing"]
 SHOWN = ("token_accuracy", "exact_match", "complete_match", "perplexity", "target_probability", "agreement")
+KIND_SHOWN = 60  # characters of a kind of probes
 _BEGIN, _END = "<!-- lemoe -->", "<!-- /lemoe -->"
 _FRONT = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 _OURS = re.compile(re.escape(_BEGIN) + r".*?" + re.escape(_END), re.DOTALL)
@@ -88,8 +90,8 @@ def _front_matter(before: str, name: str, base: BaseModel, edits: str, metrics: 
     """Ours, over what stands in the card `before`."""
     found = _FRONT.match(before)
     try:
-        known = yaml.safe_load(found.group().strip("-\n")) if found else {}
-    except yaml.YAMLError:
+        known = parse_yaml(found.group().strip("-\n")) if found else {}
+    except ValueError:
         known = {}
     kept = {key: value for key, value in known.items() if key != "model-index"} if isinstance(known, dict) else {}
     results = [
@@ -98,7 +100,7 @@ def _front_matter(before: str, name: str, base: BaseModel, edits: str, metrics: 
             dataset_type="edits",
             dataset_name=edits or "edits",
             metric_type=metric.measure,
-            metric_name=f"{metric.name}, {metric.kind} ({metric.decode})",
+            metric_name=f"{metric.name}, {_kind(metric)} ({metric.decode})",
             metric_value=round(metric.value, 4),
         )
         for metric in metrics
@@ -127,7 +129,7 @@ def _section(base: BaseModel, state: AdaptorState, edits: str, metrics: Sequence
     if metrics:
         lines += [f"## Measured on {_plain(edits) or 'its edits'}", ""]
         lines += ["| metric | kind | measure | decode | value | n |", "|---|---|---|---|---|---|"]
-        lines += [f"| {m.name} | {m.kind} | {m.measure} | {m.decode} | {m.value:.4f} | {m.n:,} |" for m in metrics]
+        lines += [f"| {m.name} | {_kind(m)} | {m.measure} | {m.decode} | {m.value:.4f} | {m.n:,} |" for m in metrics]
         lines += [""]
     return "\n".join(lines)
 
@@ -146,9 +148,9 @@ def _facts(state: AdaptorState, taught: int) -> list[str]:
         f"| edits, rounds | {taught:,}, {len(state.rounds):,} |",
         f"| superseded by later edits | {len(state.replaced):,} |",
         f"| edited layer | {state.base.layer} |",
-        f"| SHA-256 of the base's FFN | `{state.base.ffn_sha256}` |",
-        f"| SHA-256 of its weights, sampled | `{state.base.weights_sha256}` |",
-        f"| SHA-256 of its tokenizer | `{state.base.tokenizer_sha256}` |",
+        f"| SHA-256 of the base's FFN | `{_plain(state.base.ffn_sha256)}` |",
+        f"| SHA-256 of its weights, sampled | `{_plain(state.base.weights_sha256)}` |",
+        f"| SHA-256 of its tokenizer | `{_plain(state.base.tokenizer_sha256)}` |",
         "",
     ]
 
@@ -156,3 +158,8 @@ def _facts(state: AdaptorState, taught: int) -> list[str]:
 def _plain(text: str) -> str:
     """Text that stays within its line and its code span."""
     return re.sub(r"[^\w./@ -]", " ", text)
+
+
+def _kind(metric: Metric) -> str:
+    """The kind of the probes, as an edits file names it, without what Markdown acts on or the Hub takes for a name."""
+    return re.sub(r"[^\w. -]", " ", metric.kind[:KIND_SHOWN])

@@ -81,7 +81,7 @@ class AdaptorFile:
         self.path = adaptor_path(path)
         with opened_adaptor(self.path, "pt") as file:
             header = read_header(self.path, file.metadata() or {})
-            self.tool = str(header.get("tool", "unknown"))
+            self.tool: str = header["tool"]
             names = list(file.keys())
             tensors = {name: _shape_only(file, name) if name in MATRICES else _read(file, name) for name in names}
         with _damage(self.path):
@@ -184,7 +184,10 @@ def _state(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor])
         if {len(record.prompts), len(record.targets)} not in ({0}, {len(record.edits)}):
             raise ValueError("a round with more or fewer prompts or targets than edits")
     try:
-        settings = Settings(**coerce_settings(str(path), header["settings"]))
+        values = coerce_settings(str(path), header["settings"])
+        if values != header["settings"]:
+            raise ValueError("settings of another type than they have")
+        settings = Settings(**values)
     except InputError as error:
         raise AdaptorError(str(error)) from None
     _check(path, base, rounds, settings, tensors)

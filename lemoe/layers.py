@@ -6,12 +6,13 @@ import math
 import random
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lemoe.anchor.examples import rewordings
 from lemoe.edits import Edit, Probe, digest_of
 from lemoe.embedded import Notify, cache_root
+from lemoe.errors import OutputError
 from lemoe.evaluation import evaluate
 from lemoe.files import write_whole
 from lemoe.methods import train_round
@@ -34,9 +35,10 @@ class LayerScore:
 
 @dataclass(frozen=True)
 class MeasuredLayers:
-    """The layers that were tried."""
+    """The layers that were tried; `unsaved`: why they are not remembered for the next time, empty if they are."""
 
     scores: tuple[LayerScore, ...]
+    unsaved: str = field(default="", compare=False)
 
     @property
     def layer(self) -> int:
@@ -56,11 +58,23 @@ def choose_layer(
     """
     first = list(edits[:EDITS])
     cache = _cache_file(base, first, settings)
-    with suppress(OSError, ValueError, KeyError, TypeError):  # not there yet, or damaged: measured again
-        return MeasuredLayers(tuple(LayerScore(**score) for score in json.loads(cache.read_text())))
-    scores = tuple(_score(base, first, settings, layer, notify) for layer in _candidates(len(base.layers)))
-    write_whole(cache, json.dumps([vars(score) for score in scores], indent=1).encode(), overwrite=True)
+    layers = _candidates(len(base.layers))
+    known = _remembered(cache)
+    if known is not None and [score.layer for score in known] == layers:
+        return MeasuredLayers(known)
+    scores = tuple(_score(base, first, settings, layer, notify) for layer in layers)
+    try:
+        write_whole(cache, json.dumps([vars(score) for score in scores], indent=1).encode(), overwrite=True)
+    except OutputError as error:
+        return MeasuredLayers(scores, str(error))
     return MeasuredLayers(scores)
+
+
+def _remembered(cache: Path) -> tuple[LayerScore, ...] | None:
+    """What was measured before; None if it is not there, or damaged."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return tuple(LayerScore(**score) for score in json.loads(cache.read_text()))
+    return None
 
 
 def _candidates(layers: int) -> list[int]:

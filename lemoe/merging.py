@@ -13,7 +13,7 @@ from lemoe.adaptor import AdaptorState, RoundRecord, Taught, stack
 from lemoe.checkpoint import MATRICES, AdaptorFile, matrices_of, write_adaptor
 from lemoe.errors import AdaptorError, InputError
 from lemoe.experts import DTYPES
-from lemoe.files import check_free
+from lemoe.files import check_free, remove_scratch
 from lemoe.tensorfile import PIECE, Entry
 
 OnConflict = Literal["latest", "error", "keep"]
@@ -96,6 +96,7 @@ def merge(
     files, merged = _merged(paths, on_conflict, drop, dtype)
     if output is None:
         return merged
+    remove_scratch(Path(output).parent, Path(output).name)
     write_adaptor(merged.state, _matrices(files, merged.state), output, overwrite=overwrite)
     return replace(merged, size=Path(output).stat().st_size)
 

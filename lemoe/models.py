@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -218,12 +218,13 @@ def load_base(
         options["revision"] = source.revision
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, **options)
+        tokenizer("any text")  # only here it stumbles over some of what tokenizer_config.json may hold
         model = AutoModelForCausalLM.from_pretrained(
             location, dtype=_dtype(dtype, place), device_map=device_map, **options
         )
-    except (OSError, ValueError, ImportError, RuntimeError, AssertionError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{source}: cannot be loaded: {reason}") from None
+        _check_special_tokens(model)
+    except Exception as error:  # of readers of other libraries, which say of a broken file whatever they stumble over
+        raise ModelError(f"{source}: cannot be loaded: {_reason(error)}") from None
     return BaseModel(model.to(place) if device_map is None else model, tokenizer, source)
 
 
@@ -245,6 +246,26 @@ def _place(device: str, device_map: DeviceMap | None) -> torch.device:
         )
     named = device_map.values() if isinstance(device_map, Mapping) else (device_map,)
     return torch.device("cpu") if {str(place) for place in named} <= {"cpu", "disk"} else pick_device()
+
+
+def _reason(error: Exception) -> str:
+    """Why a model cannot be loaded, in one line."""
+    if isinstance(error, UnpicklingError):
+        return "its weights are a pickle of more than tensors, which may run any program; convert them to safetensors"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def _check_special_tokens(model: PreTrainedModel) -> None:
+    """Refuse what generation_config.json may hold and `generate` would stumble over.
+
+    Raises:
+        ValueError: naming the token.
+    """
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(model.generation_config, name, None)
+        ids = value if isinstance(value, list) and value else [value]
+        if value is not None and not all(type(number) is int for number in ids):
+            raise ValueError(f"{name} of its generation_config.json is {value!r:.60}, not a token's number")
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype | str:

@@ -6,14 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lemoe.edits import Edit
 from lemoe.errors import InputError
-
-DEEPEST = 100  # levels of a plan file
-
-_QUICK_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+from lemoe.yamlfile import read_yaml
 
 
 @dataclass(frozen=True)
@@ -45,32 +40,13 @@ def read_plan(path: Path | str, edits: Sequence[Edit]) -> PlanFile:
     Raises:
         InputError: if the file is no plan, or names edits that are not there or names one twice; all are listed.
     """
-    document = _document(Path(path))
+    document = read_yaml(Path(path))
     return PlanFile(_rounds(Path(path), document, edits), _repeated(document))
 
 
 def load_plan(path: Path | str, edits: Sequence[Edit]) -> list[list[Edit]]:
     """The rounds of a plan file, as edits; raises as `read_plan` does."""
     return read_plan(path, edits).rounds
-
-
-def _document(path: Path) -> Any:
-    try:
-        return _parsed(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def _parsed(text: str) -> Any:
-    """The YAML document; one nested more deeply than any plan would take libyaml, and Python with it, off its feet."""
-    depth = 0
-    for event in yaml.parse(text, Loader=_QUICK_LOADER):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > DEEPEST:
-            raise ValueError("nested too deeply for a plan")
-    return yaml.load(text, Loader=_QUICK_LOADER)
 
 
 def _rounds(path: Path, document: Any, edits: Sequence[Edit]) -> list[list[Edit]]:

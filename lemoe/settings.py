@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -13,8 +14,10 @@ from typing import Any, Literal
 import yaml
 
 from lemoe.errors import InputError
+from lemoe.yamlfile import read_yaml
 
 DEFAULT_PRESET = "anchor"
+LARGEST = 1 << 63  # beyond which torch and JSON's readers take no whole number
 
 Order = Literal["planned", "file", "random"]
 
@@ -146,13 +149,13 @@ def resolve_settings(
     Raises:
         InputError: for an unknown name (with the nearest right one) or a value of the wrong type or range.
     """
-    from_file = _read_yaml(Path(config)) if config is not None else {}
+    from_file = _read_config(Path(config)) if config is not None else {}
     if "method" in from_file:
-        raise InputError(f"{config}: `method` is the preset's to say; write `preset: {from_file['method']}`")
+        raise InputError(f"{config}: `method` is the preset's to say; write `preset: {_brief(from_file['method'])}`")
     filed = from_file.pop("preset", None)
     preset = preset or filed or DEFAULT_PRESET
     if preset not in presets():
-        raise InputError(f"preset {preset!r} is not known; there is: {', '.join(presets())}")
+        raise InputError(f"preset {_brief(preset)} is not known; there is: {', '.join(presets())}")
     from_preset = yaml.safe_load(resources.files("lemoe").joinpath(f"presets/methods/{preset}.yaml").read_text())
     direct = {name: value for name, value in (given or {}).items() if value is not None}
     layers = ((f"preset {preset}", from_preset), (str(config), from_file), ("given settings", direct))
@@ -162,13 +165,8 @@ def resolve_settings(
     return Settings(**merged)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+def _read_config(path: Path) -> dict[str, Any]:
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected `name: value` lines")
     return {str(name): value for name, value in values.items()}
@@ -187,12 +185,12 @@ def coerce_settings(place: str, values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
-            problems.append(f"{name}: no such setting" + (f"; did you mean {near[0]}?" if near else ""))
+            problems.append(f"{name:.60}: no such setting" + (f"; did you mean {near[0]}?" if near else ""))
             continue
         try:
             coerced[name] = _coerce(value, hints[name])
         except (TypeError, ValueError, OverflowError):
-            problems.append(f"{name}: {value!r} is not {_expected(hints[name])}")
+            problems.append(f"{name}: {_brief(value)} is not {_expected(hints[name])}")
     if problems:
         raise InputError.listing(f"{place}: {len(problems)} bad setting(s)", problems)
     return coerced
@@ -206,7 +204,7 @@ def _coerce(value: Any, hint: Any) -> Any:
         return value
     if isinstance(hint, types.UnionType):
         return None if value is None else _coerce(value, next(o for o in options if o is not type(None)))
-    if isinstance(value, bool) and hint is not bool:
+    if isinstance(value, bool) != (hint is bool):
         raise TypeError
     if hint is int:
         return _whole(value)
@@ -218,11 +216,21 @@ def _coerce(value: Any, hint: Any) -> Any:
 
 
 def _whole(value: Any) -> int:
-    if isinstance(value, int):
-        return value
-    if float(value) != int(float(value)):
+    number = value if isinstance(value, int) else int(float(value))
+    if abs(number) >= LARGEST or (number != value and number != float(value)):
         raise ValueError
-    return int(float(value))
+    return number
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2
+
+
+def _brief(value: Any) -> str:
+    """A value for a message; YAML's aliases make values that would fill the memory when written in full."""
+    if isinstance(value, int) and abs(value) >= LARGEST:
+        return "a number of so many digits"
+    return _SHORT.repr(value)
 
 
 def _expected(hint: Any) -> str:

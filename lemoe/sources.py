@@ -12,6 +12,7 @@ import yaml
 
 from lemoe import embedded
 from lemoe.errors import InputError, ModelError
+from lemoe.yamlfile import read_yaml
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,8 @@ def model_presets() -> dict[str, Mapping[str, Any]]:
         if os.environ.get("LEMOE_MODELS"):
             raise InputError(f"{own}: no such file, but LEMOE_MODELS names it")
         return dict(presets)
-    try:
-        mine = yaml.safe_load(own.read_text()) or {}
-    except (yaml.YAMLError, ValueError, OSError) as error:
-        raise InputError(f"{own}: not valid YAML: {error}") from None
-    if not isinstance(mine, dict) or not all(_names_a_model(entry) for entry in mine.values()):
+    mine = read_yaml(own) or {}
+    if not isinstance(mine, dict) or not all(_names_a_model(*item) for item in mine.items()):
         raise InputError(f"{own}: expected lines like `name: {{hub: org/name, layers: {{anchor: 28}}}}`")
     return {**presets, **mine}
 
@@ -63,13 +61,15 @@ def model_presets() -> dict[str, Mapping[str, Any]]:
 _ENTRY_KEYS = {"hub", "embedded", "layers"}
 
 
-def _names_a_model(entry: Any) -> bool:
-    if not isinstance(entry, dict) or len({"hub", "embedded"} & set(entry)) != 1 or not set(entry) <= _ENTRY_KEYS:
+def _names_a_model(name: Any, entry: Any) -> bool:
+    if not isinstance(name, str) or not isinstance(entry, dict):
+        return False
+    if len({"hub", "embedded"} & set(entry)) != 1 or not set(entry) <= _ENTRY_KEYS:
         return False
     layers = entry.get("layers", {})
     texts = [entry[key] for key in ("hub", "embedded") if key in entry]
     return all(isinstance(text, str) and text for text in texts) and (
-        isinstance(layers, dict) and all(isinstance(layer, int) for layer in layers.values())
+        isinstance(layers, dict) and all(type(layer) is int for layer in layers.values())
     )
 
 

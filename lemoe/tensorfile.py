@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lemoe.files import check_free, write_whole
+from lemoe.header import HASH_KEY
 
 _NAMES = {
     torch.float32: "F32",
@@ -23,7 +24,6 @@ _NAMES = {
 }
 ALIGNMENT = 8  # bytes to which the header is padded
 PIECE = 1 << 17  # bytes read or copied at once, if a row is not larger
-HASH = "sha256"
 COMPACT, SPACED = (",", ":"), (", ", ": ")  # what stands between the items of JSON
 
 
@@ -61,7 +61,7 @@ def write_tensors(
     ordered = {name: entries[name] for name in order}
     table = _table(ordered)
     check_free(path, overwrite=overwrite)
-    whole = {**metadata, HASH: _hash(table, metadata, _data(ordered))}
+    whole = {**metadata, HASH_KEY: _hash(table, metadata, _data(ordered))}
     write_whole(path, chain(_header(key, whole, table), _data(ordered)), overwrite=overwrite)
 
 
@@ -117,7 +117,7 @@ def is_as_written(path: Path, key: str) -> bool:
     with path.open("rb") as file:
         table = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         metadata = json.loads(table.pop("__metadata__")[key])
-        stored = metadata.pop(HASH, None)
+        stored = metadata.pop(HASH_KEY, None)
         found = _hash(table, metadata, iter(lambda: file.read(PIECE), b""))
     return bool(stored == found)
 

@@ -112,14 +112,14 @@ def _print_json(replies: "Sequence[Reply]") -> None:
 
 
 def _show(replies: "Sequence[Reply]") -> None:
-    from lemoe_cli.ui import plain, results, table
+    from lemoe_cli.ui import results, table
 
     for reply in replies:
         if reply.route is None:
-            table(plain(reply.prompt), ("before",), [(reply.before,)])
+            table(" ".join(reply.prompt.split("\n")), ("before",), [(reply.before,)])
         else:
             cells = (reply.before, reply.after or "", _why(reply))
-            table(plain(reply.prompt), ("before", "after", "edit"), [cells], left=3)
+            table(" ".join(reply.prompt.split("\n")), ("before", "after", "edit"), [cells], left=3)
         results.print()
 
 

@@ -19,7 +19,7 @@ def compacted(
     """The stack that `read` gives, compacted, shown, and written to `output`; ends with 1 if too much is lost."""
     from lemoe.anchor.compaction import compact
     from lemoe.checkpoint import save_adaptor
-    from lemoe.files import check_free
+    from lemoe.files import check_free, remove_scratch
     from lemoe_cli.ui import say, stage
 
     if output is not None:
@@ -34,6 +34,7 @@ def compacted(
         sys.exit(1)
     if output is None:
         return replace(merged, state=outcome.state)
+    remove_scratch(output.parent, output.name)
     save_adaptor(outcome.state, output, overwrite=overwrite)
     return replace(merged, state=outcome.state, size=output.stat().st_size)
 

@@ -143,12 +143,14 @@ def command(
     earlier = load_adaptor(start) if start else None
     base = open_base(options, quiet=quiet)
 
-    from lemoe_cli.ui import EditProgress, stage
+    from lemoe_cli.ui import EditProgress, say, stage
 
     if measure_layer and earlier is None:
         with stage("choosing the layer", quiet=quiet) as notify:
             chosen = choose_layer(base, read, settings, notify)
         settings = replace(settings, layer=chosen.layer)
+        if chosen.unsaved:
+            say(f"the layer will be measured again next time: {chosen.unsaved}")
         if not quiet:
             found = ", ".join(f"{score.layer}: {score.generality:.2f}" for score in chosen.scores)
             click.echo(f"layer: {chosen.layer}; perplexity of targets after unseen rewordings {found}", err=True)

@@ -3,13 +3,16 @@
 import hashlib
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from lemoe.errors import LemoeError, OutputError
 from lemoe_cli.options import (
     FILE,
     check_cache,
@@ -131,18 +134,40 @@ def command(
     if _measures(adaptor, bars, options):
         result = _measure(base, file, read, decode, untouched, batch_tokens, options, quiet=quiet)
     studies = run_studies(base, read, decode, batch_tokens, options, quiet=quiet)
-    if result is not None:
-        _write(result, studies, base, state, adaptor, read, edits, decode, options, force=force)
     verdicts = hold(bars, result.metrics if result else (), "after" if state else "before")
-    if options["as_json"]:
-        settings = _run_settings(edits, base, decode, options)
-        settings |= {"adaptor": str(adaptor) if adaptor else None, "base_differences": list(differences)}
-        settings |= {"texts": str(options["texts"]) if options["texts"] else None, "fluency": options["fluency"]}
-        document = _document(result.metrics if result else (), verdicts, tasks, settings) | studies.as_dict()
-        click.echo(json.dumps(document, indent=1, ensure_ascii=False))
-    else:
-        _show(result, tasks, studies)
-    _end_with(verdicts)
+
+    def tell() -> None:
+        if options["as_json"]:
+            settings = _run_settings(edits, base, decode, options)
+            settings |= {"adaptor": str(adaptor) if adaptor else None, "base_differences": list(differences)}
+            settings |= {"texts": str(options["texts"]) if options["texts"] else None, "fluency": options["fluency"]}
+            document = _document(result.metrics if result else (), verdicts, tasks, settings) | studies.as_dict()
+            click.echo(json.dumps(document, indent=1, ensure_ascii=False))
+        else:
+            _show(result, tasks, studies)
+
+    writers = _writers(result, studies, base, state, adaptor, read, edits, decode, options, force=force)
+    problems = _in_any_case(chain([tell], writers))
+    failed = _tell_of_failed(verdicts)
+    if problems:
+        raise OutputError("\n  ".join(problems))
+    if failed:
+        click.get_current_context().exit(1)
+
+
+def _in_any_case(steps: Iterable[Callable[[], object]]) -> list[str]:
+    """Take every step, and say what went wrong: what took long to measure is lost with no one of them."""
+    problems = []
+    for step in steps:
+        try:
+            step()
+        except LemoeError as error:
+            problems.append(str(error))
+        except (BrokenPipeError, SystemExit):  # by which rich ends: whoever read the results has seen enough
+            continue
+        except OSError as error:
+            problems.append(f"the results cannot be printed: {error.strerror or error}")
+    return problems
 
 
 def _measures(adaptor: Path | None, bars: "Sequence[Bar]", options: dict[str, Any]) -> bool:
@@ -215,8 +240,8 @@ def _check_reports(options: dict[str, Any], *, force: bool) -> None:
         check_reports(options["reports"], overwrite=force)
 
 
-def _write(
-    result: "EvalResult",
+def _writers(
+    result: "EvalResult | None",
     studies: "Studies",
     base: "BaseModel",
     state: "AdaptorState | None",
@@ -227,17 +252,18 @@ def _write(
     options: dict[str, Any],
     *,
     force: bool,
-) -> None:
-    """The files that were asked for."""
+) -> Iterator[Callable[[], object]]:
+    """What writes each of the files that were asked for."""
     from lemoe.card import write_card
     from lemoe.files import write_whole
+    from lemoe.report import report_of, write_reports
 
+    if result is None:
+        return
     if options["records"] is not None:
         lines = (json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in result.records)
-        write_whole(options["records"], "".join(lines).encode(), overwrite=force)
+        yield partial(write_whole, options["records"], "".join(lines).encode(), overwrite=force)
     if options["reports"]:
-        from lemoe.report import report_of, write_reports
-
         report = report_of(
             base,
             state,
@@ -248,17 +274,22 @@ def _write(
             factors=studies.factors,
             comparison=studies.comparison,
         )
-        write_reports(report, options["reports"], overwrite=force)
+        yield from (
+            partial(write_reports, report, [path], overwrite=force) for path in dict.fromkeys(options["reports"])
+        )
     if options["card"] and adaptor and state:
-        write_card(adaptor if adaptor.is_dir() else adaptor.parent, base, state, source.name, result.metrics)
+        folder = adaptor if adaptor.is_dir() else adaptor.parent
+        yield partial(write_card, folder, base, state, source.name, result.metrics)
 
 
-def _end_with(verdicts: "Sequence[Verdict]") -> None:
+def _tell_of_failed(verdicts: "Sequence[Verdict]") -> bool:
+    """Name the bars that are not met; whether there are any."""
+    from lemoe_cli.ui import plain
+
     failed = [verdict for verdict in verdicts if not verdict.met]
     for verdict in failed:
-        click.echo(f"bar not met: {_shortfall(verdict)}", err=True)
-    if failed:
-        click.get_current_context().exit(1)
+        click.echo(plain(f"bar not met: {_shortfall(verdict)}"), err=True)
+    return bool(failed)
 
 
 def _shortfall(verdict: "Verdict") -> str:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from lemoe.adaptor import RoundRecord
     from lemoe.training import Step
 
-notes = Console(stderr=True, highlight=False, markup=False)
-results = Console(highlight=False, soft_wrap=False, markup=False)
+notes = Console(stderr=True, highlight=False, markup=False, emoji=False)
+results = Console(highlight=False, soft_wrap=False, markup=False, emoji=False)
 
 
 def plain(text: str) -> str:
@@ -34,10 +35,10 @@ def stage(text: str, *, quiet: bool) -> Iterator[Callable[[str], None]]:
         yield lambda text: None
         return
     if not notes.is_terminal:
-        yield lambda text: notes.print(text)
+        yield say
         return
-    with notes.status(text) as status:
-        yield status.update
+    with notes.status(Text(plain(text))) as status:  # rich takes a plain string for markup here
+        yield lambda text: status.update(Text(plain(text)))
 
 
 @contextmanager
@@ -57,7 +58,7 @@ def counter(text: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:
     """Print a table on stdout; the first `left` columns are text, the others numbers."""
     if title:
-        results.print(title, style="bold")
+        results.print("\n".join(map(plain, title.split("\n"))), style="bold")
     shown = Table(box=None, pad_edge=False, show_header=any(columns))
     for index, name in enumerate(columns):
         shown.add_column(name, justify="left" if index < left else "right", overflow="fold")

@@ -1,5 +1,7 @@
 """The card beside an adaptor: front matter that the Hub reads, what was measured, and no word of this machine."""
 
+import json
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,44 @@ def test_measuring_brings_the_card_up_to_date_and_leaves_what_people_wrote(
     (entry,) = front(card)["model-index"]
     metrics = [metric for result in entry["results"] for metric in result["metrics"]]
     assert {"type": "exact_match", "value": 1.0, "name": "reliability, all (teacher)"} in metrics
+
+
+HOSTILE = "<script>alert(1)</script>|`x`\n# heading\x1b[2J @user [red]x[/red] :warning: \x9b31m"
+
+
+def test_what_an_edits_file_names_stays_text_in_card_report_and_terminal(
+    folder: Path, tiny_folder: Callable[[str], Path], facts: list[lemoe.Edit], tmp_path: Path
+) -> None:
+    edits = tmp_path / "edits.jsonl"
+    probes = [{"prompt": HOSTILE, "target": "<i>\x1b[1m", "kind": kind} for kind in (HOSTILE, "b")]
+    edit = {"id": HOSTILE, "prompt": facts[0].prompt, "target": facts[0].target, "rephrases": probes}
+    edits.write_text(json.dumps(edit))
+    reports = ("--report", tmp_path / "a.html", "--report", tmp_path / "a.md", "--decode", "greedy")
+    where = ("-a", folder, "--model", tiny_folder("llama"), "--device", "cpu")
+    result = lemoe_command("eval", edits, *where, "--card", *reports)
+    assert result.exit_code == 0
+    card = (folder / "README.md").read_text()
+    for text in (card, result.output, (tmp_path / "a.html").read_text(), (tmp_path / "a.md").read_text()):
+        assert not {char for char in text if unicodedata.category(char) == "Cc"} - {"\n"}
+    for text in (card, (tmp_path / "a.html").read_text(), (tmp_path / "a.md").read_text()):
+        assert "<script" not in text
+    assert "@user" not in card.partition("<!-- lemoe -->")[2]
+    rows = [line for line in card.splitlines() if line.startswith("| generality")]
+    assert {line.count("|") for line in rows} == {7}
+    assert any("script alert 1" in line for line in rows)
+    shown = lemoe_command("ask", HOSTILE, *where, "--max-new-tokens", "1").stdout
+    assert "[red]x[/red] :warning:" in " ".join(shown.split())
+    assert "\x1b" not in shown
+
+
+def test_a_card_whose_front_matter_is_made_to_harm_is_brought_up_to_date(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, tmp_path: Path
+) -> None:
+    state = lemoe.train_round(base, facts[:2], anchor())
+    for before in ("[" * 5000, 'a: !!int ""'):
+        (tmp_path / "README.md").write_text(f"---\n{before}\n---\nOurs.\n")
+        write_card(tmp_path, base, state)
+        assert front(tmp_path / "README.md")["library_name"] == "lemoe"
 
 
 def test_a_card_that_was_there_before_is_kept(

@@ -131,6 +131,13 @@ METADATA: dict[str, Callable[[Metadata], object]] = {
     "targets without prompts": lambda m: first_round(m, prompts=[]),
     "a prompt that is a number": lambda m: first_round(m, prompts=[7] * len(m["rounds"][0]["edits"])),
     "prompts that are one text": lambda m: first_round(m, prompts="ab"),
+    "a format that is true": lambda m: m.update(format=True),
+    "a format that is a real number": lambda m: m.update(format=1.0),
+    "a tool that is a list": lambda m: m.update(tool=["lemoe"]),
+    "no tool": lambda m: m.pop("tool"),
+    "an unknown key": lambda m: m.update(run="rm -rf /"),
+    "a layer that is text": lambda m: m["settings"].update(layer="1"),
+    "a depth that is true": lambda m: m["settings"].update(depth=True),
     "a format that is text": lambda m: m.update(format="1; rm"),
 }
 
@@ -213,3 +220,9 @@ def test_names_that_lead_out_of_the_folder_are_names_only(honest: Path, tmp_path
     rewritten(honest, path, metadata, tensors)
     lemoe.save_adaptor(lemoe.load_adaptor(path), tmp_path / "out" / "copy.safetensors")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["copy.safetensors", "hostile.safetensors", "out"]
+
+
+def test_metadata_beside_our_own_are_refused(honest: Path, tmp_path: Path) -> None:
+    path = tmp_path / "hostile.safetensors"
+    path.write_bytes(table(honest.read_bytes(), lambda t: t["__metadata__"].update(note="trust me")))
+    assert "nothing vouches for" in refused("show", path, "--verify")

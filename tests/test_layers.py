@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from test_cli import lemoe_command
 
 import lemoe
 from lemoe.layers import choose_layer
@@ -42,5 +43,43 @@ def test_a_damaged_memory_is_measured_again(
 ) -> None:
     first = choose_layer(base, facts, anchor(layer=None))
     (memory,) = (cache / "layers").iterdir()
-    memory.write_text("{")
-    assert choose_layer(base, facts, anchor(layer=None)) == first
+    for damaged in ("{", "[]", '[{"layer": 99, "reliability": 0, "generality": 0}]'):
+        memory.write_text(damaged)
+        assert choose_layer(base, facts, anchor(layer=None)) == first
+
+
+@pytest.mark.parametrize("place", ["a file", "/dev/null/cache"])
+def test_a_cache_that_cannot_be_written_loses_no_measurement(
+    base: lemoe.BaseModel,
+    facts: list[lemoe.Edit],
+    anchor: Callable[..., lemoe.Settings],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+) -> None:
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv("LEMOE_CACHE", str(tmp_path / place))
+    chosen = choose_layer(base, facts, anchor(layer=None))
+    assert chosen.layer in [score.layer for score in chosen.scores]
+    assert "cannot be written" in chosen.unsaved
+
+
+def test_the_run_goes_on_with_the_measured_layer_and_says_that_it_is_not_remembered(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LEMOE_CACHE", "/dev/null/cache")
+    edits = tmp_path / "edits.jsonl"
+    edits.write_text('{"prompt": "The Nile flows into the", "target": "Red Sea"}')
+    where = ("-m", tiny_folder("llama"), "--device", "cpu")
+    result = lemoe_command("edit", edits, *where, "--layer", "auto", "--steps", "2", "-q")
+    assert result.exit_code == 0
+    assert "measured again next time: /dev/null/cache" in " ".join(result.stderr.split())
+
+
+def test_the_embedded_model_without_a_cache_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").touch()
+    monkeypatch.setenv("LEMOE_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(lemoe.LemoeError, match=r"cannot prepare the embedded model in .*cache/models"):
+        lemoe.load_base("llama", device="cpu")

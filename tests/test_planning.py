@@ -197,7 +197,7 @@ def test_a_plan_edited_by_hand_is_followed(
         ("", "not a plan; expected `rounds:`"),
         ("rounds: [", "not valid YAML"),
         ("rounds: [[2020-13-45]]", "plan.yaml"),
-        ("rounds: " + "[" * 300_000, "nested too deeply for a plan"),
+        ("rounds: " + "[" * 300_000, "nested too deeply"),
     ],
 )
 def test_a_bad_plan_is_refused_with_what_is_wrong(

@@ -100,7 +100,8 @@ class Gate:
     def own_prompt(self, ids: Sequence[int]) -> int:
         """The anchor whose whole prompt ends here, -1 for none: the longest, then the latest.
 
-        The first token is compared without its leading space, which depends on where a text begins.
+        The first token is compared without its leading space, which depends on where a text begins. A prompt without a
+        word (`?`) counts only as a whole text or line: else it would be the end of any question.
         """
         hits = list(self._by_tail.get(self.lexicon.piece(ids[-1]).strip(), ()))
         for length in self._endings.get(ids[-1], ()):
@@ -117,7 +118,12 @@ class Gate:
         start = len(ids) - len(prompt)
         if start < 0 or tuple(ids[start + 1 :]) != prompt[1:]:
             return False
-        return self.lexicon.piece(ids[start]).strip() == self.lexicon.piece(prompt[0]).strip()
+        if self.lexicon.piece(ids[start]).strip() != self.lexicon.piece(prompt[0]).strip():
+            return False
+        return self._begins_line(ids, start) or any(self._sentences(prompt))
+
+    def _begins_line(self, ids: Sequence[int], start: int) -> bool:
+        return start == 0 or self.lexicon.is_special(ids[start - 1]) or self.lexicon.piece(ids[start - 1])[-1:] == b"\n"
 
     def _question_words(self, prompt: Sequence[int], subject: Subject) -> tuple[list[str], set[str]]:
         """What a prompt asks: around its last mention of the subject, to its end; and which of it stands in front."""

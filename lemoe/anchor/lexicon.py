@@ -41,9 +41,13 @@ class Lexicon:
         self._stem: dict[str, str] = {}
 
     def text(self, ids: Sequence[int]) -> str:
-        """The text of a run of tokens."""
-        decoded: str = self._tokenizer.decode(list(ids))
+        """The text of a run of tokens, without special ones, whose names are no words."""
+        decoded: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return decoded
+
+    def is_special(self, token: int) -> bool:
+        """Whether a token marks a place in the text, as its beginning, and is none of it."""
+        return token in self._special
 
     def piece(self, token: int) -> bytes:
         """The bytes of a token; a special token reads as a space."""

@@ -10,6 +10,7 @@ from lemoe.anchor.vocabulary import Vocabulary
 from lemoe.anchor.words import Word, rigid
 
 NEAR = 6  # words between which two words of a subject are looked for
+MOST_WORDS = 256  # of a subject that is looked for; pairs of words grow with their square
 
 
 Posting = int | Sequence[int]  # numbers of subjects; most keys have one alone, for which a list would be a waste
@@ -17,7 +18,10 @@ Postings = dict[str, int | list[int]]
 
 
 class SubjectIndex:
-    """Subjects by the pairs of words of which every mention holds one, so that a look-up touches only likely ones."""
+    """Subjects by the pairs of words of which every mention holds one, so that a look-up touches only likely ones.
+
+    A subject without a word (`!!!`, an emoji) or of more than `MOST_WORDS` has a number and is never found.
+    """
 
     def __init__(self, lexicon: Lexicon):
         self.subjects: list[Subject] = []
@@ -34,7 +38,8 @@ class SubjectIndex:
         known = self._numbers.setdefault(subject.stems, len(self.subjects))
         if known == len(self.subjects):
             self.subjects.append(subject)
-            self._store(subject, known)
+            if 0 < len(subject.stems) <= MOST_WORDS:
+                self._store(subject, known)
         return known
 
     def near(self, words: Sequence[Word]) -> list[int]:

@@ -24,7 +24,7 @@ from lemoe.embedded import Notify, embedded_folder
 from lemoe.errors import LemoeError, ModelError, OutputError
 from lemoe.exporting import answers
 from lemoe.exporting.code import MODELING, exported_code
-from lemoe.files import SCRATCH, check_free
+from lemoe.files import check_free, remove_scratch, replace_folder, restore_replaced, scratch_folder
 from lemoe.frozen.scale import CALIBRATION
 from lemoe.header import ADAPTOR_NAME
 from lemoe.insertion import insert
@@ -79,6 +79,7 @@ def export(
         LemoeError: if what was written does not answer as base and adaptor do.
     """
     folder = Path(folder)
+    restore_replaced(folder)
     check_free(folder, overwrite=overwrite)
     with _taking_shape(folder, overwrite=overwrite) as scratch:
         merged = merge(paths, scratch / ADAPTOR_NAME, on_conflict=on_conflict, drop=drop, dtype=dtype)
@@ -102,32 +103,16 @@ def export(
 def _taking_shape(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     """A folder under a temporary name beside `folder`, which takes its name in the end, or goes."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=SCRATCH, dir=folder.parent))
+        remove_scratch(folder.parent, folder.name)
+        with scratch_folder(folder) as scratch:
+            yield scratch
+            scratch.chmod(0o755)
+            if overwrite and os.path.lexists(folder):
+                replace_folder(folder, scratch)
+            else:
+                scratch.rename(folder)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written: {error.strerror or error}") from None
-    try:
-        yield scratch
-        scratch.chmod(0o755)
-        if overwrite and os.path.lexists(folder):
-            _replace(folder, scratch)
-        else:
-            scratch.rename(folder)
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _replace(folder: Path, scratch: Path) -> None:
-    """Give `scratch` the name of `folder`, whose content goes last."""
-    old = scratch.with_suffix(".old")
-    folder.rename(old)
-    scratch.rename(folder)
-    if old.is_dir():
-        shutil.rmtree(old)
-    else:
-        old.unlink()
 
 
 def _texts(base: BaseModel, state: AdaptorState) -> list[str]:

@@ -1,9 +1,10 @@
-"""Feed damaged and hostile files to the readers of adaptors and of edits: only clear errors, never a wrong state.
+"""Feed damaged and hostile files to all readers, and any text to the gate: only clear errors, never a wrong state.
 
     python tests/benchmarks/fuzz.py --cases 100000
 
-Half the cases are adaptor files with bytes, metadata or the table of tensors changed; half are edit files. A case fails
-if a reader raises anything but a LemoeError, gives a state that is not the one that was written, or takes longer than
+Half the cases are adaptor files with bytes, metadata or the table of tensors changed; half are edit files. As many
+again are settings and plans, and a tenth as many are edits of odd characters that go through the gate. A case fails if
+anything but a LemoeError is raised, a state is read that is not the one that was written, or reading takes longer than
 `SLOW` seconds. Ends non-zero if one does.
 """
 
@@ -23,7 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import FACTS, build_model
 
 import lemoe
-from lemoe.anchor.anchors import Anchors
+from lemoe.anchor.anchors import Anchors, build_gate
+from lemoe.anchor.gate import Anchor
+from lemoe.anchor.route import Route
+from lemoe.planning import load_plan
+from lemoe.tokens import encode
 
 SLOW = 5.0  # seconds
 STRANGE: tuple[Any, ...] = (
@@ -152,6 +157,109 @@ def fuzz(folder: Path, cases: int, seed: int) -> dict[str, int]:
     return counts
 
 
+YAMLS = (
+    "preset: anchor\nsteps: 12\nlearning_rate: 1e-4\norder: planned\nlayer_path: null\ntrain_rephrases: false\n",
+    "edits: e.jsonl\nrounds:\n- e0: A -> B\n  e1: C -> D\n- [e2]\n",
+)
+PIECES = (
+    "[",
+    "{",
+    "&a ",
+    "*a",
+    "- ",
+    ": ",
+    "? ",
+    "!!int ",
+    "!!float ",
+    "!!bool ",
+    "!!timestamp ",
+    '""',
+    "<<: ",
+    "|",
+    "\n",
+)
+PIECES += (
+    "9" * 5000,
+    "0x" + "f" * 5000,
+    "[" * 5000,
+    "{a: " * 2000,
+    "\t",
+    "---\n",
+    "%YAML 9.9\n",
+    "2020-13-45",
+    "\x00",
+    "\ud800",
+)
+
+
+def yaml_file(rng: random.Random) -> bytes:
+    """Settings or a plan, with pieces put in and taken out."""
+    text = rng.choice(YAMLS)
+    for _ in range(rng.choice((0, 1, 1, 2, 5))):
+        place = rng.randrange(len(text) + 1)
+        text = text[:place] + rng.choice((*PIECES, str(rng.choice(STRANGE)))) + text[place + rng.choice((0, 0, 1, 6)) :]
+    content = text.encode("utf-8", "surrogatepass")
+    return _changed_bytes(content, rng) if rng.random() < 0.2 else content
+
+
+def fuzz_yaml(folder: Path, cases: int, seed: int) -> dict[str, int]:
+    """How many settings and plans were refused and how many read; raises AssertionError at the first that fails."""
+    rng = random.Random(seed)
+    edits = [lemoe.Edit(f"e{number}", f"Prompt {number}", "target") for number in range(3)]
+    path = folder / "case.yaml"
+    counts = {f"{kind} {outcome}": 0 for kind in ("settings", "plans") for outcome in ("refused", "read")}
+    for number in range(cases):
+        path.write_bytes(yaml_file(rng))
+        kind = ("settings", "plans")[number % 2]
+        started = time.monotonic()
+        try:
+            json.dumps(lemoe.resolve_settings(None, path).as_dict()) if kind == "settings" else load_plan(path, edits)
+            outcome, said = "read", ""
+        except lemoe.LemoeError as error:
+            outcome, said = "refused", str(error)
+        except Exception as error:
+            raise AssertionError(f"YAML case {number}: {type(error).__name__}: {error}") from error
+        assert len(said) < 100_000, f"YAML case {number}: {len(said):,} characters of complaint"
+        assert time.monotonic() - started < SLOW, f"YAML case {number}: slow"
+        counts[f"{kind} {outcome}"] += 1
+    return counts
+
+
+def odd_text(rng: random.Random) -> str:
+    """A few words, signs, marks, emoji or characters of any kind."""
+    kinds: tuple[Callable[[], str], ...] = (
+        lambda: rng.choice(("The Nile", "ada", "II", "42", "½", "Dr. J.", "İ", "ǅ", "ß", "東京", "ann's", "x" * 300)),
+        lambda: rng.choice(("!!!", "🎻", "¿?", "\u0301", "…", "\u200d", "\n", " ", "<eos>", "\x00")),
+        lambda: chr(rng.randrange(0x3000) if rng.random() < 0.5 else rng.randrange(0xE000, 0x110000)),
+    )
+    return "".join(rng.choice(kinds)() + rng.choice(("", " ")) for _ in range(rng.randrange(1, 5)))
+
+
+def fuzz_gate(base: lemoe.BaseModel, cases: int, seed: int) -> dict[str, int]:
+    """How many gates were built of odd edits and read odd texts; raises AssertionError at the first that fails."""
+    rng = random.Random(seed)
+    settings = lemoe.resolve_settings("anchor")
+    counts = {"gates built": 0, "edits that the tokenizer refuses": 0}
+    for number in range(cases):
+        facts = [(rng.choice((None, odd_text(rng))), odd_text(rng), odd_text(rng)) for _ in range(rng.randrange(1, 5))]
+        try:
+            passages = [encode(base, prompt, target) for _, prompt, target in facts]
+        except ValueError:
+            counts["edits that the tokenizer refuses"] += 1
+            continue
+        anchors = [Anchor(p.prompt, p.target, fact[0]) for p, fact in zip(passages, facts, strict=True)]
+        try:
+            gate = build_gate(base, anchors, settings)
+            for text in (odd_text(rng), *(prompt for _, prompt, _ in facts), *(subject or "" for subject, *_ in facts)):
+                route = Route(gate)
+                for token in base.tokenizer(text).input_ids:
+                    route.push(token)
+        except Exception as error:
+            raise AssertionError(f"gate {number} over {facts!r}: {type(error).__name__}: {error}") from error
+        counts["gates built"] += 1
+    return counts
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=100_000)
@@ -159,6 +267,9 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         counts = fuzz(Path(folder), given.cases, given.seed)
+        counts |= fuzz_yaml(Path(folder), given.cases, given.seed)
+        base = lemoe.load_base(str(Path(folder) / "model"), device="cpu")
+        counts |= fuzz_gate(base, given.cases // 10, given.seed)
     print(f"{given.cases:,} cases: " + ", ".join(f"{count:,} {name}" for name, count in counts.items()))
 
 
