@@ -8,7 +8,7 @@ which records the arguments (masks, rotary angles) with which they can be replay
 import inspect
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +18,7 @@ from torch.nn import functional
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from lemoe.errors import ModelError
+from lemoe.frozen.check import check_replay
 from lemoe.frozen.hooks import standing_in
 from lemoe.frozen.prefixes import Forest, Rows, Tree
 from lemoe.frozen.replay import FrozenBatch, LayerCall, constant_cache, hidden_of
@@ -138,7 +139,24 @@ def run_below(
             that replays can start behind an opening.
         groups: one number for each passage. What a passage gives then depends on those of its group alone, to the bit
             on a CPU in float32, however many others run beside it.
+
+    Raises:
+        ModelError: if replaying the layers above gives something else than the model itself.
     """
+    check_replay(base, site, layer, _run_texts)
+    return _run_texts(base, site, layer, passages, max_tokens, whole, groups)
+
+
+def _run_texts(
+    base: BaseModel,
+    site: FFNSite,
+    layer: int,
+    passages: Sequence[Passage],
+    max_tokens: int,
+    whole: bool = False,
+    groups: Sequence[int] | None = None,
+) -> Below:
+    """`run_below`, unchecked."""
     shared = token_trees(base, max((len(passage.read) for passage in passages), default=0))
     forest = Forest.of([passage.read for passage in passages], shared, groups)
     firsts, parts, total = [0] * len(forest.trees), [], 0
@@ -269,5 +287,5 @@ def _top(base: BaseModel, site: FFNSite, layer: int) -> FFNSite | None:
     with suppress(ModelError):
         top = base.site(len(base.layers) - 1, below)
         alone = len(inspect.signature(top.entry.forward).parameters) == 1
-        return top if alone and (top.whole or not top.gated) else None
+        return replace(top, exit=top.last) if alone and (top.whole or not top.gated) else None
     return None
