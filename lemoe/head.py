@@ -31,7 +31,9 @@ class ModelHead:
             ModelError: if the model is its own decoder.
         """
         if not decoder_path:
-            raise ModelError(f"{type(model).__name__}: its layers are not in a decoder of their own, apart from its head")
+            raise ModelError(
+                f"{type(model).__name__}: its layers are not in a decoder of their own, apart from its head"
+            )
         parent, _, self._name = decoder_path.rpartition(".")
         self._parent = model.get_submodule(parent)
         self._model, self._head, self._output_class = model, head, output_class

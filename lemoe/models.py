@@ -1,5 +1,6 @@
 """The frozen base model: what `--model` names, loaded through transformers, with the places that editing needs."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,7 @@ from lemoe.errors import ModelError
 from lemoe.experts import DTYPES
 from lemoe.fingerprint import Fingerprint, ffn_sha256, tokenizer_sha256, weights_sha256
 from lemoe.head import ModelHead
+from lemoe.hooks import released
 from lemoe.placement import device_of
 from lemoe.sources import ModelSource, resolve_model
 from lemoe.structure import FFNSite, find_ffn, find_layers, run_decoder
@@ -47,7 +49,8 @@ class BaseModel:
         self.vocabulary: int = head.weight.shape[0]
         text_config = model.config.get_text_config()
         self.hidden_size: int = getattr(text_config, "hidden_size", self.embedding.weight.shape[1])
-        self.max_length: int | None = getattr(text_config, "max_position_embeddings", None)
+        longest = getattr(text_config, "max_position_embeddings", None)
+        self.max_length: int | None = longest if longest and longest > 0 else None  # XLNet says -1
         self._sites: dict[tuple[int, str | None], FFNSite] = {}
         self._finish, output = run_decoder(self.decoder, self.layers, self._probe_input())
         self._head = ModelHead(model, self.layers_path.rpartition(".")[0], head, type(output))
@@ -80,6 +83,19 @@ class BaseModel:
     def pad_token(self) -> int:
         pad = self.tokenizer.pad_token_id
         return self.end_token if pad is None else int(pad)
+
+    @cached_property
+    def decoder_reads_tokens(self) -> bool:
+        """Whether the model hands token ids to its decoder, as most do, or embeddings, as those for images do."""
+        seen: list[bool] = []
+        signature = inspect.signature(self.decoder.forward)
+
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(signature.bind_partial(*args, **kwargs).arguments.get("input_ids") is not None)
+
+        with torch.no_grad(), released([self.decoder.register_forward_pre_hook(look, with_kwargs=True)]):
+            self.model(**self._probe_input(), use_cache=False)
+        return any(seen)
 
     def site(self, layer: int, path: str | None = None) -> FFNSite:
         """The FFN of decoder layer `layer` (zero-based), at `path` below it if given."""

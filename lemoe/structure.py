@@ -88,15 +88,19 @@ def find_layers(model: nn.Module) -> tuple[str, nn.Module, nn.ModuleList]:
 def find_ffn(layer: nn.Module, hidden: int, layer_path: str, given: str | None = None) -> FFNSite:
     """The FFN inside one decoder layer, or the one at `given` (a path below the layer).
 
-    An FFN is a module outside attention that maps `hidden` to a wider space and back.
+    An FFN is a module outside attention that maps `hidden` to a wider space and back, or, where there is none, one
+    that chooses among such maps (a mixture of experts). One that is a module by itself goes before linear maps that
+    stand in the layer among others.
 
     Raises:
         ModelError: if there is none or several, listing the candidates and how to choose one.
     """
-    sites = [site for site in _candidates(layer, hidden, layer_path) if given in (None, _below(site, layer_path))]
-    if len(sites) == 1:
-        return sites[0]
-    choices = [_below(site, layer_path) for site in _candidates(layer, hidden, layer_path)]
+    candidates = _candidates(layer, hidden, layer_path) or _mixtures(layer, hidden, layer_path)
+    sites = [site for site in candidates if given in (None, _below(site, layer_path))]
+    for chosen in (sites, [site for site in sites if site.whole]):
+        if len(chosen) == 1:
+            return chosen[0]
+    choices = [_below(site, layer_path) for site in candidates]
     tree = ", ".join(f"{name} ({type(child).__name__})" for name, child in layer.named_children())
     raise ModelError(
         f"{layer_path}: {'no FFN' if not sites else 'several FFNs'} found"
@@ -125,6 +129,22 @@ def _candidates(layer: nn.Module, hidden: int, layer_path: str) -> list[FFNSite]
                 full = f"{layer_path}.{path or '+'.join(linears)}"
                 whole = entry is module
                 found.append(FFNSite(entry, layer, activation, last, full, hidden, intermediate, gated, whole))
+    return found
+
+
+def _mixtures(layer: nn.Module, hidden: int, layer_path: str) -> list[FFNSite]:
+    """The parts of a layer that hold the matrices of several FFNs, all experts' in one tensor."""
+    found = []
+    for path, module in layer.named_children():
+        owners = [part for part in module.modules() if any(each.dim() == 3 for each in part.parameters(recurse=False))]
+        shapes = [each.shape[1:] for each in module.parameters() if each.dim() == 3 and hidden in each.shape[1:]]
+        activation = next((each for part in (*owners, module) if (each := _activation(part)) is not None), None)
+        if _is_attention(path, module) or len(shapes) < 2 or activation is None:
+            continue
+        widths = [shape.numel() // hidden for shape in shapes]
+        gated = len(shapes) > 2 or max(widths) == 2 * min(widths)
+        full = f"{layer_path}.{path}"
+        found.append(FFNSite(module, layer, activation, module, full, hidden, min(widths), gated, whole=False))
     return found
 
 
@@ -186,4 +206,3 @@ def run_decoder(owner: nn.Module, layers: nn.ModuleList, probe: dict[str, Tensor
     finally:
         for handle in handles:
             handle.remove()
-

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from lemoe.errors import ModelError
 from lemoe.frozen.replay import hidden_of
@@ -69,6 +70,12 @@ class _Pair:
 
 @torch.no_grad()
 def _problem(base: BaseModel, site: FFNSite, layer: int, run_texts: RunTexts) -> str | None:
+    ids = torch.tensor([[0, 1]], device=base.device)
+    if not isinstance(getattr(base.decoder(input_ids=ids, use_cache=True), "past_key_values", None), Cache):
+        return (
+            f"{base.source}: cannot be edited: {type(base.decoder).__name__} gives back no key/value cache, in which "
+            "the routes of texts travel while the model writes"
+        )
     allowed = torch.finfo(base.dtype).eps ** 0.5
     for pair in _pairs(base, site, layer, run_texts):
         if not pair.error <= allowed:
