@@ -29,6 +29,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"(q_lora_rank|kv_lora_rank|o_lora_rank)", 16),
     (r".*(intermediate_size.*|ffn_dim|ffn_hidden_size|inner_dim|n_inner|dim_ff|mlp_hidden_size)", 48),
     (r"(hidden_size|n_embd|d_model|dim_model|embed_dim|word_embed_proj_dim|d_embed|lru_width|emb_dim)", 32),
+    (r"(mamba_)?chunk_size", 16),
     (r"(d_inner|mamba_d_ssm|feed_forward_size)", 64),
     (r"(max_position_embeddings|n_positions|max_seq_len|max_sequence_length|n_ctx|max_target_positions)", 128),
     (r"(ssm_state_size|state_size|mamba_d_state)", 8),
@@ -36,6 +37,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"(bos_token_id|eos_token_id|decoder_start_token_id)", 1),
 )
 
+LINEAR_FIRST = {"layer_types": ["linear_attention", "linear_attention", "full_attention"]}
 IRREGULAR: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1], [["global"], 1]]},
@@ -43,13 +45,28 @@ IRREGULAR: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "attn_layers": ["local", "local", "local"], "axial_pos_embds": False},
     "zaya": {"num_experts_per_tok": 1},
     "dots1": {"layer_types": ["full_attention"] * LAYERS, "n_shared_experts": 1},
-    "dots3_note_text": {"num_key_value_heads": 4},
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "kimi_linear", "bailing_hybrid"), LINEAR_FIRST),
+    "granitemoehybrid": {"layer_types": ["mamba", "mamba", "attention"]},
+    "jamba": {"attn_layer_period": 3, "attn_layer_offset": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "full_attention"]},
     "qwen4_exp_text": {"indexer_budget": 16, "indexer_compress_ratio": 2, "indexer_kv_heads": 1},
     "bamba": {"mamba_expand": 2},
     "zamba2": {"layer_types": ["hybrid", "mamba", "mamba"]},
-    "dots3_note": {"per_layer_config": None},
 }  # what the sizes alone leave at odds
+
+UNBUILT = {
+    "blt": "its patcher is a second model, which does not shrink with it",
+    "cohere_compass_text": "its own layer types are at odds with its rotary embeddings",
+    "dbrx": "its own configuration cannot build it",
+    "dots3_note": "its layers are set one by one",
+    "dots3_note_text": "its layers are set one by one",
+    "gemma3n": "it needs pillow",
+    "gemma4_assistant": "it drafts for another model",
+    "gemma4_unified_assistant": "it drafts for another model",
+    "musicgen": "its own configuration cannot build it",
+    "musicgen_melody": "its own configuration cannot build it",
+    "zamba": "its tied weights stand in fixed layers",
+}  # families that are not built tiny and offline, and why
 
 
 def family_names() -> list[str]:
@@ -72,9 +89,10 @@ def _names(config_class: type) -> set[str]:
 
 def _given(config_class: Any, vocabulary: int) -> dict[str, Any]:
     given: dict[str, Any] = {}
-    for name in sorted(_names(config_class)):
+    names = _names(config_class)
+    for name in sorted(names):
         size = _reduced(name, vocabulary)
-        if size is not None and name not in config_class.attribute_map:
+        if size is not None and config_class.attribute_map.get(name) not in names:
             given[name] = size
     if "kv_lora_rank" in given and "num_key_value_heads" in given:
         given["num_key_value_heads"] = given["num_attention_heads"]  # latent attention has as many of both
@@ -100,4 +118,5 @@ def tiny_model(family: str, vocabulary: int, seed: int = 0) -> Any:
         for parameter in model.parameters():
             if parameter.dim() >= 2:
                 parameter.normal_(std=0.12)
+    model.generation_config = hf.GenerationConfig(pad_token_id=0, eos_token_id=1)
     return model.eval()

@@ -40,7 +40,11 @@ def metaspace_trained() -> Tokenizer:
     raw = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     raw.pre_tokenizer = pre_tokenizers.Metaspace()
     trainer = trainers.BpeTrainer(
-        vocab_size=420, special_tokens=[*SPECIAL, *BYTES], limit_alphabet=40, initial_alphabet=["Ġ"], show_progress=False
+        vocab_size=420,
+        special_tokens=[*SPECIAL, *BYTES],
+        limit_alphabet=40,
+        initial_alphabet=["Ġ"],
+        show_progress=False,
     )
     raw.train_from_iterator(TEXTS, trainer)
     return raw
@@ -64,7 +68,9 @@ def word_piece() -> hf.PreTrainedTokenizerFast:
     raw = Tokenizer(models.WordPiece(unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     raw.decoder = decoders.WordPiece()
-    raw.train_from_iterator(TEXTS, trainers.WordPieceTrainer(vocab_size=140, special_tokens=SPECIAL, show_progress=False))
+    raw.train_from_iterator(
+        TEXTS, trainers.WordPieceTrainer(vocab_size=140, special_tokens=SPECIAL, show_progress=False)
+    )
     return wrapped(raw)
 
 
