@@ -1,5 +1,6 @@
 """The frozen base model: what `--model` names, loaded through transformers, with the places that editing needs."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pickle import UnpicklingError
@@ -23,10 +24,11 @@ from lemoe.fingerprint import (
     weights_sha256,
     weights_stamp,
 )
-from lemoe.placement import device_of, own_weights, taken
-from lemoe.products import frozen_linear
+from lemoe.head import ModelHead
+from lemoe.hooks import released
+from lemoe.placement import device_of
 from lemoe.sources import ModelSource, resolve_model
-from lemoe.structure import FFNSite, find_ffn, find_layers, steps_after_layers
+from lemoe.structure import FFNSite, find_ffn, find_layers, run_decoder
 
 LOGIT_ROWS = 64  # positions whose logits over the whole vocabulary stand in memory at once, outside training steps
 DeviceMap = str | Mapping[str, int | str | torch.device]
@@ -55,12 +57,13 @@ class BaseModel:
         self.vocabulary: int = head.weight.shape[0]
         text_config = model.config.get_text_config()
         self.hidden_size: int = getattr(text_config, "hidden_size", self.embedding.weight.shape[1])
-        self._softcap: float | None = getattr(text_config, "final_logit_softcapping", None)
-        self.max_length: int | None = getattr(text_config, "max_position_embeddings", None)
+        longest = getattr(text_config, "max_position_embeddings", None)
+        self.max_length: int | None = longest if longest and longest > 0 else None  # XLNet says -1
         self._sites: dict[tuple[int, str | None], FFNSite] = {}
         self._ffn_hashes: dict[tuple[int, str | None], tuple[Stamp, str]] = {}
         self._weights_hash: tuple[Stamp, str] | None = None
-        self._finish = steps_after_layers(self.decoder, self.layers, self._probe_input())
+        self._finish, output = run_decoder(self.decoder, self.layers, self._probe_input())
+        self._head = ModelHead(model, self.layers_path.rpartition(".")[0], head, type(output))
 
     @property
     def device(self) -> torch.device:
@@ -91,6 +94,19 @@ class BaseModel:
         pad = self.tokenizer.pad_token_id
         return self.end_token if pad is None else int(pad)
 
+    @cached_property
+    def decoder_reads_tokens(self) -> bool:
+        """Whether the model hands token ids to its decoder, as most do, or embeddings, as those for images do."""
+        seen: list[bool] = []
+        signature = inspect.signature(self.decoder.forward)
+
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(signature.bind_partial(*args, **kwargs).arguments.get("input_ids") is not None)
+
+        with torch.no_grad(), released([self.decoder.register_forward_pre_hook(look, with_kwargs=True)]):
+            self.model(**self._probe_input(), use_cache=False)
+        return any(seen)
+
     def site(self, layer: int, path: str | None = None) -> FFNSite:
         """The FFN of decoder layer `layer` (zero-based), at `path` below it if given."""
         if not 0 <= layer < len(self.layers):
@@ -102,23 +118,19 @@ class BaseModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[..., vocab]` of the last layer's output `hidden` `[..., hidden]`, on its device."""
-        return self._capped(self.head(self.finish(hidden))).to(hidden.device)
+        return self._head.logits(self.finish(hidden)).to(hidden.device)
 
     def logits_over(self, words: Tensor) -> Callable[[Tensor], Tensor]:
         """What gives logits `[..., words]` over the token ids `words` alone, for last layer outputs `[..., hidden]`."""
-        chosen = {name: taken(value, words).to(words.device) for name, value in own_weights(self.head).items()}
-        weight, bias = chosen["weight"], chosen.get("bias")
-        return lambda hidden: self._capped(frozen_linear(self.finish(hidden).to(weight.device), weight, bias))
-
-    def _capped(self, logits: Tensor) -> Tensor:
-        return torch.tanh(logits / self._softcap) * self._softcap if self._softcap else logits
+        logits = self._head.logits_over(words)
+        return lambda hidden: logits(self.finish(hidden))
 
     def logits_in_parts(self, hidden: Tensor) -> Iterator[Tensor]:
         """Logits of `hidden` `[rows, hidden]`, `LOGIT_ROWS` rows at a time: all at once they fill the memory."""
         return (self.logits(part) for part in hidden.split(LOGIT_ROWS))
 
     def finish(self, hidden: Tensor) -> Tensor:
-        """What the head reads, `[..., width]`, of the last layer's output `hidden` `[..., hidden]`."""
+        """What the decoder gives, `[..., width]`, of the last layer's output `hidden` `[..., hidden]`."""
         for step in self._finish:
             hidden = step(hidden)
         return hidden

@@ -12,7 +12,6 @@ import pytest
 from test_cli import lemoe_command
 
 import lemoe
-from lemoe import files
 
 SettingsOf = Callable[..., lemoe.Settings]
 
@@ -41,7 +40,7 @@ def fill_disk(monkeypatch: pytest.MonkeyPatch, name: str = "") -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         rename(old, new)
 
-    monkeypatch.setattr(files.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
 
 
 @pytest.mark.parametrize("given", [["--report", "a.html"], ["--report", "a.md"], ["--records", "a.jsonl"], ["--card"]])
@@ -74,10 +73,10 @@ def test_each_file_is_written_though_another_cannot_be(
 def test_the_files_are_written_though_the_figures_cannot_be_printed(
     measured: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def full(*given: Any, err: bool = False, **named: Any) -> None:
-        if not err:
+    def full(*given: Any, **named: Any) -> None:
+        if not named.get("err"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        echo(*given, err=True, **named)
+        echo(*given, **named)
 
     monkeypatch.chdir(tmp_path)
     echo = click.echo

@@ -16,6 +16,7 @@ from torch import nn
 import lemoe
 from lemoe.errors import InputError, LemoeError, ModelError
 from lemoe.frozen import run_below
+from lemoe.hooks import beside
 from lemoe.sources import resolve_model
 from lemoe.structure import find_ffn
 from lemoe.tokens import Batch, encode_all
@@ -40,16 +41,18 @@ def test_the_ffn_of_every_family_is_found_by_its_structure(tiny: Tiny, family: s
 def test_what_is_added_beside_the_ffn_is_added_to_the_residual_stream(tiny: Tiny, family: str) -> None:
     base = tiny(family)
     site = base.site(2)  # the last layer, so that its output is the residual stream
-    ids = torch.tensor([[5, 6, 7]])
     seen: list[torch.Tensor] = []
-    watch = base.layers[2].register_forward_hook(
-        lambda module, args, output: seen.append(output[0] if isinstance(output, tuple) else output)
-    )
-    base.model(ids)
-    shift = site.exit.register_forward_hook(lambda module, args, output: output + 1.0)
-    base.model(ids)
-    watch.remove()
-    shift.remove()
+
+    def run_watched() -> None:
+        watch = base.layers[2].register_forward_hook(
+            lambda module, args, output: seen.append(output[0] if isinstance(output, tuple) else output)
+        )
+        base.model(torch.tensor([[5, 6, 7]]))
+        watch.remove()
+
+    run_watched()
+    with beside(site, torch.ones_like):
+        run_watched()
     torch.testing.assert_close(seen[1], seen[0] + 1.0)
 
 
@@ -68,9 +71,8 @@ def test_replaying_the_upper_layers_gives_the_logits_of_the_whole_model(
     spots = (batch.target_rows, batch.target_columns)
     with torch.no_grad():
         expected = base.model(input_ids=batch.ids, attention_mask=batch.mask).logits[spots]
-        hook = site.exit.register_forward_hook(lambda module, args, output: output + delta.reshape(output.shape))
-        shifted = base.model(input_ids=batch.ids, attention_mask=batch.mask).logits[spots]
-        hook.remove()
+        with beside(site, lambda inputs: delta):
+            shifted = base.model(input_ids=batch.ids, attention_mask=batch.mask).logits[spots]
         torch.testing.assert_close(base.logits(below.base_hidden(batch)), expected, **CLOSE)
         torch.testing.assert_close(base.logits(frozen.base_hidden), expected, **CLOSE)
         torch.testing.assert_close(base.logits(frozen.replay(torch.zeros_like(delta))), expected, **CLOSE)

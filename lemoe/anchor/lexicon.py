@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy
 from numpy.typing import NDArray
 
+from lemoe.anchor.pieces import piece_reader
 from lemoe.anchor.words import fold, stem
 from lemoe.placement import own_weights
 from lemoe.routing import Host
@@ -29,7 +30,7 @@ class Lexicon:
     def __init__(self, base: Host):
         self._tokenizer = base.tokenizer
         self._special = frozenset(base.tokenizer.all_special_ids)
-        self._decode_byte = _byte_alphabet() if "Ġ" in base.tokenizer.get_vocab() else None
+        self._read = piece_reader(base.tokenizer)
         self._vectors = _without_common_direction(own_weights(base.embedding)["weight"].detach().float().cpu().numpy())
         self._ids: dict[str, list[int]] = {}
         self._rarity: dict[str, float] = {}
@@ -57,13 +58,7 @@ class Lexicon:
 
     def _read_piece(self, token: int) -> bytes:
         text = None if token in self._special else self._tokenizer.convert_ids_to_tokens(token)
-        if text is None:
-            return b" "
-        if self._decode_byte is not None:
-            return bytes(self._decode_byte.get(char, 32) for char in text)
-        if byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", text):
-            return bytes([int(byte[1], 16)])
-        return text.replace("▁", " ").encode("utf-8", "replace")
+        return b" " if text is None else self._read(text)
 
     def stem(self, word: str) -> str:
         if word not in self._stem:
@@ -145,14 +140,6 @@ def _without_common_direction(embeddings: Vector) -> Vector:
         rows = slice(first, first + ROWS)
         centred[rows] -= numpy.outer(along[rows], common)
     return centred
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The characters with which byte-level tokenizers write bytes."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    shifted = [byte for byte in range(256) if byte not in plain]
-    alphabet = {chr(byte): byte for byte in plain}
-    return alphabet | {chr(256 + place): byte for place, byte in enumerate(shifted)}
 
 
 _LINKS = frozenset("of the de von van der la le du da di del and in al bin dos y for on to a".split())

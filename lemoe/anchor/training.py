@@ -19,6 +19,7 @@ from lemoe.anchor.gate import Anchor
 from lemoe.anchor.lessons import LessonMaker, Lessons, Teaching
 from lemoe.edits import Edit, digest_of
 from lemoe.equality import TensorEquality
+from lemoe.errors import ModelError
 from lemoe.experts import Experts
 from lemoe.frozen import residual_scale
 from lemoe.models import LOGIT_ROWS, BaseModel
@@ -81,6 +82,11 @@ def train_round(
     identity = round_id(there, base.tokenizer.chat_template, settings, edits, None)
     torch_seed = training_seed(identity)
     site = base.site(layer, settings.layer_path)
+    if not base.decoder_reads_tokens:
+        raise ModelError(
+            f"{base.source}: {type(base.model).__name__} gives its decoder embeddings, and preset anchor routes by "
+            "tokens. Use --preset paper, or the text-only model of the family"
+        )
     passages = encode_edits(base, edits)
     anchors = [
         Anchor(passage.prompt, passage.target, edit.subject) for edit, passage in zip(edits, passages, strict=True)

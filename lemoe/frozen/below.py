@@ -8,7 +8,7 @@ which records the arguments (masks, rotary angles) with which they can be replay
 import inspect
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from lemoe.equality import TensorEquality
 from lemoe.errors import ModelError
+from lemoe.frozen.check import check_replay
 from lemoe.frozen.hooks import standing_in
 from lemoe.frozen.prefixes import Forest, Rows, Tree
 from lemoe.frozen.replay import FrozenBatch, LayerCall, constant_cache, hidden_of
@@ -30,9 +31,12 @@ from lemoe.tokens import Batch, Passage, length_buckets, steady_width
 
 
 class _NoLayer(DynamicLayer):
-    """Remembers nothing."""
+    """Remembers nothing but that it was used."""
+
+    used = False
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.used = True
         return key_states, value_states
 
 
@@ -50,6 +54,7 @@ class Below(TensorEquality):
         output: `[nodes, hidden]`, the output of the edited layer.
         last: `[nodes, hidden]`, the output of the last layer.
         openings: keys and values `[nodes, heads, width]` in each layer above, on its device; all else is on the base's.
+        keyed: whether keys and values are all that layers keep of a text; else replays begin at its first column.
         in_tuple: whether the layers wrap what they give.
 
     `last` and `openings` are None and empty if the texts went no further than the edited layer.
@@ -64,6 +69,7 @@ class Below(TensorEquality):
     last: Tensor | None
     openings: list[tuple[Tensor, Tensor]]
     in_tuple: bool
+    keyed: bool
 
     def base_hidden(self, batch: Batch) -> Tensor:
         """`[targets, hidden]`, the base model's last hidden states at a batch's target positions."""
@@ -83,8 +89,11 @@ class Below(TensorEquality):
 
         Args:
             start: the first column at which anything will ever be added; nothing is kept of those before it but the
-                keys and values that the layers above attend to.
+                keys and values that the layers above attend to, if those are `keyed`.
         """
+        if start and self.last is None:
+            raise ValueError("these texts did not run through the whole model")
+        first = start if self.keyed else 0
         layers, calls, embeddings = self.base.layers, [], []
 
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -95,25 +104,24 @@ class Below(TensorEquality):
         handles.append(
             self.base.embedding.register_forward_hook(lambda module, args, output: embeddings.append(output))
         )
-        opening, nodes = self.at(batch).tensor_split([start], dim=1)
+        opening, nodes = self.at(batch).tensor_split([first], dim=1)
         output = self.output[nodes]
-        cache = self._opening(opening) if start else None
+        cache = self._opening(opening) if first else None
         with released(handles), standing_in(list(layers), (output,) if self.in_tuple else output):
-            _forward(self.base, cache, input_ids=batch.ids[:, start:], attention_mask=batch.mask)
+            _forward(self.base, cache, input_ids=batch.ids[:, first:], attention_mask=batch.mask)
         return FrozenBatch(
             batch=batch,
             start=start,
-            inputs=self.inputs[nodes],
+            first=first,
+            inputs=self.inputs[nodes[:, start - first :]],
             output=output,
             calls=tuple(calls),
             top=_top(self.base, self.site, self.layer) if calls else None,
-            embeddings=embeddings[0],
+            embeddings=embeddings[0][:, start - first :],
         )
 
     def _opening(self, nodes: Tensor) -> Cache:
         """A cache that never grows, of `nodes` `[batch, seq]`; the layers that do not run only know its length."""
-        if self.last is None:
-            raise ValueError("these texts did not run through the whole model")
         nothing = self.output.new_zeros(1, 1, 1, 1).expand(len(nodes), 1, nodes.shape[1], 1)
         above = [
             (taken(keys, nodes).transpose(1, 2), taken(values, nodes).transpose(1, 2)) for keys, values in self.openings
@@ -139,8 +147,26 @@ def run_below(
             that replays can start behind an opening.
         groups: one number for each passage. What a passage gives then depends on those of its group alone, to the bit
             on a CPU in float32, however many others run beside it.
+
+    Raises:
+        ModelError: if replaying the layers above gives something else than the model itself.
     """
-    shared = token_trees(base, max((len(passage.read) for passage in passages), default=0))
+    check_replay(base, site, layer, _run_texts)
+    return _run_texts(base, site, layer, passages, max_tokens, whole, groups)
+
+
+def _run_texts(
+    base: BaseModel,
+    site: FFNSite,
+    layer: int,
+    passages: Sequence[Passage],
+    max_tokens: int,
+    whole: bool = False,
+    groups: Sequence[int] | None = None,
+) -> Below:
+    """`run_below`, unchecked."""
+    keyed = keeps_keys(base)
+    shared = keyed and token_trees(base, max((len(passage.read) for passage in passages), default=0))
     forest = Forest.of([passage.read for passage in passages], shared, groups)
     firsts, parts, total = [0] * len(forest.trees), [], 0
     widths = [len(tree) for tree in forest.trees]
@@ -148,7 +174,7 @@ def run_below(
         widths = [steady_width(width, None if shared else base.max_length) for width in widths]
     for members in length_buckets(widths, max_tokens):
         trees, width = [forest.trees[tree] for tree in members], max(widths[tree] for tree in members)
-        parts.append(_run_trees(base, site, layer, trees, width, shared, whole))
+        parts.append(_run_trees(base, site, layer, trees, width, shared, whole, keyed))
         for tree in members:
             firsts[tree], total = total, total + len(forest.trees[tree])
     paths = [torch.tensor(line, device=base.device) + firsts[tree] for tree, line in forest.places]
@@ -165,6 +191,7 @@ def run_below(
             for each in zip(*(part.openings for part in parts), strict=True)
         ],
         parts[0].in_tuple,
+        keyed,
     )
 
 
@@ -180,14 +207,20 @@ class _Part(TensorEquality):
 
 
 def _run_trees(
-    base: BaseModel, site: FFNSite, layer: int, trees: Sequence[Tree], width: int, shared: bool, whole: bool
+    base: BaseModel,
+    site: FFNSite,
+    layer: int,
+    trees: Sequence[Tree],
+    width: int,
+    shared: bool,
+    whole: bool,
+    keyed: bool,
 ) -> _Part:
     rows = Rows.of(trees, base.pad_token, base.device, width)
     sizes = torch.tensor([len(tree) for tree in trees], device=base.device)
     real = torch.arange(rows.ids.shape[1], device=base.device) < sizes.unsqueeze(1)
     seen: dict[str, Any] = {}
-    cache = DynamicCache()
-    cache.layers = [_NoLayer() for _ in range(layer + 1)]
+    cache = _cache_above(layer) if keyed else None
 
     def kept(hidden: Tensor) -> Tensor:
         return hidden.to(base.device).reshape(*real.shape, -1)[real]
@@ -208,7 +241,7 @@ def _run_trees(
             _forward(base, cache, input_ids=rows.ids, attention_mask=mask, position_ids=rows.positions)
         else:
             _forward(base, cache, input_ids=rows.ids, attention_mask=real.long())
-    above = cache.layers[layer + 1 :]
+    above = cache.layers[layer + 1 :] if cache else []
     return _Part(
         inputs=kept(seen["inputs"]),
         output=kept(hidden_of(seen["output"])),
@@ -216,6 +249,31 @@ def _run_trees(
         openings=[(taken(each.keys.transpose(1, 2), real), taken(each.values.transpose(1, 2), real)) for each in above],
         in_tuple=isinstance(seen["output"], tuple),
     )
+
+
+def _cache_above(layer: int) -> DynamicCache:
+    """A cache that keeps nothing of the layers up to `layer`."""
+    cache = DynamicCache()
+    cache.layers = [_NoLayer() for _ in range(layer + 1)]
+    return cache
+
+
+_keeps_keys: "WeakKeyDictionary[BaseModel, bool]" = WeakKeyDictionary()
+
+
+def keeps_keys(base: BaseModel) -> bool:
+    """Whether keys and values are all that layers keep of a text: tried once.
+
+    Others keep a state (recurrent and convolutional layers) or an index of their own.
+    """
+    if base not in _keeps_keys:
+        ids, cache = torch.tensor([[0, 1]], device=base.device), _cache_above(len(base.layers) - 1)
+        try:
+            _forward(base, cache, input_ids=ids, attention_mask=torch.ones_like(ids))
+            _keeps_keys[base] = all(layer.used for layer in cache.layers)
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
+            _keeps_keys[base] = False
+    return _keeps_keys[base]
 
 
 _takes_trees: "WeakKeyDictionary[BaseModel, bool]" = WeakKeyDictionary()
@@ -270,5 +328,5 @@ def _top(base: BaseModel, site: FFNSite, layer: int) -> FFNSite | None:
     with suppress(ModelError):
         top = base.site(len(base.layers) - 1, below)
         alone = len(inspect.signature(top.entry.forward).parameters) == 1
-        return top if alone and (top.whole or not top.gated) else None
+        return replace(top, exit=top.last) if alone and (top.whole or not top.gated) else None
     return None

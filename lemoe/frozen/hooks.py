@@ -1,12 +1,13 @@
 """Letting modules of the frozen model run in part, or not at all, while a context is open."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lemoe.head import replaced_forward
 from lemoe.hooks import Site, hooked
 from lemoe.placement import taken
 
@@ -27,16 +28,6 @@ def only_at(site: Site, places: Tensor) -> AbstractContextManager[None]:
     return hooked(site, entry, exit_)
 
 
-@contextmanager
-def standing_in(layers: Sequence[nn.Module], given: Any) -> Iterator[None]:
+def standing_in(layers: Sequence[nn.Module], given: Any) -> AbstractContextManager[None]:
     """While open, `layers` do nothing but give `given`."""
-    before = [module.__dict__.get("forward") for module in layers]
-    for module in layers:
-        module.__dict__["forward"] = lambda *args, **kwargs: given
-    try:
-        yield
-    finally:
-        for module, forward in zip(layers, before, strict=True):
-            del module.__dict__["forward"]
-            if forward is not None:
-                module.__dict__["forward"] = forward
+    return replaced_forward(layers, lambda *args, **kwargs: given)

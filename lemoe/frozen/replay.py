@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
@@ -66,9 +67,10 @@ class FrozenBatch(TensorEquality):
 
     Attributes:
         batch: what was run.
-        start: the first column that is kept; the `seq` below are the columns from here.
+        start: the first column at which anything is added; the `seq` below are the columns from here.
+        first: the first column that runs again, up to `start`.
         inputs: `[batch, seq, hidden]`, the input of the edited FFN.
-        output: `[batch, seq, hidden]`, the output of the edited layer.
+        output: `[batch, columns, hidden]`, the output of the edited layer from column `first` on.
         calls: the layers above it, ready to be replayed.
         top: the FFN of the last of them, which runs at target positions alone; None where that cannot be.
         embeddings: `[batch, seq, hidden]`, the output of the embedding layer.
@@ -76,6 +78,7 @@ class FrozenBatch(TensorEquality):
 
     batch: Batch
     start: int
+    first: int
     inputs: Tensor
     output: Tensor
     calls: tuple[LayerCall, ...]
@@ -89,10 +92,13 @@ class FrozenBatch(TensorEquality):
 
     def replay(self, delta: Tensor | None) -> Tensor:
         """Last hidden states `[targets, hidden]` at the target positions, with `delta` `[batch, seq, hidden]` added."""
-        return self.base_hidden if delta is None else self._above(self.output + delta.to(self.output.dtype))
+        if delta is None:
+            return self.base_hidden
+        everywhere = functional.pad(delta, (0, 0, self.start - self.first, 0))
+        return self._above(self.output + everywhere.to(self.output.dtype))
 
     def _above(self, hidden: Tensor) -> Tensor:
-        rows, columns = self.batch.target_rows, self.batch.target_columns - self.start
+        rows, columns = self.batch.target_rows, self.batch.target_columns - self.first
         for call in self.calls[:-1]:
             hidden = call(hidden)
         at_targets = partial(only_at, self.top, rows * hidden.shape[1] + columns) if self.top else nullcontext

@@ -27,7 +27,7 @@ import lemoe
 from lemoe.anchor.anchors import Anchors, build_gate
 from lemoe.anchor.gate import Anchor
 from lemoe.anchor.route import Route
-from lemoe.planning import load_plan
+from lemoe.planfile import load_plan
 from lemoe.tokens import encode
 
 SLOW = 5.0  # seconds
@@ -161,7 +161,7 @@ YAMLS = (
     "preset: anchor\nsteps: 12\nlearning_rate: 1e-4\norder: planned\nlayer_path: null\ntrain_rephrases: false\n",
     "edits: e.jsonl\nrounds:\n- e0: A -> B\n  e1: C -> D\n- [e2]\n",
 )
-PIECES = (
+PIECES: tuple[str, ...] = (
     "[",
     "{",
     "&a ",
