@@ -4,6 +4,8 @@
     python tests/benchmarks/speed.py training         # against a plain full-model loop over the same texts
     python tests/benchmarks/speed.py scale            # the cost of an edit among 200 and among 3,000
     python tests/benchmarks/speed.py routing          # the gate over 1,000 to 1,000,000 anchors
+    python tests/benchmarks/speed.py crowd            # the gate over up to 4,000 edits of one subject
+    python tests/benchmarks/speed.py reading          # bytes and tokens of sequences that are read on, in long contexts
     python tests/benchmarks/speed.py inference        # prefill and decode of an edited model against the base
     python tests/benchmarks/speed.py gpu              # a random model of the 7B shape, bfloat16, on a GPU
 
@@ -18,15 +20,17 @@ import statistics
 import tempfile
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 import torch
-from synthetic import made_up
+from synthetic import made_up, of_one_subject
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
@@ -34,15 +38,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lemoe
 from lemoe.adaptor import AdaptorState
-from lemoe.anchor.anchors import Anchors
+from lemoe.anchor.anchors import Anchors, LiveAnchors
 from lemoe.anchor.gate import Anchor
 from lemoe.anchor.lessons import LessonMaker, Lessons, Teaching
+from lemoe.anchor.route import Reading, Route
 from lemoe.anchor.training import DEFAULT_WIDTH, Blocks
 from lemoe.edits import digest_over
 from lemoe.experts import rms_normal
 from lemoe.frozen import residual_scale
 from lemoe.hooks import beside
 from lemoe.products import fast_products
+from lemoe.routing import Sequences
 from lemoe.sources import ModelSource
 from lemoe.structure import FFNSite
 from lemoe.tokens import Batch, Passage, length_buckets
@@ -328,8 +334,14 @@ def synthetic_anchors(
 ) -> tuple[Anchors, list[list[int]]]:
     """Anchors of real questions about made-up names, and rewordings of some of them as token ids."""
     made = list(made_up(edits, count, crowded=crowded))
+    asked = [edit.rephrases[0].prompt for edit in random.Random(0).sample(made, min(500, count))]
+    return anchors_of(base, made), base.tokenizer(asked).input_ids
+
+
+def anchors_of(base: lemoe.BaseModel, made: Sequence[lemoe.Edit]) -> Anchors:
+    """The anchors of many edits, tokenised a part at a time."""
     prompts, targets = ([], [])
-    for first in range(0, count, TOKENISED):
+    for first in range(0, len(made), TOKENISED):
         few = made[first : first + TOKENISED]
         prompts += base.tokenizer([edit.prompt for edit in few]).input_ids
         targets += base.tokenizer([" " + edit.target for edit in few]).input_ids
@@ -337,8 +349,7 @@ def synthetic_anchors(
         Anchor(tuple(prompt), tuple(target), edit.subject)
         for edit, prompt, target in zip(made, prompts, targets, strict=True)
     )
-    asked = [edit.rephrases[0].prompt for edit in random.Random(0).sample(made, min(500, count))]
-    return Anchors.of_each(tuple(anchors)), base.tokenizer(asked).input_ids
+    return Anchors.of_each(tuple(anchors))
 
 
 def routing() -> None:
@@ -358,6 +369,81 @@ def routing() -> None:
             inside, outside = (timed(partial(live.explain, prompts)) / len(prompts) for prompts in (asked, unrelated))
             row = f"| {count:,} | {built:.1f} s | {memory / (1 << 20):.0f} MiB "
             print(f"{row}| {1e3 * inside:.3f} ms | {1e3 * outside:.3f} ms |", flush=True)
+
+
+def crowd() -> None:
+    """CPU milliseconds to route a rewording among edits of one subject: met first, asked first, and asked again."""
+    base = lemoe.load_base("llama")
+    settings = lemoe.resolve_settings("anchor")
+    print("| edits of one subject | first met | a new question | slowest | asked again |\n|---|---|---|---|---|")
+    for count in (1, 100, 1_000, 4_000):
+        made = of_one_subject(real_edits(3000), count)
+        live = anchors_of(base, made).live(base, settings)
+        asked = [edit.rephrases[0].prompt for edit in random.Random(0).sample(made, min(60, count))]
+        prompts = base.tokenizer(["Who is Marie Curie?", *dict.fromkeys(asked)]).input_ids
+        met = cpu_seconds(partial(live.explain, prompts[:1]))
+        first, again = ([cpu_seconds(partial(live.explain, [prompt])) for prompt in prompts[1:]] for _ in range(2))
+        row = f"| {count:,} | {1e3 * met:.0f} ms | {1e3 * statistics.median(first):.2f} ms "
+        print(f"{row}| {1e3 * max(first):.2f} ms | {1e3 * statistics.median(again):.2f} ms |", flush=True)
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """Seconds of one run, in which the machine may do other things as well."""
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
+def reading(context: int = 32_768) -> None:
+    """What sequences that are read on keep beside the KV cache, and the tokens that a decoding step reads."""
+    base = lemoe.load_base("llama")
+    anchors, asked = synthetic_anchors(base, real_edits(2000), 1_000)
+    settings = lemoe.resolve_settings("anchor")
+    line_end = base.tokenizer("\n").input_ids
+    text = [token for prompt in asked for token in (*prompt, *line_end)]
+    ids = torch.tensor([(text * (context // len(text) + 1))[:context]])
+    print("| sequences | context | steps | kept | tokens read a step |\n|---|---|---|---|---|")
+    for batch, steps in ((1, 1_100), (1_024, 2), (1_100, 2)):
+        kept, read = reading_on(anchors.live(base, settings), ids, batch, steps)
+        row = f"| {batch:,} | {context:,} | {steps:,} | {kept / 2**20:.1f} MiB "
+        print(f"{row}| {', '.join(f'{tokens:,}' for tokens in sorted(set(read)))} |", flush=True)
+
+
+def reading_on(live: LiveAnchors, ids: Tensor, batch: int, steps: int) -> tuple[int, list[int]]:
+    """Bytes kept, the KV cache left aside, of `batch` sequences that go on from one text, each its own way, by so many
+    tokens; and the tokens that each step read.
+    """
+    tracemalloc.start()
+    memory = routed(live, ids, None).expand(batch, -1, -1, -1)
+    read = []
+    for step in range(steps):
+        with counted_tokens() as tokens:
+            new = routed(live, (torch.arange(batch) + step).unsqueeze(1) % 20_000, memory)
+        read.append(len(tokens))
+        memory = torch.cat([memory, new], 2)
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return kept, read
+
+
+def routed(live: LiveAnchors, ids: Tensor, memory: Tensor | None) -> Tensor:
+    """What the KV cache holds of new tokens `[batch, seq]` behind others, in memory of torch, which is not traced."""
+    known = torch.ones_like(ids, dtype=torch.bool)
+    return live.route(Sequences(ids, None, known, known, memory))[1].clone()
+
+
+@contextmanager
+def counted_tokens() -> Iterator[list[int]]:
+    """The tokens that routes read, while open."""
+    read: list[int] = []
+    push = Route.push
+
+    def counting(route: Route, token: int) -> Reading:
+        read.append(token)
+        return push(route, token)
+
+    with patch.object(Route, "push", counting):
+        yield read
 
 
 def random_adaptor(base: lemoe.BaseModel, taught: AdaptorState, anchors: Anchors) -> AdaptorState:
@@ -450,7 +536,7 @@ def gpu(count: int = 400) -> None:
 
 
 def main() -> None:
-    parts = {part.__name__: part for part in (count, training, scale, routing, inference, gpu)}
+    parts = {part.__name__: part for part in (count, training, scale, routing, crowd, reading, inference, gpu)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(parts)}; all but gpu by default")
     given = parser.parse_args()

@@ -46,6 +46,23 @@ def made_up(
         yield _renamed(edit, name, f"made-{len(asked)}")
 
 
+def of_one_subject(edits: Sequence[Edit], count: int, name: str = "Marie Curie", seed: int = 0) -> list[Edit]:
+    """`count` edits of one subject: real questions about it, told apart by one to three words of other questions."""
+    rng = random.Random(seed)
+    usable = [edit for edit in edits if edit.subject and edit.subject in edit.prompt and edit.rephrases]
+    texts = (edit.prompt.replace(edit.subject or "", "") for edit in usable)
+    words = sorted({word for text in texts for word in text.strip("?. ").split() if len(word) > 3 and word.islower()})
+    made: dict[str, Edit] = {}
+    while len(made) < count:
+        edit = _renamed(rng.choice(usable), name, f"made-{len(made) + 1}")
+        asked = edit.prompt.split()
+        for _ in range(rng.randint(1, 3)):
+            asked.insert(rng.randrange(len(asked) + 1), rng.choice(words))
+        if name in (prompt := " ".join(asked)):
+            made.setdefault(prompt, replace(edit, prompt=prompt))
+    return list(made.values())
+
+
 def _is_name(word: str) -> bool:
     return word[:1].isupper() and word.isalpha() and len(word) > 4
 
