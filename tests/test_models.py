@@ -261,9 +261,9 @@ def test_padding_the_tokenizer_once_does_not_change_the_fingerprint(tiny_folder:
 
 
 def test_the_embedded_model_without_cache_or_network_says_how_to_go_on(tmp_path: Path) -> None:
-    hidden = ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_INDEX_URL")
-    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_"))}
     environment |= {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "LEMOE_CACHE": str(tmp_path)}
+    environment |= {"UV_NO_INDEX": "1", "UV_NO_CONFIG": "1", "UV_NO_CACHE": "1"}
     code = "from lemoe_cli.main import cli; cli(['plan', 'edits.jsonl', '--model', 'llama', '--preset', 'paper'])"
     (tmp_path / "edits.jsonl").write_text('{"prompt": "The sky is", "target": "green"}\n')
     command = [sys.executable, "-c", code]
