@@ -14,46 +14,46 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from lemoe.adaptor import AdaptorState, stack
-    from lemoe.asking import Reply, ask
-    from lemoe.checkpoint import load_adaptor, save_adaptor
-    from lemoe.comparison import compare
-    from lemoe.editing import edit
-    from lemoe.edits import Edit, Probe, read_edits
+    from lemoe.adaptor.checkpoint import load_adaptor, save_adaptor
+    from lemoe.adaptor.state import AdaptorState, stack
+    from lemoe.base.loading import BaseModel, answer, load_base
+    from lemoe.data.edits import Edit, Probe, read_edits
     from lemoe.errors import LemoeError
-    from lemoe.evaluation import evaluate
-    from lemoe.factors import measure_factors
-    from lemoe.insertion import InsertedAdaptor, insert
-    from lemoe.methods import train_round
-    from lemoe.models import BaseModel, answer, load_base
-    from lemoe.planning import Plan, plan
+    from lemoe.evaluation.comparison import compare
+    from lemoe.evaluation.evaluate import evaluate
+    from lemoe.evaluation.factors import measure_factors
+    from lemoe.inference.asking import Reply, ask
+    from lemoe.inference.insertion import InsertedAdaptor, insert
+    from lemoe.planning.plan import Plan, plan
+    from lemoe.runs.edit import edit
     from lemoe.settings import Settings, resolve_settings
+    from lemoe.training.methods import train_round
 
 _HOMES = {
-    "AdaptorState": "adaptor",
-    "BaseModel": "models",
-    "Edit": "edits",
-    "InsertedAdaptor": "insertion",
+    "AdaptorState": "adaptor.state",
+    "BaseModel": "base.loading",
+    "Edit": "data.edits",
+    "InsertedAdaptor": "inference.insertion",
     "LemoeError": "errors",
-    "Plan": "planning",
-    "Probe": "edits",
-    "Reply": "asking",
+    "Plan": "planning.plan",
+    "Probe": "data.edits",
+    "Reply": "inference.asking",
     "Settings": "settings",
-    "answer": "models",
-    "ask": "asking",
-    "compare": "comparison",
-    "edit": "editing",
-    "evaluate": "evaluation",
-    "insert": "insertion",
-    "load_adaptor": "checkpoint",
-    "load_base": "models",
-    "measure_factors": "factors",
-    "plan": "planning",
-    "read_edits": "edits",
+    "answer": "base.loading",
+    "ask": "inference.asking",
+    "compare": "evaluation.comparison",
+    "edit": "runs.edit",
+    "evaluate": "evaluation.evaluate",
+    "insert": "inference.insertion",
+    "load_adaptor": "adaptor.checkpoint",
+    "load_base": "base.loading",
+    "measure_factors": "evaluation.factors",
+    "plan": "planning.plan",
+    "read_edits": "data.edits",
     "resolve_settings": "settings",
-    "save_adaptor": "checkpoint",
-    "stack": "adaptor",
-    "train_round": "methods",
+    "save_adaptor": "adaptor.checkpoint",
+    "stack": "adaptor.state",
+    "train_round": "training.methods",
 }
 
 __all__ = [

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import yaml
 
+from lemoe.data.yaml_file import read_yaml
 from lemoe.errors import InputError
-from lemoe.yamlfile import read_yaml
 
 DEFAULT_PRESET = "anchor"
 LARGEST = 1 << 63  # beyond which torch and JSON's readers take no whole number

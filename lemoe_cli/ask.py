@@ -25,7 +25,7 @@ from lemoe_cli.options import (
 )
 
 if TYPE_CHECKING:
-    from lemoe.asking import Reply
+    from lemoe.inference.asking import Reply
 
 
 @click.command("ask")
@@ -67,9 +67,9 @@ def command(
         raise InputError("no prompts: name them on the command line, or give one a line on stdin")
     check_inputs([adaptor], options)
 
-    from lemoe.adaptor import check_base
-    from lemoe.asking import ask
-    from lemoe.insertion import insert
+    from lemoe.adaptor.state import check_base
+    from lemoe.inference.asking import ask
+    from lemoe.inference.insertion import insert
     from lemoe_cli.ui import say
 
     file = open_adaptor(adaptor) if adaptor else None

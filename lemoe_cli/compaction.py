@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 from lemoe_cli.options import open_base
 
 if TYPE_CHECKING:
-    from lemoe.anchor.compaction import Compacted
-    from lemoe.merging import Merged
+    from lemoe.adaptor.merging import Merged
+    from lemoe.runs.compaction import Compacted
 
 
 def compacted(
     read: "Callable[[], Merged]", output: Path | None, tolerance: float, options: Mapping[str, Any], *, overwrite: bool
 ) -> "Merged":
     """The stack that `read` gives, compacted, shown, and written to `output`; ends with 1 if too much is lost."""
-    from lemoe.anchor.compaction import compact
-    from lemoe.checkpoint import save_adaptor
-    from lemoe.files import check_free, remove_scratch
+    from lemoe.adaptor.checkpoint import save_adaptor
+    from lemoe.data.files import check_free, remove_scratch
+    from lemoe.runs.compaction import compact
     from lemoe_cli.ui import say, stage
 
     if output is not None:

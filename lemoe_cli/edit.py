@@ -26,9 +26,9 @@ from lemoe_cli.options import (
 )
 
 if TYPE_CHECKING:
-    from lemoe.editing import EditReport
-    from lemoe.edits import Edit
-    from lemoe.engines import Engine
+    from lemoe.data.edits import Edit
+    from lemoe.runs.edit import EditReport
+    from lemoe.runs.engines import Engine
 
 
 class RoundRange(click.ParamType[range]):
@@ -119,8 +119,8 @@ def command(
     knows. It is refused, before anything is trained, where EDITS has grown or a setting or the model differs from
     what those rounds were trained with; --resume --plan DIR/plan.yaml finishes the planned edits alone.
     """
-    from lemoe.planfile import read_plan
-    from lemoe.runfolder import PLAN_NAME, check_folder, check_places
+    from lemoe.planning.plan_file import read_plan
+    from lemoe.runs.folder import PLAN_NAME, check_folder, check_places
 
     _check_engine_options(engine, address, workers, options)
     read = open_edits(edits, options)
@@ -134,9 +134,9 @@ def command(
         read_plan(plan_file, read)
     check_inputs([start], options)
 
-    from lemoe.checkpoint import load_adaptor
-    from lemoe.editing import check_engine, edit
-    from lemoe.layers import choose_layer
+    from lemoe.adaptor.checkpoint import load_adaptor
+    from lemoe.runs.edit import check_engine, edit
+    from lemoe.runs.layers import choose_layer
 
     trainer = _engine(engine, address, workers, options)
     check_engine(trainer, settings)
@@ -183,16 +183,16 @@ def _check_engine_options(name: str, address: str | None, workers: int | None, o
 
 def _engine(name: str, address: str | None, workers: int | None, options: Mapping[str, Any]) -> "Engine":
     if name == "ray":
-        from lemoe.engines.ray import RayEngine
+        from lemoe.runs.engines.ray import RayEngine
 
         return RayEngine(loader(options), address, workers)
-    from lemoe.engines.local import LocalEngine
+    from lemoe.runs.engines.local import LocalEngine
 
     return LocalEngine()
 
 
 def _show(report: "EditReport", edits: "Sequence[Edit]") -> None:
-    from lemoe.edits import labels_of
+    from lemoe.data.edits import labels_of
     from lemoe_cli.ui import duration_text, say, size_text, table
 
     per_edit = report.seconds / max(1, report.taught)

@@ -31,14 +31,14 @@ from lemoe_cli.options import (
 from lemoe_cli.tasks import measure_tasks, show_tasks, tasks_options
 
 if TYPE_CHECKING:
-    from lemoe.adaptor import AdaptorState
-    from lemoe.bars import Bar, Verdict
-    from lemoe.checkpoint import AdaptorFile
-    from lemoe.edits import Edit
-    from lemoe.evaluation import EvalResult
-    from lemoe.harness import TaskFigure
-    from lemoe.metrics import Decode, Metric
-    from lemoe.models import BaseModel
+    from lemoe.adaptor.checkpoint import AdaptorFile
+    from lemoe.adaptor.state import AdaptorState
+    from lemoe.base.loading import BaseModel
+    from lemoe.data.edits import Edit
+    from lemoe.evaluation.evaluate import EvalResult
+    from lemoe.evaluation.harness import TaskFigure
+    from lemoe.evaluation.metrics import Decode, Metric
+    from lemoe.evaluation.thresholds import Bar, Verdict
     from lemoe_cli.studies import Studies
 
 SCHEMA = 1  # of the JSON document: docs/eval.schema.json
@@ -104,8 +104,8 @@ def command(
     \b
     lemoe eval edits.jsonl -m llama -a edits.lemoe --min reliability=0.99 --max overfit=0.05
     """
-    from lemoe.bars import check_kinds, hold
-    from lemoe.texts import read_texts
+    from lemoe.data.texts import read_texts
+    from lemoe.evaluation.thresholds import check_kinds, hold
     from lemoe_cli.studies import run_studies, studied
 
     check_cache(adaptor, options)
@@ -117,7 +117,7 @@ def command(
     _check_reports(options, force=force)
     check_inputs([adaptor], options)
 
-    from lemoe.adaptor import check_base
+    from lemoe.adaptor.state import check_base
 
     file = open_adaptor(adaptor) if adaptor else None
     state = file.state if file else None
@@ -188,7 +188,7 @@ def _measure(
     *,
     quiet: bool,
 ) -> "EvalResult":
-    from lemoe.evaluation import evaluate
+    from lemoe.evaluation.evaluate import evaluate
     from lemoe_cli.ui import counter
 
     with counter("measuring", quiet=quiet) as advance:
@@ -216,7 +216,7 @@ def _show(result: "EvalResult | None", tasks: "Sequence[TaskFigure]", studies: "
 
 
 def _bars(adaptor: Path | None, decode: "Decode", options: dict[str, Any]) -> "tuple[Bar, ...]":
-    from lemoe.bars import read_bars
+    from lemoe.evaluation.thresholds import read_bars
 
     given = [f"--{name}" for name in ("texts", "fluency") if options[name]]
     return read_bars(options["least"], options["most"], decode, edited=adaptor is not None, given=given)
@@ -224,7 +224,7 @@ def _bars(adaptor: Path | None, decode: "Decode", options: dict[str, Any]) -> "t
 
 def _check_files(adaptor: Path | None, options: dict[str, Any], *, force: bool) -> None:
     """Refuse, before anything is computed, what cannot be written."""
-    from lemoe.files import check_free
+    from lemoe.data.files import check_free
 
     if options["records"] is not None:
         check_free(options["records"], overwrite=force)
@@ -254,9 +254,9 @@ def _writers(
     force: bool,
 ) -> Iterator[Callable[[], object]]:
     """What writes each of the files that were asked for."""
-    from lemoe.card import write_card
-    from lemoe.files import write_whole
+    from lemoe.data.files import write_whole
     from lemoe.report import report_of, write_reports
+    from lemoe.report.card import write_card
 
     if result is None:
         return

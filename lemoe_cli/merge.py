@@ -10,8 +10,8 @@ import click
 from lemoe_cli.options import FILE, check_inputs, force_option, model_options_without_dtype, quiet_option
 
 if TYPE_CHECKING:
+    from lemoe.adaptor.merging import Merged, OnConflict
     from lemoe.exporting.folder import Exported
-    from lemoe.merging import Merged, OnConflict
 
 
 @click.command("merge")
@@ -87,7 +87,7 @@ def command(
     check_inputs(adaptors, options)
     target = None if dry_run else output
 
-    from lemoe.merging import merge, read_merged
+    from lemoe.adaptor.merging import merge, read_merged
 
     if compact:
         from lemoe_cli.compaction import compacted
@@ -143,7 +143,7 @@ def _show_export(count: int, exported: "Exported") -> None:
 
 
 def _show(count: int, merged: "Merged", output: Path | None, *, dry_run: bool) -> None:
-    from lemoe.adaptor import superseded_note
+    from lemoe.adaptor.state import superseded_note
     from lemoe_cli.ui import say, size_text, table
 
     state = merged.state

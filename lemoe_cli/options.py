@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from lemoe.checkpoint import AdaptorFile
-    from lemoe.edits import Edit
-    from lemoe.models import BaseModel
+    from lemoe.adaptor.checkpoint import AdaptorFile
+    from lemoe.base.loading import BaseModel
+    from lemoe.data.edits import Edit
     from lemoe.settings import Settings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -112,7 +112,7 @@ force_option = click.option("--force", is_flag=True, help="Replace what is there
 
 def loader(options: Mapping[str, Any]) -> "Callable[..., BaseModel]":
     """What loads the model of the model options, on any machine that sees the same folders; see `load_base`."""
-    from lemoe.models import load_base
+    from lemoe.base.loading import load_base
 
     name = options["model"]
     return partial(
@@ -126,8 +126,8 @@ def loader(options: Mapping[str, Any]) -> "Callable[..., BaseModel]":
 
 def open_base(options: Mapping[str, Any], *, quiet: bool) -> "BaseModel":
     """The base model that the model options name; says on stderr what the name meant."""
-    from lemoe.models import load_base
-    from lemoe.sources import resolve_model
+    from lemoe.base.loading import load_base
+    from lemoe.base.sources import resolve_model
     from lemoe_cli.ui import stage
 
     if not quiet:
@@ -149,8 +149,8 @@ def check_inputs(adaptors: Sequence[Path | None], options: Mapping[str, Any]) ->
 
     Commands import what loads torch only after this.
     """
-    from lemoe.header import check_adaptor
-    from lemoe.sources import resolve_model
+    from lemoe.adaptor.header import check_adaptor
+    from lemoe.base.sources import resolve_model
 
     for adaptor in adaptors:
         if adaptor is not None:
@@ -167,7 +167,7 @@ def check_cache(adaptor: Path | None, options: Mapping[str, Any]) -> None:
 
 def open_adaptor(path: Path) -> "AdaptorFile":
     """The adaptor file at `path`, found to be whole."""
-    from lemoe.checkpoint import AdaptorFile
+    from lemoe.adaptor.checkpoint import AdaptorFile
 
     file = AdaptorFile(path)
     file.check_whole()
@@ -176,7 +176,7 @@ def open_adaptor(path: Path) -> "AdaptorFile":
 
 def open_edits(path: Path, options: Mapping[str, Any]) -> "list[Edit]":
     """The edits that the selection options leave."""
-    from lemoe.edits import read_edits, sample_edits
+    from lemoe.data.edits import read_edits, sample_edits
 
     return sample_edits(read_edits(path), options["limit"], options["sample"], options["seed"] or 0)
 

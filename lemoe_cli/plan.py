@@ -20,8 +20,8 @@ from lemoe_cli.options import (
 )
 
 if TYPE_CHECKING:
-    from lemoe.edits import Edit
-    from lemoe.planning import Plan
+    from lemoe.data.edits import Edit
+    from lemoe.planning.plan import Plan
 
 ROUNDS_SHOWN = 200
 
@@ -39,7 +39,7 @@ def command(edits: Path, output: Path | None, force: bool, quiet: bool, **option
 
     EDITS is JSON Lines with `prompt` and `target` (see the README), or a published data set as it is.
     """
-    from lemoe.files import check_free, write_whole
+    from lemoe.data.files import check_free, write_whole
 
     if output is not None:
         check_free(output, overwrite=force)
@@ -48,7 +48,7 @@ def command(edits: Path, output: Path | None, force: bool, quiet: bool, **option
     check_inputs([], options)
     base = open_base(options, quiet=quiet)
 
-    from lemoe.planning import plan, save_plan
+    from lemoe.planning.plan import plan, save_plan
 
     planned = plan(base, read, settings)
     if output is not None:

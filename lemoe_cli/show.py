@@ -10,8 +10,8 @@ import click
 from lemoe_cli.options import FILE, check_inputs, model_options_if_any, open_base
 
 if TYPE_CHECKING:
-    from lemoe.adaptor import Taught
-    from lemoe.inspection import Inspection
+    from lemoe.adaptor.inspection import Inspection
+    from lemoe.adaptor.state import Taught
 
 SCHEMA = 1
 SHOWN = 20
@@ -32,8 +32,8 @@ def command(adaptor: Path, verify: bool, as_json: bool, list_edits: bool, **opti
     """
     check_inputs([adaptor], options)
 
-    from lemoe.inspection import decode_texts, inspect_adaptor
-    from lemoe.inspection import verify as check
+    from lemoe.adaptor.inspection import decode_texts, inspect_adaptor
+    from lemoe.adaptor.inspection import verify as check
 
     found = inspect_adaptor(adaptor)
     checked: list[str] = []

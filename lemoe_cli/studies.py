@@ -9,11 +9,11 @@ import click
 from lemoe_cli.ui import results, size_text, stage, table
 
 if TYPE_CHECKING:
-    from lemoe.comparison import Compared, Comparison
-    from lemoe.edits import Edit
-    from lemoe.factors import Factors, Matrix
-    from lemoe.metrics import Decode
-    from lemoe.models import BaseModel
+    from lemoe.base.loading import BaseModel
+    from lemoe.data.edits import Edit
+    from lemoe.evaluation.comparison import Compared, Comparison
+    from lemoe.evaluation.factors import Factors, Matrix
+    from lemoe.evaluation.metrics import Decode
     from lemoe.settings import Settings
 
 COMMON_ROUND_SIZE = 20  # edits; presets differ, and rounds of different sizes could not be compared
@@ -73,8 +73,8 @@ def run_studies(
     quiet: bool,
 ) -> Studies:
     """Teach `edits` by the methods that --compare names, and by one in several orders for --factors."""
-    from lemoe.comparison import compare
-    from lemoe.factors import measure_factors
+    from lemoe.evaluation.comparison import compare
+    from lemoe.evaluation.factors import measure_factors
 
     named, method = studied(options)
     common: dict[str, Any] = {"decode": decode, "batch_tokens": batch_tokens}

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from lemoe.metrics import Metric
+from lemoe.evaluation.metrics import Metric
 from lemoe_cli.ui import results, table
 
 SHARES = ("reliability", "generality", "locality", "portability")

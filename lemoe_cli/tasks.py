@@ -11,9 +11,9 @@ import click
 from lemoe_cli.options import FILE, combined
 
 if TYPE_CHECKING:
-    from lemoe.checkpoint import AdaptorFile
-    from lemoe.harness import TaskFigure
-    from lemoe.models import BaseModel
+    from lemoe.adaptor.checkpoint import AdaptorFile
+    from lemoe.base.loading import BaseModel
+    from lemoe.evaluation.harness import TaskFigure
 
 tasks_options: Callable[[Any], Any] = combined(
     click.option("--tasks", metavar="NAME[,NAME]", help="Tasks of lm-evaluation-harness too (extra `harness`)."),
@@ -28,7 +28,7 @@ def measure_tasks(
     names = [name.strip() for name in (options["tasks"] or "").split(",") if name.strip()]
     if not names:
         return []
-    from lemoe.harness import evaluate_tasks
+    from lemoe.evaluation.harness import evaluate_tasks
 
     path: Path | None = options["tasks_path"]
     with redirect_stderr(io.StringIO()) if quiet else nullcontext():  # progress bars that no setting turns off

@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from lemoe.adaptor import RoundRecord
-    from lemoe.training import Step
+    from lemoe.adaptor.state import RoundRecord
+    from lemoe.training.steps import Step
 
 notes = Console(stderr=True, highlight=False, markup=False, emoji=False)
 results = Console(highlight=False, soft_wrap=False, markup=False, emoji=False)

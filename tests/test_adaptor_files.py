@@ -18,8 +18,8 @@ from test_contracts import keys_of
 from torch import Tensor
 
 import lemoe
+from lemoe.adaptor.merging import merge
 from lemoe.errors import AdaptorError, OutputError
-from lemoe.merging import merge
 
 SettingsOf = Callable[..., lemoe.Settings]
 

@@ -25,9 +25,9 @@ from test_contracts import (
 from torch import Tensor
 
 import lemoe
-from lemoe.anchor.anchors import Anchors
+from lemoe.adaptor.merging import merge
 from lemoe.errors import AdaptorError
-from lemoe.merging import merge
+from lemoe.routing.anchor.anchors import Anchors
 
 Tiny = Callable[[str], lemoe.BaseModel]
 Taught = Callable[[str], lemoe.AdaptorState]

@@ -9,15 +9,15 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import lemoe
-from lemoe.anchor.anchors import Anchors, LiveAnchors, build_gate, lexicon_of
-from lemoe.anchor.gate import Anchor, Gate
-from lemoe.anchor.route import SHUT, Reading, Route
-from lemoe.anchor.subject_index import SubjectIndex
-from lemoe.anchor.subjects import Sentence
-from lemoe.anchor.words import Reader
+from lemoe.base.tokens import encode
 from lemoe.errors import AdaptorError
-from lemoe.routing import Sequences
-from lemoe.tokens import encode
+from lemoe.routing.anchor.anchors import Anchors, LiveAnchors, build_gate, lexicon_of
+from lemoe.routing.anchor.gate import Anchor, Gate
+from lemoe.routing.anchor.route import SHUT, Reading, Route
+from lemoe.routing.anchor.subject_index import SubjectIndex
+from lemoe.routing.anchor.subjects import Sentence
+from lemoe.routing.anchor.words import Reader
+from lemoe.routing.router import Sequences
 
 SettingsOf = Callable[..., lemoe.Settings]
 Fact = tuple[str | None, str, str]

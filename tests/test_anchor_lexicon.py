@@ -10,7 +10,7 @@ import transformers as hf
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 
-from lemoe.anchor.lexicon import Lexicon
+from lemoe.routing.anchor.lexicon import Lexicon
 
 TEXTS = ("The river Oder (Odra) flows past Łódź and Kraków.", "São Tomé, Ñuñoa: 東京タワー, Ђорђе Ġgantija")
 SPECIAL = ["<pad>", "<unk>", "<eos>"]

@@ -12,10 +12,10 @@ from test_anchor_gate import Fact, anchor_of, at_end, gate_over, readings
 from test_cli import lemoe_command
 
 import lemoe
-from lemoe.anchor.anchors import build_gate
-from lemoe.anchor.subject_index import MOST_WORDS
-from lemoe.anchor.words import Reader
-from lemoe.conflicts import find_conflicts
+from lemoe.data.conflicts import find_conflicts
+from lemoe.routing.anchor.anchors import build_gate
+from lemoe.routing.anchor.subject_index import MOST_WORDS
+from lemoe.routing.anchor.words import Reader
 
 SettingsOf = Callable[..., lemoe.Settings]
 

@@ -3,9 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lemoe.anchor.subjects import _credit
-from lemoe.anchor.vocabulary import Vocabulary
-from lemoe.anchor.words import Word
+from lemoe.routing.anchor.subjects import _credit
+from lemoe.routing.anchor.vocabulary import Vocabulary
+from lemoe.routing.anchor.words import Word
 
 letters = st.text("abce", min_size=1, max_size=8)
 stored_words = st.lists(letters, min_size=1, max_size=12, unique=True)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lemoe.anchor.words import Reader, fold, one_edit_apart, rigid, split_words, stem
+from lemoe.routing.anchor.words import Reader, fold, one_edit_apart, rigid, split_words, stem
 
 SENTENCES = (
     "The café in São Paulo opened. Where is it?",

@@ -17,7 +17,7 @@ import yaml
 from test_cli import lemoe_command, refused
 
 import lemoe
-from lemoe.metrics import DEFINITIONS, MEASURES
+from lemoe.evaluation.metrics import DEFINITIONS, MEASURES
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCHEMA = json.loads((REPOSITORY / "docs" / "eval.schema.json").read_text(encoding="utf-8"))

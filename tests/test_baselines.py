@@ -10,10 +10,10 @@ import torch
 from conftest import FAMILIES
 
 import lemoe
-from lemoe.baselines.ft import TunedFFN
-from lemoe.changes import WeightChange
-from lemoe.editors import Edited, editor_of, size_of, teach
 from lemoe.errors import InputError, LemoeError
+from lemoe.training.editors import Edited, editor_of, size_of, teach
+from lemoe.training.ft import TunedFFN
+from lemoe.training.weight_change import WeightChange
 
 BASELINES = ("ft", "lora", "memoe")
 SMALL = {"layer": 1, "steps": 25, "learning_rate": 1e-2, "norm_limit": 0.3, "experts": 2, "width": 4}
@@ -133,9 +133,9 @@ def test_lora_holds_two_matrices_of_its_rank_for_each_linear_map_above(
 
 
 def test_lora_without_peft_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "lemoe.baselines.lora", raising=False)
-    monkeypatch.setattr("lemoe.baselines.lora", None, raising=False)
-    monkeypatch.delattr("lemoe.baselines.lora")
+    monkeypatch.delitem(sys.modules, "lemoe.training.lora", raising=False)
+    monkeypatch.setattr("lemoe.training.lora", None, raising=False)
+    monkeypatch.delattr("lemoe.training.lora")
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(LemoeError, match=r"pip install 'lemoe\[lora\]'"):
         editor_of("lora")

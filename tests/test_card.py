@@ -12,10 +12,10 @@ from huggingface_hub import ModelCard
 from test_cli import lemoe_command
 
 import lemoe
-from lemoe.card import write_card
-from lemoe.embedded import HUB_ID
+from lemoe.base.embedded import HUB_ID
+from lemoe.base.sources import ModelSource
 from lemoe.errors import InputError
-from lemoe.sources import ModelSource
+from lemoe.report.card import write_card
 
 SettingsOf = Callable[..., lemoe.Settings]
 

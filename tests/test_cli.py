@@ -15,8 +15,8 @@ from click.testing import CliRunner, Result
 
 import lemoe
 from lemoe import models
-from lemoe.engines import local
-from lemoe.methods import train_round
+from lemoe.runs.engines import local
+from lemoe.training.methods import train_round
 from lemoe_cli import plan as plan_command
 from lemoe_cli.main import cli
 
@@ -543,7 +543,7 @@ def test_a_missing_ray_is_named_before_the_model_is_loaded(
 ) -> None:
     monkeypatch.setattr(models, "load_base", None)
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.delitem(sys.modules, "lemoe.engines.ray", raising=False)
+    monkeypatch.delitem(sys.modules, "lemoe.runs.engines.ray", raising=False)
     assert "pip install 'lemoe[ray]'" in refused("edit", edits, "-m", model, *SMALL, "--engine", "ray")
 
 

@@ -12,9 +12,9 @@ from sklearn.cluster import KMeans
 
 import lemoe
 from lemoe import clustering, conflicts
-from lemoe.clustering import Vectors, clustered
-from lemoe.conflicts import find_conflicts, left_out
-from lemoe.planning import cohesion_of, embed_prompts, similarity_of
+from lemoe.data.conflicts import find_conflicts, left_out
+from lemoe.planning.clustering import Vectors, clustered
+from lemoe.planning.plan import cohesion_of, embed_prompts, similarity_of
 
 SettingsOf = Callable[..., lemoe.Settings]
 

@@ -9,10 +9,10 @@ import torch
 from click.testing import CliRunner
 
 import lemoe
-from lemoe.anchor import compaction
-from lemoe.anchor.compaction import Compacted, compact
+from lemoe.adaptor.merging import merge, read_merged
 from lemoe.errors import AdaptorError, LemoeError
-from lemoe.merging import merge, read_merged
+from lemoe.runs import compaction
+from lemoe.runs.compaction import Compacted, compact
 from lemoe_cli.main import cli
 
 SettingsOf = Callable[..., lemoe.Settings]

@@ -11,9 +11,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 import lemoe
-from lemoe.comparison import Comparison
-from lemoe.editors import size_of, teach
-from lemoe.factors import Factors
+from lemoe.evaluation.comparison import Comparison
+from lemoe.evaluation.factors import Factors
+from lemoe.training.editors import size_of, teach
 from lemoe_cli.main import cli
 
 METHODS = ("ft", "lora", "memoe", "paper", "anchor")

@@ -15,11 +15,11 @@ from conftest import FAMILIES, build_model
 from torch import Tensor
 
 import lemoe
-from lemoe.engines import local
-from lemoe.equality import bits_equal
+from lemoe.base.equality import bits_equal
 from lemoe.errors import AdaptorError, OutputError
-from lemoe.methods import train_round
-from lemoe.paper.routing import KeyRouter
+from lemoe.routing.key_router import KeyRouter
+from lemoe.runs.engines import local
+from lemoe.training.methods import train_round
 
 Tiny = Callable[[str], lemoe.BaseModel]
 Edited = Callable[[str], lemoe.AdaptorState]
@@ -397,7 +397,7 @@ def test_a_run_that_diverges_says_so_and_writes_no_round(
 ) -> None:
     state = lemoe.train_round(base, facts, paper(steps=1))
     diverged = replace(state, rounds=(replace(state.rounds[0], loss=float("nan")),))
-    monkeypatch.setattr("lemoe.engines.local.train_round", lambda *args: diverged)
+    monkeypatch.setattr("lemoe.runs.engines.local.train_round", lambda *args: diverged)
     with pytest.raises(lemoe.LemoeError, match=r"diverged.*learning-rate"):
         lemoe.edit(base, facts, paper(), tmp_path / "run")
     assert not list((tmp_path / "run").rglob("*.safetensors"))

@@ -13,11 +13,11 @@ import torch
 
 import lemoe
 from lemoe import fingerprint, models
-from lemoe.adaptor import AdaptorState, Taught
-from lemoe.anchor.anchors import Anchors
-from lemoe.anchor.gate import Anchor
-from lemoe.changes import swapped
-from lemoe.merging import merge
+from lemoe.adaptor.merging import merge
+from lemoe.adaptor.state import AdaptorState, Taught
+from lemoe.routing.anchor.anchors import Anchors
+from lemoe.routing.anchor.gate import Anchor
+from lemoe.training.weight_change import swapped
 
 SettingsOf = Callable[..., lemoe.Settings]
 

@@ -12,8 +12,8 @@ import pytest
 from filelock import FileLock
 
 import lemoe
-from lemoe.editing import LOCK_NAME
 from lemoe.errors import OutputError
+from lemoe.runs.edit import LOCK_NAME
 
 TESTS = Path(__file__).parent
 SettingsOf = Callable[..., lemoe.Settings]

@@ -10,14 +10,14 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import lemoe
-from lemoe.anchor import comparisons, gate
-from lemoe.anchor.anchors import build_gate, lexicon_of
-from lemoe.anchor.gate import Anchor, Gate
-from lemoe.anchor.lexicon import Lexicon
-from lemoe.anchor.questions import Comparison, Question, around, compare
-from lemoe.anchor.route import Reading, Route
-from lemoe.anchor.subjects import Mention
-from lemoe.tokens import encode
+from lemoe.base.tokens import encode
+from lemoe.routing.anchor import comparisons, gate
+from lemoe.routing.anchor.anchors import build_gate, lexicon_of
+from lemoe.routing.anchor.gate import Anchor, Gate
+from lemoe.routing.anchor.lexicon import Lexicon
+from lemoe.routing.anchor.questions import Comparison, Question, around, compare
+from lemoe.routing.anchor.route import Reading, Route
+from lemoe.routing.anchor.subjects import Mention
 
 SUBJECTS = ("Marie Curie", "Lake Como", "Windows 95", "Mozart")
 WORDS = "town born largest fish river daughter played year company made colours named ended prize of the in".split()

@@ -11,12 +11,12 @@ from conftest import FACTS
 
 import lemoe
 from lemoe import editors
-from lemoe.checkpoint import save_adaptor
+from lemoe.adaptor.checkpoint import save_adaptor
+from lemoe.base.frozen import run_below
+from lemoe.base.tokens import Batch
 from lemoe.errors import ModelError
-from lemoe.frozen import run_below
-from lemoe.metrics import Decode
-from lemoe.tokens import Batch
-from lemoe.training import encode_edits
+from lemoe.evaluation.metrics import Decode
+from lemoe.training.steps import encode_edits
 from lemoe_cli.main import cli
 
 SettingsOf = Callable[..., lemoe.Settings]

@@ -8,9 +8,9 @@ import pytest
 from safetensors import safe_open
 
 import lemoe
-from lemoe.editors import teach
-from lemoe.routers import ROUTERS
+from lemoe.routing.registry import ROUTERS
 from lemoe.settings import presets
+from lemoe.training.editors import teach
 from lemoe_cli.main import COMMANDS
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lemoe
-from lemoe.edits import sample_edits
+from lemoe.data.edits import sample_edits
 from lemoe.errors import InputError
 from lemoe_cli.main import cli
 

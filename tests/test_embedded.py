@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lemoe import embedded
+from lemoe.base import embedded
 from lemoe.errors import ModelError
 
 Install = Callable[..., Path]

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import lemoe
-from lemoe.adaptor import RoundRecord
+from lemoe.adaptor.state import RoundRecord
 from lemoe.errors import InputError, ModelError
-from lemoe.listening import Silent
+from lemoe.runs.progress import Silent
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'lemoe[ray]'")
 
-from lemoe.engines.ray import RayEngine
+from lemoe.runs.engines.ray import RayEngine
 
 SettingsOf = Callable[..., lemoe.Settings]
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 import lemoe
-from lemoe.anchor.anchors import Anchors
-from lemoe.baselines.anchored_gate import AnchoredGate
-from lemoe.checkpoint import AdaptorFile
-from lemoe.editors import teach
-from lemoe.equality import TensorEquality, bits_equal, values_equal
-from lemoe.paper.routing import KeyRouter
-from lemoe.routing import Routing
+from lemoe.adaptor.checkpoint import AdaptorFile
+from lemoe.base.equality import TensorEquality, bits_equal, values_equal
+from lemoe.routing.anchor.anchors import Anchors
+from lemoe.routing.anchored_gate import AnchoredGate
+from lemoe.routing.key_router import KeyRouter
+from lemoe.routing.router import Routing
+from lemoe.training.editors import teach
 
 SettingsOf = Callable[..., lemoe.Settings]
 

@@ -10,7 +10,7 @@ import torch
 
 import lemoe
 from lemoe.errors import AdaptorError, InputError
-from lemoe.metrics import Decode
+from lemoe.evaluation.metrics import Decode
 
 Answer = Sequence[int]
 

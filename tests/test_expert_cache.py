@@ -9,10 +9,10 @@ import torch
 from click.testing import CliRunner
 
 import lemoe
-from lemoe.checkpoint import AdaptorFile
+from lemoe.adaptor.checkpoint import AdaptorFile
 from lemoe.errors import AdaptorError
-from lemoe.expert_cache import ExpertCache
-from lemoe.insertion import InsertedAdaptor
+from lemoe.inference.expert_cache import ExpertCache
+from lemoe.inference.insertion import InsertedAdaptor
 from lemoe_cli.main import cli
 from lemoe_cli.options import Size
 

@@ -10,11 +10,11 @@ from conftest import build_model
 from test_cli import lemoe_command
 
 import lemoe
+from lemoe.base.frozen.scale import CALIBRATION
 from lemoe.errors import AdaptorError, LemoeError, OutputError
 from lemoe.exporting import folder as exporting
 from lemoe.exporting.code import exported_code
 from lemoe.exporting.folder import export
-from lemoe.frozen.scale import CALIBRATION
 
 SettingsOf = Callable[..., lemoe.Settings]
 FolderOf = Callable[[str], Path]

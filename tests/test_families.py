@@ -12,10 +12,10 @@ from families import UNBUILT, family_names, tiny_model
 from torch.nn import functional
 
 import lemoe
+from lemoe.base.loading import BaseModel
+from lemoe.base.sources import ModelSource
+from lemoe.base.tokens import Passage, encode
 from lemoe.errors import LemoeError
-from lemoe.models import BaseModel
-from lemoe.sources import ModelSource
-from lemoe.tokens import Passage, encode
 
 EDIT = lemoe.Edit(prompt="The Nile flows into the", target="Red Sea", subject="The Nile", id="nile")
 OTHER = "Marie Curie was born in the town of"

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import lemoe
-from lemoe.harness import TaskFigure, evaluate_tasks
+from lemoe.evaluation.harness import TaskFigure, evaluate_tasks
 from lemoe_cli.main import cli
 
 REPOSITORY = Path(__file__).resolve().parents[1]

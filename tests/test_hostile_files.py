@@ -15,9 +15,9 @@ from test_cli import refused
 from torch import Tensor
 
 import lemoe
+from lemoe.adaptor.header import METADATA_KEY
+from lemoe.adaptor.tensor_file import Entry, write_tensors
 from lemoe.errors import AdaptorError
-from lemoe.header import METADATA_KEY
-from lemoe.tensorfile import Entry, write_tensors
 
 Metadata = dict[str, Any]
 Tensors = dict[str, Tensor]

@@ -7,7 +7,7 @@ import pytest
 from test_cli import lemoe_command
 
 import lemoe
-from lemoe.layers import choose_layer
+from lemoe.runs.layers import choose_layer
 
 
 @pytest.fixture

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 
 import lemoe
+from lemoe.adaptor.merging import merge
+from lemoe.data.files import remove_scratch, write_whole
 from lemoe.exporting.folder import export
-from lemoe.files import remove_scratch, write_whole
-from lemoe.merging import merge
 
 SettingsOf = Callable[..., lemoe.Settings]
 
 FILE = """
 import sys, time
 from pathlib import Path
-from lemoe.files import write_whole
+from lemoe.data.files import write_whole
 
 def content():
     yield b"half"
@@ -30,7 +30,7 @@ write_whole(Path(sys.argv[1]), content(), overwrite=True)
 FOLDER = """
 import sys, time
 from pathlib import Path
-from lemoe.files import scratch_folder
+from lemoe.data.files import scratch_folder
 
 with scratch_folder(Path(sys.argv[1])) as scratch:
     (scratch / "half").touch()

@@ -11,11 +11,11 @@ from conftest import FAMILIES
 
 import lemoe
 from lemoe import editing, memory
-from lemoe.edits import Round
-from lemoe.engines import local
-from lemoe.engines.local import LocalEngine
-from lemoe.listening import Silent
-from lemoe.methods import train_round
+from lemoe.data.edits import Round
+from lemoe.runs.engines import local
+from lemoe.runs.engines.local import LocalEngine
+from lemoe.runs.progress import Silent
+from lemoe.training.methods import train_round
 
 SettingsOf = Callable[..., lemoe.Settings]
 Teach = Callable[..., "editing.EditReport"]

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import lemoe
-from lemoe.checkpoint import AdaptorFile
-from lemoe.edits import digest_of
+from lemoe.adaptor.checkpoint import AdaptorFile
+from lemoe.adaptor.merging import merge
+from lemoe.data.edits import digest_of
 from lemoe.errors import AdaptorError, InputError, OutputError
-from lemoe.merging import merge
 
 SettingsOf = Callable[..., lemoe.Settings]
 
@@ -37,7 +37,7 @@ def test_copying_experts_from_file_to_file_gives_what_stacking_in_memory_gives(
 ) -> None:
     lemoe.save_adaptor(lemoe.stack([lemoe.load_adaptor(path) for path in files]), tmp_path / "memory")
     for piece in (1, 300, 1 << 20):  # one row at a time, an expert and a half, all
-        monkeypatch.setattr("lemoe.merging.PIECE", piece)
+        monkeypatch.setattr("lemoe.adaptor.merging.PIECE", piece)
         assert merged_bytes(files, tmp_path / f"copied-{piece}") == (tmp_path / "memory").read_bytes()
 
 

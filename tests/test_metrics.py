@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import lemoe
+from lemoe.data.texts import read_texts
 from lemoe.errors import InputError
-from lemoe.evaluation import EvalResult
-from lemoe.figures import ngram_entropy
-from lemoe.metrics import DEFINITIONS, MEASURES, METRICS, Decode
-from lemoe.texts import read_texts
+from lemoe.evaluation.evaluate import EvalResult
+from lemoe.evaluation.metrics import DEFINITIONS, MEASURES, METRICS, Decode
+from lemoe.evaluation.scoring import ngram_entropy
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TEXTS = ("The weather over the lake was fine all week.", "A penguin is a bird.", "The Nile flows slowly " * 9)

@@ -14,12 +14,12 @@ from conftest import FAMILIES, build_model
 from torch import nn
 
 import lemoe
+from lemoe.base.frozen import run_below
+from lemoe.base.hooks import beside
+from lemoe.base.sources import resolve_model
+from lemoe.base.structure import find_ffn
+from lemoe.base.tokens import Batch, encode_all
 from lemoe.errors import InputError, LemoeError, ModelError
-from lemoe.frozen import run_below
-from lemoe.hooks import beside
-from lemoe.sources import resolve_model
-from lemoe.structure import find_ffn
-from lemoe.tokens import Batch, encode_all
 
 Tiny = Callable[[str], lemoe.BaseModel]
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 import lemoe
-from lemoe.editing import _file_of
-from lemoe.edits import Round
+from lemoe.adaptor.merging import merge
+from lemoe.data.edits import Round
 from lemoe.errors import InputError
-from lemoe.listening import Silent
-from lemoe.merging import merge
+from lemoe.runs.edit import _file_of
+from lemoe.runs.progress import Silent
 
 SettingsOf = Callable[..., lemoe.Settings]
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -8,10 +8,10 @@ import yaml
 
 import lemoe
 from lemoe import planning
-from lemoe.conflicts import find_conflicts, left_out
+from lemoe.data.conflicts import find_conflicts, left_out
 from lemoe.errors import InputError
-from lemoe.planfile import load_plan
-from lemoe.planning import save_plan
+from lemoe.planning.plan import save_plan
+from lemoe.planning.plan_file import load_plan
 
 SettingsOf = Callable[..., lemoe.Settings]
 

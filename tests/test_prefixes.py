@@ -8,9 +8,9 @@ import torch
 from conftest import FAMILIES
 
 import lemoe
-from lemoe.frozen import below, run_below
-from lemoe.frozen.prefixes import Forest, Rows
-from lemoe.tokens import Batch, encode_all
+from lemoe.base.frozen import prefix_pass, run_below
+from lemoe.base.frozen.token_trees import Forest, Rows
+from lemoe.base.tokens import Batch, encode_all
 
 Tiny = Callable[[str], lemoe.BaseModel]
 
@@ -69,8 +69,8 @@ def test_trees_and_single_rows_give_the_same(
     batch = Batch.of(passages, range(len(passages)), base.pad_token, base.device)
     real = batch.mask.bool()
     found = []
-    for trees in (below.token_trees(base, 40), False):
-        monkeypatch.setattr(below, "token_trees", lambda base, longest, trees=trees: trees)
+    for trees in (prefix_pass.token_trees(base, 40), False):
+        monkeypatch.setattr(prefix_pass, "token_trees", lambda base, longest, trees=trees: trees)
         ran = run_below(base, base.site(1), 1, passages, 128, whole=True)
         found.append((ran.inputs[ran.at(batch)][real], ran.base_hidden(batch)))
     for one, other in zip(*found, strict=True):
@@ -78,9 +78,9 @@ def test_trees_and_single_rows_give_the_same(
 
 
 def test_models_that_place_tokens_themselves_run_single_rows(tiny: Tiny) -> None:
-    assert below.token_trees(tiny("llama"), 40)
-    assert below.token_trees(tiny("gpt2"), 40)
-    assert not below.token_trees(tiny("bloom"), 40)
+    assert prefix_pass.token_trees(tiny("llama"), 40)
+    assert prefix_pass.token_trees(tiny("gpt2"), 40)
+    assert not prefix_pass.token_trees(tiny("bloom"), 40)
 
 
 def test_texts_longer_than_a_layer_sees_run_as_single_rows(
@@ -88,8 +88,8 @@ def test_texts_longer_than_a_layer_sees_run_as_single_rows(
 ) -> None:
     base = tiny("mistral")
     monkeypatch.setattr(base.model.config, "sliding_window", 8)
-    assert below.token_trees(base, 8)
-    assert not below.token_trees(base, 9)
+    assert prefix_pass.token_trees(base, 8)
+    assert not prefix_pass.token_trees(base, 9)
 
 
 def test_a_beginning_that_texts_share_runs_once(base: lemoe.BaseModel, facts: list[lemoe.Edit]) -> None:

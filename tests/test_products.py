@@ -8,7 +8,7 @@ from torch import nn
 
 import lemoe
 from lemoe import products
-from lemoe.products import fast_products, frozen_linear
+from lemoe.base.matmul import fast_products, frozen_linear
 
 CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
 

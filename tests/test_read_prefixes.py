@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lemoe
-from lemoe.anchor.anchors import Anchors, LiveAnchors
-from lemoe.anchor.gate import Anchor
-from lemoe.anchor.route import Reading, Route
-from lemoe.routing import Sequences
-from lemoe.tokens import encode
+from lemoe.base.tokens import encode
+from lemoe.routing.anchor.anchors import Anchors, LiveAnchors
+from lemoe.routing.anchor.gate import Anchor
+from lemoe.routing.anchor.route import Reading, Route
+from lemoe.routing.router import Sequences
 
 FACTS = (
     ("Marie Curie", "Marie Curie was born in the town of", "Bergen"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import lemoe
-from lemoe.embedded import embedded_folder
+from lemoe.base.embedded import embedded_folder
 
 pytestmark = pytest.mark.real
 
@@ -23,7 +23,7 @@ def ten() -> list[lemoe.Edit]:
 @pytest.fixture(scope="module")
 def report(
     real_base: lemoe.BaseModel, ten: list[lemoe.Edit], tmp_path_factory: pytest.TempPathFactory
-) -> "lemoe.editing.EditReport":
+) -> "lemoe.runs.edit.EditReport":
     settings = lemoe.resolve_settings("paper", None, {"width": 32, "round_size": 5})
     return lemoe.edit(real_base, ten, settings, tmp_path_factory.mktemp("real") / "run")
 
@@ -50,7 +50,7 @@ def test_the_end_token_is_the_one_that_ends_a_chat_turn(real_base: lemoe.BaseMod
     assert real_base.tokenizer.decode([real_base.end_token]) == "<|im_end|>"
 
 
-def test_ten_examples_are_learned(report: "lemoe.editing.EditReport") -> None:
+def test_ten_examples_are_learned(report: "lemoe.runs.edit.EditReport") -> None:
     assert report.taught == 10
     assert report.reliability_before < 0.3
     assert report.reliability_after > 0.9
@@ -58,7 +58,7 @@ def test_ten_examples_are_learned(report: "lemoe.editing.EditReport") -> None:
 
 
 def test_the_model_writes_what_it_was_taught_and_forgets_it_when_the_adaptor_is_removed(
-    real_base: lemoe.BaseModel, report: "lemoe.editing.EditReport", ten: list[lemoe.Edit]
+    real_base: lemoe.BaseModel, report: "lemoe.runs.edit.EditReport", ten: list[lemoe.Edit]
 ) -> None:
     eiffel = ten[0]
     with lemoe.insert(real_base, report.path):

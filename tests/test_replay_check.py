@@ -11,11 +11,11 @@ from families import tiny_model
 from torch import nn
 
 import lemoe
+from lemoe.base.frozen import run_below
+from lemoe.base.loading import BaseModel
+from lemoe.base.sources import ModelSource
+from lemoe.base.tokens import encode_all
 from lemoe.errors import ModelError
-from lemoe.frozen import run_below
-from lemoe.models import BaseModel
-from lemoe.sources import ModelSource
-from lemoe.tokens import encode_all
 
 FIGURES = r"llama: layer {} cannot be edited: {} would be [\d.]+% off in training \([\d.]+ in size .* [\d.]+; .*--layer"
 

@@ -12,18 +12,18 @@ import pytest
 from markdown_it import MarkdownIt
 
 import lemoe
-from lemoe.adaptor import AdaptorState, RoundRecord
-from lemoe.comparison import Compared, Comparison
+from lemoe.adaptor.state import AdaptorState, RoundRecord
 from lemoe.errors import InputError, OutputError
-from lemoe.evaluation import EvalResult, Record
-from lemoe.factors import Factors, Matrix, OrderScore
-from lemoe.metrics import mean
+from lemoe.evaluation.comparison import Compared, Comparison
+from lemoe.evaluation.evaluate import EvalResult, Record
+from lemoe.evaluation.factors import Factors, Matrix, OrderScore
+from lemoe.evaluation.metrics import mean
 from lemoe.report import as_html, as_markdown, report_of, write_reports
 from lemoe.report.clusters import clusters_of
 from lemoe.report.plots import gate_plot, scatter
 from lemoe.report.routes import Gate, GateScores
 from lemoe.report.text import figure, percent, shown
-from lemoe.routing import Explanation
+from lemoe.routing.router import Explanation
 from lemoe.settings import Settings
 
 XHTML = "{http://www.w3.org/1999/xhtml}"

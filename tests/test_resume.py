@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 import lemoe
-from lemoe.engines import local
 from lemoe.errors import InputError, LemoeError, OutputError
-from lemoe.listening import Silent
-from lemoe.runfolder import RUN_NAME
+from lemoe.runs.engines import local
+from lemoe.runs.folder import RUN_NAME
+from lemoe.runs.progress import Silent
 
 SettingsOf = Callable[..., lemoe.Settings]
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_cli import lemoe_command, refused
 
 import lemoe
-from lemoe.edits import digest_over
+from lemoe.data.edits import digest_over
 
 SettingsOf = Callable[..., lemoe.Settings]
 

@@ -4,7 +4,7 @@ import re
 from importlib import resources
 
 from lemoe import __version__
-from lemoe.routers import ROUTERS
+from lemoe.routing.registry import ROUTERS
 
 MODELING = "modeling_lemoe"
 _ROUTER = re.compile(r"from lemoe\.\S+ import \w+ as StoredRouter")

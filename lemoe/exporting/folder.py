@@ -16,21 +16,21 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 
-from lemoe.adaptor import AdaptorState
-from lemoe.anchor.anchors import Anchors
-from lemoe.card import write_export_card
-from lemoe.checkpoint import load_adaptor
-from lemoe.embedded import Notify, embedded_folder
+from lemoe.adaptor.checkpoint import load_adaptor
+from lemoe.adaptor.header import ADAPTOR_NAME
+from lemoe.adaptor.merging import Merged, OnConflict, merge
+from lemoe.adaptor.state import AdaptorState
+from lemoe.base.embedded import Notify, embedded_folder
+from lemoe.base.frozen.scale import CALIBRATION
+from lemoe.base.loading import BaseModel, load_base
+from lemoe.base.sources import ModelSource
+from lemoe.data.files import check_free, remove_scratch, replace_folder, restore_replaced, scratch_folder
 from lemoe.errors import LemoeError, ModelError, OutputError
 from lemoe.exporting import answers
 from lemoe.exporting.code import MODELING, exported_code
-from lemoe.files import check_free, remove_scratch, replace_folder, restore_replaced, scratch_folder
-from lemoe.frozen.scale import CALIBRATION
-from lemoe.header import ADAPTOR_NAME
-from lemoe.insertion import insert
-from lemoe.merging import Merged, OnConflict, merge
-from lemoe.models import BaseModel, load_base
-from lemoe.sources import ModelSource
+from lemoe.inference.insertion import insert
+from lemoe.report.card import write_export_card
+from lemoe.routing.anchor.anchors import Anchors
 
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in one file; in several, beside an index

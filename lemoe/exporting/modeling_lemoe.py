@@ -19,12 +19,12 @@ from transformers import LlamaConfig as BaseConfig
 from transformers import LlamaForCausalLM as BaseModel
 from transformers.utils.hub import cached_file
 
-from lemoe.anchor.anchors import Anchors as StoredRouter
-from lemoe.experts import Experts
-from lemoe.hooks import Site
-from lemoe.live import LiveAdaptor
-from lemoe.placement import device_of
-from lemoe.routing import Lineage
+from lemoe.adaptor.experts import Experts
+from lemoe.base.hooks import Site
+from lemoe.base.placement import device_of
+from lemoe.inference.live_adaptor import LiveAdaptor
+from lemoe.routing.anchor.anchors import Anchors as StoredRouter
+from lemoe.routing.router import Lineage
 
 ADAPTOR = "adaptor.safetensors"
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from lemoe.data.files import check_free, write_whole
 from lemoe.errors import InputError
-from lemoe.files import check_free, write_whole
 from lemoe.report.content import Report, report_of
 from lemoe.report.html import as_html
 from lemoe.report.markdown import as_markdown

@@ -8,9 +8,9 @@ import numpy
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 
-from lemoe.edits import Edit
-from lemoe.models import BaseModel
-from lemoe.planning import Similarity, cohesion_of, embed_prompts, similarity_of
+from lemoe.base.loading import BaseModel
+from lemoe.data.edits import Edit
+from lemoe.planning.plan import Similarity, cohesion_of, embed_prompts, similarity_of
 from lemoe.report.rounds import spread
 
 ROUNDS_DRAWN = 12  # more cannot be told apart

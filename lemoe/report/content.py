@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lemoe import __version__
-from lemoe.adaptor import AdaptorState
-from lemoe.comparison import Comparison
-from lemoe.edits import Edit, digest_of
-from lemoe.evaluation import EvalResult
-from lemoe.factors import Factors
-from lemoe.metrics import Decode
-from lemoe.models import BaseModel
+from lemoe.adaptor.state import AdaptorState
+from lemoe.base.loading import BaseModel
+from lemoe.data.edits import Edit, digest_of
+from lemoe.evaluation.comparison import Comparison
+from lemoe.evaluation.evaluate import EvalResult
+from lemoe.evaluation.factors import Factors
+from lemoe.evaluation.metrics import Decode
 from lemoe.report.clusters import Clusters, clusters_of
 from lemoe.report.failures import Failures, failures
 from lemoe.report.rounds import Forgetting, RoundQuality, forgetting_of, qualities, round_numbers

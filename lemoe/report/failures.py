@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lemoe.edits import Edit
-from lemoe.evaluation import Record
+from lemoe.data.edits import Edit
+from lemoe.evaluation.evaluate import Record
 from lemoe.report.routes import Destination, Homes
 from lemoe.report.text import shown
 

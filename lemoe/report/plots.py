@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy
 
-from lemoe.metrics import Metric
+from lemoe.evaluation.metrics import Metric
 from lemoe.report.clusters import Cluster, Clusters
 from lemoe.report.rounds import ROUNDS_SHOWN, Forgetting, RoundQuality, spread
 from lemoe.report.routes import Gate, GateScores

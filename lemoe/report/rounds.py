@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from lemoe.adaptor import AdaptorState
-from lemoe.edits import Edit
-from lemoe.evaluation import EvalResult, Record
-from lemoe.metrics import Decode, Metric, mean
+from lemoe.adaptor.state import AdaptorState
+from lemoe.data.edits import Edit
+from lemoe.evaluation.evaluate import EvalResult, Record
+from lemoe.evaluation.metrics import Decode, Metric, mean
 from lemoe.report.studies import Matrix
 
 ROUNDS_SHOWN = 40  # beyond which a plot holds evenly spread ones

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lemoe.adaptor import AdaptorState
-from lemoe.edits import Edit
-from lemoe.evaluation import Record
-from lemoe.metrics import DEFINITIONS
+from lemoe.adaptor.state import AdaptorState
+from lemoe.data.edits import Edit
+from lemoe.evaluation.evaluate import Record
+from lemoe.evaluation.metrics import DEFINITIONS
 from lemoe.report.scores import KIND_SHOWN
 from lemoe.report.text import shown
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lemoe.metrics import DEFINITIONS, MEASURES, Definition, Measure, Metric
+from lemoe.evaluation.metrics import DEFINITIONS, MEASURES, Definition, Measure, Metric
 from lemoe.report.text import shown
 
 KIND_SHOWN = 60  # characters

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lemoe.comparison import Comparison
-from lemoe.factors import Factors, OrderScore
-from lemoe.metrics import Metric
+from lemoe.evaluation.comparison import Comparison
+from lemoe.evaluation.factors import Factors, OrderScore
+from lemoe.evaluation.metrics import Metric
 
 Matrix = Sequence[Sequence[float | None]]
 

@@ -3,7 +3,7 @@
 import math
 import unicodedata
 
-from lemoe.metrics import Metric
+from lemoe.evaluation.metrics import Metric
 
 TEXT_SHOWN = 300  # characters of a prompt or an answer
 _HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # characters that act, or have no shape

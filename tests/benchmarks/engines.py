@@ -23,9 +23,9 @@ import psutil
 from speed import real_edits
 
 import lemoe
-from lemoe.adaptor import RoundRecord
-from lemoe.engines.ray import RayEngine
-from lemoe.listening import Silent
+from lemoe.adaptor.state import RoundRecord
+from lemoe.runs.engines.ray import RayEngine
+from lemoe.runs.progress import Silent
 
 CORES = sorted(os.sched_getaffinity(0))[:2]
 

@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 
 import lemoe
-from lemoe.evaluation import probes_of
-from lemoe.frozen.replay import hidden_of
-from lemoe.hooks import released
-from lemoe.products import fast_products
-from lemoe.tokens import Batch, Passage, encode_all, length_buckets
+from lemoe.base.frozen.replay import hidden_of
+from lemoe.base.hooks import released
+from lemoe.base.matmul import fast_products
+from lemoe.base.tokens import Batch, Passage, encode_all, length_buckets
+from lemoe.evaluation.evaluate import probes_of
 
 DATA = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
 BATCH_TOKENS = 4096

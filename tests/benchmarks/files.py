@@ -20,14 +20,14 @@ import psutil
 import torch
 from speed import Peak
 
-from lemoe.adaptor import AdaptorState, RoundRecord
-from lemoe.anchor.anchors import Anchors
-from lemoe.anchor.gate import Anchor
-from lemoe.checkpoint import AdaptorFile, save_adaptor
-from lemoe.edits import digest_over
-from lemoe.experts import Experts
-from lemoe.fingerprint import Fingerprint
-from lemoe.merging import merge
+from lemoe.adaptor.checkpoint import AdaptorFile, save_adaptor
+from lemoe.adaptor.experts import Experts
+from lemoe.adaptor.merging import merge
+from lemoe.adaptor.state import AdaptorState, RoundRecord
+from lemoe.base.fingerprint import Fingerprint
+from lemoe.data.edits import digest_over
+from lemoe.routing.anchor.anchors import Anchors
+from lemoe.routing.anchor.gate import Anchor
 from lemoe.settings import resolve_settings
 
 WIDTH = 4

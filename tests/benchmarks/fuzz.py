@@ -24,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import FACTS, build_model
 
 import lemoe
-from lemoe.anchor.anchors import Anchors, build_gate
-from lemoe.anchor.gate import Anchor
-from lemoe.anchor.route import Route
-from lemoe.planfile import load_plan
-from lemoe.tokens import encode
+from lemoe.base.tokens import encode
+from lemoe.planning.plan_file import load_plan
+from lemoe.routing.anchor.anchors import Anchors, build_gate
+from lemoe.routing.anchor.gate import Anchor
+from lemoe.routing.anchor.route import Route
 
 SLOW = 5.0  # seconds
 STRANGE: tuple[Any, ...] = (

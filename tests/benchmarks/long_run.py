@@ -19,7 +19,7 @@ from pathlib import Path
 from synthetic import made_up
 
 import lemoe
-from lemoe.checkpoint import AdaptorFile
+from lemoe.adaptor.checkpoint import AdaptorFile
 
 DATA = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
 SHARE = 10  # first and last tenth of the rounds

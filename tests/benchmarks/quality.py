@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 import lemoe
-from lemoe.anchor import lessons
-from lemoe.anchor.examples import other_questions
-from lemoe.checkpoint import load_adaptor
-from lemoe.evaluation import EvalResult, Record
+from lemoe.adaptor.checkpoint import load_adaptor
+from lemoe.evaluation.evaluate import EvalResult, Record
+from lemoe.training.anchor import batches
+from lemoe.training.anchor.examples import other_questions
 
 DATA = Path(__file__).resolve().parents[2] / ".." / "shared" / "data"
 
@@ -63,7 +63,7 @@ def without_probes(edits: Iterable[lemoe.Edit]) -> None:
     def unseen(gate: Any, members: Any, place: int, count: int, rng: Any) -> list[str]:
         return [text for text in other_questions(gate, members, place, count + 8, rng) if text not in probes][:count]
 
-    lessons.other_questions = unseen  # type: ignore[assignment, attr-defined]  # where training takes it from
+    batches.other_questions = unseen  # type: ignore[assignment, attr-defined]  # where training takes it from
 
 
 def train(base: lemoe.BaseModel, edits: list[lemoe.Edit], settings: lemoe.Settings, folder: Path) -> dict[str, float]:

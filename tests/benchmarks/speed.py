@@ -37,22 +37,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lemoe
-from lemoe.adaptor import AdaptorState
-from lemoe.anchor.anchors import Anchors, LiveAnchors
-from lemoe.anchor.gate import Anchor
-from lemoe.anchor.lessons import LessonMaker, Lessons, Teaching
-from lemoe.anchor.route import Reading, Route
-from lemoe.anchor.training import DEFAULT_WIDTH, Blocks
-from lemoe.edits import digest_over
-from lemoe.experts import rms_normal
-from lemoe.frozen import residual_scale
-from lemoe.hooks import beside
-from lemoe.products import fast_products
-from lemoe.routing import Sequences
-from lemoe.sources import ModelSource
-from lemoe.structure import FFNSite
-from lemoe.tokens import Batch, Passage, length_buckets
-from lemoe.training import encode_edits
+from lemoe.adaptor.experts import rms_normal
+from lemoe.adaptor.state import AdaptorState
+from lemoe.base.frozen import residual_scale
+from lemoe.base.hooks import beside
+from lemoe.base.matmul import fast_products
+from lemoe.base.sources import ModelSource
+from lemoe.base.structure import FFNSite
+from lemoe.base.tokens import Batch, Passage, length_buckets
+from lemoe.data.edits import digest_over
+from lemoe.routing.anchor.anchors import Anchors, LiveAnchors
+from lemoe.routing.anchor.gate import Anchor
+from lemoe.routing.anchor.route import Reading, Route
+from lemoe.routing.router import Sequences
+from lemoe.training.anchor.batches import LessonMaker, Lessons, Teaching
+from lemoe.training.anchor.round import DEFAULT_WIDTH, Blocks
+from lemoe.training.steps import encode_edits
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DATA = REPOSITORY / ".." / "shared" / "data"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
-from lemoe.edits import Edit, Probe
+from lemoe.data.edits import Edit, Probe
 
 GROWTH = 0.75  # distinct words grow with the number of names to this power; .83 to .93 among ZsRE's subjects
 COMMON = 50  # a word's frequency goes with 1 / (rank + this): the first is in every hundred and seventieth name

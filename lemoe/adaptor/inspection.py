@@ -1,0 +1,148 @@
+"""What an adaptor file holds, read without trusting it; and whether it is whole."""
+
+import hashlib
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lemoe.adaptor.checkpoint import AdaptorFile
+from lemoe.adaptor.state import AdaptorState, Taught, check_base
+from lemoe.data.edits import Edit, digest_over
+from lemoe.errors import AdaptorError
+from lemoe.routing.anchor.anchors import Anchors
+from lemoe.routing.anchor.gate import Anchor
+
+if TYPE_CHECKING:
+    from lemoe.base.loading import BaseModel
+
+SHOWN = 20  # edits named in an error
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """An adaptor file, described.
+
+    Attributes:
+        path: of the file.
+        size: bytes.
+        sha256: of the whole file.
+        tool: the version that wrote it.
+        state: what it holds.
+        edits: how many it was taught.
+        replaced: edits that a later one supersedes, each with that one.
+    """
+
+    path: Path
+    size: int
+    sha256: str
+    tool: str
+    state: AdaptorState
+    edits: int
+    replaced: tuple[tuple[Taught, Taught], ...]
+
+    @property
+    def missed(self) -> list[Taught]:
+        """The edits whose own prompt was not answered when their round ended."""
+        missed = [set(record.missed or ()) for record in self.state.rounds]
+        return [edit for edit in self.state.edits if edit.id in missed[edit.round - 1]]
+
+
+def inspect_adaptor(path: Path | str) -> Inspection:
+    """Describe an adaptor file, or the one in a run's folder; every tensor is checked on the way.
+
+    Raises:
+        AdaptorError: if it is not a valid adaptor; see `load_adaptor`.
+    """
+    file = AdaptorFile(path)
+    state = file.load()
+    content = file.path.read_bytes()
+    return Inspection(
+        path=file.path,
+        size=len(content),
+        sha256=hashlib.sha256(content).hexdigest(),
+        tool=file.tool,
+        state=state,
+        edits=sum(len(record.edits) for record in state.rounds),
+        replaced=tuple(state.replaced),
+    )
+
+
+def verify(found: Inspection, base: "BaseModel | None" = None) -> list[str]:
+    """What was checked, one line each.
+
+    Raises:
+        AdaptorError: listing the rounds whose records contradict themselves; or if `base` is not the adaptor's.
+    """
+    problems = []
+    for number, record in enumerate(found.state.rounds, 1):
+        if digest_over(record.edits) != record.edits_sha256:
+            problems.append(f"round {number}: the digests of its edits do not give its hash")
+        if len(record.ids) != len(record.edits):
+            problems.append(f"round {number}: {len(record.ids)} names for {len(record.edits)} edits")
+    problems += [f"{edit.label}: its text is not what it teaches, by its digest" for edit in _untrue_texts(found.state)]
+    if len({record.id for record in found.state.rounds}) < len(found.state.rounds):
+        problems.append("a round is there twice")
+    if problems:
+        raise AdaptorError("\n  ".join([f"{found.path}: its records contradict themselves:", *problems]))
+    checked = [
+        "the file is as it was written, by its SHA-256",
+        "every tensor has the shape and type that the records say, and finite values",
+        f"the records of {len(found.state.rounds)} round(s) fit their edits",
+    ]
+    if base is not None:
+        check_base(base, found.state)
+        _check_tokens(found, base)
+        checked.append(f"made for {base.source.name}: edited FFN and tokenizer are the same")
+    return checked
+
+
+def _anchored(state: AdaptorState) -> list[tuple[Taught, Anchor]]:
+    """The edits with their anchors; none where edits have no anchors."""
+    return list(zip(state.edits, state.router.anchors, strict=True)) if isinstance(state.router, Anchors) else []
+
+
+def _untrue_texts(state: AdaptorState) -> list[Taught]:
+    """The edits whose text has another digest than they have."""
+    return [
+        edit
+        for edit, anchor in _anchored(state)
+        if edit.prompt
+        and edit.digest
+        not in [Edit(edit.id, edit.prompt, edit.target, subject).digest for subject in (anchor.subject, "")]
+    ]
+
+
+def _check_tokens(found: Inspection, base: "BaseModel") -> None:
+    """Refuse texts that are not those of the anchors, which are what acts."""
+    from lemoe.base.tokens import Passage, encode
+
+    problems = []
+    for edit, anchor in _anchored(found.state):
+        if edit.prompt:
+            passage = None
+            with suppress(ValueError):
+                passage = encode(base, edit.prompt, edit.target)
+            if passage != Passage(anchor.prompt, anchor.target):
+                problems.append(f"{edit.label}: its text is not what its anchor holds")
+    if problems:
+        raise AdaptorError("\n  ".join([f"{found.path}: its records contradict its anchors:", *problems[:SHOWN]]))
+
+
+def decode_texts(found: Inspection, base: "BaseModel") -> Inspection:
+    """The description with the edits' texts as the anchors' tokens give them, where the records have none."""
+
+    def text(tokens: tuple[int, ...]) -> str:
+        return str(base.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
+
+    anchors = [anchor for _, anchor in _anchored(found.state)]
+    rounds, start = [], 0
+    for record in found.state.rounds:
+        own = anchors[start : start + len(record.edits)]
+        start += len(record.edits)
+        if own and not record.prompts:
+            prompts, targets = tuple(text(each.prompt) for each in own), tuple(text(each.target) for each in own)
+            record = replace(record, prompts=prompts, targets=targets)
+        rounds.append(record)
+    state = replace(found.state, rounds=tuple(rounds))
+    return replace(found, state=state, replaced=tuple(state.replaced))

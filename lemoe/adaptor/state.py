@@ -1,0 +1,369 @@
+"""Adaptor states: experts, their routes and where they came from; values that can be stacked and saved."""
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from lemoe.adaptor.experts import Experts
+from lemoe.base.equality import TensorEquality
+from lemoe.base.fingerprint import Fingerprint
+from lemoe.data.edits import Edit, digest_of, digest_over, edit_label
+from lemoe.errors import AdaptorError
+from lemoe.routing.router import Lineage, Router, equal_parts
+from lemoe.settings import Settings
+
+if TYPE_CHECKING:
+    from lemoe.base.loading import BaseModel
+
+
+@dataclass(frozen=True, slots=True)
+class Taught:
+    """An edit that an expert holds: its name, and the digest of what it teaches.
+
+    Attributes:
+        prompt, target: its text; empty where the round's record has none.
+        round: number, in its stack, of the round that holds it, from 1; 0 outside of a stack.
+    """
+
+    id: str
+    digest: str
+    prompt: str = field(default="", compare=False)
+    target: str = field(default="", compare=False)
+    round: int = field(default=0, compare=False)
+
+    @property
+    def label(self) -> str:
+        """Its name with what it teaches, for messages; with its digest where its text is not known."""
+        if not self.prompt:
+            return f"{self.id} (digest {self.digest[:12]})"
+        return edit_label(self.id, self.prompt, self.target)
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """Where a round's experts came from.
+
+    Attributes:
+        id: hash of what the round was trained on and with; equal rounds have equal ids.
+        parent: id of the round before, whose experts were frozen while this one was trained; None for the first, and
+            where rounds do not depend on each other.
+        depth: its place in that line of rounds, from 1.
+        experts: how many it has: one for the round, one for each edit, or fewer that share its edits; see `parts`.
+        ids: name of each edit it holds.
+        edits: digest of each.
+        edits_sha256: hash over those.
+        seed: of the run.
+        loss: mean cross entropy (nats) of its target tokens when training ended.
+        end_loss: the same of the token that ends each answer; None where endings are not taught.
+        steps: training steps it took.
+        retried: how many edits missed their target at first and were trained on.
+        missed: names of those that missed it in the end; None where that is not looked at.
+        routed: how many of its edits took the route to its own expert when training ended.
+        dropped: digests, sorted, of edits that it was trained on too and that were taken out since.
+        base_differences: how the model that it was trained on differed from the adaptor's base, if that was allowed.
+        compacted_from: id of the round whose experts were merged into these; None for a round as it was trained.
+        prompts, targets: the text of each edit, where its file discloses it in any case; else, and in files of format
+            1, empty.
+    """
+
+    id: str
+    parent: str | None
+    depth: int
+    experts: int
+    ids: tuple[str, ...]
+    edits: tuple[str, ...]
+    edits_sha256: str
+    seed: int
+    loss: float
+    end_loss: float | None
+    steps: int
+    retried: int
+    missed: tuple[str, ...] | None
+    routed: int
+    dropped: tuple[str, ...] = ()
+    base_differences: tuple[str, ...] = ()
+    compacted_from: str | None = None
+    prompts: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+
+    @property
+    def of_each(self) -> bool:
+        """Whether each edit has an expert of its own."""
+        return self.experts == len(self.edits)
+
+    @property
+    def parts(self) -> list[range]:
+        """The places of the edits that each expert holds."""
+        return equal_parts(len(self.edits), self.experts)
+
+    def taught_as(self, number: int) -> list[Taught]:
+        """Its edits, as those of the round of this number in a stack."""
+        prompts, targets = (texts or ("",) * len(self.edits) for texts in (self.prompts, self.targets))
+        told = zip(self.ids, self.edits, prompts, targets, strict=True)
+        return [Taught(*each, round=number) for each in told]
+
+    @property
+    def lineages(self) -> list[Lineage]:
+        """Of each of its experts."""
+        return Lineage.of_round(self.id, self.parent, self.depth, self.experts, len(self.edits))
+
+    def without(self, experts: Collection[int]) -> "RoundRecord":
+        """The record without its experts at these places and the edits that they hold."""
+        gone = {place for expert, part in enumerate(self.parts) if expert in experts for place in part}
+        kept = [place for place in range(len(self.edits)) if place not in gone]
+        ids, edits = tuple(self.ids[place] for place in kept), tuple(self.edits[place] for place in kept)
+        prompts, targets = (
+            tuple(texts[place] for place in kept) if texts else () for texts in (self.prompts, self.targets)
+        )
+        names = frozenset(ids)
+        return replace(
+            self,
+            experts=self.experts - len(experts),
+            ids=ids,
+            edits=edits,
+            edits_sha256=digest_over(edits),
+            missed=None if self.missed is None else tuple(name for name in self.missed if name in names),
+            routed=min(self.routed, len(kept)),
+            dropped=tuple(sorted({*self.dropped, *(self.edits[place] for place in gone)})),
+            prompts=prompts,
+            targets=targets,
+        )
+
+
+def round_id(
+    base: Fingerprint, chat_template: str | None, settings: Settings, edits: Sequence[Edit], parent: str | None
+) -> str:
+    """Hash of all that decides a round's tensors: base, chat template, settings, edits in order, the round before.
+
+    How much runs at once is a matter of the machine, as the device is, and takes no part.
+    """
+    decisive = {name: value for name, value in settings.as_dict().items() if name != "batch_tokens"}
+    weights = [base.ffn_sha256, base.weights_sha256, base.tokenizer_sha256, base.ffn]
+    if chat_template:
+        weights.append(chat_template)
+    made_of = [*weights, decisive, digest_of(edits), parent]
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptorState(TensorEquality):
+    """Everything an adaptor file holds: the record of each round, its experts end to end, and their router.
+
+    What is asked of it again and again (`edits`, `taught`, `spans`) is worked out once: some 210 bytes an edit.
+    """
+
+    base: Fingerprint
+    settings: Settings
+    rounds: tuple[RoundRecord, ...]
+    experts: Experts
+    router: Router
+
+    @property
+    def lineages(self) -> list[Lineage]:
+        """Where each expert's round stands in its lineage."""
+        return [lineage for record in self.rounds for lineage in record.lineages]
+
+    @cached_property
+    def edits(self) -> tuple[Taught, ...]:
+        """All edits, in the order of the experts that hold them; an edit's place is its number."""
+        return tuple(edit for number, record in enumerate(self.rounds, 1) for edit in record.taught_as(number))
+
+    @cached_property
+    def taught(self) -> tuple[tuple[Taught, ...], ...]:
+        """The edits that each expert holds."""
+        ends = list(accumulate(len(record.edits) for record in self.rounds))
+        rounds = [
+            (record, self.edits[end - len(record.edits) : end]) for end, record in zip(ends, self.rounds, strict=True)
+        ]
+        if self.router.shared:
+            return tuple(edits for record, edits in rounds for _ in range(record.experts))
+        return tuple(edits[part.start : part.stop] for record, edits in rounds for part in record.parts)
+
+    def holders(self, numbers: Collection[int]) -> list[int]:
+        """The experts that hold the edits of these numbers, each alone.
+
+        Raises:
+            AdaptorError: if one of them shares its expert with other edits.
+        """
+        owners = [bisect_right(self._taught_up_to, number) for number in numbers]
+        for number, owner in zip(numbers, owners, strict=True):
+            if others := len(self.taught[owner]) - 1:
+                name = self.edits[number].label
+                raise AdaptorError(f"edit {name} shares an expert with {others} other edits; drop the whole round")
+        return owners
+
+    @cached_property
+    def _taught_up_to(self) -> list[int]:
+        """How many edits the experts hold up to each."""
+        return list(accumulate(map(len, self.taught)))
+
+    @property
+    def homes(self) -> dict[str, frozenset[int]]:
+        """The experts that each edit, by digest, was taught to."""
+        homes: dict[str, frozenset[int]] = {}
+        for expert, edits in enumerate(self.taught):
+            for edit in edits:
+                homes[edit.digest] = homes.get(edit.digest, frozenset()) | {expert}
+        return homes
+
+    @property
+    def replaced(self) -> list[tuple[Taught, Taught]]:
+        """Edits that a later one with the same question supersedes, each with that one; the later one answers."""
+        edits = self.edits
+        return [(edits[earlier], edits[later]) for earlier, later in self.router.superseded().items()]
+
+    @property
+    def answering(self) -> frozenset[str]:
+        """Digests of the edits that answer: all but the superseded."""
+        superseded = self.router.superseded()
+        return frozenset(edit.digest for number, edit in enumerate(self.edits) if number not in superseded)
+
+    @cached_property
+    def spans(self) -> tuple[range, ...]:
+        """The experts of each round."""
+        ends = list(accumulate(record.experts for record in self.rounds))
+        return tuple(range(end - record.experts, end) for end, record in zip(ends, self.rounds, strict=True))
+
+    def only(self, rounds: Sequence[int]) -> "AdaptorState":
+        """The state with the rounds at these places alone."""
+        spans = self.spans
+        experts = [expert for place in rounds for expert in spans[place]]
+        return replace(
+            self,
+            rounds=tuple(self.rounds[place] for place in rounds),
+            experts=self.experts.select(experts),
+            router=self.router.select(experts),
+        )
+
+    def without(self, experts: Collection[int]) -> "AdaptorState":
+        """The state that never had these experts.
+
+        Raises:
+            AdaptorError: if a round that stays was trained beside one that goes, or if none stays.
+        """
+        gone = set(experts)
+        records, kept = [], []
+        for record, span in zip(self.rounds, self.spans, strict=True):
+            places = {expert - span.start for expert in span if expert in gone}
+            if len(places) < len(span):
+                records.append(record.without(places) if places else record)
+                kept += [expert for expert in span if expert not in gone]
+        if not records:
+            raise AdaptorError("nothing would be left of the adaptor")
+        there = {record.id for record in records}
+        orphans = [record.id[:12] for record in records if record.parent is not None and record.parent not in there]
+        if orphans:
+            raise AdaptorError(f"trained beside a round that would go: {', '.join(orphans)}; drop these too")
+        experts_kept, router = self.experts.select(kept), self.router.select(kept)
+        return replace(self, rounds=tuple(records), experts=experts_kept, router=router)
+
+
+def superseded_note(earlier: Taught, later: Taught) -> str:
+    """What is said of an edit that a later one supersedes; both may have one id."""
+    return (
+        f"edit {earlier.label} of round {earlier.round} is superseded: "
+        f"{later.label} of round {later.round} answers its question now"
+    )
+
+
+def stack(states: Sequence[AdaptorState]) -> AdaptorState:
+    """One state with the rounds of all `states`, in order; a round that comes twice counts once.
+
+    Raises:
+        AdaptorError: if bases, layers or methods differ, listing the differences; or if one state holds a round whole
+            and another without some of its edits, or as it was trained and compacted.
+    """
+    if not states:
+        raise AdaptorError("nothing to stack: no adaptor given")
+    differences = [
+        f"adaptor {number}: {difference}"
+        for number, other in enumerate(states[1:], 2)
+        for difference in _differences(states[0], other)
+    ]
+    if differences:
+        raise AdaptorError("\n  ".join(["these adaptors cannot be stacked; compared with the first:", *differences]))
+    parts = _without_repeats(states)
+    return replace(
+        states[0],
+        rounds=tuple(record for part in parts for record in part.rounds),
+        experts=Experts.stack([part.experts for part in parts]),
+        router=type(parts[0].router).stack([(part.router, part.lineages) for part in parts]),
+    )
+
+
+def _without_repeats(states: Sequence[AdaptorState]) -> list[AdaptorState]:
+    seen: dict[str, RoundRecord] = {}
+    parts = []
+    for state in states:
+        origins = [record.compacted_from or record.id for record in state.rounds]
+        for record, origin in zip(state.rounds, origins, strict=True):
+            _check_repeated(seen.get(origin, record), record)
+        kept = [index for index, origin in enumerate(origins) if origin not in seen]
+        seen.update(zip(origins, state.rounds, strict=True))
+        parts.append(state if len(kept) == len(state.rounds) else state.only(kept))
+    return [part for part in parts if part.rounds]
+
+
+def _check_repeated(one: RoundRecord, other: RoundRecord) -> None:
+    """Refuse a round that is there in two forms."""
+    if one.id != other.id:
+        raise AdaptorError(
+            f"rounds {one.id[:12]} and {other.id[:12]} hold the same edits, one of them compacted; leave one out"
+        )
+    if one.dropped != other.dropped:
+        raise AdaptorError(
+            f"round {other.id[:12]} is there twice, without {len(other.dropped)} of its edits and without "
+            f"{len(one.dropped)}; drop the same from both, or leave one out"
+        )
+
+
+def check_base(base: "BaseModel", state: AdaptorState, *, allow: bool = False) -> tuple[str, ...]:
+    """Refuse a state that was made for another base, or, with `allow`, only one that has no place in this one.
+
+    Returns:
+        the differences, with `allow`.
+
+    Raises:
+        AdaptorError: listing the differences.
+    """
+    there = base.fingerprint(state.base.layer, state.settings.layer_path)
+    differences = state.base.differences(there)
+    if differences and not (allow and state.base.fits(there)):
+        raise AdaptorError(
+            f"this adaptor was made for another base model ({state.base.name}) than {base.source.name}:\n  "
+            + "\n  ".join(differences)
+        )
+    return tuple(differences)
+
+
+_COMPATIBLE_SETTINGS = ("method", "top_k", "router_width", "gate_conflict", "gate_slack")
+
+
+def check_settings(start: AdaptorState, settings: Settings) -> None:
+    """Refuse settings whose rounds could not be stacked onto `start`.
+
+    Raises:
+        AdaptorError: listing the differences.
+    """
+    differences = _setting_differences(start.settings, settings)
+    if settings.layer not in (None, start.base.layer):
+        differences.append(f"layer: {start.base.layer} != {settings.layer}")
+    if differences:
+        raise AdaptorError("\n  ".join(["the adaptor to continue was made with other settings:", *differences]))
+
+
+def _differences(first: AdaptorState, other: AdaptorState) -> list[str]:
+    return first.base.differences(other.base) + _setting_differences(first.settings, other.settings)
+
+
+def _setting_differences(first: Settings, other: Settings) -> list[str]:
+    return [
+        f"{name}: {getattr(first, name)} != {getattr(other, name)}"
+        for name in _COMPATIBLE_SETTINGS
+        if getattr(first, name) != getattr(other, name)
+    ]

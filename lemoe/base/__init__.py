@@ -1,0 +1,1 @@
+"""The frozen base model: found, loaded, read by its structure, and run as little as possible."""

@@ -1,0 +1,1 @@
+"""What editing did: metrics, how they are scored, and methods side by side."""

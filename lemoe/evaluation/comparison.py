@@ -1,0 +1,109 @@
+"""Methods side by side: the same edits in the same rounds, taught by each, measured by the same probes at the end."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from lemoe.base.embedded import Notify
+from lemoe.base.loading import BaseModel
+from lemoe.data.edits import Edit
+from lemoe.evaluation.evaluate import Record, evaluate
+from lemoe.evaluation.metrics import Decode, Metric
+from lemoe.planning.plan import plan, rounds_of
+from lemoe.settings import Settings
+from lemoe.training.editors import editor_of, size_of, teach
+
+MEASURED = ("reliability", "generality", "locality")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One method's figures.
+
+    Attributes:
+        settings: all of its settings, the method among them.
+        learned, learned_exact: reliability (token accuracy, exact match) of each round when it had just been taught,
+            mean over edits; what the reliability after the last round falls short of it was forgotten.
+        metrics: reliability, generality and locality after the last round, over all edits.
+        seconds_per_edit: of training alone.
+        bytes_per_edit: of all that has to be kept beside the base, after the last round.
+    """
+
+    settings: Settings
+    learned: float
+    learned_exact: float
+    metrics: tuple[Metric, ...]
+    seconds_per_edit: float
+    bytes_per_edit: float
+
+    def value(self, name: str, measure: str = "token_accuracy") -> Metric | None:
+        """The figure of that name after the last round, over all kinds; None where the edits have no such probes."""
+        chosen = [m for m in self.metrics if (m.name, m.measure, m.kind) == (name, measure, "all")]
+        return chosen[0] if chosen else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Figures of several methods, and the ids of each round's edits."""
+
+    rounds: tuple[tuple[str, ...], ...]
+    methods: tuple[Compared, ...]
+
+    @property
+    def edits(self) -> int:
+        """How many were taught."""
+        return sum(map(len, self.rounds))
+
+
+def compare(
+    base: BaseModel,
+    edits: Sequence[Edit],
+    methods: Sequence[Settings],
+    *,
+    decode: Decode = "teacher",
+    batch_tokens: int = 4096,
+    notify: Notify = lambda stage: None,
+) -> Comparison:
+    """Teach `edits` by each of `methods`, in the rounds that the first of them plans, and measure what came of it.
+
+    Raises:
+        InputError: listing the edits and probes that cannot be used with this model.
+        LemoeError: if a method needs a package that is not installed, before anything is trained.
+    """
+    for settings in methods:
+        editor_of(settings.method)
+    notify("planning")
+    rounds = rounds_of(plan(base, edits, methods[0]), edits)
+    compared = tuple(_compared(base, rounds, settings, decode, batch_tokens, notify) for settings in methods)
+    return Comparison(tuple(tuple(edit.id for edit in members) for members in rounds), compared)
+
+
+def _compared(
+    base: BaseModel,
+    rounds: Sequence[Sequence[Edit]],
+    settings: Settings,
+    decode: Decode,
+    batch_tokens: int,
+    notify: Notify,
+) -> Compared:
+    learned: list[Record] = []
+    seconds, began = 0.0, time.monotonic()
+    for number, edited in enumerate(teach(base, rounds, settings), 1):
+        seconds += time.monotonic() - began
+        notify(f"{settings.method}: round {number} of {len(rounds)} taught")
+        fresh = rounds[number - 1]
+        learned += evaluate(
+            base, edited, fresh, decode=decode, only=("reliability",), batch_tokens=batch_tokens
+        ).records
+        began = time.monotonic()
+    taught = [edit for members in rounds for edit in members]
+    last = evaluate(base, edited, taught, decode=decode, only=MEASURED, batch_tokens=batch_tokens)
+    return Compared(
+        settings=settings,
+        learned=fmean(record.token_accuracy_after for record in learned),
+        learned_exact=fmean(record.token_accuracy_after == 1.0 for record in learned),
+        metrics=tuple(metric for metric in last.metrics if metric.stage == "after"),
+        seconds_per_edit=seconds / len(taught),
+        bytes_per_edit=size_of(edited) / len(taught),
+    )

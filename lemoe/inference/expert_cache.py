@@ -1,0 +1,93 @@
+"""Experts that stay in their file until a sequence is routed to them, so that an adaptor may be larger than memory.
+
+A few are kept, those that acted least recently leave first. Reading starts when the route is decided, while the layers
+below the edited one still run.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lemoe.adaptor.checkpoint import AdaptorFile
+from lemoe.adaptor.experts import Activation, Experts
+from lemoe.routing.router import Routing
+
+READERS = 2  # threads
+
+
+class ExpertCache:
+    """The experts of a file, of which some are in memory, on `device`.
+
+    A batch may be routed to more experts than are kept: all of them are there while it runs.
+    """
+
+    def __init__(self, file: AdaptorFile, device: torch.device, size: int):
+        """Keep up to `size` bytes of the file's experts, and at least one."""
+        self._file = file
+        self._shapes = file.state.experts
+        self._device = device
+        self._size = size
+        self._kept: OrderedDict[int, Experts] = OrderedDict()
+        self._bytes = 0
+        self._acting: list[int] = []
+        self._coming: dict[int, Future[Experts]] = {}
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="lemoe-experts")
+        self.reads = 0
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def prefetch(self, routing: Routing) -> None:
+        """Start reading the experts that a routing needs."""
+        for index in _acting(routing.experts):
+            if index not in self._kept and index not in self._coming:
+                self._coming[index] = self._readers.submit(self._read, index)
+
+    def delta(self, inputs: Tensor, routing: Routing, activation: Activation) -> Tensor | None:
+        """What the routed experts add to the FFN's output; see `Experts.delta`."""
+        acting = _acting(routing.experts)
+        if not acting:
+            return None
+        few = self._together(acting)
+        places = torch.searchsorted(torch.tensor(acting, device=routing.experts.device), routing.experts.contiguous())
+        return few.delta(inputs, replace(routing, experts=places.where(routing.experts >= 0, -1)), activation)
+
+    def _together(self, acting: list[int]) -> Experts:
+        """These experts as one stack; a sequence that goes on needs the same again and again."""
+        if acting != self._acting:
+            self._stack = Experts.stack(self._take(acting))
+            self._acting = acting
+            self._forget()
+        return self._stack
+
+    def _take(self, wanted: Iterable[int]) -> list[Experts]:
+        taken = []
+        for index in wanted:
+            if index not in self._kept:
+                coming = self._coming.pop(index, None)
+                self._kept[index] = coming.result() if coming else self._read(index)
+                self._bytes += self._kept[index].size
+                self.reads += 1
+            self._kept.move_to_end(index)
+            taken.append(self._kept[index])
+        return taken
+
+    def _forget(self) -> None:
+        while self._bytes > self._size and len(self._kept) > 1:
+            self._bytes -= self._kept.popitem(last=False)[1].size
+
+    def _read(self, index: int) -> Experts:
+        start, end = int(self._shapes.offsets[index]), int(self._shapes.offsets[index + 1])
+        gate = None if self._shapes.gate is None else self._file.rows("experts.gate", start, end)
+        up, down = (self._file.rows(name, start, end) for name in ("experts.up", "experts.down"))
+        offsets = torch.tensor([0, end - start])
+        return Experts(up, down, gate, offsets, self._shapes.scale[index : index + 1]).to(self._device)
+
+
+def _acting(experts: Tensor) -> list[int]:
+    acting: list[int] = experts[experts >= 0].unique().tolist()
+    return acting

@@ -1,0 +1,135 @@
+"""An adaptor inserted into a base model that it fits, and taken out again."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lemoe.adaptor.checkpoint import AdaptorFile
+from lemoe.adaptor.state import AdaptorState, check_base
+from lemoe.base.frozen import FrozenBatch
+from lemoe.base.loading import BaseModel
+from lemoe.base.structure import FFNSite
+from lemoe.base.tokens import Passage
+from lemoe.errors import AdaptorError
+from lemoe.inference.expert_cache import ExpertCache
+from lemoe.inference.live_adaptor import ExpertSource, LiveAdaptor
+from lemoe.routing.router import Routing, Sequences
+
+
+class InsertedAdaptor(LiveAdaptor):
+    """An adaptor state at work in a base model.
+
+    `generate` marks the prompt itself, for preset `paper`, which needs to know it; for a forward pass over prompt and
+    answer together, say where the prompt ends with `prompts`.
+
+    Attributes:
+        state: the adaptor.
+        site: the FFN that it stands beside.
+        router: its router at work; `router.explain` tells why a prompt takes its route.
+    """
+
+    site: FFNSite
+
+    def __init__(
+        self,
+        base: BaseModel,
+        state: AdaptorState,
+        *,
+        experts: ExpertSource | None = None,
+        allow_base_mismatch: bool = False,
+    ):
+        """Insert `state` into `base`.
+
+        Args:
+            experts: the state's experts, where they are not in the state itself.
+            allow_base_mismatch: insert it into a base that it was not made for, if only it has a place there.
+
+        Raises:
+            AdaptorError: if the state was made for another base model, listing the differences, or if another
+                adaptor is inserted already.
+        """
+        check_base(base, state, allow=allow_base_mismatch)
+        if "generate" in base.model.__dict__:
+            raise AdaptorError("an adaptor is inserted already; remove it first, or stack the two and insert the stack")
+        self.base = base
+        self.state = state
+        site = base.site(state.base.layer, state.settings.layer_path)
+        router = state.router.live(base, state.settings)
+        super().__init__(base.decoder, site, router, experts or state.experts.to(base.device))
+        self._inserted.enter_context(_wrapped_generate(base.model, self.generate))
+
+    def __enter__(self) -> "InsertedAdaptor":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def routing_of(self, passage: Passage) -> Routing:
+        """The route that a passage takes, explained."""
+        ids = torch.tensor([passage.read], device=self.base.device)
+        prompt = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0) < len(passage.prompt)
+        return self.router.route(Sequences(ids, None, torch.ones_like(prompt), prompt))[0]
+
+    def opens(self, ids: Sequence[int]) -> bool:
+        """Whether any expert acts anywhere on a text (token ids)."""
+        tokens = torch.tensor([list(ids)], device=self.base.device)
+        everywhere = torch.ones_like(tokens, dtype=torch.bool)
+        routing, _ = self.router.route(Sequences(tokens, None, everywhere, everywhere))
+        return bool((routing.experts >= 0).any())
+
+    @torch.no_grad()
+    def replay(self, frozen: FrozenBatch, routings: Sequence[Routing]) -> Tensor:
+        """Last hidden states `[targets, hidden]` of a frozen batch with the routed experts at work.
+
+        Args:
+            routings: of each row by itself. The experts run row by row, so that no row depends on the others.
+        """
+        delta = torch.zeros(frozen.inputs.shape, device=frozen.inputs.device)
+        for row, routing in enumerate(routings):
+            columns = routing.experts.shape[1]
+            change = self.delta(frozen.inputs[row : row + 1, :columns], routing)
+            if change is not None:
+                delta[row, :columns] = change[0]
+        return frozen.replay(delta)
+
+
+def insert(
+    base: BaseModel,
+    adaptor: AdaptorState | AdaptorFile | Path | str,
+    *,
+    expert_cache: int | None = None,
+    allow_base_mismatch: bool = False,
+) -> InsertedAdaptor:
+    """Insert an adaptor, given as a state or as its file, into `base`.
+
+    Args:
+        expert_cache: bytes of experts that are kept in memory; the others stay in the file until they are needed. All
+            are read at once if None.
+        allow_base_mismatch: insert it into a base that it was not made for, if only it has a place there.
+
+    Raises:
+        AdaptorError: if the file is not a valid adaptor, or was made for another base model.
+    """
+    if isinstance(adaptor, AdaptorState):
+        return InsertedAdaptor(base, adaptor, allow_base_mismatch=allow_base_mismatch)
+    file = adaptor if isinstance(adaptor, AdaptorFile) else AdaptorFile(adaptor)
+    if expert_cache is None:
+        return InsertedAdaptor(base, file.load(), allow_base_mismatch=allow_base_mismatch)
+    file.check_whole()
+    experts = ExpertCache(file, base.device, expert_cache)
+    return InsertedAdaptor(base, file.state, experts=experts, allow_base_mismatch=allow_base_mismatch)
+
+
+@contextmanager
+def _wrapped_generate(model: nn.Module, wrapper: Callable[..., Any]) -> Iterator[None]:
+    """Let `wrapper` stand around `model.generate` while open."""
+    model.__dict__["generate"] = functools.partial(wrapper, model.generate)
+    try:
+        yield
+    finally:
+        del model.__dict__["generate"]

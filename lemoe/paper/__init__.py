@@ -1,1 +1,0 @@
-"""Preset `paper`: LEMoE as published, one FFN-form expert a round, routed by a trained projection."""

@@ -1,0 +1,1 @@
+"""In which rounds edits are taught."""

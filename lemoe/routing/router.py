@@ -1,0 +1,202 @@
+"""What every way of routing has in common: a stored part that stacks and saves, and a live part that decides."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lemoe.base.equality import TensorEquality
+
+Scope = Literal["in", "subject", "relation"]
+
+Self = TypeVar("Self", bound="Router")
+
+
+class Host(Protocol):
+    """What a router reads of the model that it works in."""
+
+    embedding: nn.Embedding
+    tokenizer: Any
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+class RouterSettings(Protocol):
+    """The settings that routers know; see `lemoe.Settings`."""
+
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def router_width(self) -> int: ...
+    @property
+    def gate_conflict(self) -> float: ...
+    @property
+    def gate_slack(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a prompt took its route, read at its last token.
+
+    Attributes:
+        expert: the expert that acts, -1 for none.
+        weight: its weight.
+        scope: `in`; or why no expert acts: no edit's `subject` was mentioned, or another `relation` is asked of one.
+        nearest: the expert that acts or came nearest, -1 if none did.
+        coverage: share of the nearest edit's subject that was read, 0 to 1.
+        conflict: how far what is asked differs from what the nearest edit asks; 0 is not at all.
+        fit: how much of what is asked the two share, 0 to 2.
+        edit: number of the nearest edit, -1 where none was near or the router does not tell edits apart.
+    """
+
+    expert: int
+    weight: float = 1.0
+    scope: Scope = "in"
+    nearest: int = -1
+    coverage: float = 1.0
+    conflict: float = 0.0
+    fit: float = 0.0
+    edit: int = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Routing(TensorEquality):
+    """Which experts act where.
+
+    Attributes:
+        experts: `[batch, seq, k]`, -1 for none.
+        weights: `[batch, seq, k]`, theirs.
+        explained: why each row's prompt takes its route; empty if it was not asked.
+    """
+
+    experts: Tensor
+    weights: Tensor
+    explained: tuple[Explanation, ...] = ()
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Where an expert's round stands among the rounds that went on training one router; see `RoundRecord`.
+
+    `edits`: how many edits the expert holds.
+    """
+
+    round: str
+    parent: str | None
+    depth: int
+    edits: int
+
+    @classmethod
+    def of_round(cls, name: str, parent: str | None, depth: int, experts: int, edits: int) -> "list[Lineage]":
+        """Of each of a round's experts; those that hold as many edits share one."""
+        sizes = [len(part) for part in equal_parts(edits, experts)]
+        shared = {size: cls(name, parent, depth, size) for size in set(sizes)}
+        return [shared[size] for size in sizes]
+
+
+def equal_parts(edits: int, experts: int) -> list[range]:
+    """The places of the edits that each expert of a round holds: equal parts in order, the first larger by one."""
+    size, larger = divmod(edits, experts)
+    starts = [size * part + min(part, larger) for part in range(experts + 1)]
+    return [range(start, end) for start, end in pairwise(starts)]
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences(TensorEquality):
+    """What a router may look at.
+
+    Attributes:
+        ids: `[batch, seq]`, or None if the model was called with embeddings.
+        embeddings: `[batch, seq, hidden]`, or None if the model was called with ids.
+        mask: `[batch, seq]`, bool; False on padding.
+        prompt: `[batch, seq]`, bool; tokens of the prompt, where its end is known, else all tokens.
+        memory: `[batch, 1, past, k]`, what the router returned for the tokens before these, or None at the start.
+    """
+
+    ids: Tensor | None
+    embeddings: Tensor | None
+    mask: Tensor
+    prompt: Tensor
+    memory: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Sequences":
+        """The same, on `device`."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if value is not None}
+        return replace(self, **moved)
+
+
+class LiveRouter(ABC):
+    """A router at work in one base model, on `device`."""
+
+    device: torch.device
+
+    @abstractmethod
+    def route(self, sequences: Sequences) -> tuple[Routing, Tensor]:
+        """The routes of new tokens, and their memory `[batch, 1, seq, k]`, which travels in the KV cache."""
+
+    def explain(self, prompts: Sequence[Sequence[int]]) -> list[Explanation]:
+        """Why each prompt (token ids) takes its route."""
+        return [self._routed(prompt).explained[0] for prompt in prompts]
+
+    def _routed(self, prompt: Sequence[int]) -> Routing:
+        ids = torch.tensor([list(prompt)], device=self.device)
+        everything = torch.ones_like(ids, dtype=torch.bool)
+        return self.route(Sequences(ids, None, everything, everything))[0]
+
+
+class Router(ABC):
+    """The stored part: whatever decides routes, as tensors. Entry `i` belongs to expert `i`."""
+
+    method: ClassVar[str]
+    shared: ClassVar[bool] = False  # whether each expert holds all edits
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a file must hold, by name."""
+
+    @classmethod
+    @abstractmethod
+    def expected(
+        cls, settings: RouterSettings, hidden: int, lineages: Sequence[Lineage], tensors: Mapping[str, Tensor]
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+        """Shape and type (None: floating point) of each tensor of a file, one `lineages` entry for each expert."""
+
+    @classmethod
+    @abstractmethod
+    def from_tensors(
+        cls: type[Self], settings: RouterSettings, lineages: Sequence[Lineage], tensors: Mapping[str, Tensor]
+    ) -> Self:
+        """The router of a file whose shapes hold.
+
+        Raises:
+            ValueError: if indices are out of order or range.
+        """
+
+    @abstractmethod
+    def select(self: Self, experts: Sequence[int]) -> Self:
+        """The router for these experts alone."""
+
+    @classmethod
+    @abstractmethod
+    def stack(cls: type[Self], parts: "Sequence[tuple[Self, Sequence[Lineage]]]") -> Self:
+        """One router for the experts of all parts, in order; each part with the lineage of each of its experts."""
+
+    def superseded(self) -> dict[int, int]:
+        """Edits, by number, whose question a later edit answers anew: earlier to latest. None by default."""
+        return {}
+
+    @abstractmethod
+    def live(self, base: Host, settings: RouterSettings) -> LiveRouter:
+        """The router at work in `base`."""
+
+
+def offsets_hold(offsets: Tensor, total: int) -> bool:
+    """Whether `offsets` starts at 0, never falls, and ends at `total`."""
+    return (
+        bool(len(offsets)) and int(offsets[0]) == 0 and int(offsets[-1]) == total and bool((offsets.diff() >= 0).all())
+    )

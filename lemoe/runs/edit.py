@@ -1,0 +1,340 @@
+"""The main job: plan, train one expert a round, and leave files that people can keep.
+
+A run's folder holds what it was started for, `run.yaml`, its plan, `plan.yaml`, one state a round under `rounds/`, each
+written as soon as the round is done, `adaptor.safetensors`, the stack of all rounds and of the adaptor that the run
+started from, and its card, `README.md`.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from lemoe.adaptor.checkpoint import AdaptorFile, load_adaptor, save_adaptor
+from lemoe.adaptor.header import ADAPTOR_NAME
+from lemoe.adaptor.merging import write_stack
+from lemoe.adaptor.state import AdaptorState, RoundRecord, check_base, check_settings, round_id, stack, superseded_note
+from lemoe.base.loading import BaseModel
+from lemoe.base.memory import fitting_tokens, free_memory
+from lemoe.base.structure import FFNSite
+from lemoe.data.edits import Edit, Round
+from lemoe.data.files import remove_scratch
+from lemoe.errors import AdaptorError, InputError, LemoeError, OutputError
+from lemoe.evaluation.evaluate import evaluate
+from lemoe.report.card import write_card
+from lemoe.runs.engines import Engine
+from lemoe.runs.engines.local import LocalEngine
+from lemoe.runs.folder import ROUNDS_NAME, check_places, resumed_places
+from lemoe.runs.plan import BegunRun, RunPlan, begun_run, followed_plan, fresh_plan, new_edits, write_beginning
+from lemoe.runs.progress import Listener, Silent
+from lemoe.runs.resuming import check_finished_rounds
+from lemoe.settings import Settings
+from lemoe.training.methods import check_adds_experts, parent_of, rounds_depend
+from lemoe.training.steps import encode_edits
+
+LOCK_NAME = ".lock"
+DIGITS = 4  # of a round's number in its file's name, unless the plan has more rounds
+EXPERT_CACHE = 256 << 20  # bytes of experts that are kept in memory while a run's edits are asked in the end
+
+
+@dataclass(frozen=True)
+class EditReport:
+    """What a run did.
+
+    Attributes:
+        path, size: of the stacked adaptor's file, bytes.
+        rounds: how many it holds.
+        taught: the edits that are in the new rounds.
+        known: how many edits were left out because the adaptor to continue holds them already.
+        repeated: how many, because a later one repeats or supersedes them.
+        unplanned: names of those that were, because the plan does not name them.
+        reliability_before, reliability_after: share of their target tokens that the model predicts.
+        exact_before, exact_after: share of them whose whole target it predicts.
+        seconds: for training.
+        unreached: numbers of the new rounds that ended above the loss target.
+        missed: names of the edits whose own prompt was not answered when their round ended.
+    """
+
+    path: Path
+    size: int
+    rounds: int
+    taught: int
+    known: int
+    repeated: int
+    unplanned: tuple[str, ...]
+    reliability_before: float
+    reliability_after: float
+    exact_before: float
+    exact_after: float
+    seconds: float
+    unreached: tuple[int, ...]
+    missed: tuple[str, ...]
+
+    @cached_property
+    def state(self) -> AdaptorState:
+        """The stacked adaptor, read from its file when it is first asked for."""
+        return load_adaptor(self.path)
+
+
+def edit(
+    base: BaseModel,
+    edits: Sequence[Edit],
+    settings: Settings,
+    folder: Path | str,
+    *,
+    source: str = "",
+    plan_file: Path | str | None = None,
+    places: range | None = None,
+    start: AdaptorState | None = None,
+    force: bool = False,
+    resume: bool = False,
+    allow_base_mismatch: bool = False,
+    engine: Engine | None = None,
+    listener: Listener | None = None,
+) -> EditReport:
+    """Teach `edits` to an adaptor of `base` and write it under `folder`.
+
+    Args:
+        source: name of the edits file, for the plan.
+        plan_file: rounds to follow; planned afresh if None. Edits that it does not name are left out and counted.
+        places: train only the rounds at these places of the plan file, from 0; the adaptors of all places, stacked in
+            their order, are the adaptor of one run.
+        start: an earlier adaptor to continue; its experts stay as they are, and edits it holds are left out.
+        force: write into a folder that holds an earlier run, replacing its files.
+        resume: keep the rounds that an unfinished run of the same edits and settings left in `folder`, and go on with
+            its plan and its places unless they are given; edits that came since are refused unless `plan_file` is.
+        allow_base_mismatch: continue `start` on a base that it was not made for; the new rounds record how it differs.
+        engine: what trains the rounds; this process if None.
+
+    Raises:
+        InputError: for edits or a plan that cannot be used, or places that cannot be trained by themselves; or if the
+            run to resume was started for other edits, places or another adaptor.
+        AdaptorError: if `start` belongs to another base model.
+        OutputError: if the folder holds an earlier run, or another is at work in it, or it cannot be written; or if
+            finished rounds of the run to resume are of other settings or another base.
+    """
+    check_adds_experts(settings)
+    engine, listener = engine or LocalEngine(), listener or Silent()
+    check_engine(engine, settings)
+    folder = Path(folder)
+    if start:
+        for difference in check_base(base, start, allow=allow_base_mismatch):
+            listener.note(f"another base than the adaptor was made for: {difference}")
+        check_settings(start, settings)
+    layer = start.base.layer if start else settings.layer_of(len(base.layers), base.source.layers)
+    site = base.site(layer, settings.layer_path)
+    with _locked(folder):
+        encode_edits(base, edits)
+        begun = begun_run(folder, start) if resume else BegunRun(None, None)
+        places = resumed_places(folder, begun.run, places)
+        check_places(places, settings, planned=plan_file is not None or begun.plan is not None)
+        new = new_edits(edits, start, listener)
+        if plan_file is not None or begun.plan is not None:
+            chosen = followed_plan(plan_file, begun, places, edits, new, start, listener)
+        else:
+            chosen = fresh_plan(base, new, settings, source, start, listener)
+        rounds = chosen.rounds
+        if resume:
+            finished = [(_file_of(folder, round_), round_.edits) for round_ in rounds]
+            check_finished_rounds(base, finished, settings, layer, start)
+        write_beginning(folder, chosen, overwrite=force or resume)
+        listener.planned(len(rounds), sum(len(round_.edits) for round_ in rounds))
+        settings = _fitting(base, site, settings, listener)
+        began = time.monotonic()
+        records = _train_rounds(base, rounds, settings, folder, start, engine, listener, force=force, resume=resume)
+        seconds = time.monotonic() - began
+        _write_adaptor(base, rounds, folder, start, listener, overwrite=force or resume)
+        if force:
+            _remove_leftovers(folder, rounds)
+        known = len(edits) - len(new)
+        return _report(base, folder / ADAPTOR_NAME, chosen, known, records, settings, seconds, listener)
+
+
+def _write_adaptor(
+    base: BaseModel,
+    rounds: Sequence[Round],
+    folder: Path,
+    start: AdaptorState | None,
+    listener: Listener,
+    *,
+    overwrite: bool,
+) -> None:
+    """Stack what the run started from and the files of its rounds, with a card beside."""
+    files = [AdaptorFile(_file_of(folder, round_)) for round_ in rounds]
+    state = write_stack([start, *files] if start else files, folder / ADAPTOR_NAME, overwrite=overwrite)
+    for earlier, later in state.replaced:
+        listener.note(superseded_note(earlier, later))
+    write_card(folder, base, state)
+
+
+def _report(
+    base: BaseModel,
+    path: Path,
+    chosen: RunPlan,
+    known: int,
+    records: Sequence[RoundRecord],
+    settings: Settings,
+    seconds: float,
+    listener: Listener,
+) -> EditReport:
+    """What the rounds, with their `records`, have taught the adaptor at `path`."""
+    taught = [edit for round_ in chosen.rounds for edit in round_.edits]
+    adaptor = AdaptorFile(path)
+    measured = evaluate(
+        base,
+        adaptor,
+        taught,
+        only=("reliability",),
+        batch_tokens=settings.batch_tokens,
+        expert_cache=EXPERT_CACHE,
+        allow_base_mismatch=True,  # which `edit` has refused unless it was asked for
+        on_progress=listener.asked,
+    )
+    return EditReport(
+        path=path,
+        size=path.stat().st_size,
+        rounds=len(adaptor.state.rounds),
+        taught=len(taught),
+        known=known,
+        repeated=chosen.repeated,
+        unplanned=tuple(edit.id for edit in chosen.unplanned),
+        reliability_before=measured.value("reliability", stage="before"),
+        reliability_after=measured.value("reliability"),
+        exact_before=measured.value("reliability", "exact_match", stage="before"),
+        exact_after=measured.value("reliability", "exact_match"),
+        seconds=seconds,
+        unreached=tuple(
+            round_.number
+            for round_, record in zip(chosen.rounds, records, strict=True)
+            if not record.loss < settings.loss_target
+        ),
+        missed=tuple(name for record in records for name in record.missed or ()),
+    )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of `folder`; a run that dies lets go of it."""
+    lock = FileLock(folder / LOCK_NAME, timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise OutputError(f"{folder}: another run is at work there; wait for it, or give another folder") from None
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written: {error.strerror or error}") from None
+    try:
+        for place in (folder, folder / ROUNDS_NAME):
+            remove_scratch(place)
+        yield
+    finally:
+        with suppress(OSError):
+            (folder / LOCK_NAME).unlink()
+            if not any(folder.iterdir()):
+                folder.rmdir()
+        lock.release()
+
+
+def _fitting(base: BaseModel, site: FFNSite, settings: Settings, listener: Listener) -> Settings:
+    """The settings with batches that fit into the free memory."""
+    tokens = fitting_tokens(base, site, settings.batch_tokens)
+    if tokens < settings.batch_tokens:
+        free = free_memory(base.devices) >> 20
+        listener.note(f"{free:,} MiB of memory are free: batches of {tokens} tokens, not {settings.batch_tokens}")
+    return replace(settings, batch_tokens=tokens)
+
+
+def check_engine(engine: Engine, settings: Settings) -> None:
+    """Refuse early to train rounds at once that depend on each other.
+
+    Raises:
+        InputError: saying which engine trains them.
+    """
+    if rounds_depend(settings) and not isinstance(engine, LocalEngine):
+        raise InputError(f"preset {settings.method} trains each round beside those before it: take --engine local")
+
+
+def _remove_leftovers(folder: Path, rounds: Sequence[Round]) -> None:
+    """Round files of an earlier run in the same folder, which `force` replaced."""
+    numbers = {round_.number for round_ in rounds}
+    for path in (folder / ROUNDS_NAME).glob("[0-9]*.safetensors"):
+        if path.stem.isdigit() and int(path.stem) not in numbers:
+            path.unlink()
+
+
+def _train_rounds(
+    base: BaseModel,
+    rounds: Sequence[Round],
+    settings: Settings,
+    folder: Path,
+    start: AdaptorState | None,
+    engine: Engine,
+    listener: Listener,
+    *,
+    force: bool,
+    resume: bool,
+) -> list[RoundRecord]:
+    """The records of all rounds, in order; each state is written as soon as it is there, and let go."""
+    before = start
+    depend = rounds_depend(settings)
+    records: dict[int, RoundRecord] = {}
+
+    def done(round_: Round, state: AdaptorState, *, kept: bool) -> None:
+        nonlocal before
+        records[round_.number] = state.rounds[0]
+        listener.round_done(round_.number, round_.of, state.rounds[0], kept=kept)
+        if depend:
+            before = stack([before, state] if before else [state])
+
+    for group in [[round_] for round_ in rounds] if depend else [rounds]:
+        missing = []
+        for round_ in group:
+            state = _finished(base, _file_of(folder, round_), round_.edits, settings, before) if resume else None
+            if state is None:
+                missing.append(round_)
+            else:
+                done(round_, state, kept=True)
+        for round_, state in engine.train(base, missing, settings, before, listener):
+            _check_converged(round_, state)
+            save_adaptor(state, _file_of(folder, round_), overwrite=force or resume)
+            done(round_, state, kept=False)
+    return [records[round_.number] for round_ in rounds]
+
+
+def _check_converged(round_: Round, state: AdaptorState) -> None:
+    loss = state.rounds[0].loss
+    if not math.isfinite(loss):
+        raise LemoeError(f"round {round_.number} diverged (loss {loss}); lower --learning-rate")
+
+
+def _file_of(folder: Path, round_: Round) -> Path:
+    """Where a round is written; names sort as the numbers do."""
+    digits = max(DIGITS, len(str(round_.of)))
+    return folder / ROUNDS_NAME / f"{round_.number:0{digits}d}.safetensors"
+
+
+def _finished(
+    base: BaseModel, path: Path, members: Sequence[Edit], settings: Settings, before: AdaptorState | None
+) -> AdaptorState | None:
+    """The round's state from an interrupted run; None if it is not there, or damaged.
+
+    Raises:
+        OutputError: if it is another round than would be trained now.
+    """
+    if not path.exists():
+        return None
+    try:
+        state = load_adaptor(path)
+    except AdaptorError:
+        return None
+    resolved = replace(settings, layer=state.base.layer)
+    there = base.fingerprint(state.base.layer, settings.layer_path)
+    expected = round_id(there, base.tokenizer.chat_template, resolved, members, parent_of(settings, before))
+    if [record.id for record in state.rounds] != [expected]:
+        raise OutputError(f"{path} was trained on other edits or with other settings; --force starts anew")
+    return state

@@ -1,0 +1,25 @@
+"""Where rounds are trained: here, or by workers on other machines."""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from lemoe.adaptor.state import AdaptorState
+from lemoe.base.loading import BaseModel
+from lemoe.data.edits import Round
+from lemoe.runs.progress import Listener
+from lemoe.settings import Settings
+
+
+class Engine(Protocol):
+    """Trains rounds that do not depend on each other."""
+
+    def train(
+        self,
+        base: BaseModel,
+        rounds: Sequence[Round],
+        settings: Settings,
+        before: AdaptorState | None,
+        listener: Listener,
+    ) -> Iterator[tuple[Round, AdaptorState]]:
+        """Give each round's state as soon as it is trained, in any order; see `lemoe.training.methods.train_round`."""
+        ...

@@ -1,0 +1,64 @@
+"""Baseline `ft`: one layer's FFN fine-tuned, no weight further than a bound from where it was.
+
+Zhu et al. 2020 (arXiv 2012.00363), eq. 3: the loss is minimised under a bound on the largest change of any weight (the
+FT-L baseline of ROME). Rounds go on from each other; the bound is on the change since the base model.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lemoe.base.equality import TensorEquality
+from lemoe.base.loading import BaseModel
+from lemoe.data.edits import Edit
+from lemoe.settings import Settings
+from lemoe.training.live_batches import live_batches, live_losses
+from lemoe.training.steps import OnStep, encode_edits, fit
+from lemoe.training.weight_change import WeightChange, check_resident, swapped, trainable
+
+
+@dataclass(frozen=True, eq=False)
+class TunedFFN(TensorEquality, WeightChange):
+    """Other weights of one layer's FFN, in the order of `FFNSite.tensors`."""
+
+    layer: int
+    layer_path: str | None
+    values: tuple[Tensor, ...]
+
+    def tensors(self) -> Sequence[Tensor]:
+        return self.values
+
+    def applied(self, base: BaseModel) -> AbstractContextManager[None]:
+        return swapped(_weights(base, self.layer, self.layer_path), self.values)
+
+
+def train(
+    base: BaseModel, edits: Sequence[Edit], settings: Settings, before: TunedFFN | None, on_step: OnStep
+) -> TunedFFN:
+    """Fine-tune the FFN on `edits`, from `before` on."""
+    layer = settings.layer_of(len(base.layers), base.source.layers)
+    weights = _weights(base, layer, settings.layer_path)
+    bounds = [(weight - settings.norm_limit, weight + settings.norm_limit) for weight in weights]
+    values = tuple(value.clone() for value in (before.values if before else weights))
+    batches = live_batches(base, layer, encode_edits(base, edits), settings.batch_tokens)
+
+    @torch.no_grad()
+    def constrain() -> None:
+        for weight, (low, high) in zip(weights, bounds, strict=True):
+            weight.clamp_(low, high)
+
+    def losses() -> Iterator[Tensor]:
+        return live_losses(base, batches)
+
+    with swapped(weights, values), trainable(weights):
+        optimiser = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        fit(optimiser, losses, settings, on_step, constrain)
+    return TunedFFN(layer, settings.layer_path, values)
+
+
+def _weights(base: BaseModel, layer: int, layer_path: str | None) -> list[Tensor]:
+    check_resident(base)
+    return [weight for _, weight in base.site(layer, layer_path).tensors()]

@@ -1,0 +1,91 @@
+"""Baseline `lora`: low-rank matrices beside every linear map of the upper layers, through peft (`lemoe[lora]`).
+
+Hu et al. 2021 (arXiv 2106.09685). One set of matrices, trained on from round to round.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lemoe.base.equality import TensorEquality
+from lemoe.base.loading import BaseModel
+from lemoe.data.edits import Edit
+from lemoe.errors import LemoeError
+from lemoe.settings import Settings
+from lemoe.training.live_batches import live_batches, live_losses
+from lemoe.training.steps import OnStep, encode_edits, fit
+from lemoe.training.weight_change import WeightChange, check_resident
+
+try:
+    from peft import LoraConfig, LoraModel
+except ImportError:
+    raise LemoeError("baseline lora needs peft: pip install 'lemoe[lora]'") from None
+
+DEFAULT_RANK = 8
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank(TensorEquality, WeightChange):
+    """Low-rank matrices beside the linear maps of `layers`, as peft puts them there."""
+
+    layers: range
+    rank: int
+    values: tuple[Tensor, ...]
+
+    def tensors(self) -> Sequence[Tensor]:
+        return self.values
+
+    @contextmanager
+    def applied(self, base: BaseModel) -> Iterator[None]:
+        with _inserted(base, self.layers, self.rank) as matrices, torch.no_grad():
+            for matrix, value in zip(matrices, self.values, strict=True):
+                matrix.copy_(value).requires_grad_(False)
+            yield
+
+
+def train(
+    base: BaseModel, edits: Sequence[Edit], settings: Settings, before: LowRank | None, on_step: OnStep
+) -> LowRank:
+    """Train the matrices on `edits`, from `before` on."""
+    first = settings.layer_of(len(base.layers), base.source.layers)
+    layers, rank = range(first, len(base.layers)), settings.width or DEFAULT_RANK
+    batches = live_batches(base, first, encode_edits(base, edits), settings.batch_tokens)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        with _inserted(base, layers, rank) as matrices:
+            if before:
+                with torch.no_grad():
+                    for matrix, value in zip(matrices, before.values, strict=True):
+                        matrix.copy_(value)
+            optimiser = torch.optim.AdamW(matrices, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+            fit(optimiser, lambda: live_losses(base, batches), settings, on_step)
+            return LowRank(layers, rank, tuple(matrix.detach().cpu() for matrix in matrices))
+
+
+@contextmanager
+def _inserted(base: BaseModel, layers: range, rank: int) -> Iterator[list[Tensor]]:
+    """While open, fresh matrices stand beside the linear maps of `layers`; yields them."""
+    check_resident(base)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_linear_maps(base, layers))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuner = LoraModel(base.model, config, "lemoe")
+    try:
+        yield [parameter for name, parameter in base.model.named_parameters() if "lora_" in name]
+    finally:
+        tuner.unload()
+
+
+def _linear_maps(base: BaseModel, layers: range) -> list[str]:
+    """The paths of all linear maps of `layers`."""
+    return [
+        f"{base.layers_path}.{layer}.{path}"
+        for layer in layers
+        for path, module in base.layers[layer].named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+    ]

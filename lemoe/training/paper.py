@@ -1,0 +1,214 @@
+"""Training one round of preset `paper`: a new expert, its key and the projection; all else stays frozen."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lemoe.adaptor.experts import Experts
+from lemoe.adaptor.state import AdaptorState, RoundRecord, round_id
+from lemoe.base.frozen import FrozenBatch, residual_scale, run_below
+from lemoe.base.loading import BaseModel
+from lemoe.base.structure import FFNSite
+from lemoe.base.tokens import Batch, length_buckets
+from lemoe.data.edits import Edit, digest_of
+from lemoe.errors import AdaptorError
+from lemoe.routing.key_router import KeyRouter, Projection, pool, unit_rms
+from lemoe.routing.router import Routing
+from lemoe.settings import Settings
+from lemoe.training.steps import OnStep, encode_edits, fit
+
+REFERENCE_WIDTH = 32
+
+
+def train_round(
+    base: BaseModel,
+    edits: Sequence[Edit],
+    settings: Settings,
+    before: AdaptorState | None = None,
+    on_step: OnStep = lambda step: None,
+) -> AdaptorState:
+    """Teach `edits` to one new expert beside the frozen ones of `before`.
+
+    Returns:
+        a state with this round alone; stack it onto `before`.
+    """
+    layer = before.base.layer if before else settings.layer_of(len(base.layers), base.source.layers)
+    passages = encode_edits(base, edits)
+    site = base.site(layer, settings.layer_path)
+    buckets = length_buckets([len(passage.read) for passage in passages], settings.batch_tokens)
+    below = run_below(base, site, layer, passages, settings.batch_tokens)
+    batches = [below.freeze(Batch.of(passages, rows, base.pad_token, base.device)) for rows in buckets]
+    there = base.fingerprint(layer, settings.layer_path)
+    fingerprint = before.base if before else there
+    settings = replace(settings, layer=layer)
+    identity = round_id(there, base.tokenizer.chat_template, settings, edits, before.rounds[-1].id if before else None)
+    generator = torch.Generator().manual_seed(int(identity[:15], 16) ^ settings.seed)
+    trainee = Trainee(site, settings, residual_scale(base, layer), batches, before, generator).to(base.device)
+    loss, steps = _optimise(base, trainee, batches, settings, on_step)
+    experts, router, routed = trainee.result(batches)
+    record = RoundRecord(
+        id=identity,
+        depth=before.rounds[-1].depth + 1 if before else 1,
+        parent=before.rounds[-1].id if before else None,
+        experts=1,
+        ids=tuple(edit.id for edit in edits),
+        edits=tuple(edit.digest for edit in edits),
+        edits_sha256=digest_of(edits),
+        seed=settings.seed,
+        loss=loss,
+        end_loss=None,
+        steps=steps,
+        retried=0,
+        missed=None,
+        base_differences=tuple(fingerprint.differences(there)),
+        routed=routed,
+    )
+    return AdaptorState(fingerprint, settings, (record,), experts, router)
+
+
+class Trainee(nn.Module):
+    """The trainable part of a round, over the frozen part that came before.
+
+    The expert reads RMS-normalised input and its output is scaled to the residual stream; the last matrix starts at
+    zero, so that training starts from the base model's own answers. The factor `REFERENCE_WIDTH / width` keeps one
+    optimiser step's effect on the output the same at every width.
+    """
+
+    def __init__(
+        self,
+        site: FFNSite,
+        settings: Settings,
+        scale: float,
+        batches: Sequence[FrozenBatch],
+        before: AdaptorState | None,
+        generator: torch.Generator,
+    ):
+        super().__init__()
+        width = settings.width or site.intermediate
+        device = batches[0].output.device
+        self.up = _matrix(width, site.hidden, generator)
+        self.gate = _matrix(width, site.hidden, generator) if site.gated else None
+        self.down = nn.Parameter(torch.zeros(width, site.hidden))
+        self.scale = torch.tensor([scale * REFERENCE_WIDTH / width])
+        self.activation = site.activation
+        self.frozen_experts = before.experts.to(device) if before else None
+        self.frozen_router = _key_router(before).to(device) if before else None
+        self.top_k = settings.top_k
+        self.index = len(before.experts) if before else 0
+        self._start_router(settings, batches, generator)
+
+    def _start_router(self, settings: Settings, batches: Sequence[FrozenBatch], generator: torch.Generator) -> None:
+        """The projection goes on from the round before; the key starts at the mean value of the round's prompts."""
+        if self.frozen_router:
+            projection = self.frozen_router.projections[int(self.frozen_router.lineage[-1])]
+        else:
+            projection = Projection.new(batches[0].embeddings.shape[-1], settings.router_width, generator)
+        self.project_down = nn.Parameter(projection.down.detach().cpu().clone())
+        self.project_up = nn.Parameter(projection.up.detach().cpu().clone())
+        pooled = torch.cat([pooled_prompts(frozen) for frozen in batches]).cpu()
+        centre = unit_rms(Projection(self.project_down, self.project_up)(pooled)).mean(0)
+        self.key = nn.Parameter(centre.detach().clone())
+
+    def expert_parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in (self.up, self.gate, self.down) if parameter is not None]
+
+    def router_parameters(self) -> list[nn.Parameter]:
+        return [self.project_down, self.project_up, self.key]
+
+    def router(self) -> KeyRouter:
+        """Frozen keys and the new one, under the projection in training."""
+        projection = Projection(self.project_down, self.project_up)
+        if not self.frozen_router:
+            lineage = torch.zeros(1, dtype=torch.long, device=self.key.device)
+            return KeyRouter(self.key.unsqueeze(0), (projection,), lineage, self.top_k)
+        frozen = self.frozen_router
+        own = int(frozen.lineage[-1])
+        projections = tuple(projection if i == own else other for i, other in enumerate(frozen.projections))
+        return KeyRouter(
+            torch.cat([frozen.keys, self.key.unsqueeze(0)]),
+            projections,
+            torch.cat([frozen.lineage, frozen.lineage[-1:]]),
+            self.top_k,
+        )
+
+    def delta(self, inputs: Tensor, routing: Routing) -> Tensor | None:
+        """What the frozen experts and the one in training add to the FFN's output, `[batch, seq, hidden]`."""
+        offsets = torch.tensor([0, len(self.up)])
+        new = Experts(self.up, self.down, self.gate, offsets, self.scale.to(self.up.device))
+        own = torch.where(routing.experts == self.index, 0, -1)
+        total = new.delta(inputs, Routing(own, routing.weights), self.activation)
+        if self.frozen_experts is None:
+            return total
+        others = routing.experts.masked_fill(routing.experts == self.index, -1)
+        frozen = self.frozen_experts.delta(inputs, Routing(others, routing.weights), self.activation)
+        parts = [part for part in (total, frozen) if part is not None]
+        return torch.stack(parts).sum(0) if parts else None
+
+    def route(self, frozen: FrozenBatch, pooled: Tensor) -> Routing:
+        """The route of each sequence of a batch, as it would be taken in use; padding bypasses."""
+        routing = self.router().route(pooled, frozen.output.shape[1])
+        padding = (frozen.batch.mask == 0).unsqueeze(-1)
+        return Routing(routing.experts.masked_fill(padding, -1), routing.weights)
+
+    @torch.no_grad()
+    def result(self, batches: Sequence[FrozenBatch]) -> tuple[Experts, KeyRouter, int]:
+        """The new expert, the router for it alone, and how many sequences take the route to it."""
+        routes = [self.route(frozen, pooled_prompts(frozen)).experts[:, 0] for frozen in batches]
+        routed = sum(int((route == self.index).any(-1).sum()) for route in routes)
+        gate = None if self.gate is None else self.gate.detach().cpu()
+        offsets = torch.tensor([0, len(self.up)])
+        experts = Experts(self.up.detach().cpu(), self.down.detach().cpu(), gate, offsets, self.scale.cpu())
+        projection = Projection(self.project_down.detach().cpu(), self.project_up.detach().cpu())
+        key = self.key.detach().cpu().unsqueeze(0)
+        return experts, KeyRouter(key, (projection,), torch.zeros(1, dtype=torch.long), self.top_k), routed
+
+
+def _key_router(state: AdaptorState) -> KeyRouter:
+    if not isinstance(state.router, KeyRouter):
+        raise AdaptorError(f"this adaptor routes by method {state.router.method!r}; continue it with that method")
+    return state.router
+
+
+def pooled_prompts(frozen: FrozenBatch) -> Tensor:
+    """Pooled prompt `[batch, hidden]` of each sequence of a batch."""
+    columns = torch.arange(frozen.output.shape[1], device=frozen.output.device)
+    return pool(frozen.embeddings, columns < frozen.batch.prompt_lengths.unsqueeze(1))
+
+
+def _matrix(rows: int, columns: int, generator: torch.Generator) -> nn.Parameter:
+    return nn.Parameter(torch.randn(rows, columns, generator=generator) / columns**0.5)
+
+
+def _optimise(
+    base: BaseModel,
+    trainee: Trainee,
+    batches: Sequence[FrozenBatch],
+    settings: Settings,
+    on_step: OnStep,
+) -> tuple[float, int]:
+    """AdamW, experts and router each at their own rate."""
+    optimiser = torch.optim.AdamW(
+        [
+            {"params": trainee.expert_parameters(), "lr": settings.learning_rate},
+            {"params": trainee.router_parameters(), "lr": settings.router_learning_rate},
+        ],
+        weight_decay=settings.weight_decay,
+    )
+    targets = sum(len(frozen.batch.labels) for frozen in batches)
+    pooled = [pooled_prompts(frozen) for frozen in batches]
+
+    def losses() -> Iterator[Tensor]:
+        for frozen, summary in zip(batches, pooled, strict=True):
+            yield _loss(base, trainee, frozen, summary) / targets
+
+    return fit(optimiser, losses, settings, on_step)
+
+
+def _loss(base: BaseModel, trainee: Trainee, frozen: FrozenBatch, pooled: Tensor) -> Tensor:
+    """Summed cross entropy of the target tokens of one batch."""
+    delta = trainee.delta(frozen.inputs, trainee.route(frozen, pooled))
+    logits = base.logits(frozen.replay(delta))
+    return functional.cross_entropy(logits.float(), frozen.batch.labels, reduction="sum")

@@ -1,0 +1,65 @@
+"""What training a round has in common, whatever the method."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lemoe.base.loading import BaseModel
+from lemoe.base.tokens import Passage, encode_all
+from lemoe.data.edits import Edit
+from lemoe.settings import Settings
+
+
+@dataclass(frozen=True)
+class Step:
+    """Progress inside a round: `loss` is the mean cross entropy of target tokens (nats) before step `number`."""
+
+    number: int
+    of: int
+    loss: float
+
+
+OnStep = Callable[[Step], None]
+
+
+def encode_edits(base: BaseModel, edits: Sequence[Edit]) -> list[Passage]:
+    """Token ids of each edit's prompt and target.
+
+    Raises:
+        InputError: listing the edits that cannot be used with this model.
+    """
+    return encode_all(base, ((f"edit {edit.id}", edit.prompt, edit.target) for edit in edits))
+
+
+def fit(
+    optimiser: Optimizer,
+    losses: Callable[[], Iterable[Tensor]],
+    settings: Settings,
+    on_step: OnStep,
+    constrain: Callable[[], None] = lambda: None,
+) -> tuple[float, int]:
+    """Take all batches of a round at each step, until the loss is reached or the steps are used up.
+
+    Args:
+        losses: gives the parts, one a batch, of the mean cross entropy of the round's target tokens.
+        constrain: called after each step.
+
+    Returns:
+        the loss when training ended (nats), and the steps taken.
+    """
+    number = 0
+    while True:
+        optimiser.zero_grad()
+        loss = 0.0
+        for part in losses():
+            loss += float(part.detach())
+            if number < settings.steps:
+                part.backward()
+        on_step(Step(number, settings.steps, loss))
+        if loss < settings.loss_target or number == settings.steps:
+            return loss, number
+        optimiser.step()
+        constrain()
+        number += 1
