@@ -13,10 +13,9 @@ import lemoe
 from lemoe import editors
 from lemoe.adaptor.checkpoint import save_adaptor
 from lemoe.base.frozen import run_below
-from lemoe.base.tokens import Batch
+from lemoe.base.tokens import Batch, encode_edits
 from lemoe.errors import ModelError
 from lemoe.evaluation.metrics import Decode
-from lemoe.training.steps import encode_edits
 from lemoe_cli.main import cli
 
 SettingsOf = Callable[..., lemoe.Settings]

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from lemoe.base.equality import TensorEquality
+from lemoe.base.tensors import rms_normalise
 from lemoe.routing.router import Routing
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # of stored weights
-EPSILON = 1e-6
 NARROW = 64  # neurons up to which experts are gathered and run in one product
 CROWD = 4  # rows an expert below which gathering is cheaper than taking the experts one by one
 
@@ -108,7 +107,7 @@ class Experts(TensorEquality):
         rows, columns, slots = (routing.experts >= 0).nonzero(as_tuple=True)
         if not len(rows):
             return None
-        normal = rms_normal(inputs[rows, columns])
+        normal = rms_normalise(inputs[rows, columns])
         output = self._outputs(routing.experts[rows, columns, slots], normal, activation)
         output = output * routing.weights[rows, columns, slots].unsqueeze(-1)
         return torch.zeros(inputs.shape, device=inputs.device).index_put((rows, columns), output, accumulate=True)
@@ -141,12 +140,6 @@ class Experts(TensorEquality):
         start, end = int(self.offsets[index]), int(self.offsets[index + 1])
         gate = None if self.gate is None else self.gate[start:end]
         return self.scale[index] * expert_output(normal, gate, self.up[start:end], self.down[start:end], activation)
-
-
-def rms_normal(inputs: Tensor) -> Tensor:
-    """`inputs` `[..., hidden]` in float32, each vector divided by its RMS."""
-    wide = inputs.float()
-    return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPSILON)
 
 
 def expert_output(normal: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, activation: Activation) -> Tensor:

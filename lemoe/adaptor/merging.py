@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lemoe.adaptor.checkpoint import MATRICES, AdaptorFile, matrices_of, write_adaptor
-from lemoe.adaptor.experts import DTYPES
 from lemoe.adaptor.state import AdaptorState, RoundRecord, Taught, stack
 from lemoe.adaptor.tensor_file import PIECE, Entry
+from lemoe.base.tensors import DTYPES
 from lemoe.data.files import check_free, remove_scratch
 from lemoe.errors import AdaptorError, InputError
 

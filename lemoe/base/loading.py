@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from lemoe.adaptor.experts import DTYPES
 from lemoe.base import embedded
 from lemoe.base.embedded import Notify
 from lemoe.base.fingerprint import (
@@ -28,6 +27,7 @@ from lemoe.base.hooks import released
 from lemoe.base.placement import device_of
 from lemoe.base.sources import ModelSource, resolve_model
 from lemoe.base.structure import FFNSite, find_ffn, find_layers, run_decoder
+from lemoe.base.tensors import DTYPES
 from lemoe.errors import ModelError
 
 LOGIT_ROWS = 64  # positions whose logits over the whole vocabulary stand in memory at once, outside training steps

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lemoe.base.equality import TensorEquality
+from lemoe.data.edits import Edit
 from lemoe.errors import InputError
 
 if TYPE_CHECKING:
@@ -95,6 +96,15 @@ def encode_all(base: "BaseModel", texts: Iterable[tuple[str, str, str | None]]) 
     if problems:
         raise InputError.listing(f"{len(problems)} text(s) cannot be used with this model", problems)
     return passages
+
+
+def encode_edits(base: "BaseModel", edits: Sequence[Edit]) -> list[Passage]:
+    """Token ids of each edit's prompt and target.
+
+    Raises:
+        InputError: listing the edits that cannot be used with this model.
+    """
+    return encode_all(base, ((f"edit {edit.id}", edit.prompt, edit.target) for edit in edits))
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,13 +21,13 @@ from lemoe.base.structure import FFNSite
 from lemoe.base.tokens import Batch, Passage, steady_width
 from lemoe.evaluation.metrics import Decode
 from lemoe.evaluation.scoring import Answer, Item
+from lemoe.inference.generation import Tokens, generate_batch, prompt_batches
 from lemoe.inference.insertion import InsertedAdaptor
 from lemoe.routing.router import Explanation
 from lemoe.training.weight_change import WeightChange
 
 UNROUTED = Explanation(-1, 0.0, scope="subject")
 
-Tokens = tuple[int, ...]
 Pair = tuple[Answer, Answer, Explanation]  # before, after, route
 Answered = Iterator[tuple[list[int], list[Pair]]]
 
@@ -136,11 +136,11 @@ def greedy(base: BaseModel, adaptor: InsertedAdaptor | None, items: Sequence[Ite
     for row, item in enumerate(items):
         sharing.setdefault(item.passage.prompt, []).append(row)
     wanted = {prompt: max(len(items[row].passage.target) for row in rows) + 1 for prompt, rows in sharing.items()}
-    for prompts in _alike(base, wanted, batch_tokens):
+    for prompts in prompt_batches(wanted, batch_tokens):
         count = max(wanted[prompt] for prompt in prompts)
         with adaptor.bypassed() if adaptor else nullcontext():
-            before = generate(base, prompts, count)
-        after = generate(base, prompts, count) if adaptor else before
+            before = generate_batch(base, prompts, count)
+        after = generate_batch(base, prompts, count) if adaptor else before
         routes = adaptor.router.explain(prompts) if adaptor else [UNROUTED] * len(prompts)
         rows, pairs = [], []
         for prompt, one, other, route in zip(prompts, before, after, routes, strict=True):
@@ -170,56 +170,6 @@ def _written(base: BaseModel, tokens: Tokens, target: Tokens) -> Answer:
     following = tokens[len(target) : len(target) + 1]
     line_end = base.tokenizer.decode(list(following)).startswith("\n")
     return Answer(tokens[: len(target)], ended=following == (base.end_token,) or line_end)
-
-
-def write(
-    base: BaseModel, prompts: Sequence[Tokens], tokens: int, batch_tokens: int, *, on: bool = False
-) -> list[Tokens]:
-    """The model's greedy answers of `tokens` tokens; see `generate`."""
-    answers: dict[Tokens, Tokens] = {}
-    for alike in _alike(base, dict.fromkeys(prompts, tokens), batch_tokens):
-        answers.update(zip(alike, generate(base, alike, tokens, on=on), strict=True))
-    return [answers[prompt] for prompt in prompts]
-
-
-def _alike(base: BaseModel, wanted: dict[Tokens, int], batch_tokens: int) -> Iterator[list[Tokens]]:
-    """Prompts that are padded to one width, those with the most tokens to write first, in batches."""
-    widths: dict[int, list[Tokens]] = {}
-    for prompt in sorted(wanted, key=lambda prompt: (-wanted[prompt], prompt)):
-        widths.setdefault(steady_width(len(prompt)), []).append(prompt)
-    for width, prompts in sorted(widths.items(), reverse=True):
-        size = max(1, batch_tokens // (width + wanted[prompts[0]]))
-        for first in range(0, len(prompts), size):
-            yield prompts[first : first + size]
-
-
-@torch.no_grad()
-def generate(base: BaseModel, prompts: Sequence[Tokens], tokens: int, *, on: bool = False) -> list[Tokens]:
-    """Greedy answers of at most `tokens` tokens, up to and with the model's end token, prompts padded on the left.
-
-    Args:
-        on: hold the end token back, so that all `tokens` are written.
-    """
-    width = steady_width(max(map(len, prompts)))
-    ids = torch.full((len(prompts), width), base.pad_token)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    output = base.model.generate(
-        input_ids=ids.to(base.device),
-        attention_mask=mask.to(base.device),
-        max_new_tokens=tokens,
-        min_new_tokens=tokens if on else None,
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=base.pad_token,
-    )
-    return [tuple(row) if on else _until_end(tuple(row), base.end_token) for row in output[:, width:].tolist()]
-
-
-def _until_end(tokens: Tokens, end: int) -> Tokens:
-    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """Measuring an edited model against its base, on the probes of edits.
 
-`lemoe.evaluation.metrics` says what each figure means. Every figure is over probes, before and after. Teacher forcing compares the most likely token at each target
-position; greedy lets the model write. Locality is agreement with the base model's own predictions, never with a
-gold answer.
+`lemoe.evaluation.metrics` says what each figure means. Every figure is over probes, before and after. Teacher forcing
+compares the most likely token at each target position; greedy lets the model write. Locality is agreement with the
+base model's own predictions, never with a gold answer.
 """
 
 import math
@@ -20,6 +20,7 @@ from lemoe.errors import InputError
 from lemoe.evaluation import answers
 from lemoe.evaluation.metrics import Decode, Metric, mean
 from lemoe.evaluation.scoring import Home, Item, Measured, losses, ngram_entropy, routing, summarise, token_accuracy
+from lemoe.inference.generation import generate_answers
 from lemoe.inference.insertion import InsertedAdaptor, insert
 from lemoe.routing.router import Explanation
 from lemoe.training.weight_change import WeightChange
@@ -174,7 +175,7 @@ def _items(base: BaseModel, edits: Sequence[Edit], only: Sequence[str] | None, b
     passages = encode_all(base, texts)
     free = [row for row, passage in enumerate(passages) if not passage.target]
     prompts = [passages[row].prompt for row in free]
-    for row, answer in zip(free, answers.write(base, prompts, OPEN_ANSWER_TOKENS, batch_tokens), strict=True):
+    for row, answer in zip(free, generate_answers(base, prompts, OPEN_ANSWER_TOKENS, batch_tokens), strict=True):
         passages[row] = Passage(passages[row].prompt, answer)
     rival_of = [None] * len(probes) + [row for row, _ in rivals]
     open_rows = frozenset(free)
@@ -222,7 +223,7 @@ def _fluency(
     figures = []
     for stage in ("before", "after") if adaptor else ("before",):
         with adaptor.bypassed() if adaptor and stage == "before" else nullcontext():
-            written = answers.write(base, prompts, FLUENCY_TOKENS, batch_tokens, on=True)
+            written = generate_answers(base, prompts, FLUENCY_TOKENS, batch_tokens, hold_end=True)
         scores = [ngram_entropy(base.tokenizer.decode(list(tokens))) for tokens in written]
         figures.append(mean("fluency", "all", "ngram_entropy", "greedy", stage, scores))
     return figures

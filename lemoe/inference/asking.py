@@ -10,7 +10,7 @@ from lemoe.base.loading import BaseModel
 from lemoe.base.matmul import fast_products
 from lemoe.base.tokens import Passage, encode, length_buckets
 from lemoe.errors import InputError
-from lemoe.evaluation.answers import generate
+from lemoe.inference.generation import generate_batch
 from lemoe.inference.insertion import InsertedAdaptor
 from lemoe.routing.router import Explanation
 
@@ -100,7 +100,7 @@ def _names(state: AdaptorState, routes: Sequence[Explanation]) -> list[str | Non
 
 
 def _texts(base: BaseModel, passages: Sequence[Passage], tokens: int) -> list[str]:
-    written = generate(base, [passage.prompt for passage in passages], tokens)
+    written = generate_batch(base, [passage.prompt for passage in passages], tokens)
     return [base.tokenizer.decode(list(ids), skip_special_tokens=True).strip() for ids in written]
 
 

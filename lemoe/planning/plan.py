@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from lemoe.base.loading import BaseModel
+from lemoe.base.tokens import encode_edits
 from lemoe.data.conflicts import Conflict, find_conflicts, left_out, question
 from lemoe.data.edits import Edit
 from lemoe.errors import InputError
@@ -22,7 +23,6 @@ from lemoe.planning.clustering import Vectors, clustered
 from lemoe.routing.anchor.anchors import lexicon_of
 from lemoe.routing.anchor.lexicon import infer_subject
 from lemoe.settings import Order, Settings
-from lemoe.training.steps import encode_edits
 
 EMBEDDED = 8192  # tokens whose embeddings are looked up at a time
 BY_HAND = 10_000  # edits; libyaml writes larger plans ten times as fast, with emoji as numbers

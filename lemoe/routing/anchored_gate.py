@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lemoe.base.equality import TensorEquality
+from lemoe.base.tensors import rms_normalise
 from lemoe.errors import AdaptorError
-from lemoe.routing.key_router import pool, unit_rms
+from lemoe.routing.key_router import pool
 from lemoe.routing.router import Explanation, Host, Lineage, LiveRouter, Router, RouterSettings, Routing, Sequences
 
 
@@ -34,7 +35,7 @@ class AnchoredGate(TensorEquality, Router):
 
     def route(self, embeddings: Tensor, anchor: Tensor) -> Routing:
         """The route of each token of `embeddings` `[batch, seq, hidden]`, with its `anchor` `[batch, hidden]`."""
-        tokens = unit_rms(embeddings.float())
+        tokens = rms_normalise(embeddings.float())
         both = torch.cat([tokens, anchor.unsqueeze(1).expand_as(tokens)], -1)
         gate = (both @ self.weight.T / both.shape[-1] ** 0.5).softmax(-1)
         weights, experts = gate.topk(min(self.top_k, len(self.weight)))

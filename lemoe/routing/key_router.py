@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lemoe.adaptor.experts import EPSILON
 from lemoe.base.equality import TensorEquality
+from lemoe.base.tensors import rms_normalise
 from lemoe.routing.router import Explanation, Host, Lineage, LiveRouter, Router, RouterSettings, Routing, Sequences
 
 
@@ -68,8 +68,8 @@ class KeyRouter(TensorEquality, Router):
         Values and keys are compared by direction: prompts pool to vectors so alike that otherwise the longest key
         would win them all.
         """
-        values = torch.stack([unit_rms(projection(pooled)) for projection in self.projections])
-        scores = torch.einsum("ebk,ek->be", values[self.lineage], unit_rms(self.keys)) / self.keys.shape[1] ** 0.5
+        values = torch.stack([rms_normalise(projection(pooled)) for projection in self.projections])
+        scores = torch.einsum("ebk,ek->be", values[self.lineage], rms_normalise(self.keys)) / self.keys.shape[1] ** 0.5
         return scores.softmax(-1)
 
     def route(self, pooled: Tensor, length: int) -> Routing:
@@ -199,9 +199,4 @@ def pool(embeddings: Tensor, mask: Tensor) -> Tensor:
     """
     weight = mask.unsqueeze(-1).float()
     mean = (embeddings.float() * weight).sum(1) / weight.sum(1).clamp(min=1)
-    return unit_rms(mean)
-
-
-def unit_rms(vectors: Tensor) -> Tensor:
-    """`vectors` `[..., width]`, each divided by its RMS."""
-    return vectors * torch.rsqrt(vectors.pow(2).mean(-1, keepdim=True) + EPSILON)
+    return rms_normalise(mean)

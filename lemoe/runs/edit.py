@@ -22,6 +22,7 @@ from lemoe.adaptor.state import AdaptorState, RoundRecord, check_base, check_set
 from lemoe.base.loading import BaseModel
 from lemoe.base.memory import fitting_tokens, free_memory
 from lemoe.base.structure import FFNSite
+from lemoe.base.tokens import encode_edits
 from lemoe.data.edits import Edit, Round
 from lemoe.data.files import remove_scratch
 from lemoe.errors import AdaptorError, InputError, LemoeError, OutputError
@@ -35,7 +36,6 @@ from lemoe.runs.progress import Listener, Silent
 from lemoe.runs.resuming import check_finished_rounds
 from lemoe.settings import Settings
 from lemoe.training.methods import check_adds_experts, parent_of, rounds_depend
-from lemoe.training.steps import encode_edits
 
 LOCK_NAME = ".lock"
 DIGITS = 4  # of a round's number in its file's name, unless the plan has more rounds

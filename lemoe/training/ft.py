@@ -13,10 +13,11 @@ from torch import Tensor
 
 from lemoe.base.equality import TensorEquality
 from lemoe.base.loading import BaseModel
+from lemoe.base.tokens import encode_edits
 from lemoe.data.edits import Edit
 from lemoe.settings import Settings
 from lemoe.training.live_batches import live_batches, live_losses
-from lemoe.training.steps import OnStep, encode_edits, fit
+from lemoe.training.steps import OnStep, fit
 from lemoe.training.weight_change import WeightChange, check_resident, swapped, trainable
 
 

@@ -14,11 +14,12 @@ from transformers.pytorch_utils import Conv1D
 
 from lemoe.base.equality import TensorEquality
 from lemoe.base.loading import BaseModel
+from lemoe.base.tokens import encode_edits
 from lemoe.data.edits import Edit
 from lemoe.errors import LemoeError
 from lemoe.settings import Settings
 from lemoe.training.live_batches import live_batches, live_losses
-from lemoe.training.steps import OnStep, encode_edits, fit
+from lemoe.training.steps import OnStep, fit
 from lemoe.training.weight_change import WeightChange, check_resident
 
 try:

@@ -16,14 +16,14 @@ from lemoe.adaptor.state import AdaptorState, RoundRecord, round_id
 from lemoe.base.frozen import FrozenBatch, residual_scale, run_below
 from lemoe.base.loading import BaseModel
 from lemoe.base.structure import FFNSite
-from lemoe.base.tokens import Batch, length_buckets
+from lemoe.base.tokens import Batch, encode_edits, length_buckets
 from lemoe.data.edits import Edit, digest_over
 from lemoe.errors import AdaptorError
 from lemoe.routing.anchored_gate import AnchoredGate
 from lemoe.routing.router import Routing
 from lemoe.settings import Settings
 from lemoe.training.paper import REFERENCE_WIDTH, pooled_prompts
-from lemoe.training.steps import OnStep, encode_edits, fit
+from lemoe.training.steps import OnStep, fit
 
 
 def train(

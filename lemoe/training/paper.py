@@ -12,13 +12,14 @@ from lemoe.adaptor.state import AdaptorState, RoundRecord, round_id
 from lemoe.base.frozen import FrozenBatch, residual_scale, run_below
 from lemoe.base.loading import BaseModel
 from lemoe.base.structure import FFNSite
-from lemoe.base.tokens import Batch, length_buckets
+from lemoe.base.tensors import rms_normalise
+from lemoe.base.tokens import Batch, encode_edits, length_buckets
 from lemoe.data.edits import Edit, digest_of
 from lemoe.errors import AdaptorError
-from lemoe.routing.key_router import KeyRouter, Projection, pool, unit_rms
+from lemoe.routing.key_router import KeyRouter, Projection, pool
 from lemoe.routing.router import Routing
 from lemoe.settings import Settings
-from lemoe.training.steps import OnStep, encode_edits, fit
+from lemoe.training.steps import OnStep, fit
 
 REFERENCE_WIDTH = 32
 
@@ -109,7 +110,7 @@ class Trainee(nn.Module):
         self.project_down = nn.Parameter(projection.down.detach().cpu().clone())
         self.project_up = nn.Parameter(projection.up.detach().cpu().clone())
         pooled = torch.cat([pooled_prompts(frozen) for frozen in batches]).cpu()
-        centre = unit_rms(Projection(self.project_down, self.project_up)(pooled)).mean(0)
+        centre = rms_normalise(Projection(self.project_down, self.project_up)(pooled)).mean(0)
         self.key = nn.Parameter(centre.detach().clone())
 
     def expert_parameters(self) -> list[nn.Parameter]:

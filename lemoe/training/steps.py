@@ -1,14 +1,11 @@
 """What training a round has in common, whatever the method."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lemoe.base.loading import BaseModel
-from lemoe.base.tokens import Passage, encode_all
-from lemoe.data.edits import Edit
 from lemoe.settings import Settings
 
 
@@ -22,15 +19,6 @@ class Step:
 
 
 OnStep = Callable[[Step], None]
-
-
-def encode_edits(base: BaseModel, edits: Sequence[Edit]) -> list[Passage]:
-    """Token ids of each edit's prompt and target.
-
-    Raises:
-        InputError: listing the edits that cannot be used with this model.
-    """
-    return encode_all(base, ((f"edit {edit.id}", edit.prompt, edit.target) for edit in edits))
 
 
 def fit(

@@ -37,14 +37,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lemoe
-from lemoe.adaptor.experts import rms_normal
 from lemoe.adaptor.state import AdaptorState
 from lemoe.base.frozen import residual_scale
 from lemoe.base.hooks import beside
 from lemoe.base.matmul import fast_products
 from lemoe.base.sources import ModelSource
 from lemoe.base.structure import FFNSite
-from lemoe.base.tokens import Batch, Passage, length_buckets
+from lemoe.base.tensors import rms_normalise
+from lemoe.base.tokens import Batch, Passage, encode_edits, length_buckets
 from lemoe.data.edits import digest_over
 from lemoe.routing.anchor.anchors import Anchors, LiveAnchors
 from lemoe.routing.anchor.gate import Anchor
@@ -52,7 +52,6 @@ from lemoe.routing.anchor.route import Reading, Route
 from lemoe.routing.router import Sequences
 from lemoe.training.anchor.batches import LessonMaker, Lessons, Teaching
 from lemoe.training.anchor.round import DEFAULT_WIDTH, Blocks
-from lemoe.training.steps import encode_edits
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DATA = REPOSITORY / ".." / "shared" / "data"
@@ -319,7 +318,7 @@ class PlainBatch:
 
 def plain_loss(base: lemoe.BaseModel, site: FFNSite, blocks: Blocks, batch: PlainBatch, noise: float) -> Tensor:
     def delta(inputs: Tensor) -> Tensor:
-        normal = rms_normal(inputs)
+        normal = rms_normalise(inputs)
         normal = normal + noise * torch.randn_like(normal)
         return blocks.scale * blocks(normal, batch.owners) * batch.active.unsqueeze(-1)
 

@@ -10,12 +10,12 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from lemoe.adaptor.experts import rms_normal
 from lemoe.base.chat import encode_turn
 from lemoe.base.equality import TensorEquality
 from lemoe.base.frozen import Below, FrozenBatch, run_below
 from lemoe.base.loading import BaseModel
 from lemoe.base.structure import FFNSite
+from lemoe.base.tensors import rms_normalise
 from lemoe.base.tokens import Batch, Passage, encode, encode_all, replay_buckets
 from lemoe.data.edits import Edit
 from lemoe.routing.anchor.anchors import build_gate
@@ -44,7 +44,7 @@ class Teaching(TensorEquality):
     @cached_property
     def normal(self) -> Tensor:
         """`[batch, seq, hidden]`, what experts read."""
-        return rms_normal(self.frozen.inputs)
+        return rms_normalise(self.frozen.inputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,4 +250,4 @@ class LessonMaker:
         last = columns == batch.prompt_lengths.unsqueeze(1) - 1
         weights = torch.where(last, DECISIVE, 1.0) * active
         inputs = self._below.inputs[self._below.at(batch, first)]
-        return Silence(rms_normal(inputs), owners, weights / weights.sum(1, keepdim=True))
+        return Silence(rms_normalise(inputs), owners, weights / weights.sum(1, keepdim=True))

@@ -19,13 +19,14 @@ from lemoe.base.equality import TensorEquality
 from lemoe.base.frozen import residual_scale
 from lemoe.base.loading import LOGIT_ROWS, BaseModel
 from lemoe.base.structure import FFNSite
+from lemoe.base.tokens import encode_edits
 from lemoe.data.edits import Edit, digest_of
 from lemoe.errors import ModelError
 from lemoe.routing.anchor.anchors import Anchors
 from lemoe.routing.anchor.gate import Anchor
 from lemoe.settings import Settings
 from lemoe.training.anchor.batches import LessonMaker, Lessons, Teaching
-from lemoe.training.steps import OnStep, Step, encode_edits
+from lemoe.training.steps import OnStep, Step
 
 DEFAULT_WIDTH = 4
 BETAS = (0.9, 0.95)

@@ -1,0 +1,105 @@
+"""The house by stages: imports run from later stages to earlier ones, and never in a circle."""
+
+import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+# Each stage may import itself and those before it.
+STAGES = (
+    "errors",
+    "data",
+    "settings",
+    "base",
+    "routing",
+    "adaptor",
+    "inference",
+    "planning",
+    "training",
+    "evaluation",
+    "report",
+    "runs",
+    "exporting",
+)
+MODULES = sorted((REPOSITORY / "lemoe").rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def stage_of(module: str) -> str | None:
+    """The stage of a module of lemoe; None for the package itself."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else None
+
+
+def imported_modules(tree: ast.AST, known: set[str]) -> Iterator[str]:
+    """The modules of lemoe that are imported anywhere in a module, for types alone or inside a function too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                if whole in known or node.module in known:
+                    yield whole if whole in known else node.module
+
+
+KNOWN = {module_name(path) for path in MODULES}
+IMPORTS = {
+    module_name(path): set(imported_modules(ast.parse(path.read_text("utf-8")), KNOWN))
+    for path in MODULES
+    if module_name(path) != "lemoe"  # the public names are imported from everywhere
+}
+
+
+def test_every_module_stands_in_a_stage() -> None:
+    assert {stage_of(module) for module in IMPORTS} == set(STAGES)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_imports_only_itself_and_earlier_ones(stage: str) -> None:
+    allowed = {None, *STAGES[: STAGES.index(stage) + 1]}
+    upward = [
+        f"{module} imports {imported}"
+        for module, targets in IMPORTS.items()
+        if stage_of(module) == stage
+        for imported in sorted(targets)
+        if stage_of(imported) not in allowed
+    ]
+    assert not upward
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    loading = {
+        module_name(path): set(imported_modules(_when_loaded(ast.parse(path.read_text("utf-8"))), KNOWN))
+        for path in MODULES
+        if module_name(path) != "lemoe"
+    }
+    order = TopologicalSorter({module: targets - {module, "lemoe"} for module, targets in loading.items()})
+    assert set(order.static_order()) >= set(loading)  # raises CycleError
+
+
+def _when_loaded(tree: ast.Module) -> ast.Module:
+    """What runs when a module is loaded: its statements outside of functions and of `if TYPE_CHECKING`."""
+    kept = [node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))]
+    return ast.Module([node for node in kept if not isinstance(node, ast.FunctionDef | ast.ClassDef)], [])
+
+
+def test_the_library_neither_prints_nor_knows_the_command_line() -> None:
+    foreign = {"click", "rich", "lemoe_cli"}
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            assert foreign.isdisjoint(name.partition(".")[0] for name in names), path
+
+
+def test_a_dependency_on_a_later_stage_would_be_noticed() -> None:
+    tree = ast.parse("def late():\n    from lemoe.runs.edit import edit\n")
+    assert list(imported_modules(tree, KNOWN)) == ["lemoe.runs.edit"]
