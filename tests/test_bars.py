@@ -17,6 +17,7 @@ import yaml
 from test_cli import lemoe_command, refused
 
 import lemoe
+from lemoe import models
 from lemoe.metrics import DEFINITIONS, MEASURES
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -98,9 +99,12 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_bar_that_cannot_be_held_is_refused_before_a_model_is_loaded(edits: Path, name: str) -> None:
+def test_a_bar_that_cannot_be_held_is_refused_before_a_model_is_loaded(
+    edits: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(models, "load_base", None)
     arguments, said = WRONG[name]
-    assert said in refused("eval", edits, "-m", "no-such-model", *arguments)
+    assert said in refused("eval", edits, "-m", "llama", *arguments)
 
 
 def test_all_bars_that_cannot_be_held_are_named_at_once(edits: Path) -> None:
