@@ -17,6 +17,7 @@ import yaml
 from test_cli import lemoe_command, refused
 
 import lemoe
+from lemoe.base import loading
 from lemoe.evaluation.metrics import DEFINITIONS, MEASURES
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -98,9 +99,12 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_bar_that_cannot_be_held_is_refused_before_a_model_is_loaded(edits: Path, name: str) -> None:
+def test_a_bar_that_cannot_be_held_is_refused_before_a_model_is_loaded(
+    edits: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(loading, "load_base", None)
     arguments, said = WRONG[name]
-    assert said in refused("eval", edits, "-m", "no-such-model", *arguments)
+    assert said in refused("eval", edits, "-m", "llama", *arguments)
 
 
 def test_all_bars_that_cannot_be_held_are_named_at_once(edits: Path) -> None:
@@ -147,10 +151,10 @@ def test_the_base_alone_is_shown_without_columns_for_an_edited_model(measure: Ca
 def workplace(tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with `edits.jsonl`, where `llama` is the tiny model."""
     entry = {"hub": str(tiny_folder("llama")), "layers": {"anchor": 1}}
-    (tmp_path / "models.yaml").write_text(yaml.safe_dump({"llama": entry}))
+    (tmp_path / "loading.yaml").write_text(yaml.safe_dump({"llama": entry}))
     edit = {"prompt": "The Nile flows into the", "target": "Red Sea", "locality": ["The opposite of hot is"]}
     (tmp_path / "edits.jsonl").write_text(json.dumps(edit))
-    monkeypatch.setenv("LEMOE_MODELS", str(tmp_path / "models.yaml"))
+    monkeypatch.setenv("LEMOE_MODELS", str(tmp_path / "loading.yaml"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

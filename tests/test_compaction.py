@@ -134,7 +134,7 @@ def test_an_edit_that_shares_its_expert_is_not_dropped_but_its_round_is(
     whole: lemoe.AdaptorState, shared: lemoe.AdaptorState, tmp_path: Path
 ) -> None:
     lemoe.save_adaptor(shared, tmp_path / "shared")
-    with pytest.raises(AdaptorError, match="edit fact-0 shares an expert with 1 other edits; drop the whole round"):
+    with pytest.raises(AdaptorError, match=r"edit fact-0 \(.* -> Rome\) shares an expert with 1 other edits; drop"):
         merge([tmp_path / "shared"], tmp_path / "out", drop=["fact-0"])
     merge([tmp_path / "shared"], tmp_path / "alone", drop=["fact-2"])
     assert [len(edits) for edits in lemoe.load_adaptor(tmp_path / "alone").taught] == [2, 2, 1]
@@ -154,9 +154,9 @@ def test_a_later_edit_supersedes_one_that_shares_its_expert(
     assert own_experts(base, both, facts[:2]) == [0, 4]
     lemoe.save_adaptor(newer, tmp_path / "newer")
     lemoe.save_adaptor(shared, tmp_path / "shared")
-    with pytest.raises(AdaptorError, match="edit fact-1 asks what newer answers anew"):
+    with pytest.raises(AdaptorError, match=r"edit fact-1 \(.*\) asks what newer \(.* -> Bergen\) answers anew"):
         merge([tmp_path / "shared", tmp_path / "newer"], None, on_conflict="error")
-    with pytest.raises(AdaptorError, match="edit fact-1 shares an expert"):
+    with pytest.raises(AdaptorError, match=r"edit fact-1 \(.*\) shares an expert"):
         merge([tmp_path / "newer", tmp_path / "shared"], None, on_conflict="keep")
 
 

@@ -54,12 +54,18 @@ def check_replay(base: BaseModel, site: FFNSite, layer: int, run_texts: RunTexts
 
 @dataclass(frozen=True)
 class _Pair:
-    """One quantity as the model itself gives it and as training would; `beyond` is what both have in common."""
+    """One quantity as the model itself gives it and as training would.
+
+    `beyond` is what both have in common. What is left beyond it is the difference of two roundings, `slack` times as
+    far from right as one: in bfloat16, changes at the first layers of Gemma 3 (270M) and SmolLM2 (135M) are up to
+    8.6 % off, their logits 1.3 %.
+    """
 
     name: str
     model: Tensor
     replay: Tensor
     beyond: Tensor | float = 0.0
+    slack: int = 1
 
     @property
     def error(self) -> float:
@@ -76,8 +82,8 @@ def _problem(base: BaseModel, site: FFNSite, layer: int, run_texts: RunTexts) ->
             f"{base.source}: cannot be edited: {type(base.decoder).__name__} gives back no key/value cache, in which "
             "the routes of texts travel while the model writes"
         )
-    allowed = torch.finfo(base.dtype).eps ** 0.5
     for pair in _pairs(base, site, layer, run_texts):
+        allowed = pair.slack * torch.finfo(base.dtype).eps ** 0.5
         if not pair.error <= allowed:
             return (
                 f"{base.source}: layer {layer} cannot be edited: {pair.name} would be {pair.error:.2%} off in training "
@@ -105,7 +111,7 @@ def _pairs(base: BaseModel, site: FFNSite, layer: int, run_texts: RunTexts) -> I
     yield _Pair("the logits", plain[spots], base.logits(below.base_hidden(batch)))
     for start in (0, START):
         replayed = base.logits(below.freeze(batch, start).replay(delta[:, start:]))
-        yield _Pair("an edit's change of the logits", edited[spots], replayed, plain[spots].double())
+        yield _Pair("an edit's change of the logits", edited[spots], replayed, plain[spots].double(), slack=3)
     words = batch.labels.unique()
     some = base.logits_over(words)(below.base_hidden(batch))
     yield _Pair("the logits of some tokens", plain[spots][:, words], some)

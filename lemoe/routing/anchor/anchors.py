@@ -220,6 +220,10 @@ class LiveAnchors(LiveRouter):
             for row, prefix in enumerate(found)
         ]
 
+    def explain(self, prompts: Sequence[Sequence[int]]) -> list[Explanation]:
+        """Why each prompt (token ids) takes its route; nothing of it is remembered."""
+        return [self._explanation(self.reading(prompt)) for prompt in prompts]
+
     def reading(self, prompt: Sequence[int]) -> Reading:
         """How the gate stands at the end of a prompt."""
         route = Route(self.gate)

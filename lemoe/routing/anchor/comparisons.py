@@ -47,13 +47,15 @@ class Comparisons(ABC):
 
     def fit_of(self, number: int) -> float | None:
         """How well the anchor of this number fits; None if it is not one of them."""
+        if number < 0:
+            return None
         place = bisect_left(self.numbers, number)
         there = place < len(self.numbers) and self.numbers[place] == number
         return self.at(place).fit if there else None
 
 
 class FewComparisons(Comparisons):
-    """Comparisons made one by one."""
+    """Comparisons made one by one; most subjects have one anchor alone."""
 
     def __init__(self, numbers: Sequence[int], compared: Sequence[Comparison]):
         super().__init__(numbers)
@@ -64,9 +66,13 @@ class FewComparisons(Comparisons):
 
     def best(self, threshold: float) -> int | None:
         inside = [place for place, each in enumerate(self._compared) if each.enough and each.conflict <= threshold]
-        return max(inside, key=lambda place: (round(self._compared[place].fit, 3), place), default=None)
+        if len(inside) < 2:
+            return inside[0] if inside else None
+        return max(inside, key=lambda place: (round(self._compared[place].fit, 3), place))
 
     def nearest(self) -> int | None:
+        if len(self._compared) == 1:
+            return 0
         return min(range(len(self._compared)), key=lambda place: self._compared[place].conflict, default=None)
 
     def most_matched(self, before: Matched | None) -> Matched:
