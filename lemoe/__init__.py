@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lemoe.planning.plan import Plan, plan
     from lemoe.runs.edit import edit
     from lemoe.settings import Settings, resolve_settings
-    from lemoe.training.methods import train_round
+    from lemoe.training.rounds import train_round
 
 _HOMES = {
     "AdaptorState": "adaptor.state",
@@ -53,7 +53,7 @@ _HOMES = {
     "resolve_settings": "settings",
     "save_adaptor": "adaptor.checkpoint",
     "stack": "adaptor.state",
-    "train_round": "training.methods",
+    "train_round": "training.rounds",
 }
 
 __all__ = [

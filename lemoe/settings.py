@@ -1,6 +1,7 @@
 """Settings of a run, resolved once: command line over YAML file over preset over default."""
 
 import difflib
+import functools
 import math
 import reprlib
 import types
@@ -56,7 +57,7 @@ class Settings:
         batch_tokens: padded tokens that run through the model at once.
     """
 
-    method: Literal["anchor", "paper", "ft", "lora", "memoe"] = "anchor"
+    method: str = "anchor"
     layer: int | None = None
     depth: float = 0.5625
     layer_path: str | None = None
@@ -89,13 +90,10 @@ class Settings:
             for name, bound, holds in _BOUNDS
             if getattr(self, name) is not None and not holds(getattr(self, name))
         ]
+        if self.method not in presets():
+            problems.append(f"method: must be one of {', '.join(presets())}, not {self.method}")
         if problems:
             raise InputError.listing("settings out of range:", problems)
-
-    @property
-    def rounds_depend(self) -> bool:
-        """Whether a round is trained beside those before it; with method `anchor` none is."""
-        return self.method != "anchor"
 
     def layer_of(self, layers: int, preset: Mapping[str, int]) -> int:
         """The layer to edit in a model of `layers`: as set, else as the model's preset says, else by depth."""
@@ -130,6 +128,7 @@ _BOUNDS = (
 )
 
 
+@functools.cache
 def presets() -> list[str]:
     """Names of the method presets that ship with lemoe."""
     folder = resources.files("lemoe").joinpath("presets/methods")

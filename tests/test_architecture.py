@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
+from lemoe.routing.registry import ROUTERS
+from lemoe.settings import presets
+from lemoe.training.methods import METHODS
+
 # Each stage may import itself and those before it.
 STAGES = (
     "errors",
@@ -103,3 +107,9 @@ def test_the_library_neither_prints_nor_knows_the_command_line() -> None:
 def test_a_dependency_on_a_later_stage_would_be_noticed() -> None:
     tree = ast.parse("def late():\n    from lemoe.runs.edit import edit\n")
     assert list(imported_modules(tree, KNOWN)) == ["lemoe.runs.edit"]
+
+
+def test_a_method_is_registered_in_one_place() -> None:
+    assert set(METHODS) == set(presets()) == {name for name, method in METHODS.items() if method.name == name}
+    assert {method.router for method in METHODS.values() if method.router} == set(ROUTERS.values())
+    assert all(method.router for method in METHODS.values() if not method.baseline)

@@ -151,10 +151,10 @@ def test_the_base_alone_is_shown_without_columns_for_an_edited_model(measure: Ca
 def workplace(tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with `edits.jsonl`, where `llama` is the tiny model."""
     entry = {"hub": str(tiny_folder("llama")), "layers": {"anchor": 1}}
-    (tmp_path / "loading.yaml").write_text(yaml.safe_dump({"llama": entry}))
+    (tmp_path / "models.yaml").write_text(yaml.safe_dump({"llama": entry}))
     edit = {"prompt": "The Nile flows into the", "target": "Red Sea", "locality": ["The opposite of hot is"]}
     (tmp_path / "edits.jsonl").write_text(json.dumps(edit))
-    monkeypatch.setenv("LEMOE_MODELS", str(tmp_path / "loading.yaml"))
+    monkeypatch.setenv("LEMOE_MODELS", str(tmp_path / "models.yaml"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -11,11 +11,12 @@ from conftest import FAMILIES
 
 import lemoe
 from lemoe.errors import InputError, LemoeError
-from lemoe.training.editors import Edited, editor_of, size_of, teach
 from lemoe.training.ft import TunedFFN
+from lemoe.training.methods import METHODS
+from lemoe.training.rounds import Edited, bytes_kept, teach_rounds
 from lemoe.training.weight_change import WeightChange
 
-BASELINES = ("ft", "lora", "memoe")
+BASELINES = tuple(name for name, method in METHODS.items() if method.baseline)
 SMALL = {"layer": 1, "steps": 25, "learning_rate": 1e-2, "norm_limit": 0.3, "experts": 2, "width": 4}
 
 each_baseline = pytest.mark.parametrize("method", BASELINES)
@@ -29,7 +30,7 @@ def taught(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], method: str, rounds: int = 2, **given: object
 ) -> list[Edited]:
     """What the model is after each round of two facts."""
-    return list(teach(base, [facts[2 * n : 2 * n + 2] for n in range(rounds)], settings_of(method, **given)))
+    return list(teach_rounds(base, [facts[2 * n : 2 * n + 2] for n in range(rounds)], settings_of(method, **given)))
 
 
 def digest(base: lemoe.BaseModel) -> str:
@@ -72,7 +73,7 @@ def test_the_base_is_what_it_was_when_teaching_breaks_off(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        next(teach(base, [facts[:2]], settings_of(method), stop))
+        next(teach_rounds(base, [facts[:2]], settings_of(method), stop))
     assert digest(base) == weights
 
 
@@ -102,11 +103,11 @@ def test_equal_runs_give_equal_weights_whatever_the_state_of_torchs_own_generato
 def test_its_size_does_not_grow_with_rounds_and_earlier_states_stay_as_they_were(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], method: str
 ) -> None:
-    states = teach(base, [facts[:2], facts[2:4], facts[4:6]], settings_of(method, steps=3))
+    states = teach_rounds(base, [facts[:2], facts[2:4], facts[4:6]], settings_of(method, steps=3))
     first = next(states)
     kept = deepcopy(first)
     later = list(states)
-    assert {size_of(state) for state in later} == {size_of(first)}
+    assert {bytes_kept(state) for state in later} == {bytes_kept(first)}
     assert first == kept
     assert later[-1] != kept
 
@@ -126,7 +127,7 @@ def test_lora_holds_two_matrices_of_its_rank_for_each_linear_map_above(
     (edited,) = taught(base, facts, "lora", rounds=1, steps=1, width=3)
     assert isinstance(edited, WeightChange)
     maps = [each for layer in base.layers[1:] for each in layer.modules() if isinstance(each, torch.nn.Linear)]
-    assert size_of(edited) == sum(3 * (each.in_features + each.out_features) * 4 for each in maps)
+    assert bytes_kept(edited) == sum(3 * (each.in_features + each.out_features) * 4 for each in maps)
     assert sorted(tuple(value.shape) for value in edited.tensors()) == sorted(
         shape for each in maps for shape in ((3, each.in_features), (each.out_features, 3))
     )
@@ -134,11 +135,9 @@ def test_lora_holds_two_matrices_of_its_rank_for_each_linear_map_above(
 
 def test_lora_without_peft_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "lemoe.training.lora", raising=False)
-    monkeypatch.setattr("lemoe.training.lora", None, raising=False)
-    monkeypatch.delattr("lemoe.training.lora")
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(LemoeError, match=r"pip install 'lemoe\[lora\]'"):
-        editor_of("lora")
+        _ = METHODS["lora"].train_round
 
 
 def test_a_mixture_is_an_adaptor_that_a_file_keeps(

@@ -14,9 +14,9 @@ import yaml
 from click.testing import CliRunner, Result
 
 import lemoe
-from lemoe import models
+from lemoe.base import loading
 from lemoe.runs.engines import local
-from lemoe.training.methods import train_round
+from lemoe.training.rounds import train_round
 from lemoe_cli import plan as plan_command
 from lemoe_cli.main import cli
 
@@ -541,7 +541,7 @@ def test_running_out_of_memory_says_what_to_lower(edits: Path, model: Path, monk
 def test_a_missing_ray_is_named_before_the_model_is_loaded(
     edits: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "load_base", None)
+    monkeypatch.setattr(loading, "load_base", None)
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "lemoe.runs.engines.ray", raising=False)
     assert "pip install 'lemoe[ray]'" in refused("edit", edits, "-m", model, *SMALL, "--engine", "ray")

@@ -11,8 +11,9 @@ from k_means_constrained import KMeansConstrained
 from sklearn.cluster import KMeans
 
 import lemoe
-from lemoe import clustering, conflicts
+from lemoe.data import conflicts
 from lemoe.data.conflicts import find_conflicts, left_out
+from lemoe.planning import clustering
 from lemoe.planning.clustering import Vectors, clustered
 from lemoe.planning.plan import cohesion_of, embed_prompts, similarity_of
 

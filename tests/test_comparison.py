@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 import lemoe
 from lemoe.evaluation.comparison import Comparison
 from lemoe.evaluation.factors import Factors
-from lemoe.training.editors import size_of, teach
+from lemoe.training.rounds import bytes_kept, teach_rounds
 from lemoe_cli.main import cli
 
 METHODS = ("ft", "lora", "memoe", "paper", "anchor")
@@ -69,24 +69,24 @@ def test_a_row_is_what_teaching_round_by_round_and_measuring_gives(
     by_id = {edit.id: edit for edit in probed}
     rounds = [[by_id[name] for name in members] for members in comparison.rounds]
     for each in comparison.methods:
-        states = list(teach(base, rounds, each.settings))
+        states = list(teach_rounds(base, rounds, each.settings))
         result = lemoe.evaluate(base, states[-1], [edit for members in rounds for edit in members])
         for metric in each.metrics:
             assert metric.value == result.value(metric.name, metric.measure, metric.kind)
         fresh = [lemoe.evaluate(base, s, m).value("reliability") for s, m in zip(states, rounds, strict=True)]
         assert each.learned == pytest.approx(fmean(fresh))
-        assert each.bytes_per_edit == size_of(states[-1]) / len(probed)
+        assert each.bytes_per_edit == bytes_kept(states[-1]) / len(probed)
 
 
 def test_an_edit_of_paper_and_anchor_costs_what_its_file_holds(
     base: lemoe.BaseModel, probed: list[lemoe.Edit], comparison: Comparison, tmp_path: Path
 ) -> None:
     for method in ("paper", "anchor"):
-        *_, state = teach(base, [probed[:2], probed[2:4]], settings_of(method))
+        *_, state = teach_rounds(base, [probed[:2], probed[2:4]], settings_of(method))
         assert isinstance(state, lemoe.AdaptorState)
         lemoe.save_adaptor(state, tmp_path / method)
         content = (tmp_path / method).read_bytes()
-        assert size_of(state) == len(content) - 8 - int.from_bytes(content[:8], "little")
+        assert bytes_kept(state) == len(content) - 8 - int.from_bytes(content[:8], "little")
 
 
 def test_comparing_again_gives_the_same_figures(
@@ -113,7 +113,7 @@ def test_the_diagonal_is_each_round_when_it_had_just_been_taught_and_the_last_co
     by_id = {edit.id: edit for edit in facts}
     for each in factors.values():
         rounds = [[by_id[name] for name in members] for members in each.rounds]
-        states = list(teach(base, rounds, each.settings))
+        states = list(teach_rounds(base, rounds, each.settings))
         for number, members in enumerate(rounds):
             for moment in (number, len(rounds) - 1):
                 result = lemoe.evaluate(base, states[moment], members)

@@ -19,7 +19,7 @@ from lemoe.base.equality import bits_equal
 from lemoe.errors import AdaptorError, OutputError
 from lemoe.routing.key_router import KeyRouter
 from lemoe.runs.engines import local
-from lemoe.training.methods import train_round
+from lemoe.training.rounds import train_round
 
 Tiny = Callable[[str], lemoe.BaseModel]
 Edited = Callable[[str], lemoe.AdaptorState]

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import lemoe
-from lemoe import fingerprint, models
 from lemoe.adaptor.merging import merge
 from lemoe.adaptor.state import AdaptorState, Taught
+from lemoe.base import fingerprint, loading
 from lemoe.routing.anchor.anchors import Anchors
 from lemoe.routing.anchor.gate import Anchor
 from lemoe.training.weight_change import swapped
@@ -132,7 +132,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the hashes over weights that were computed."""
     done: list[str] = []
     for name in ("ffn_sha256", "weights_sha256"):
-        monkeypatch.setattr(models, name, partial(_note_call, done, name, getattr(fingerprint, name)))
+        monkeypatch.setattr(loading, name, partial(_note_call, done, name, getattr(fingerprint, name)))
     return done
 
 

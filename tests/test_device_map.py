@@ -10,12 +10,12 @@ from click.testing import CliRunner
 from conftest import FACTS
 
 import lemoe
-from lemoe import editors
 from lemoe.adaptor.checkpoint import save_adaptor
 from lemoe.base.frozen import run_below
 from lemoe.base.tokens import Batch, encode_edits
 from lemoe.errors import ModelError
 from lemoe.evaluation.metrics import Decode
+from lemoe.training import rounds
 from lemoe_cli.main import cli
 
 SettingsOf = Callable[..., lemoe.Settings]
@@ -192,7 +192,7 @@ def test_baselines_that_change_weights_refuse_a_model_with_weights_on_disk(
     base = lemoe.load_base(str(tiny_folder("llama")), device_map=placed("cpu", "disk", 2))
     settings = lemoe.resolve_settings(method, None, {"layer": EDITED, "steps": 1})
     with pytest.raises(ModelError, match="ft and lora change the base's own weights"):
-        list(editors.teach(base, [facts[:1]], settings))
+        list(rounds.teach_rounds(base, [facts[:1]], settings))
 
 
 def test_a_map_beside_a_device_or_one_that_does_not_fit_is_refused(tiny_folder: Callable[[str], Path]) -> None:

@@ -10,7 +10,7 @@ from safetensors import safe_open
 import lemoe
 from lemoe.routing.registry import ROUTERS
 from lemoe.settings import presets
-from lemoe.training.editors import teach
+from lemoe.training.rounds import teach_rounds
 from lemoe_cli.main import COMMANDS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -62,7 +62,7 @@ def test_the_format_page_names_every_tensor_and_all_metadata(
 ) -> None:
     page = (REPOSITORY / "docs" / "format.md").read_text(encoding="utf-8")
     settings = lemoe.resolve_settings(method, None, {"layer": 1, "steps": 1, "variants": 0, "negatives": 0})
-    (state,) = teach(base, [facts[:2]], settings)
+    (state,) = teach_rounds(base, [facts[:2]], settings)
     assert isinstance(state, lemoe.AdaptorState)
     lemoe.save_adaptor(state, tmp_path / "adaptor")
     with safe_open(tmp_path / "adaptor", framework="pt") as file:

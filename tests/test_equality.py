@@ -18,7 +18,7 @@ from lemoe.routing.anchor.anchors import Anchors
 from lemoe.routing.anchored_gate import AnchoredGate
 from lemoe.routing.key_router import KeyRouter
 from lemoe.routing.router import Routing
-from lemoe.training.editors import teach
+from lemoe.training.rounds import teach_rounds
 
 SettingsOf = Callable[..., lemoe.Settings]
 
@@ -37,7 +37,7 @@ def state(
     if request.param == "paper":
         return trained
     if request.param == "memoe":
-        (taught,) = teach(base, [facts[:2]], lemoe.resolve_settings("memoe", None, {"layer": 1, "steps": 2}))
+        (taught,) = teach_rounds(base, [facts[:2]], lemoe.resolve_settings("memoe", None, {"layer": 1, "steps": 2}))
         assert isinstance(taught, lemoe.AdaptorState)
         return taught
     return lemoe.train_round(base, facts[:2], anchor(steps=2))

@@ -40,7 +40,7 @@ with scratch_folder(Path(sys.argv[1])) as scratch:
 REPLACING = """
 import sys, time
 from pathlib import Path
-from lemoe import files
+from lemoe.data import files
 
 def stop(path):
     print("at work", flush=True)

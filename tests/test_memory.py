@@ -10,15 +10,16 @@ import torch
 from conftest import FAMILIES
 
 import lemoe
-from lemoe import editing, memory
+from lemoe.base import memory
 from lemoe.data.edits import Round
+from lemoe.runs import edit as edit_run
 from lemoe.runs.engines import local
 from lemoe.runs.engines.local import LocalEngine
 from lemoe.runs.progress import Silent
-from lemoe.training.methods import train_round
+from lemoe.training.rounds import train_round
 
 SettingsOf = Callable[..., lemoe.Settings]
-Teach = Callable[..., "editing.EditReport"]
+Teach = Callable[..., "edit_run.EditReport"]
 
 
 class Notes(Silent):
@@ -49,7 +50,7 @@ class Counting(LocalEngine):
 def teach(base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, tmp_path: Path) -> Teach:
     """Runs `lemoe.edit` on the first facts into a folder of this name."""
 
-    def run(name: str, count: int, listener: Silent | None = None, **given: Any) -> editing.EditReport:
+    def run(name: str, count: int, listener: Silent | None = None, **given: Any) -> edit_run.EditReport:
         return lemoe.edit(base, facts[:count], anchor(**given), tmp_path / name, listener=listener)
 
     return run
@@ -76,7 +77,7 @@ def test_short_memory_makes_smaller_batches_and_says_so(
 ) -> None:
     usual = teach("usual", 6, noise=0.0)
     free = 2 * 100 * memory.bytes_per_token(base, base.site(1))
-    for module in (memory, editing):
+    for module in (memory, edit_run):
         monkeypatch.setattr(module, "free_memory", lambda device: free)
     notes = Notes()
     short = teach("short", 6, notes, noise=0.0)

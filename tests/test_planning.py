@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 import lemoe
-from lemoe import planning
 from lemoe.data.conflicts import find_conflicts, left_out
 from lemoe.errors import InputError
+from lemoe.planning import plan as planning
 from lemoe.planning.plan import save_plan
 from lemoe.planning.plan_file import load_plan
 

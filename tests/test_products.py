@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lemoe
-from lemoe import products
+from lemoe.base import matmul
 from lemoe.base.matmul import fast_products, frozen_linear
 
 CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
@@ -17,9 +17,9 @@ CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
 def exact(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """As on a processor on which oneDNN is exact, and as on one on which it rounds."""
     there = bool(request.param)
-    if there and not products.onednn_is_exact():
+    if there and not matmul.onednn_is_exact():
         pytest.skip("oneDNN rounds products on this processor")
-    monkeypatch.setattr(products, "onednn_is_exact", lambda: there)
+    monkeypatch.setattr(matmul, "onednn_is_exact", lambda: there)
     return there
 
 

@@ -12,7 +12,8 @@ from lemoe.evaluation.evaluate import Record, evaluate
 from lemoe.evaluation.metrics import Decode, Metric
 from lemoe.planning.plan import plan, rounds_of
 from lemoe.settings import Settings
-from lemoe.training.editors import editor_of, size_of, teach
+from lemoe.training.methods import method_of
+from lemoe.training.rounds import bytes_kept, teach_rounds
 
 MEASURED = ("reliability", "generality", "locality")
 
@@ -72,7 +73,7 @@ def compare(
         LemoeError: if a method needs a package that is not installed, before anything is trained.
     """
     for settings in methods:
-        editor_of(settings.method)
+        _ = method_of(settings).train_round  # refused at once if its package is missing
     notify("planning")
     rounds = rounds_of(plan(base, edits, methods[0]), edits)
     compared = tuple(_compared(base, rounds, settings, decode, batch_tokens, notify) for settings in methods)
@@ -89,7 +90,7 @@ def _compared(
 ) -> Compared:
     learned: list[Record] = []
     seconds, began = 0.0, time.monotonic()
-    for number, edited in enumerate(teach(base, rounds, settings), 1):
+    for number, edited in enumerate(teach_rounds(base, rounds, settings), 1):
         seconds += time.monotonic() - began
         notify(f"{settings.method}: round {number} of {len(rounds)} taught")
         fresh = rounds[number - 1]
@@ -105,5 +106,5 @@ def _compared(
         learned_exact=fmean(record.token_accuracy_after == 1.0 for record in learned),
         metrics=tuple(metric for metric in last.metrics if metric.stage == "after"),
         seconds_per_edit=seconds / len(taught),
-        bytes_per_edit=size_of(edited) / len(taught),
+        bytes_per_edit=bytes_kept(edited) / len(taught),
     )

@@ -17,7 +17,8 @@ from lemoe.evaluation.evaluate import Record, evaluate
 from lemoe.evaluation.metrics import Decode, Metric
 from lemoe.planning.plan import plan, rounds_of
 from lemoe.settings import Settings
-from lemoe.training.editors import Edited, editor_of, teach
+from lemoe.training.methods import method_of
+from lemoe.training.rounds import Edited, teach_rounds
 
 Matrix = tuple[tuple[float | None, ...], ...]
 
@@ -93,18 +94,18 @@ def measure_factors(
         InputError: listing the edits and probes that cannot be used with this model.
         LemoeError: if the method needs a package that is not installed.
     """
-    editor_of(settings.method)
+    _ = method_of(settings).train_round  # refused at once if its package is missing
     notify("planning")
     planned = _rounds(base, edits, replace(settings, order="planned"))
     columns: list[list[_Moment]] = []
-    for number, edited in enumerate(teach(base, planned, settings), 1):
+    for number, edited in enumerate(teach_rounds(base, planned, settings), 1):
         notify(f"planned order: round {number} of {len(planned)} taught")
         columns.append(_column(base, edited, planned[:number], decode, batch_tokens))
     scores = [_score(base, edited, planned, "planned", None, decode, batch_tokens)]
     for seed in range(1, orders + 1):
         notify(f"random order {seed} of {orders}")
         rounds = _rounds(base, edits, replace(settings, order="random", seed=seed))
-        last = deque(teach(base, rounds, settings), maxlen=1).pop()
+        last = deque(teach_rounds(base, rounds, settings), maxlen=1).pop()
         scores.append(_score(base, last, rounds, "random", seed, decode, batch_tokens))
     routes = [[moment.routed for moment in column] for column in columns]
     return Factors(

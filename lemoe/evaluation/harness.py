@@ -77,7 +77,7 @@ def evaluate_tasks(
         if adaptor is not None:
             edited = insert(base, adaptor, expert_cache=expert_cache, allow_base_mismatch=allow_base_mismatch)
         with fast_products(base.model), edited or nullcontext():
-            model = _harness_model(base, 1 if edited and edited.state.settings.method == "paper" else batch_size)
+            model = _harness_model(base, 1 if edited and edited.state.router.by_prompt else batch_size)
             with edited.bypassed() if edited else nullcontext():
                 before = _run(model, tasks, manager, limit)
             after = _run(model, tasks, manager, limit) if edited else None

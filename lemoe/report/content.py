@@ -19,7 +19,6 @@ from lemoe.report.scores import MetricScores, scores_of
 from lemoe.report.studies import MethodRow, OrderTable, method_rows, order_table
 from lemoe.report.text import counted, shown
 
-GATED = "anchor"  # the method whose router has a gate
 DECODING = {
     "teacher": "teacher forcing: the likeliest token at each position of the target",
     "greedy": "greedy: what the model writes",
@@ -81,7 +80,7 @@ def report_of(
     """
     numbers = round_numbers(state, edits)
     homes = Homes(state, edits)
-    threshold = state.settings.gate_conflict if state and state.settings.method == GATED else None
+    threshold = state.settings.gate_conflict if state and state.router.gated else None
     return Report(
         source=shown(source),
         edited=state is not None,

@@ -52,6 +52,7 @@ class KeyRouter(TensorEquality, Router):
     """
 
     method = "paper"
+    by_prompt = True
 
     keys: Tensor
     projections: tuple[Projection, ...]

@@ -154,6 +154,8 @@ class Router(ABC):
 
     method: ClassVar[str]
     shared: ClassVar[bool] = False  # whether each expert holds all edits
+    gated: ClassVar[bool] = False  # whether a prompt may reach no expert, by a threshold on `Explanation.conflict`
+    by_prompt: ClassVar[bool] = False  # whether a sequence is routed once, by its prompt, whose end must be known
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ from lemoe.runs.plan import BegunRun, RunPlan, begun_run, followed_plan, fresh_p
 from lemoe.runs.progress import Listener, Silent
 from lemoe.runs.resuming import check_finished_rounds
 from lemoe.settings import Settings
-from lemoe.training.methods import check_adds_experts, parent_of, rounds_depend
+from lemoe.training.methods import check_adds_experts, method_of, parent_round
 
 LOCK_NAME = ".lock"
 DIGITS = 4  # of a round's number in its file's name, unless the plan has more rounds
@@ -255,7 +255,7 @@ def check_engine(engine: Engine, settings: Settings) -> None:
     Raises:
         InputError: saying which engine trains them.
     """
-    if rounds_depend(settings) and not isinstance(engine, LocalEngine):
+    if method_of(settings).rounds_depend and not isinstance(engine, LocalEngine):
         raise InputError(f"preset {settings.method} trains each round beside those before it: take --engine local")
 
 
@@ -281,7 +281,7 @@ def _train_rounds(
 ) -> list[RoundRecord]:
     """The records of all rounds, in order; each state is written as soon as it is there, and let go."""
     before = start
-    depend = rounds_depend(settings)
+    depend = method_of(settings).rounds_depend
     records: dict[int, RoundRecord] = {}
 
     def done(round_: Round, state: AdaptorState, *, kept: bool) -> None:
@@ -334,7 +334,7 @@ def _finished(
         return None
     resolved = replace(settings, layer=state.base.layer)
     there = base.fingerprint(state.base.layer, settings.layer_path)
-    expected = round_id(there, base.tokenizer.chat_template, resolved, members, parent_of(settings, before))
+    expected = round_id(there, base.tokenizer.chat_template, resolved, members, parent_round(settings, before))
     if [record.id for record in state.rounds] != [expected]:
         raise OutputError(f"{path} was trained on other edits or with other settings; --force starts anew")
     return state

@@ -17,6 +17,7 @@ from lemoe.adaptor.header import ADAPTOR_NAME
 from lemoe.data.files import write_whole
 from lemoe.errors import InputError, OutputError
 from lemoe.settings import Settings
+from lemoe.training.methods import method_of
 
 PLAN_NAME = "plan.yaml"
 ROUNDS_NAME = "rounds"
@@ -147,7 +148,7 @@ def check_places(places: range | None, settings: Settings, *, planned: bool) -> 
         return
     if not planned:
         raise InputError("--rounds needs --plan, so that each part follows the same plan; lemoe plan writes one")
-    if places.start and settings.rounds_depend:
+    if places.start and method_of(settings).rounds_depend:
         raise InputError(
             f"--rounds must start at 0 with preset {settings.method}: each of its rounds is trained beside those "
             "before it; rounds that --from holds already are left out"

@@ -17,7 +17,7 @@ from lemoe.errors import OutputError
 from lemoe.evaluation.evaluate import evaluate
 from lemoe.settings import Settings
 from lemoe.training.anchor.examples import rewordings
-from lemoe.training.methods import train_round
+from lemoe.training.rounds import train_round
 
 DEPTHS = (0.7, 0.8, 0.87, 0.94)  # of the layers that are tried
 EDITS = 8

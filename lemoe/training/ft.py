@@ -36,7 +36,7 @@ class TunedFFN(TensorEquality, WeightChange):
         return swapped(_weights(base, self.layer, self.layer_path), self.values)
 
 
-def train(
+def train_round(
     base: BaseModel, edits: Sequence[Edit], settings: Settings, before: TunedFFN | None, on_step: OnStep
 ) -> TunedFFN:
     """Fine-tune the FFN on `edits`, from `before` on."""

@@ -49,7 +49,7 @@ class LowRank(TensorEquality, WeightChange):
             yield
 
 
-def train(
+def train_round(
     base: BaseModel, edits: Sequence[Edit], settings: Settings, before: LowRank | None, on_step: OnStep
 ) -> LowRank:
     """Train the matrices on `edits`, from `before` on."""

@@ -26,7 +26,7 @@ from lemoe.training.paper import REFERENCE_WIDTH, pooled_prompts
 from lemoe.training.steps import OnStep, fit
 
 
-def train(
+def train_round(
     base: BaseModel, edits: Sequence[Edit], settings: Settings, before: AdaptorState | None, on_step: OnStep
 ) -> AdaptorState:
     """Train all experts and their gate on `edits`, from `before` on.

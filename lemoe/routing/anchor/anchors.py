@@ -40,6 +40,7 @@ class Anchors(Router):
     """
 
     method = "anchor"
+    gated = True
 
     groups: tuple[tuple[Anchor, ...], ...]
 

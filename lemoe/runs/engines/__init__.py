@@ -21,5 +21,5 @@ class Engine(Protocol):
         before: AdaptorState | None,
         listener: Listener,
     ) -> Iterator[tuple[Round, AdaptorState]]:
-        """Give each round's state as soon as it is trained, in any order; see `lemoe.training.methods.train_round`."""
+        """Give each round's state as soon as it is trained, in any order; see `lemoe.training.rounds.train_round`."""
         ...

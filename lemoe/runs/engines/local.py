@@ -12,7 +12,7 @@ from lemoe.data.edits import Edit, Round
 from lemoe.errors import LemoeError
 from lemoe.runs.progress import Listener
 from lemoe.settings import Settings
-from lemoe.training.methods import train_round
+from lemoe.training.rounds import train_round
 
 
 class LocalEngine:

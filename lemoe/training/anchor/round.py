@@ -75,7 +75,7 @@ class Blocks(nn.Module):
 def train_round(
     base: BaseModel, edits: Sequence[Edit], settings: Settings, before: AdaptorState | None, on_step: OnStep
 ) -> AdaptorState:
-    """Teach `edits`, one new expert each; see `lemoe.training.methods.train_round`."""
+    """Teach `edits`, one new expert each; see `lemoe.training.rounds.train_round`."""
     layer = before.base.layer if before else settings.layer_of(len(base.layers), base.source.layers)
     there = base.fingerprint(layer, settings.layer_path)
     fingerprint = before.base if before else there

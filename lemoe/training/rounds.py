@@ -1,0 +1,71 @@
+"""Teaching rounds by any method, baselines included: what a model has become after each."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lemoe.adaptor.checkpoint import tensors_of
+from lemoe.adaptor.state import AdaptorState, stack
+from lemoe.base.loading import BaseModel
+from lemoe.base.matmul import fast_products
+from lemoe.data.edits import Edit
+from lemoe.errors import InputError
+from lemoe.settings import Settings
+from lemoe.training.methods import check_adds_experts, method_of
+from lemoe.training.steps import OnStep
+from lemoe.training.weight_change import WeightChange
+
+Edited = AdaptorState | WeightChange
+
+
+def train_round(
+    base: BaseModel,
+    edits: Sequence[Edit],
+    settings: Settings,
+    before: AdaptorState | None = None,
+    on_step: OnStep = lambda step: None,
+) -> AdaptorState:
+    """Teach `edits` as one round, by the method of `settings`, beside the frozen experts of `before`.
+
+    With method `anchor` a round does not depend on those before it; `before` only says the layer.
+
+    Returns:
+        a state with this round alone; stack it onto `before`.
+
+    Raises:
+        InputError: listing the edits that cannot be used with this model, or if there are none; or for a baseline.
+    """
+    check_adds_experts(settings)
+    if not edits:
+        raise InputError("a round needs at least one edit")
+    with fast_products(base.model):
+        state: AdaptorState = method_of(settings).train_round(base, edits, settings, before, on_step)
+        return state
+
+
+def teach_rounds(
+    base: BaseModel,
+    rounds: Sequence[Sequence[Edit]],
+    settings: Settings,
+    on_step: OnStep = lambda step: None,
+) -> Iterator[Edited]:
+    """Teach `rounds` one after the other by the method of `settings`; yields what the model is after each.
+
+    Raises:
+        InputError: listing the edits of a round that cannot be used with this model.
+        LemoeError: if the method needs a package that is not installed.
+        ModelError: if it changes weights of the base, and a device map keeps some of them off the devices.
+    """
+    method = method_of(settings)
+    train = method.train_round
+    edited: Any = None
+    for members in rounds:
+        with fast_products(base.model):
+            taught = train(base, members, settings, edited, on_step)
+        edited = taught if method.baseline or edited is None else stack([edited, taught])
+        yield edited
+
+
+def bytes_kept(edited: Edited) -> int:
+    """Bytes of all tensors that a file of it holds or would hold."""
+    tensors = tensors_of(edited).values() if isinstance(edited, AdaptorState) else edited.tensors()
+    return sum(tensor.nbytes for tensor in tensors)
