@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lemoe.evaluation.comparison import compare
     from lemoe.evaluation.evaluate import evaluate
     from lemoe.evaluation.factors import measure_factors
+    from lemoe.evaluation.harness import evaluate_tasks
     from lemoe.inference.asking import Reply, ask
     from lemoe.inference.insertion import InsertedAdaptor, insert
     from lemoe.planning.plan import Plan, plan
@@ -44,6 +45,7 @@ _HOMES = {
     "compare": "evaluation.comparison",
     "edit": "runs.edit",
     "evaluate": "evaluation.evaluate",
+    "evaluate_tasks": "evaluation.harness",
     "insert": "inference.insertion",
     "load_adaptor": "adaptor.checkpoint",
     "load_base": "base.loading",
@@ -72,6 +74,7 @@ __all__ = [
     "compare",
     "edit",
     "evaluate",
+    "evaluate_tasks",
     "insert",
     "load_adaptor",
     "load_base",

@@ -1,16 +1,16 @@
-"""The one family of errors that a user can cause. The command line turns each into one clear message."""
+"""The errors that a user can cause. The command line turns each into one clear message."""
 
 
 class LemoeError(Exception):
-    """Something the user can mend: the message names the place, what was expected and what to do."""
+    """An error that the user can fix: the message names the file, line or tensor, what was expected and what to do."""
 
 
 class InputError(LemoeError):
-    """An edits file, a plan or a setting that does not say what it should."""
+    """Invalid input: an edits file, a plan or a setting."""
 
     @classmethod
-    def listing(cls, heading: str, problems: list[str], shown: int = 20) -> "InputError":
-        """All problems at once, the first `shown` of them spelled out."""
+    def from_problems(cls, heading: str, problems: list[str], shown: int = 20) -> "InputError":
+        """One error for all problems, of which the first `shown` are listed."""
         lines = [heading, *(f"  {problem}" for problem in problems[:shown])]
         if len(problems) > shown:
             lines.append(f"  ... and {len(problems) - shown} more")
@@ -26,4 +26,4 @@ class AdaptorError(LemoeError):
 
 
 class OutputError(LemoeError):
-    """A place that cannot be written, or that holds something which must not be overwritten."""
+    """A file or folder that cannot be written, or that exists and must not be overwritten."""

@@ -18,7 +18,7 @@ from lemoe.data.yaml_file import read_yaml
 from lemoe.errors import InputError
 
 DEFAULT_PRESET = "anchor"
-LARGEST = 1 << 63  # beyond which torch and JSON's readers take no whole number
+INTEGER_LIMIT = 1 << 63  # torch and JSON readers take no larger whole numbers
 
 Order = Literal["planned", "file", "random"]
 
@@ -28,33 +28,33 @@ class Settings:
     """How edits are planned, trained and routed.
 
     Attributes:
-        method: how edits are taught; the preset says it.
-        layer: zero-based decoder layer beside which experts stand; None takes `depth`.
+        method: how edits are trained; set by the preset.
+        layer: zero-based decoder layer to whose FFN the experts are added; None takes `depth`.
         depth: relative depth of that layer, 0 to 1, where `layer` is not given.
-        layer_path: path of the FFN below the layer, for models whose structure is not recognised.
-        round_size: edits in a round, at most.
+        layer_path: path of the FFN inside the layer, for models whose structure is not recognised.
+        round_size: edits per round, at most.
         order: `planned` clusters edits into rounds, `file` and `random` are for comparison.
         seed: of everything random.
-        width: neurons of an expert: one a round (`paper`; None takes the base FFN's own width), or one an edit
+        width: neurons of an expert: one per round (`paper`; None takes the base FFN's own width), or one per edit
             (`anchor`; None takes 4); the rank of `lora`'s matrices (None takes 8).
         router_width: width of the routing projection and of the keys.
-        experts: how many there are in all, for `memoe`.
+        experts: total number of experts, for `memoe`.
         top_k: experts that act on one sequence.
-        steps: training steps of a round, at most.
-        retries: how often edits that missed their target are trained on, for half as many steps.
+        steps: training steps per round, at most.
+        retries: how often edits that miss their target are trained further, for half as many steps each time.
         learning_rate: of AdamW for experts, whose output is scaled so that one rate fits all widths.
         router_learning_rate: of AdamW for keys and projection.
         weight_decay: of AdamW.
         loss_target: mean cross entropy of the target tokens (nats) at which a round stops early.
         noise: standard deviation of the noise on an expert's input, of RMS 1, while it is trained.
-        variants: rewordings of each prompt to train on, made from the edits' own words.
+        variants: synthetic paraphrases per prompt to train on, made from the edits' own words.
         train_rephrases: train on the edits' own rephrases too; their generality is then no longer a measurement.
-        negatives: other questions about an edit's subject, made from the edit file, that keep the base's answer.
-        negative_weight: of the squared expert output on those.
-        gate_conflict: how far a question may differ from an edit's and still be the same; 0 is strict.
+        negatives: negative prompts per edit: synthetic other questions about its subject, which keep the base's answer.
+        negative_weight: weight of the squared expert output on those.
+        gate_conflict: how far a question may differ from an edit's and still open its gate; 0 is strict.
         gate_slack: tokens that an open gate stays open beyond the target's length.
         norm_limit: how far any weight may move from the base's, for `ft`.
-        batch_tokens: padded tokens that run through the model at once.
+        batch_tokens: padded tokens per batch.
     """
 
     method: str = "anchor"
@@ -87,19 +87,19 @@ class Settings:
     def __post_init__(self) -> None:
         problems = [
             f"{name}: must be {bound}, not {getattr(self, name)}"
-            for name, bound, holds in _BOUNDS
-            if getattr(self, name) is not None and not holds(getattr(self, name))
+            for name, bound, is_valid in _BOUNDS
+            if getattr(self, name) is not None and not is_valid(getattr(self, name))
         ]
-        if self.method not in presets():
-            problems.append(f"method: must be one of {', '.join(presets())}, not {self.method}")
+        if self.method not in preset_names():
+            problems.append(f"method: must be one of {', '.join(preset_names())}, not {self.method}")
         if problems:
-            raise InputError.listing("settings out of range:", problems)
+            raise InputError.from_problems("settings out of range:", problems)
 
-    def layer_of(self, layers: int, preset: Mapping[str, int]) -> int:
-        """The layer to edit in a model of `layers`: as set, else as the model's preset says, else by depth."""
+    def resolve_layer(self, layer_count: int, preset: Mapping[str, int]) -> int:
+        """The layer to edit in a model of `layer_count` layers: `layer`, else the model's preset, else by `depth`."""
         if self.layer is not None:
             return self.layer
-        return preset.get(self.method, min(layers - 1, round(self.depth * layers)))
+        return preset.get(self.method, min(layer_count - 1, round(self.depth * layer_count)))
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -129,7 +129,7 @@ _BOUNDS = (
 
 
 @functools.cache
-def presets() -> list[str]:
+def preset_names() -> list[str]:
     """Names of the method presets that ship with lemoe."""
     folder = resources.files("lemoe").joinpath("presets/methods")
     return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
@@ -138,29 +138,30 @@ def presets() -> list[str]:
 def resolve_settings(
     preset: str | None = None, config: Path | str | None = None, given: Mapping[str, Any] | None = None
 ) -> Settings:
-    """One `Settings` from a preset, a YAML file and values given directly, the last being the strongest.
+    """One `Settings` from a preset, a YAML file and values given directly; later sources override earlier ones.
 
     Args:
-        preset: a preset's name; if None, what the file's `preset:` line says, else the default one.
+        preset: a preset's name; if None, the file's `preset:` line, else the default one.
         config: a YAML file of `name: value` lines.
-        given: values by name; those that are None are left to the weaker sources.
+        given: values by name; None leaves a value to the earlier sources.
 
     Raises:
         InputError: for an unknown name (with the nearest right one) or a value of the wrong type or range.
     """
     from_file = _read_config(Path(config)) if config is not None else {}
     if "method" in from_file:
-        raise InputError(f"{config}: `method` is the preset's to say; write `preset: {_brief(from_file['method'])}`")
-    filed = from_file.pop("preset", None)
-    preset = preset or filed or DEFAULT_PRESET
-    if preset not in presets():
-        raise InputError(f"preset {_brief(preset)} is not known; there is: {', '.join(presets())}")
+        method = _shorten_value(from_file["method"])
+        raise InputError(f"{config}: `method` is set by the preset; write `preset: {method}`")
+    preset_in_file = from_file.pop("preset", None)
+    preset = preset or preset_in_file or DEFAULT_PRESET
+    if preset not in preset_names():
+        raise InputError(f"preset {_shorten_value(preset)} is not known; there is: {', '.join(preset_names())}")
     from_preset = yaml.safe_load(resources.files("lemoe").joinpath(f"presets/methods/{preset}.yaml").read_text())
     direct = {name: value for name, value in (given or {}).items() if value is not None}
-    layers = ((f"preset {preset}", from_preset), (str(config), from_file), ("given settings", direct))
+    sources = ((f"preset {preset}", from_preset), (str(config), from_file), ("given settings", direct))
     merged: dict[str, Any] = {}
-    for place, values in layers:
-        merged.update(coerce_settings(place, values))
+    for source, values in sources:
+        merged.update(coerce_settings(source, values))
     return Settings(**merged)
 
 
@@ -171,42 +172,42 @@ def _read_config(path: Path) -> dict[str, Any]:
     return {str(name): value for name, value in values.items()}
 
 
-def coerce_settings(place: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with the types that `Settings` declares (PyYAML reads `1e-4` as text).
+def coerce_settings(source: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values`, which come from `source`, with the types that `Settings` declares (PyYAML reads `1e-4` as text).
 
     Raises:
         InputError: naming every value that does not fit, and the nearest right name of every unknown one.
     """
     hints = typing.get_type_hints(Settings)
-    known = {field.name for field in fields(Settings)}
+    names = {field.name for field in fields(Settings)}
     coerced: dict[str, Any] = {}
     problems = []
     for name, value in values.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            problems.append(f"{name:.60}: no such setting" + (f"; did you mean {near[0]}?" if near else ""))
+        if name not in names:
+            nearest = difflib.get_close_matches(name, names, 1)
+            problems.append(f"{name:.60}: no such setting" + (f"; did you mean {nearest[0]}?" if nearest else ""))
             continue
         try:
-            coerced[name] = _coerce(value, hints[name])
+            coerced[name] = _coerce_value(value, hints[name])
         except (TypeError, ValueError, OverflowError):
-            problems.append(f"{name}: {_brief(value)} is not {_expected(hints[name])}")
+            problems.append(f"{name}: {_shorten_value(value)} is not {_describe_type(hints[name])}")
     if problems:
-        raise InputError.listing(f"{place}: {len(problems)} bad setting(s)", problems)
+        raise InputError.from_problems(f"{source}: {len(problems)} bad setting(s)", problems)
     return coerced
 
 
-def _coerce(value: Any, hint: Any) -> Any:
+def _coerce_value(value: Any, hint: Any) -> Any:
     options = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:
         if value not in options:
             raise ValueError
         return value
     if isinstance(hint, types.UnionType):
-        return None if value is None else _coerce(value, next(o for o in options if o is not type(None)))
+        return None if value is None else _coerce_value(value, next(o for o in options if o is not type(None)))
     if isinstance(value, bool) != (hint is bool):
         raise TypeError
     if hint is int:
-        return _whole(value)
+        return _coerce_integer(value)
     if hint is str and not isinstance(value, str):
         raise TypeError
     if hint is float and not math.isfinite(float(value)):
@@ -214,9 +215,9 @@ def _coerce(value: Any, hint: Any) -> Any:
     return hint(value)
 
 
-def _whole(value: Any) -> int:
+def _coerce_integer(value: Any) -> int:
     number = value if isinstance(value, int) else int(float(value))
-    if abs(number) >= LARGEST or (number != value and number != float(value)):
+    if abs(number) >= INTEGER_LIMIT or (number != value and number != float(value)):
         raise ValueError
     return number
 
@@ -225,14 +226,14 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 2
 
 
-def _brief(value: Any) -> str:
-    """A value for a message; YAML's aliases make values that would fill the memory when written in full."""
-    if isinstance(value, int) and abs(value) >= LARGEST:
+def _shorten_value(value: Any) -> str:
+    """A value shortened for a message; YAML aliases can make values that would fill the memory in full."""
+    if isinstance(value, int) and abs(value) >= INTEGER_LIMIT:
         return "a number of so many digits"
     return _SHORT.repr(value)
 
 
-def _expected(hint: Any) -> str:
+def _describe_type(hint: Any) -> str:
     options = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, options))

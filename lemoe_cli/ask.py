@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @click.option("--adaptor", "-a", type=FILE, help="Adaptor to ask; without one, the base model alone.")
 @click.option("--chat", is_flag=True, help="Ask through the tokenizer's chat template.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=32, show_default=True, help="Of an answer, at most.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object a line for each prompt.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line, for each prompt.")
 @click.option(
     "--batch",
     type=click.IntRange(1),
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 @expert_cache_option
 @mismatch_option
 @quiet_option
-def command(
+def ask_command(
     prompts: tuple[str, ...],
     adaptor: Path | None,
     chat: bool,
@@ -61,21 +61,21 @@ def command(
     Without a PROMPT, or with -, every line of stdin is one.
     """
     check_cache(adaptor, options)
-    batches = _batches(_lines() if prompts in ((), ("-",)) else prompts, batch)
+    batches = _batch_prompts(_read_prompts() if prompts in ((), ("-",)) else prompts, batch)
     first = next(batches, None)
     if first is None:
-        raise InputError("no prompts: name them on the command line, or give one a line on stdin")
+        raise InputError("no prompts: name them on the command line, or give one per line on stdin")
     check_inputs([adaptor], options)
 
     from lemoe.adaptor.state import check_base
     from lemoe.inference.asking import ask
     from lemoe.inference.insertion import insert
-    from lemoe_cli.ui import say
+    from lemoe_cli.ui import print_note
 
     file = open_adaptor(adaptor) if adaptor else None
     base = open_base(options, quiet=quiet)
     for difference in check_base(base, file.state, allow=allow_base_mismatch) if file else ():
-        say(f"warning: another base than the adaptor was made for: {difference}")
+        print_note(f"warning: another base than the adaptor was made for: {difference}")
     edited = None
     if file is not None:
         edited = insert(base, file, expert_cache=options["expert_cache"], allow_base_mismatch=allow_base_mismatch)
@@ -85,10 +85,10 @@ def command(
             if as_json:
                 _print_json(replies)
             else:
-                _show(replies)
+                _show_replies(replies)
 
 
-def _lines() -> Iterator[str]:
+def _read_prompts() -> Iterator[str]:
     """The lines of stdin that are not empty."""
     for number, raw in enumerate(sys.stdin.buffer, 1):
         try:
@@ -96,12 +96,12 @@ def _lines() -> Iterator[str]:
         except UnicodeDecodeError as error:
             raise InputError(f"stdin:{number}: not UTF-8 text (byte {error.start} of the line)") from None
         if "\0" in line:
-            raise InputError(f"stdin:{number}: expected text, one prompt a line; there are zero bytes in it")
+            raise InputError(f"stdin:{number}: expected text, one prompt per line; there are zero bytes in it")
         if line:
             yield line
 
 
-def _batches(prompts: Iterable[str], size: int) -> Iterator[list[str]]:
+def _batch_prompts(prompts: Iterable[str], size: int) -> Iterator[list[str]]:
     waiting = iter(prompts)
     return iter(lambda: list(islice(waiting, size)), [])
 
@@ -111,19 +111,19 @@ def _print_json(replies: "Sequence[Reply]") -> None:
         click.echo(json.dumps(asdict(reply), ensure_ascii=False))
 
 
-def _show(replies: "Sequence[Reply]") -> None:
-    from lemoe_cli.ui import results, table
+def _show_replies(replies: "Sequence[Reply]") -> None:
+    from lemoe_cli.ui import print_table, results
 
     for reply in replies:
         if reply.route is None:
-            table(" ".join(reply.prompt.split("\n")), ("before",), [(reply.before,)])
+            print_table(" ".join(reply.prompt.split("\n")), ("before",), [(reply.before,)])
         else:
-            cells = (reply.before, reply.after or "", _why(reply))
-            table(" ".join(reply.prompt.split("\n")), ("before", "after", "edit"), [cells], left=3)
+            cells = (reply.before, reply.after or "", _describe_route(reply))
+            print_table(" ".join(reply.prompt.split("\n")), ("before", "after", "edit"), [cells], left=3)
         results.print()
 
 
-def _why(reply: "Reply") -> str:
+def _describe_route(reply: "Reply") -> str:
     """Which edit acted, or why none did."""
     if reply.edit is not None:
         return reply.edit

@@ -14,7 +14,7 @@ from lemoe_cli.options import (
     check_inputs,
     edits_argument,
     force_option,
-    loader,
+    make_loader,
     mismatch_option,
     model_options,
     open_base,
@@ -32,19 +32,19 @@ if TYPE_CHECKING:
 
 
 class RoundRange(click.ParamType[range]):
-    """Places of rounds, from 0: one, or the first and the last."""
+    """Indices of rounds, from 0: one, or the first and the last."""
 
     name = "N|N-N"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> range:
         first, dash, last = str(value).partition("-")
         try:
-            places = range(int(first), int(last if dash else first) + 1)
+            indices = range(int(first), int(last if dash else first) + 1)
         except ValueError:
-            places = range(0)
-        if not places:
+            indices = range(0)
+        if not indices:
             self.fail(f"{value!r} is neither a round, counted from 0, nor the first and the last: 7, 0-49", param, ctx)
-        return places
+        return indices
 
 
 _SETTINGS = (
@@ -70,7 +70,7 @@ _SETTINGS = (
 @click.option("--from", "start", type=FILE, help="Continue this adaptor; its edits stay as they are.")
 @settings_options
 @click.option("--layer", type=LayerChoice(), help="Decoder layer to edit, from 0; auto measures on your first edits.")
-@click.option("--layer-path", help="Path of the FFN below the layer, where it is not recognised.")
+@click.option("--layer-path", help="Path of the FFN within the layer, where it is not recognised.")
 @click.option("--steps", type=click.IntRange(1), help="Training steps of a round, at most.")
 @click.option("--learning-rate", type=float, help="Of the experts.")
 @click.option(
@@ -92,7 +92,7 @@ _SETTINGS = (
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run: same edits, same settings.")
 @force_option
 @quiet_option
-def command(
+def edit_command(
     edits: Path,
     output: Path | None,
     plan_file: Path | None,
@@ -120,7 +120,7 @@ def command(
     what those rounds were trained with; --resume --plan DIR/plan.yaml finishes the planned edits alone.
     """
     from lemoe.planning.plan_file import read_plan
-    from lemoe.runs.folder import PLAN_NAME, check_folder, check_places
+    from lemoe.runs.folder import PLAN_NAME, check_folder, check_round_range
 
     _check_engine_options(engine, address, workers, options)
     read = open_edits(edits, options)
@@ -129,7 +129,7 @@ def command(
     settings = settings_from({**options, "layer": None} if measure_layer else options, _SETTINGS)
     check_folder(folder, force=force, resume=resume)
     planned = plan_file is not None or (resume and (folder / PLAN_NAME).exists())
-    check_places(rounds, settings, planned=planned)
+    check_round_range(rounds, settings, planned=planned)
     if plan_file is not None:
         read_plan(plan_file, read)
     check_inputs([start], options)
@@ -138,22 +138,22 @@ def command(
     from lemoe.runs.edit import check_engine, edit
     from lemoe.runs.layers import choose_layer
 
-    trainer = _engine(engine, address, workers, options)
+    trainer = _make_engine(engine, address, workers, options)
     check_engine(trainer, settings)
     earlier = load_adaptor(start) if start else None
     base = open_base(options, quiet=quiet)
 
-    from lemoe_cli.ui import EditProgress, say, stage
+    from lemoe_cli.ui import EditProgress, print_note, show_stage
 
     if measure_layer and earlier is None:
-        with stage("choosing the layer", quiet=quiet) as notify:
+        with show_stage("choosing the layer", quiet=quiet) as notify:
             chosen = choose_layer(base, read, settings, notify)
-        settings = replace(settings, layer=chosen.layer)
+        settings = replace(settings, layer=chosen.best_layer)
         if chosen.unsaved:
-            say(f"the layer will be measured again next time: {chosen.unsaved}")
+            print_note(f"the layer will be measured again next time: {chosen.unsaved}")
         if not quiet:
             found = ", ".join(f"{score.layer}: {score.generality:.2f}" for score in chosen.scores)
-            click.echo(f"layer: {chosen.layer}; perplexity of targets after unseen rewordings {found}", err=True)
+            click.echo(f"layer: {chosen.best_layer}; perplexity of targets after unseen paraphrases {found}", err=True)
 
     with EditProgress(quiet=quiet) as progress:
         report = edit(
@@ -163,15 +163,15 @@ def command(
             folder,
             source=edits.name,
             plan_file=plan_file,
-            places=rounds,
+            round_range=rounds,
             start=earlier,
             force=force,
             resume=resume,
             allow_base_mismatch=allow_base_mismatch,
             engine=trainer,
-            listener=progress,
+            progress=progress,
         )
-    _show(report, read)
+    _show_report(report, read)
 
 
 def _check_engine_options(name: str, address: str | None, workers: int | None, options: Mapping[str, Any]) -> None:
@@ -181,33 +181,33 @@ def _check_engine_options(name: str, address: str | None, workers: int | None, o
         raise click.UsageError("--address and --workers are for --engine ray")
 
 
-def _engine(name: str, address: str | None, workers: int | None, options: Mapping[str, Any]) -> "Engine":
+def _make_engine(name: str, address: str | None, workers: int | None, options: Mapping[str, Any]) -> "Engine":
     if name == "ray":
         from lemoe.runs.engines.ray import RayEngine
 
-        return RayEngine(loader(options), address, workers)
+        return RayEngine(make_loader(options), address, workers)
     from lemoe.runs.engines.local import LocalEngine
 
     return LocalEngine()
 
 
-def _show(report: "EditReport", edits: "Sequence[Edit]") -> None:
-    from lemoe.data.edits import labels_of
-    from lemoe_cli.ui import duration_text, say, size_text, table
+def _show_report(report: "EditReport", edits: "Sequence[Edit]") -> None:
+    from lemoe.data.edits import join_labels
+    from lemoe_cli.ui import duration_text, print_note, print_table, size_text
 
     per_edit = report.seconds / max(1, report.taught)
     rows = [
         ("reliability, target tokens", f"{report.reliability_before:.3f}", f"{report.reliability_after:.3f}"),
         ("reliability, whole target", f"{report.exact_before:.3f}", f"{report.exact_after:.3f}"),
     ]
-    table(f"{report.taught} edits taught", ("", "before", "after"), rows)
-    left_out = _left_out(report)
-    table(
+    print_table(f"{report.taught} edits taught", ("", "before", "after"), rows)
+    left_out = _describe_left_out(report)
+    print_table(
         "",
         ("", ""),
         [
             *([("left out", left_out)] if left_out else []),
-            ("time", f"{duration_text(report.seconds)} ({per_edit:.2f} s an edit)"),
+            ("time", f"{duration_text(report.seconds)} ({per_edit:.2f} s per edit)"),
             ("rounds", f"{report.rounds} in the adaptor"),
             ("size", size_text(report.size)),
             ("adaptor", str(report.path)),
@@ -217,15 +217,15 @@ def _show(report: "EditReport", edits: "Sequence[Edit]") -> None:
     if report.missed:
         names = set(report.missed)
         missed = [edit for edit in edits if edit.id in names]
-        say(f"{len(missed)} edit(s) still missed their target after all retries: {labels_of(missed)}")
+        print_note(f"{len(missed)} edit(s) still missed their target after all retries: {join_labels(missed)}")
     for number in report.unreached:
-        say(f"round {number} ended above its loss target; give it more --steps")
+        print_note(f"round {number} ended above its loss target; give it more --steps")
 
 
-def _left_out(report: "EditReport") -> str:
+def _describe_left_out(report: "EditReport") -> str:
     """How many of the edits are in no new round, and why."""
     counts = (
-        (report.known, "already in the adaptor"),
+        (report.already_taught, "already in the adaptor"),
         (report.repeated, "repeated or superseded by later ones"),
         (len(report.unplanned), "not in the plan"),
     )

@@ -1,4 +1,4 @@
-"""`lemoe eval`: figures before and after, for people, for machines, for pipelines, and one record for each probe."""
+"""`lemoe eval`: metrics before and after, for people, machines and pipelines, and one record for each probe."""
 
 import hashlib
 import json
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
     from lemoe.base.loading import BaseModel
     from lemoe.data.edits import Edit
     from lemoe.evaluation.evaluate import EvalResult
-    from lemoe.evaluation.harness import TaskFigure
+    from lemoe.evaluation.harness import TaskMetric
     from lemoe.evaluation.metrics import Decode, Metric
-    from lemoe.evaluation.thresholds import Bar, Verdict
+    from lemoe.evaluation.thresholds import Threshold, ThresholdCheck
     from lemoe_cli.studies import Studies
 
 SCHEMA = 1  # of the JSON document: docs/eval.schema.json
-BAR = "METRIC[/KIND][:MEASURE]=NUMBER"
+THRESHOLD = "METRIC[/KIND][:MEASURE]=NUMBER"
 
 
 @click.command("eval")
@@ -58,10 +58,12 @@ BAR = "METRIC[/KIND][:MEASURE]=NUMBER"
 )
 @click.option("--texts", type=FILE, help="Texts that editing must not touch: their perplexity (metric collapse).")
 @click.option("--fluency", is_flag=True, help="Let the model write on from each edit's prompts (metric fluency); slow.")
-@click.option("--min", "least", multiple=True, metavar=BAR, help="End with code 1 unless the figure is at least this.")
-@click.option("--max", "most", multiple=True, metavar=BAR, help="The same, at most, where less is better.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON: one flat record for each figure.")
-@click.option("--card", is_flag=True, help="Write the figures into the card beside the adaptor (README.md).")
+@click.option(
+    "--min", "least", multiple=True, metavar=THRESHOLD, help="End with code 1 unless the metric is at least this."
+)
+@click.option("--max", "most", multiple=True, metavar=THRESHOLD, help="The same, at most, where less is better.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: one flat record for each metric.")
+@click.option("--card", is_flag=True, help="Write the metrics into the card beside the adaptor (README.md).")
 @click.option("--records", type=FILE, help="Write one JSON line for each probe here.")
 @click.option("--compare", metavar="PRESETS", help="Teach EDITS by each of these, as ft,lora,memoe,paper,anchor.")
 @click.option("--factors", is_flag=True, help="Teach EDITS by --preset; measure forgetting, routing and order.")
@@ -84,7 +86,7 @@ BAR = "METRIC[/KIND][:MEASURE]=NUMBER"
 @mismatch_option
 @force_option
 @quiet_option
-def command(
+def eval_command(
     edits: Path,
     adaptor: Path | None,
     decode: "Decode",
@@ -105,12 +107,12 @@ def command(
     lemoe eval edits.jsonl -m llama -a edits.lemoe --min reliability=0.99 --max overfit=0.05
     """
     from lemoe.data.texts import read_texts
-    from lemoe.evaluation.thresholds import check_kinds, hold
-    from lemoe_cli.studies import run_studies, studied
+    from lemoe.evaluation.thresholds import check_kinds, check_thresholds
+    from lemoe_cli.studies import resolve_studies, run_studies
 
     check_cache(adaptor, options)
-    studied(options)
-    bars = _bars(adaptor, decode, options)
+    resolve_studies(options)
+    thresholds = _read_thresholds(adaptor, decode, options)
     read = open_edits(edits, options)
     untouched = read_texts(options["texts"]) if options["texts"] else []
     _check_files(adaptor, options, force=force)
@@ -121,42 +123,42 @@ def command(
 
     file = open_adaptor(adaptor) if adaptor else None
     state = file.state if file else None
-    check_kinds(bars, read, len(state.rounds) if state else 0)
+    check_kinds(thresholds, read, len(state.rounds) if state else 0)
     base = open_base(options, quiet=quiet)
 
-    from lemoe_cli.ui import say
+    from lemoe_cli.ui import print_note
 
     differences = check_base(base, state, allow=allow_base_mismatch) if state else ()
     for difference in differences:
-        say(f"warning: another base than the adaptor was made for: {difference}")
+        print_note(f"warning: another base than the adaptor was made for: {difference}")
     tasks = measure_tasks(base, file, options, allow_mismatch=allow_base_mismatch, quiet=quiet)
     result = None
-    if _measures(adaptor, bars, options):
-        result = _measure(base, file, read, decode, untouched, batch_tokens, options, quiet=quiet)
+    if _needs_measuring(adaptor, thresholds, options):
+        result = _measure_adaptor(base, file, read, decode, untouched, batch_tokens, options, quiet=quiet)
     studies = run_studies(base, read, decode, batch_tokens, options, quiet=quiet)
-    verdicts = hold(bars, result.metrics if result else (), "after" if state else "before")
+    checks = check_thresholds(thresholds, result.metrics if result else (), "after" if state else "before")
 
-    def tell() -> None:
+    def print_results() -> None:
         if options["as_json"]:
-            settings = _run_settings(edits, base, decode, options)
+            settings = _list_settings(edits, base, decode, options)
             settings |= {"adaptor": str(adaptor) if adaptor else None, "base_differences": list(differences)}
             settings |= {"texts": str(options["texts"]) if options["texts"] else None, "fluency": options["fluency"]}
-            document = _document(result.metrics if result else (), verdicts, tasks, settings) | studies.as_dict()
+            document = _make_document(result.metrics if result else (), checks, tasks, settings) | studies.as_dict()
             click.echo(json.dumps(document, indent=1, ensure_ascii=False))
         else:
-            _show(result, tasks, studies)
+            _show_results(result, tasks, studies)
 
-    writers = _writers(result, studies, base, state, adaptor, read, edits, decode, options, force=force)
-    problems = _in_any_case(chain([tell], writers))
-    failed = _tell_of_failed(verdicts)
+    writers = _make_writers(result, studies, base, state, adaptor, read, edits, decode, options, force=force)
+    problems = _run_all_steps(chain([print_results], writers))
+    failed = _print_failed(checks)
     if problems:
         raise OutputError("\n  ".join(problems))
     if failed:
         click.get_current_context().exit(1)
 
 
-def _in_any_case(steps: Iterable[Callable[[], object]]) -> list[str]:
-    """Take every step, and say what went wrong: what took long to measure is lost with no one of them."""
+def _run_all_steps(steps: Iterable[Callable[[], object]]) -> list[str]:
+    """Run every step, even if some fail, and list the failures: no failure loses the results of a long measurement."""
     problems = []
     for step in steps:
         try:
@@ -170,14 +172,14 @@ def _in_any_case(steps: Iterable[Callable[[], object]]) -> list[str]:
     return problems
 
 
-def _measures(adaptor: Path | None, bars: "Sequence[Bar]", options: dict[str, Any]) -> bool:
+def _needs_measuring(adaptor: Path | None, thresholds: "Sequence[Threshold]", options: dict[str, Any]) -> bool:
     """Whether the edits' probes are measured: not where the edits are only taught anew."""
     anew = options["compare"] is not None or options["factors"]
     asked = (options[name] for name in ("records", "reports", "texts", "fluency"))
-    return not anew or adaptor is not None or bool(bars) or any(asked)
+    return not anew or adaptor is not None or bool(thresholds) or any(asked)
 
 
-def _measure(
+def _measure_adaptor(
     base: "BaseModel",
     adaptor: "AdaptorFile | None",
     edits: "Sequence[Edit]",
@@ -189,9 +191,9 @@ def _measure(
     quiet: bool,
 ) -> "EvalResult":
     from lemoe.evaluation.evaluate import evaluate
-    from lemoe_cli.ui import counter
+    from lemoe_cli.ui import show_counter
 
-    with counter("measuring", quiet=quiet) as advance:
+    with show_counter("measuring", quiet=quiet) as advance:
         return evaluate(
             base,
             adaptor,
@@ -206,41 +208,41 @@ def _measure(
         )
 
 
-def _show(result: "EvalResult | None", tasks: "Sequence[TaskFigure]", studies: "Studies") -> None:
-    from lemoe_cli.tables import show
+def _show_results(result: "EvalResult | None", tasks: "Sequence[TaskMetric]", studies: "Studies") -> None:
+    from lemoe_cli.tables import show_metrics
 
     if result is not None:
-        show(result.metrics)
+        show_metrics(result.metrics)
     show_tasks(tasks)
     studies.show()
 
 
-def _bars(adaptor: Path | None, decode: "Decode", options: dict[str, Any]) -> "tuple[Bar, ...]":
-    from lemoe.evaluation.thresholds import read_bars
+def _read_thresholds(adaptor: Path | None, decode: "Decode", options: dict[str, Any]) -> "tuple[Threshold, ...]":
+    from lemoe.evaluation.thresholds import read_thresholds
 
     given = [f"--{name}" for name in ("texts", "fluency") if options[name]]
-    return read_bars(options["least"], options["most"], decode, edited=adaptor is not None, given=given)
+    return read_thresholds(options["least"], options["most"], decode, edited=adaptor is not None, given=given)
 
 
 def _check_files(adaptor: Path | None, options: dict[str, Any], *, force: bool) -> None:
     """Refuse, before anything is computed, what cannot be written."""
-    from lemoe.data.files import check_free
+    from lemoe.data.files import check_overwrite
 
     if options["records"] is not None:
-        check_free(options["records"], overwrite=force)
+        check_overwrite(options["records"], overwrite=force)
     if options["card"] and not adaptor:
-        raise click.UsageError("--card needs an --adaptor, beside which the card stands")
+        raise click.UsageError("--card needs an --adaptor, beside which the card is written")
 
 
 def _check_reports(options: dict[str, Any], *, force: bool) -> None:
-    """The same of reports, whose module draws them too, and takes its time to load."""
+    """The same for reports; their module also draws them and is slow to load."""
     if options["reports"]:
         from lemoe.report import check_reports
 
         check_reports(options["reports"], overwrite=force)
 
 
-def _writers(
+def _make_writers(
     result: "EvalResult | None",
     studies: "Studies",
     base: "BaseModel",
@@ -253,18 +255,18 @@ def _writers(
     *,
     force: bool,
 ) -> Iterator[Callable[[], object]]:
-    """What writes each of the files that were asked for."""
-    from lemoe.data.files import write_whole
-    from lemoe.report import report_of, write_reports
+    """A function for each of the files that are asked for, which writes it."""
+    from lemoe.data.files import write_atomically
+    from lemoe.report import build_report, write_reports
     from lemoe.report.card import write_card
 
     if result is None:
         return
     if options["records"] is not None:
         lines = (json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in result.records)
-        yield partial(write_whole, options["records"], "".join(lines).encode(), overwrite=force)
+        yield partial(write_atomically, options["records"], "".join(lines).encode(), overwrite=force)
     if options["reports"]:
-        report = report_of(
+        report = build_report(
             base,
             state,
             edits,
@@ -282,48 +284,49 @@ def _writers(
         yield partial(write_card, folder, base, state, source.name, result.metrics)
 
 
-def _tell_of_failed(verdicts: "Sequence[Verdict]") -> bool:
-    """Name the bars that are not met; whether there are any."""
-    from lemoe_cli.ui import plain
+def _print_failed(checks: "Sequence[ThresholdCheck]") -> bool:
+    """Name the thresholds that are not met; returns whether there are any."""
+    from lemoe_cli.ui import strip_control
 
-    failed = [verdict for verdict in verdicts if not verdict.met]
-    for verdict in failed:
-        click.echo(plain(f"bar not met: {_shortfall(verdict)}"), err=True)
+    failed = [check for check in checks if not check.met]
+    for check in failed:
+        click.echo(strip_control(f"threshold not met: {_describe_shortfall(check)}"), err=True)
     return bool(failed)
 
 
-def _shortfall(verdict: "Verdict") -> str:
-    bar, figure = verdict.bar, verdict.figure
-    found = "not measured" if figure is None else f"{figure.value:.6g} (n {figure.n})"
-    return f"{bar} is {found}, must be at {'least' if bar.better == 'higher' else 'most'} {bar.limit:g}"
+def _describe_shortfall(check: "ThresholdCheck") -> str:
+    threshold, metric = check.threshold, check.metric
+    found = "not measured" if metric is None else f"{metric.value:.6g} (n {metric.n})"
+    bound = "least" if threshold.better == "higher" else "most"
+    return f"{threshold} is {found}, must be at {bound} {threshold.limit:g}"
 
 
-def _run_settings(edits: Path, base: "BaseModel", decode: "Decode", options: dict[str, Any]) -> dict[str, Any]:
-    """What was measured, and on what, as JSON says it."""
+def _list_settings(edits: Path, base: "BaseModel", decode: "Decode", options: dict[str, Any]) -> dict[str, Any]:
+    """What was measured, and on what, for the JSON document."""
     chosen = {name: options[name] for name in ("model", "revision", "limit", "sample", "seed")}
     where = {"dtype": str(base.dtype).removeprefix("torch."), "device": ", ".join(map(str, base.devices))}
     digest = hashlib.sha256(edits.read_bytes()).hexdigest()
     return {"edits": str(edits), "edits_sha256": digest, "decode": decode, **chosen, **where}
 
 
-def _document(
+def _make_document(
     metrics: "Sequence[Metric]",
-    verdicts: "Sequence[Verdict]",
-    tasks: "Sequence[TaskFigure]",
+    checks: "Sequence[ThresholdCheck]",
+    tasks: "Sequence[TaskMetric]",
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    figures = [asdict(m) | {"better": m.better, "version": m.version} for m in metrics]
-    bars = [
-        asdict(verdict.bar)
-        | {"better": verdict.bar.better, "value": verdict.figure.value if verdict.figure else None, "met": verdict.met}
-        for verdict in verdicts
+    values = [asdict(m) | {"better": m.better, "version": m.version} for m in metrics]
+    thresholds = [
+        asdict(check.threshold)
+        | {"better": check.threshold.better, "value": check.metric.value if check.metric else None, "met": check.met}
+        for check in checks
     ]
-    found = {"metrics": figures, "bars": bars, "tasks": [asdict(figure) for figure in tasks]}
-    return {"schema": SCHEMA, "settings": settings, "versions": _versions(), **found}
+    found = {"metrics": values, "bars": thresholds, "tasks": [asdict(task) for task in tasks]}
+    return {"schema": SCHEMA, "settings": settings, "versions": _list_versions(), **found}
 
 
-def _versions() -> dict[str, str]:
-    """What computed the figures."""
+def _list_versions() -> dict[str, str]:
+    """The versions of what computed the metrics."""
     import torch
     import transformers
 

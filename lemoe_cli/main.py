@@ -24,20 +24,20 @@ COMMANDS = {
 
 
 class Terminated(BaseException):
-    """SIGTERM came: leave as from Ctrl-C, with everything put away."""
+    """SIGTERM came: unwind as from Ctrl-C, so that everything is cleaned up."""
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
+def _unwind_on_sigterm() -> Iterator[None]:
     """While open, SIGTERM unwinds the stack instead of ending the process on the spot."""
 
-    def terminate(number: int, frame: object) -> None:
+    def raise_terminated(number: int, frame: object) -> None:
         raise Terminated
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, terminate)
+    before = signal.signal(signal.SIGTERM, raise_terminated)
     try:
         yield
     finally:
@@ -53,7 +53,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"lemoe_cli.{cmd_name}").command
+        command: click.Command = getattr(importlib.import_module(f"lemoe_cli.{cmd_name}"), f"{cmd_name}_command")
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -62,13 +62,13 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with _terminable():
+            with _unwind_on_sigterm():
                 return super().invoke(ctx)
         except LemoeError as error:
-            from lemoe_cli.ui import plain
+            from lemoe_cli.ui import strip_control
 
             for line in f"error: {error}".split("\n"):
-                click.echo(plain(line), err=True)
+                click.echo(strip_control(line), err=True)
             ctx.exit(2)
         except (KeyboardInterrupt, Terminated) as signalled:
             kept = "; finished rounds are kept, --resume goes on from them" if ctx.invoked_subcommand == "edit" else ""

@@ -10,8 +10,8 @@ import click
 from lemoe_cli.options import FILE, check_inputs, force_option, model_options_without_dtype, quiet_option
 
 if TYPE_CHECKING:
-    from lemoe.adaptor.merging import Merged, OnConflict
-    from lemoe.exporting.folder import Exported
+    from lemoe.adaptor.merging import MergeResult, OnConflict
+    from lemoe.exporting.folder import ExportResult
 
 
 @click.command("merge")
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Say what the result would hold, and write nothing.")
 @force_option
 @quiet_option
-def command(
+def merge_command(
     adaptors: tuple[Path, ...],
     output: Path | None,
     on_conflict: "OnConflict",
@@ -78,7 +78,7 @@ def command(
         if len(adaptors) < 2 or options["model"]:
             raise click.UsageError("--export takes the base model in front of the adaptors: lemoe merge MODEL A ...")
         check_inputs(adaptors[1:], {**options, "model": str(adaptors[0])})
-        _export(adaptors, export, on_conflict, drop, dtype, options, force=force, quiet=quiet)
+        _export_folder(adaptors, export, on_conflict, drop, dtype, options, force=force, quiet=quiet)
         return
     if compact != bool(options["model"]):
         raise click.UsageError("--compact and --model need each other")
@@ -87,19 +87,19 @@ def command(
     check_inputs(adaptors, options)
     target = None if dry_run else output
 
-    from lemoe.adaptor.merging import merge, read_merged
+    from lemoe.adaptor.merging import merge_adaptors, merge_in_memory
 
     if compact:
-        from lemoe_cli.compaction import compacted
+        from lemoe_cli.compaction import run_compaction
 
-        read = partial(read_merged, adaptors, on_conflict=on_conflict, drop=drop, dtype=dtype)
-        merged = compacted(read, target, tolerance, options, overwrite=force)
+        read = partial(merge_in_memory, adaptors, on_conflict=on_conflict, drop=drop, dtype=dtype)
+        merged = run_compaction(read, target, tolerance, options, overwrite=force)
     else:
-        merged = merge(adaptors, target, on_conflict=on_conflict, drop=drop, dtype=dtype, overwrite=force)
-    _show(len(adaptors), merged, output, dry_run=dry_run)
+        merged = merge_adaptors(adaptors, target, on_conflict=on_conflict, drop=drop, dtype=dtype, overwrite=force)
+    _show_merged(len(adaptors), merged, output, dry_run=dry_run)
 
 
-def _export(
+def _export_folder(
     arguments: tuple[Path, ...],
     folder: Path,
     on_conflict: "OnConflict",
@@ -110,12 +110,12 @@ def _export(
     force: bool,
     quiet: bool,
 ) -> None:
-    from lemoe.exporting.folder import export
-    from lemoe_cli.ui import stage
+    from lemoe.exporting.folder import export_model
+    from lemoe_cli.ui import show_stage
 
     model, *adaptors = arguments
-    with stage("reading the adaptors", quiet=quiet) as notify:
-        exported = export(
+    with show_stage("reading the adaptors", quiet=quiet) as notify:
+        exported = export_model(
             str(model),
             adaptors,
             folder,
@@ -130,25 +130,28 @@ def _export(
     _show_export(len(adaptors), exported)
 
 
-def _show_export(count: int, exported: "Exported") -> None:
-    from lemoe_cli.ui import size_text, table
+def _show_export(count: int, exported: "ExportResult") -> None:
+    from lemoe_cli.ui import print_table, size_text
 
-    _show(count, exported.merged, None, dry_run=False)
+    _show_merged(count, exported.merged, None, dry_run=False)
     rows = [
         ("folder", str(exported.folder)),
         ("size", size_text(exported.size)),
         ("checked", f"{exported.compared} texts: logits and answers are those of base and adaptor, bit for bit"),
     ]
-    table("", ("", ""), rows, left=2)
+    print_table("", ("", ""), rows, left=2)
 
 
-def _show(count: int, merged: "Merged", output: Path | None, *, dry_run: bool) -> None:
+def _show_merged(count: int, merged: "MergeResult", output: Path | None, *, dry_run: bool) -> None:
     from lemoe.adaptor.state import superseded_note
-    from lemoe_cli.ui import say, size_text, table
+    from lemoe_cli.ui import print_note, print_table, size_text
 
     state = merged.state
     rows = [
-        ("rounds", f"{len(state.rounds)}" + (f", {merged.repeated} came again" if merged.repeated else "")),
+        (
+            "rounds",
+            f"{len(state.rounds)}" + (f", {merged.repeated_rounds} came again" if merged.repeated_rounds else ""),
+        ),
         ("edits", str(sum(len(record.edits) for record in state.rounds))),
         ("experts stored as", str(state.experts.up.dtype).removeprefix("torch.")),
     ]
@@ -157,10 +160,10 @@ def _show(count: int, merged: "Merged", output: Path | None, *, dry_run: bool) -
     if output is not None and not dry_run:
         rows += [("size", size_text(merged.size)), ("adaptor", str(output))]
     what = "1 adaptor" if count == 1 else f"{count} adaptors"
-    table(f"{what} {'would be ' if dry_run else ''}stacked", ("", ""), rows, left=2)
+    print_table(f"{what} {'would be ' if dry_run else ''}stacked", ("", ""), rows, left=2)
     for edit in merged.dropped:
-        say(f"edit {edit.label} of round {edit.round} is dropped")
+        print_note(f"edit {edit.label} of round {edit.round} is dropped")
     for later, earlier in merged.kept_out:
-        say(f"edit {later.label} is left out: {earlier.label} answers its question")
-    for earlier, later in state.replaced:
-        say(superseded_note(earlier, later))
+        print_note(f"edit {later.label} is left out: {earlier.label} answers its question")
+    for earlier, later in state.superseded_edits:
+        print_note(superseded_note(earlier, later))

@@ -51,15 +51,15 @@ class Size(click.ParamType[int]):
         return int(float(found[1]) * 1024 ** " KMGT".find(found[2].upper() or " "))
 
 
-def combined(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+def combine_options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
     """One decorator for several options, shown in the given order."""
 
-    def decorate(command: Command) -> Command:
+    def add_options(command: Command) -> Command:
         for option in reversed(options):
             command = option(command)
         return command
 
-    return decorate
+    return add_options
 
 
 edits_argument = click.argument("edits", type=FILE)
@@ -71,29 +71,29 @@ _device_map_option = click.option(
     type=click.Choice(["auto", "balanced", "sequential"]),
     help="For a model larger than a GPU: over all of them, main memory and disk.",
 )
-_source_options: Callable[[Any], Any] = combined(
+_source_options: Callable[[Any], Any] = combine_options(
     click.option("--revision", help="Branch, tag or commit of a hub model."),
     click.option("--trust-remote-code", is_flag=True, help="Run model code that the repository brings."),
 )
-_loading_options: Callable[[Any], Any] = combined(
+_loading_options: Callable[[Any], Any] = combine_options(
     _device_option,
     _device_map_option,
     click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16."),
     _source_options,
 )
-model_options = combined(click.option("--model", "-m", required=True, help=_MODEL_HELP), _loading_options)
-model_options_if_any = combined(click.option("--model", "-m", help=_MODEL_HELP), _loading_options)
-model_options_without_dtype = combined(
+model_options = combine_options(click.option("--model", "-m", required=True, help=_MODEL_HELP), _loading_options)
+model_options_if_any = combine_options(click.option("--model", "-m", help=_MODEL_HELP), _loading_options)
+model_options_without_dtype = combine_options(
     click.option("--model", "-m", help=_MODEL_HELP), _device_option, _source_options
 )  # where --dtype means something else
 
-selection_options: Callable[[Any], Any] = combined(
+selection_options: Callable[[Any], Any] = combine_options(
     click.option("--limit", type=click.IntRange(1), help="Only the first N edits."),
     click.option("--sample", type=click.IntRange(1), help="Only S of them, drawn with --seed."),
     click.option("--seed", type=click.IntRange(0), help="Of everything random.  [default: 0]"),
 )
 
-settings_options: Callable[[Any], Any] = combined(
+settings_options: Callable[[Any], Any] = combine_options(
     click.option("--preset", help="Method preset: anchor or paper.  [default: anchor]"),
     click.option("--config", type=FILE, help="YAML file of `name: value` settings; options win over it."),
     click.option("--order", type=click.Choice(["planned", "file", "random"]), help="How rounds are formed."),
@@ -110,8 +110,8 @@ quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress, on
 force_option = click.option("--force", is_flag=True, help="Replace what is there.")
 
 
-def loader(options: Mapping[str, Any]) -> "Callable[..., BaseModel]":
-    """What loads the model of the model options, on any machine that sees the same folders; see `load_base`."""
+def make_loader(options: Mapping[str, Any]) -> "Callable[..., BaseModel]":
+    """A function that loads the model of the model options, on any machine with the same folders; see `load_base`."""
     from lemoe.base.loading import load_base
 
     name = options["model"]
@@ -128,11 +128,11 @@ def open_base(options: Mapping[str, Any], *, quiet: bool) -> "BaseModel":
     """The base model that the model options name; says on stderr what the name meant."""
     from lemoe.base.loading import load_base
     from lemoe.base.sources import resolve_model
-    from lemoe_cli.ui import stage
+    from lemoe_cli.ui import show_stage
 
     if not quiet:
         click.echo(f"model: {resolve_model(options['model'], options['revision'])}", err=True)
-    with stage("loading the model", quiet=quiet) as notify:
+    with show_stage("loading the model", quiet=quiet) as notify:
         return load_base(
             options["model"],
             device=options["device"],
@@ -170,7 +170,7 @@ def open_adaptor(path: Path) -> "AdaptorFile":
     from lemoe.adaptor.checkpoint import AdaptorFile
 
     file = AdaptorFile(path)
-    file.check_whole()
+    file.check_hash()
     return file
 
 

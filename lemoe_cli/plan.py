@@ -34,15 +34,15 @@ ROUNDS_SHOWN = 200
 @click.option("--output", "-o", type=FILE, help="Write the plan here (YAML); `lemoe edit --plan` follows it.")
 @force_option
 @quiet_option
-def command(edits: Path, output: Path | None, force: bool, quiet: bool, **options: Any) -> None:
+def plan_command(edits: Path, output: Path | None, force: bool, quiet: bool, **options: Any) -> None:
     """Show how EDITS would be grouped into rounds, and which repeat or contradict each other.
 
     EDITS is JSON Lines with `prompt` and `target` (see the README), or a published data set as it is.
     """
-    from lemoe.data.files import check_free, write_whole
+    from lemoe.data.files import check_overwrite, write_atomically
 
     if output is not None:
-        check_free(output, overwrite=force)
+        check_overwrite(output, overwrite=force)
     read = open_edits(edits, options)
     settings = settings_from(options, ("order", "round_size", "seed"))
     check_inputs([], options)
@@ -52,24 +52,24 @@ def command(edits: Path, output: Path | None, force: bool, quiet: bool, **option
 
     planned = plan(base, read, settings)
     if output is not None:
-        write_whole(output, save_plan(planned, read, edits.name).encode(), overwrite=force)
-    _show(planned, read, settings.order)
+        write_atomically(output, save_plan(planned, read, edits.name).encode(), overwrite=force)
+    _show_plan(planned, read, settings.order)
     if output is not None and not quiet:
         click.echo(f"plan written to {output}", err=True)
 
 
-def _show(planned: "Plan", edits: "list[Edit]", order: str) -> None:
-    from lemoe_cli.ui import results, table
+def _show_plan(planned: "Plan", edits: "list[Edit]", order: str) -> None:
+    from lemoe_cli.ui import print_table, results
 
     by_id = {edit.id: edit for edit in edits}
     rows = [
         (str(number), str(len(members)), f"{cohesion:.3f}", by_id[members[0]].prompt)
         for number, members, cohesion in zip(range(1, ROUNDS_SHOWN + 1), planned.rounds, planned.cohesion, strict=False)
     ]
-    table(f"{len(planned.rounds)} rounds", ("round", "edits", "similarity", "first edit"), rows, left=4)
-    _tell_of_more(len(planned.rounds) - len(rows))
+    print_table(f"{len(planned.rounds)} rounds", ("round", "edits", "similarity", "first edit"), rows, left=4)
+    _show_rest(len(planned.rounds) - len(rows))
     results.print()
-    table(
+    print_table(
         "Similarity of prompts (cosine); a good order is high within rounds, low between",
         ("order", "within", "between"),
         [
@@ -77,11 +77,11 @@ def _show(planned: "Plan", edits: "list[Edit]", order: str) -> None:
             for name, value in planned.similarity.items()
         ],
     )
-    if planned.inferred:
-        shown_subjects = list(planned.inferred.items())[:20]
+    if planned.inferred_subjects:
+        shown_subjects = list(planned.inferred_subjects.items())[:20]
         results.print()
-        table(
-            f"Subjects inferred for {len(planned.inferred)} edits that name none",
+        print_table(
+            f"Subjects inferred for {len(planned.inferred_subjects)} edits that name none",
             ("subject", "prompt"),
             [(subject, by_id[name].prompt) for name, subject in shown_subjects],
             left=2,
@@ -93,21 +93,21 @@ def _show(planned: "Plan", edits: "list[Edit]", order: str) -> None:
     kinds = [conflict.relation for conflict in planned.conflicts]
     summary = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     shown = planned.conflicts[:20]
-    table(
+    print_table(
         f"Edits that repeat or contradict a later one: {summary}",
         ("relation", "earlier", "later"),
-        [(c.relation, _brief(by_id[c.earlier]), _brief(by_id[c.later])) for c in shown],
+        [(c.relation, _summarise_edit(by_id[c.earlier]), _summarise_edit(by_id[c.later])) for c in shown],
         left=3,
     )
-    _tell_of_more(len(planned.conflicts) - len(shown))
+    _show_rest(len(planned.conflicts) - len(shown))
 
 
-def _tell_of_more(count: int) -> None:
+def _show_rest(count: int) -> None:
     from lemoe_cli.ui import results
 
     if count:
         results.print(f"... and {count} more, all in the plan file (-o)")
 
 
-def _brief(edit: "Edit") -> str:
+def _summarise_edit(edit: "Edit") -> str:
     return f"{edit.id}: {edit.prompt} -> {edit.target}"

@@ -11,7 +11,7 @@ from lemoe_cli.options import FILE, check_inputs, model_options_if_any, open_bas
 
 if TYPE_CHECKING:
     from lemoe.adaptor.inspection import Inspection
-    from lemoe.adaptor.state import Taught
+    from lemoe.adaptor.state import TaughtEdit
 
 SCHEMA = 1
 SHOWN = 20
@@ -24,7 +24,7 @@ EDIT = ("round/edit", "prompt", "target")
 @click.option("--json", "as_json", is_flag=True, help="Everything as JSON on stdout.")
 @click.option("--edits", "list_edits", is_flag=True, help="Name every edit, with its prompt and target.")
 @model_options_if_any
-def command(adaptor: Path, verify: bool, as_json: bool, list_edits: bool, **options: Any) -> None:
+def show_command(adaptor: Path, verify: bool, as_json: bool, list_edits: bool, **options: Any) -> None:
     """Show what ADAPTOR holds: its base, rounds, edits, and which of them are superseded.
 
     ADAPTOR is an adaptor file or the folder of a run. Hashes are shortened; --json has them whole. A file of format 1
@@ -32,24 +32,23 @@ def command(adaptor: Path, verify: bool, as_json: bool, list_edits: bool, **opti
     """
     check_inputs([adaptor], options)
 
-    from lemoe.adaptor.inspection import decode_texts, inspect_adaptor
-    from lemoe.adaptor.inspection import verify as check
+    from lemoe.adaptor.inspection import decode_texts, inspect_adaptor, verify_adaptor
 
     found = inspect_adaptor(adaptor)
     checked: list[str] = []
     if verify or options["model"]:
         base = open_base(options, quiet=False) if options["model"] else None
-        checked = check(found, base)
+        checked = verify_adaptor(found, base)
         found = decode_texts(found, base) if base else found
     if as_json:
-        click.echo(json.dumps(_document(found, checked), indent=1, ensure_ascii=True))
+        click.echo(json.dumps(_make_document(found, checked), indent=1, ensure_ascii=True))
         return
-    _show(found, list_edits=list_edits)
+    _show_inspection(found, list_edits=list_edits)
     for line in checked:
         click.echo(f"checked: {line}", err=True)
 
 
-def _document(found: "Inspection", checked: list[str]) -> dict[str, Any]:
+def _make_document(found: "Inspection", checked: list[str]) -> dict[str, Any]:
     state = found.state
     return {
         "schema": SCHEMA,
@@ -59,36 +58,36 @@ def _document(found: "Inspection", checked: list[str]) -> dict[str, Any]:
         "tool": found.tool,
         "base": state.base.as_dict(),
         "settings": state.settings.as_dict(),
-        "edits": found.edits,
+        "edits": found.edit_count,
         "rounds": [asdict(record) for record in state.rounds],
         "superseded": [
             {"edit": earlier.id, "round": earlier.round, "by": later.id, "by_round": later.round}
-            for earlier, later in found.replaced
+            for earlier, later in found.superseded
         ],
         "checked": checked,
     }
 
 
-def _short(digest: str) -> str:
+def _shorten_digest(digest: str) -> str:
     return f"{digest[:32]}..."
 
 
-def _show(found: "Inspection", *, list_edits: bool) -> None:
-    from lemoe_cli.ui import size_text, table
+def _show_inspection(found: "Inspection", *, list_edits: bool) -> None:
+    from lemoe_cli.ui import print_table, size_text
 
     state, base = found.state, found.state.base
     rows = [
         ("base", f"{base.name}{'@' + base.revision if base.revision else ''} ({base.architecture})"),
         ("beside", f"{base.ffn} (layer {base.layer})"),
         ("method", f"{state.settings.method}, {len(state.experts)} expert(s)"),
-        ("edits", f"{found.edits:,} in {len(state.rounds)} round(s), {len(found.replaced)} superseded"),
-        ("size", f"{size_text(found.size)} ({size_text(found.size // max(1, found.edits))} an edit)"),
+        ("edits", f"{found.edit_count:,} in {len(state.rounds)} round(s), {len(found.superseded)} superseded"),
+        ("size", f"{size_text(found.size)} ({size_text(found.size // max(1, found.edit_count))} per edit)"),
         ("written by", found.tool),
-        ("sha256", _short(found.sha256)),
-        ("FFN sha256", _short(base.ffn_sha256)),
-        ("tokenizer sha256", _short(base.tokenizer_sha256)),
+        ("sha256", _shorten_digest(found.sha256)),
+        ("FFN sha256", _shorten_digest(base.ffn_sha256)),
+        ("tokenizer sha256", _shorten_digest(base.tokenizer_sha256)),
     ]
-    table(str(found.path), ("", ""), rows, left=2)
+    print_table(str(found.path), ("", ""), rows, left=2)
     rounds = [
         (
             str(number),
@@ -101,18 +100,20 @@ def _show(found: "Inspection", *, list_edits: bool) -> None:
         )
         for number, record in enumerate(state.rounds, 1)
     ]
-    table("\nRounds", ("", "id", "edits", "loss", "end loss", "steps", "missed"), rounds[:SHOWN], left=2)
+    print_table("\nRounds", ("", "id", "edits", "loss", "end loss", "steps", "missed"), rounds[:SHOWN], left=2)
     if len(rounds) > SHOWN:
         click.echo(f"... and {len(rounds) - SHOWN} more, all with --json")
-    if found.replaced:
-        pairs = [(*_cells(earlier), f"{later.round}/{later.id}", later.target) for earlier, later in found.replaced]
-        table("\nSuperseded", (*EDIT, "answered now by", "with"), pairs, left=5)
-    if found.missed:
-        table("\nMissed when their round ended", EDIT, [_cells(edit) for edit in found.missed], left=3)
+    if found.superseded:
+        pairs = [
+            (*_edit_cells(earlier), f"{later.round}/{later.id}", later.target) for earlier, later in found.superseded
+        ]
+        print_table("\nSuperseded", (*EDIT, "answered now by", "with"), pairs, left=5)
+    if found.missed_edits:
+        print_table("\nMissed when their round ended", EDIT, [_edit_cells(edit) for edit in found.missed_edits], left=3)
     if list_edits:
-        table("\nEdits", EDIT, [_cells(edit) for edit in state.edits], left=3)
+        print_table("\nEdits", EDIT, [_edit_cells(edit) for edit in state.edits], left=3)
 
 
-def _cells(edit: "Taught") -> tuple[str, str, str]:
+def _edit_cells(edit: "TaughtEdit") -> tuple[str, str, str]:
     """An edit by its round and id, which `lemoe merge --drop` takes, with what it teaches."""
     return f"{edit.round}/{edit.id}", edit.prompt, edit.target

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lemoe_cli.ui import results, size_text, stage, table
+from lemoe_cli.ui import print_table, results, show_stage, size_text
 
 if TYPE_CHECKING:
     from lemoe.base.loading import BaseModel
     from lemoe.data.edits import Edit
-    from lemoe.evaluation.comparison import Compared, Comparison
+    from lemoe.evaluation.comparison import Comparison, MethodResult
     from lemoe.evaluation.factors import Factors, Matrix
     from lemoe.evaluation.metrics import Decode
     from lemoe.settings import Settings
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 COMMON_ROUND_SIZE = 20  # edits; presets differ, and rounds of different sizes could not be compared
 
 
-def methods_named(names: str, options: Mapping[str, Any]) -> "list[Settings]":
+def resolve_methods(names: str, options: Mapping[str, Any]) -> "list[Settings]":
     """The settings of presets given as `ft,lora,...`, all with the same rounds.
 
     Raises:
@@ -36,7 +36,7 @@ def methods_named(names: str, options: Mapping[str, Any]) -> "list[Settings]":
 
 @dataclass(frozen=True)
 class Studies:
-    """What was found; None where it was not asked for."""
+    """The results; None where a study was not asked for."""
 
     comparison: "Comparison | None" = None
     factors: "Factors | None" = None
@@ -53,14 +53,14 @@ class Studies:
             _show_factors(self.factors)
 
 
-def studied(options: Mapping[str, Any]) -> "tuple[list[Settings], Settings | None]":
+def resolve_studies(options: Mapping[str, Any]) -> "tuple[list[Settings], Settings | None]":
     """The methods that --compare names, and the one of --factors.
 
     Raises:
         InputError: for a preset that is not known.
     """
-    named = methods_named(options["compare"], options) if options["compare"] is not None else []
-    return named, methods_named(options["preset"], options)[0] if options["factors"] else None
+    named = resolve_methods(options["compare"], options) if options["compare"] is not None else []
+    return named, resolve_methods(options["preset"], options)[0] if options["factors"] else None
 
 
 def run_studies(
@@ -76,9 +76,9 @@ def run_studies(
     from lemoe.evaluation.comparison import compare
     from lemoe.evaluation.factors import measure_factors
 
-    named, method = studied(options)
+    named, method = resolve_studies(options)
     common: dict[str, Any] = {"decode": decode, "batch_tokens": batch_tokens}
-    with stage("teaching anew", quiet=quiet) as notify:
+    with show_stage("teaching anew", quiet=quiet) as notify:
         comparison = compare(base, edits, named, notify=notify, **common) if named else None
         factors = (
             measure_factors(base, edits, method, orders=options["orders"], notify=notify, **common) if method else None
@@ -87,24 +87,25 @@ def run_studies(
 
 
 def _show_comparison(comparison: "Comparison") -> None:
-    columns = ("", "reliability\nwhen taught", "\nin the end", "generality", "locality", "s an edit", "an edit")
-    table(
-        f"{comparison.edits} edits in {len(comparison.rounds)} rounds: share of target tokens (of whole targets) given",
+    columns = ("", "reliability\nwhen taught", "\nin the end", "generality", "locality", "s per edit", "per edit")
+    shares = "share of target tokens (of whole targets) given"
+    print_table(
+        f"{comparison.edit_count} edits in {len(comparison.rounds)} rounds: {shares}",
         columns,
-        [_method_row(each) for each in comparison.methods],
+        [_make_method_row(each) for each in comparison.methods],
     )
 
 
-def _method_row(each: "Compared") -> tuple[str, ...]:
+def _make_method_row(each: "MethodResult") -> tuple[str, ...]:
     cells = []
     for name in ("reliability", "generality", "locality"):
         tokens, exact = each.value(name), each.value(name, "exact_match")
-        cells.append("" if tokens is None or exact is None else _pair(tokens.value, exact.value))
-    learned = _pair(each.learned, each.learned_exact)
+        cells.append("" if tokens is None or exact is None else _format_pair(tokens.value, exact.value))
+    learned = _format_pair(each.learned, each.learned_exact)
     return each.settings.method, learned, *cells, f"{each.seconds_per_edit:.2f}", size_text(round(each.bytes_per_edit))
 
 
-def _pair(tokens: float, exact: float) -> str:
+def _format_pair(tokens: float, exact: float) -> str:
     return f"{tokens:.3f} ({exact:.3f})"
 
 
@@ -116,10 +117,12 @@ def _show_factors(factors: "Factors") -> None:
         results.print()
     rows = []
     for order in factors.orders:
-        figures = [(order.value(name), order.value(name, "exact_match")) for name in ("reliability", "generality")]
-        cells = ["" if one is None or other is None else _pair(one, other) for one, other in figures]
+        values = [(order.value(name), order.value(name, "exact_match")) for name in ("reliability", "generality")]
+        cells = ["" if one is None or other is None else _format_pair(one, other) for one, other in values]
         rows.append((order.order if order.seed is None else f"{order.order} {order.seed}", *cells))
-    table("Order: target tokens (whole targets) given after the last round", ("", "reliability", "generality"), rows)
+    print_table(
+        "Order: target tokens (whole targets) given after the last round", ("", "reliability", "generality"), rows
+    )
     spread = factors.spread("reliability")
     if spread is not None and len(factors.orders) > 1:
         results.print(f"largest less smallest reliability: {spread:.3f}")
@@ -131,4 +134,4 @@ def _show_matrix(title: str, matrix: "Matrix") -> None:
         (str(number), *("" if value is None else f"{value:.3f}" for value in row))
         for number, row in enumerate(matrix, 1)
     ]
-    table(title, columns, rows)
+    print_table(title, columns, rows)

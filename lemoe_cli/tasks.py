@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lemoe_cli.options import FILE, combined
+from lemoe_cli.options import FILE, combine_options
 
 if TYPE_CHECKING:
     from lemoe.adaptor.checkpoint import AdaptorFile
     from lemoe.base.loading import BaseModel
-    from lemoe.evaluation.harness import TaskFigure
+    from lemoe.evaluation.harness import TaskMetric
 
-tasks_options: Callable[[Any], Any] = combined(
+tasks_options: Callable[[Any], Any] = combine_options(
     click.option("--tasks", metavar="NAME[,NAME]", help="Tasks of lm-evaluation-harness too (extra `harness`)."),
     click.option("--tasks-path", type=FILE, help="Folder of further tasks (YAML)."),
 )
@@ -23,8 +23,8 @@ tasks_options: Callable[[Any], Any] = combined(
 
 def measure_tasks(
     base: "BaseModel", adaptor: "AdaptorFile | None", options: Mapping[str, Any], *, allow_mismatch: bool, quiet: bool
-) -> "list[TaskFigure]":
-    """The figures of the tasks that the options name; none if they name none."""
+) -> "list[TaskMetric]":
+    """The metrics of the tasks that the options name; none if they name none."""
     names = [name.strip() for name in (options["tasks"] or "").split(",") if name.strip()]
     if not names:
         return []
@@ -42,17 +42,19 @@ def measure_tasks(
         )
 
 
-def show_tasks(figures: "Sequence[TaskFigure]") -> None:
+def show_tasks(metrics: "Sequence[TaskMetric]") -> None:
     """A table of them, if there are any."""
-    from lemoe_cli.ui import results, table
+    from lemoe_cli.ui import print_table, results
 
-    if not figures:
+    if not metrics:
         return
     results.print()
     rows = []
-    for figure in figures:
-        spread = "" if figure.stderr is None else f" ±{figure.stderr:.3f}".replace("±0.", "±.")
-        before, after = f"{figure.before:.3f}", "" if figure.after is None else f"{figure.after:.3f}"
+    for metric in metrics:
+        spread = "" if metric.stderr is None else f" ±{metric.stderr:.3f}".replace("±0.", "±.")
+        before, after = f"{metric.before:.3f}", "" if metric.after is None else f"{metric.after:.3f}"
         cells = (before, after + spread) if after else (before + spread, "")
-        rows.append((figure.task, figure.metric, *cells, str(figure.n)))
-    table("Tasks of lm-evaluation-harness (± standard error)", ("", "metric", "before", "after", "n"), rows, left=2)
+        rows.append((metric.task, metric.metric, *cells, str(metric.n)))
+    print_table(
+        "Tasks of lm-evaluation-harness (± standard error)", ("", "metric", "before", "after", "n"), rows, left=2
+    )

@@ -18,31 +18,31 @@ notes = Console(stderr=True, highlight=False, markup=False, emoji=False)
 results = Console(highlight=False, soft_wrap=False, markup=False, emoji=False)
 
 
-def plain(text: str) -> str:
-    """Text that a terminal shows and never obeys: control and formatting characters become spaces."""
+def strip_control(text: str) -> str:
+    """Text without control sequences: control and formatting characters become spaces."""
     return "".join(" " if unicodedata.category(char) in ("Cc", "Cf", "Cs") else char for char in text)
 
 
-def say(text: str) -> None:
+def print_note(text: str) -> None:
     """One line on stderr."""
-    notes.print(plain(text))
+    notes.print(strip_control(text))
 
 
 @contextmanager
-def stage(text: str, *, quiet: bool) -> Iterator[Callable[[str], None]]:
+def show_stage(text: str, *, quiet: bool) -> Iterator[Callable[[str], None]]:
     """A spinner while something takes time; yields a function that changes its text."""
     if quiet:
         yield lambda text: None
         return
     if not notes.is_terminal:
-        yield say
+        yield print_note
         return
-    with notes.status(Text(plain(text))) as status:  # rich takes a plain string for markup here
-        yield lambda text: status.update(Text(plain(text)))
+    with notes.status(Text(strip_control(text))) as status:  # rich takes a plain string for markup here
+        yield lambda text: status.update(Text(strip_control(text)))
 
 
 @contextmanager
-def counter(text: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+def show_counter(text: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """A progress bar; yields a function of (done, total)."""
     columns = (
         TextColumn("{task.description}"),
@@ -55,20 +55,20 @@ def counter(text: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, of: progress.update(task, completed=done, total=of)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:
     """Print a table on stdout; the first `left` columns are text, the others numbers."""
     if title:
-        results.print("\n".join(map(plain, title.split("\n"))), style="bold")
+        results.print("\n".join(map(strip_control, title.split("\n"))), style="bold")
     shown = Table(box=None, pad_edge=False, show_header=any(columns))
     for index, name in enumerate(columns):
         shown.add_column(name, justify="left" if index < left else "right", overflow="fold")
     for row in rows:
-        shown.add_row(*map(plain, row))
+        shown.add_row(*map(strip_control, row))
     results.print(shown)
 
 
 class EditProgress:
-    """Live view of a run: edits done and time left, the round, its step and loss; in the end, edits asked for."""
+    """Live view of a run: edits done and time left, the round, its step and loss; then the final reliability check."""
 
     def __init__(self, *, quiet: bool):
         self._quiet = quiet
@@ -87,7 +87,7 @@ class EditProgress:
         self._size = 0
         self._share = 0.0
         self._label = ""
-        self._asking = False
+        self._checking = False
 
     def __enter__(self) -> "EditProgress":
         self._progress.start()
@@ -99,32 +99,34 @@ class EditProgress:
     def planned(self, rounds: int, edits: int) -> None:
         self._progress.update(self._task, description=f"{rounds} rounds", total=edits)
 
-    def round_started(self, number: int, of: int, edits: int) -> None:
-        self._label = f"round {number}/{of}"
+    def round_started(self, number: int, total: int, edits: int) -> None:
+        self._label = f"round {number}/{total}"
         self._size, self._share = edits, 0.0
 
     def step(self, step: "Step") -> None:
-        self._share = max(self._share, self._size * min(1.0, step.number / step.of))  # a second try takes nothing back
-        text = f"{self._label}  step {step.number:>3}/{step.of}  loss {step.loss:6.3f}"
+        self._share = max(
+            self._share, self._size * min(1.0, step.number / step.total)
+        )  # a second try takes nothing back
+        text = f"{self._label}  step {step.number:>3}/{step.total}  loss {step.loss:6.3f}"
         self._progress.update(self._task, description=text, completed=int(self._done + self._share))
 
-    def round_done(self, number: int, of: int, record: "RoundRecord", *, kept: bool) -> None:
+    def round_done(self, number: int, total: int, record: "RoundRecord", *, kept: bool) -> None:
         self._done += len(record.edits)
         self._progress.update(self._task, completed=int(self._done))
         how = "kept from the unfinished run" if kept else f"{record.steps} steps, loss {record.loss:.3f}"
         if record.retried and not kept:
             how += f", {record.retried} needed more"
-        self.note(f"round {number}/{of}: {len(record.edits)} edits, {how}")
+        self.note(f"round {number}/{total}: {len(record.edits)} edits, {how}")
 
-    def asked(self, done: int, of: int) -> None:
-        if not self._asking:
-            self._asking = True
-            self._progress.reset(self._task, description="asking every edit", total=of)
+    def edits_checked(self, done: int, total: int) -> None:
+        if not self._checking:
+            self._checking = True
+            self._progress.reset(self._task, description="checking every edit", total=total)
         self._progress.update(self._task, completed=done)
 
     def note(self, text: str) -> None:
         if not self._quiet:
-            self._progress.console.print(plain(text))
+            self._progress.console.print(strip_control(text))
 
 
 def size_text(count: int) -> str:

@@ -27,7 +27,7 @@ FACTS = (
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def config_of(family: str, vocabulary: int, *, layers: int = 3) -> hf.PretrainedConfig:
+def make_config(family: str, vocabulary: int, *, layers: int = 3) -> hf.PretrainedConfig:
     """A model of `family` that is `layers` deep and 32 wide."""
     common = {
         "vocab_size": vocabulary,
@@ -81,7 +81,7 @@ def build_model(folder: Path, family: str, *, seed: int = 0, layers: int = 3, mo
     """Save a random model of `family` with its tokenizer, as `from_pretrained` reads it."""
     tokenizer = small_tokenizer(more_text)
     torch.manual_seed(seed)
-    model = hf.AutoModelForCausalLM.from_config(config_of(family, len(tokenizer), layers=layers))
+    model = hf.AutoModelForCausalLM.from_config(make_config(family, len(tokenizer), layers=layers))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:  # else all logits of a random model are nearly equal, and any test passes
@@ -96,11 +96,11 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     """The folder of a tiny model of a family, built once."""
     root = tmp_path_factory.mktemp("models")
 
-    def folder(family: str) -> Path:
-        place = root / family
-        return place if place.exists() else build_model(place, family)
+    def build_once(family: str) -> Path:
+        folder = root / family
+        return folder if folder.exists() else build_model(folder, family)
 
-    return folder
+    return build_once
 
 
 @pytest.fixture(scope="session")
@@ -108,12 +108,12 @@ def tiny(tiny_folder: Callable[[str], Path]) -> Callable[[str], lemoe.BaseModel]
     """A tiny model of a family, loaded once."""
     loaded: dict[str, lemoe.BaseModel] = {}
 
-    def load(family: str) -> lemoe.BaseModel:
+    def load_once(family: str) -> lemoe.BaseModel:
         if family not in loaded:
             loaded[family] = lemoe.load_base(str(tiny_folder(family)), device="cpu")
         return loaded[family]
 
-    return load
+    return load_once
 
 
 @pytest.fixture(scope="session")
@@ -134,22 +134,22 @@ def facts() -> list[lemoe.Edit]:
 def paper() -> Callable[..., lemoe.Settings]:
     """Settings of preset `paper`, small enough for a tiny model."""
 
-    def settings(**given: object) -> lemoe.Settings:
+    def make_settings(**given: object) -> lemoe.Settings:
         small = {"layer": 1, "width": 8, "router_width": 16, "steps": 6, "round_size": 2}
         return lemoe.resolve_settings("paper", None, {**small, **given})
 
-    return settings
+    return make_settings
 
 
 @pytest.fixture(scope="session")
 def anchor() -> Callable[..., lemoe.Settings]:
     """Settings of preset `anchor`, small enough for a tiny model."""
 
-    def settings(**given: object) -> lemoe.Settings:
+    def make_settings(**given: object) -> lemoe.Settings:
         small = {"layer": 1, "steps": 12, "round_size": 2, "variants": 2, "negatives": 2}
         return lemoe.resolve_settings("anchor", None, {**small, **given})
 
-    return settings
+    return make_settings
 
 
 @pytest.fixture(scope="session")
@@ -159,14 +159,14 @@ def edited(
     """Two rounds of one run on the tiny model of a family, trained once."""
     states: dict[str, lemoe.AdaptorState] = {}
 
-    def state(family: str) -> lemoe.AdaptorState:
+    def train_once(family: str) -> lemoe.AdaptorState:
         if family not in states:
             base = tiny(family)
             first = lemoe.train_round(base, facts[:2], paper())
             states[family] = lemoe.stack([first, lemoe.train_round(base, facts[2:4], paper(), first)])
         return states[family]
 
-    return state
+    return train_once
 
 
 @pytest.fixture(scope="session")

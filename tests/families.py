@@ -52,7 +52,7 @@ IRREGULAR: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": {"indexer_budget": 16, "indexer_compress_ratio": 2, "indexer_kv_heads": 1},
     "bamba": {"mamba_expand": 2},
     "zamba2": {"layer_types": ["hybrid", "mamba", "mamba"]},
-}  # what the sizes alone leave at odds
+}  # settings that some families need to agree with the reduced sizes
 
 UNBUILT = {
     "blt": "its patcher is a second model, which does not shrink with it",
@@ -74,24 +74,24 @@ def family_names() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def _reduced(name: str, vocabulary: int) -> int | None:
+def _reduced_size(name: str, vocabulary: int) -> int | None:
     for pattern, size in SIZES:
         if re.fullmatch(pattern, name):
             return vocabulary if size == 0 and "vocab" in name else size
     return None
 
 
-def _names(config_class: type) -> set[str]:
-    """What a configuration may be given."""
-    known = {name for base in config_class.__mro__ for name in getattr(base, "__annotations__", {})}
-    return known | set(inspect.signature(config_class).parameters)
+def _config_fields(config_class: type) -> set[str]:
+    """The names that a configuration accepts."""
+    names = {name for base in config_class.__mro__ for name in getattr(base, "__annotations__", {})}
+    return names | set(inspect.signature(config_class).parameters)
 
 
-def _given(config_class: Any, vocabulary: int) -> dict[str, Any]:
+def _config_values(config_class: Any, vocabulary: int) -> dict[str, Any]:
     given: dict[str, Any] = {}
-    names = _names(config_class)
+    names = _config_fields(config_class)
     for name in sorted(names):
-        size = _reduced(name, vocabulary)
+        size = _reduced_size(name, vocabulary)
         if size is not None and config_class.attribute_map.get(name) not in names:
             given[name] = size
     if "kv_lora_rank" in given and "num_key_value_heads" in given:
@@ -100,18 +100,18 @@ def _given(config_class: Any, vocabulary: int) -> dict[str, Any]:
     for name, part in config_class.sub_configs.items():
         kind = type(getattr(parts, name)) if part is hf.AutoConfig else part
         if issubclass(kind, hf.PretrainedConfig):
-            given[name] = _given(kind, vocabulary)
+            given[name] = _config_values(kind, vocabulary)
     return given | IRREGULAR.get(config_class.model_type, {})
 
 
 def tiny_config(family: str, vocabulary: int) -> Any:
     """A configuration of `family`, three layers deep and 32 wide."""
     config_class = hf.CONFIG_MAPPING[family]
-    return config_class(**_given(config_class, vocabulary))
+    return config_class(**_config_values(config_class, vocabulary))
 
 
 def tiny_model(family: str, vocabulary: int, seed: int = 0) -> Any:
-    """A random model of `family`, whose logits are spread."""
+    """A random model of `family`, whose logits differ clearly."""
     torch.manual_seed(seed)
     model = hf.AutoModelForCausalLM.from_config(tiny_config(family, vocabulary))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Adaptor files: everything that is refused, and stacking what was trained apart."""
+"""Adaptor files: everything that is refused, and stacking rounds that were trained separately."""
 
 import json
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_contracts import keys_of
+from test_contracts import get_key_router
 from torch import Tensor
 
 import lemoe
-from lemoe.adaptor.merging import merge
+from lemoe.adaptor.merging import merge_adaptors
 from lemoe.errors import AdaptorError, OutputError
 
 SettingsOf = Callable[..., lemoe.Settings]
@@ -27,36 +27,36 @@ SettingsOf = Callable[..., lemoe.Settings]
 @pytest.fixture
 def path(trained: lemoe.AdaptorState, tmp_path: Path) -> Path:
     """The file of a valid adaptor of two rounds."""
-    place = tmp_path / "adaptor.safetensors"
-    lemoe.save_adaptor(trained, place)
-    return place
+    file = tmp_path / "adaptor.safetensors"
+    lemoe.save_adaptor(trained, file)
+    return file
 
 
-def contents(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_contents(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["lemoe"])  # noqa: SIM118
 
 
-def refusal(path: Path) -> str:
+def refuse_file(path: Path) -> str:
     with pytest.raises(AdaptorError) as caught:
         lemoe.load_adaptor(path)
     assert str(path) in str(caught.value)
     return str(caught.value)
 
 
-def with_tensors(path: Path, changes: dict[str, Tensor | None]) -> str:
-    """Why the file is refused once the named tensors are replaced (None: taken out)."""
-    tensors, header = contents(path)
+def refuse_with_tensors(path: Path, changes: dict[str, Tensor | None]) -> str:
+    """Why the file is refused once the named tensors are replaced (None: removed)."""
+    tensors, header = read_contents(path)
     changed = {name: tensor for name, tensor in {**tensors, **changes}.items() if tensor is not None}
     save_file(changed, path, {"lemoe": json.dumps(header)})
-    return refusal(path)
+    return refuse_file(path)
 
 
-def with_header(path: Path, **changes: Any) -> str:
+def refuse_with_header(path: Path, **changes: Any) -> str:
     """Why the file is refused once the metadata is changed."""
-    tensors, header = contents(path)
+    tensors, header = read_contents(path)
     save_file(tensors, path, {"lemoe": json.dumps({**header, **changes})})
-    return refusal(path)
+    return refuse_file(path)
 
 
 def test_a_file_holds_one_metadata_key_with_sorted_json_and_no_text_of_the_edits(
@@ -79,31 +79,31 @@ def test_one_expert_can_be_read_without_the_others(path: Path, trained: lemoe.Ad
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
-    assert "no such file" in refusal(tmp_path / "none.safetensors")
-    assert "no such file" in refusal(tmp_path)
+    assert "no such file" in refuse_file(tmp_path / "none.safetensors")
+    assert "no such file" in refuse_file(tmp_path)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
 def test_a_truncated_file_is_refused(path: Path, share: float) -> None:
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
-    assert "not a whole safetensors file" in refusal(path)
+    assert "not a whole safetensors file" in refuse_file(path)
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("These are notes, and long enough to hold a header length.")
-    assert "not a whole safetensors file" in refusal(path)
+    assert "not a whole safetensors file" in refuse_file(path)
 
 
 def test_a_safetensors_file_of_another_tool_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "other.safetensors"
     save_file({"lora_A": torch.zeros(2)}, path, {"format": "pt"})
-    assert "not a lemoe adaptor" in refusal(path)
+    assert "not a lemoe adaptor" in refuse_file(path)
 
 
 def test_a_newer_format_says_to_update(path: Path) -> None:
-    assert "Update lemoe" in with_header(path, format=999)
+    assert "Update lemoe" in refuse_with_header(path, format=999)
 
 
 @pytest.mark.parametrize(
@@ -119,17 +119,17 @@ def test_a_newer_format_says_to_update(path: Path) -> None:
     ],
 )
 def test_damaged_metadata_is_refused(path: Path, changes: dict[str, Any]) -> None:
-    with_header(path, **changes)
+    refuse_with_header(path, **changes)
 
 
 def test_metadata_that_is_not_json_is_refused(path: Path) -> None:
-    tensors, _ = contents(path)
+    tensors, _ = read_contents(path)
     save_file(tensors, path, {"lemoe": "{"})
-    assert "metadata is damaged" in refusal(path)
+    assert "metadata is damaged" in refuse_file(path)
 
 
 def test_missing_extra_misshaped_and_non_finite_tensors_are_all_listed(path: Path) -> None:
-    message = with_tensors(
+    message = refuse_with_tensors(
         path,
         {
             "experts.gate": None,
@@ -159,33 +159,35 @@ def test_missing_extra_misshaped_and_non_finite_tensors_are_all_listed(path: Pat
     ids=["descending", "late start", "float", "two-dimensional", "scalar", "beyond the end", "empty"],
 )
 def test_offsets_that_do_not_cut_the_experts_apart_are_refused(path: Path, offsets: Tensor) -> None:
-    assert "experts.offsets" in with_tensors(path, {"experts.offsets": offsets}) or "experts.up" in refusal(path)
+    assert "experts.offsets" in refuse_with_tensors(path, {"experts.offsets": offsets}) or "experts.up" in refuse_file(
+        path
+    )
 
 
 def test_a_missing_tensor_does_not_make_others_look_wrong(path: Path) -> None:
-    message = with_tensors(path, {"experts.offsets": None})
+    message = refuse_with_tensors(path, {"experts.offsets": None})
     assert "experts.offsets: missing" in message
     assert "experts.up" not in message
 
 
 def test_a_lineage_that_points_nowhere_is_refused(path: Path) -> None:
-    assert "router.lineage" in with_tensors(path, {"router.lineage": torch.tensor([0, 7])})
+    assert "router.lineage" in refuse_with_tensors(path, {"router.lineage": torch.tensor([0, 7])})
 
 
 def test_tensors_of_the_wrong_type_are_refused(path: Path, trained: lemoe.AdaptorState) -> None:
-    assert "experts.up: type torch.int64" in with_tensors(path, {"experts.up": trained.experts.up.long()})
+    assert "experts.up: type torch.int64" in refuse_with_tensors(path, {"experts.up": trained.experts.up.long()})
 
 
-@given(place=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255), in_header=st.booleans())
+@given(position=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255), in_header=st.booleans())
 @settings(max_examples=200, deadline=None)
 def test_a_damaged_byte_gives_a_state_or_a_clear_refusal(
-    trained: lemoe.AdaptorState, tmp_path_factory: Any, place: float, value: int, in_header: bool
+    trained: lemoe.AdaptorState, tmp_path_factory: Any, position: float, value: int, in_header: bool
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "damaged.safetensors"
     lemoe.save_adaptor(trained, path, overwrite=True)
     content = bytearray(path.read_bytes())
     end = 8 + int.from_bytes(content[:8], "little") if in_header else len(content)
-    content[int(place * end)] = value
+    content[int(position * end)] = value
     path.write_bytes(bytes(content))
     with suppress(AdaptorError):
         assert len(lemoe.load_adaptor(path).rounds) == 2
@@ -202,14 +204,14 @@ def test_an_adaptor_of_another_base_is_refused_with_the_differences(tiny: Any, p
     assert "generate" not in vars(base.model)
 
 
-def trained_apart(
+def train_separately(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], paper: SettingsOf
 ) -> tuple[lemoe.AdaptorState, lemoe.AdaptorState]:
-    """Two runs that know nothing of each other."""
+    """The rounds of two independent runs."""
     return lemoe.train_round(base, facts[:2], paper()), lemoe.train_round(base, facts[2:4], paper(seed=5))
 
 
-def saved(folder: Path, *states: lemoe.AdaptorState) -> list[Path]:
+def save_parts(folder: Path, *states: lemoe.AdaptorState) -> list[Path]:
     paths = [folder / f"part-{number}.safetensors" for number in range(len(states))]
     for state, path in zip(states, paths, strict=True):
         lemoe.save_adaptor(state, path, overwrite=True)
@@ -221,7 +223,7 @@ def test_merging_the_rounds_of_one_run_gives_that_runs_adaptor(
 ) -> None:
     report = lemoe.edit(base, facts, paper(), tmp_path / "run")
     rounds = sorted((tmp_path / "run" / "rounds").iterdir())
-    merge(rounds, tmp_path / "merged.safetensors")
+    merge_adaptors(rounds, tmp_path / "merged.safetensors")
     assert (tmp_path / "merged.safetensors").read_bytes() == report.path.read_bytes()
     assert len(rounds) == 3
 
@@ -231,40 +233,40 @@ def test_a_round_that_several_adaptors_hold_counts_once(
 ) -> None:
     report = lemoe.edit(base, facts, paper(), tmp_path / "run")
     first = tmp_path / "run" / "rounds" / "0001.safetensors"
-    merge([first, report.path, first, report.path], tmp_path / "merged.safetensors")
+    merge_adaptors([first, report.path, first, report.path], tmp_path / "merged.safetensors")
     assert (tmp_path / "merged.safetensors").read_bytes() == report.path.read_bytes()
 
 
 def test_one_adaptor_merged_alone_is_itself(path: Path, tmp_path: Path) -> None:
-    merge([path], tmp_path / "merged.safetensors")
+    merge_adaptors([path], tmp_path / "merged.safetensors")
     assert (tmp_path / "merged.safetensors").read_bytes() == path.read_bytes()
 
 
-def test_adaptors_trained_apart_keep_their_experts_and_their_own_projections(
+def test_adaptors_trained_separately_keep_their_experts_and_their_own_projections(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], paper: SettingsOf, tmp_path: Path
 ) -> None:
-    one, two = trained_apart(base, facts, paper)
-    merge(saved(tmp_path, one, two), tmp_path / "merged.safetensors")
+    one, two = train_separately(base, facts, paper)
+    merge_adaptors(save_parts(tmp_path, one, two), tmp_path / "merged.safetensors")
     merged = lemoe.load_adaptor(tmp_path / "merged.safetensors")
     assert [record.id for record in merged.rounds] == [one.rounds[0].id, two.rounds[0].id]
     for index, state in enumerate((one, two)):
         assert merged.experts.select([index]) == state.experts
-        router = keys_of(merged)
-        assert router.projections[int(router.lineage[index])] == keys_of(state).projections[0]
+        router = get_key_router(merged)
+        assert router.projections[int(router.lineage[index])] == get_key_router(state).projections[0]
 
 
-def unit(vectors: Tensor) -> Tensor:
+def normalise_rms(vectors: Tensor) -> Tensor:
     return vectors / (vectors.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
 
 
 def expected_route(base: lemoe.BaseModel, states: list[lemoe.AdaptorState], prompt: str) -> tuple[int, float]:
     """Paper, 3.2, for experts of which each was trained alone: softmax over key . W_up(SiLU(W_down e))."""
-    pooled = unit(base.embedding(torch.tensor(base.tokenizer(prompt).input_ids)).float().mean(0))
+    pooled = normalise_rms(base.embedding(torch.tensor(base.tokenizer(prompt).input_ids)).float().mean(0))
     scores = []
     for state in states:
-        (projection,) = keys_of(state).projections
+        (projection,) = get_key_router(state).projections
         value = projection.up @ torch.nn.functional.silu(projection.down @ pooled)
-        scores.append(float(unit(value) @ unit(keys_of(state).keys[0])) / len(value) ** 0.5)
+        scores.append(float(normalise_rms(value) @ normalise_rms(get_key_router(state).keys[0])) / len(value) ** 0.5)
     weights = torch.tensor(scores).softmax(0)
     return int(weights.argmax()), float(weights.max())
 
@@ -272,7 +274,7 @@ def expected_route(base: lemoe.BaseModel, states: list[lemoe.AdaptorState], prom
 def test_merged_adaptors_route_by_each_experts_own_key_and_projection(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], paper: SettingsOf
 ) -> None:
-    parts = list(trained_apart(base, facts, paper))
+    parts = list(train_separately(base, facts, paper))
     asked = [edit.prompt for edit in facts]
     with lemoe.insert(base, lemoe.stack(parts)) as adaptor:
         routes = adaptor.router.explain([base.tokenizer(prompt).input_ids for prompt in asked])
@@ -286,7 +288,7 @@ def test_merged_adaptors_route_by_each_experts_own_key_and_projection(
 def test_a_merged_adaptor_can_be_continued(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], paper: SettingsOf, tmp_path: Path
 ) -> None:
-    merged = lemoe.stack(trained_apart(base, facts, paper))
+    merged = lemoe.stack(train_separately(base, facts, paper))
     report = lemoe.edit(base, facts, paper(steps=1), tmp_path / "run", start=merged)
     assert lemoe.load_adaptor(report.path).rounds[:2] == merged.rounds
     assert report.taught == 2
@@ -294,9 +296,9 @@ def test_a_merged_adaptor_can_be_continued(
 
 
 def test_adaptors_of_different_bases_are_refused_with_the_differences(edited: Any, tmp_path: Path) -> None:
-    paths = saved(tmp_path, edited("llama"), edited("gpt2"))
+    paths = save_parts(tmp_path, edited("llama"), edited("gpt2"))
     with pytest.raises(AdaptorError) as caught:
-        merge(paths, tmp_path / "merged.safetensors")
+        merge_adaptors(paths, tmp_path / "merged.safetensors")
     message = str(caught.value)
     assert "adaptor 2: architecture: LlamaForCausalLM != GPT2LMHeadModel" in message
     assert all(str(path) in message for path in paths)
@@ -336,7 +338,7 @@ def test_a_merge_does_not_overwrite_a_file(path: Path, tmp_path: Path) -> None:
     output = tmp_path / "merged.safetensors"
     output.write_bytes(b"precious")
     with pytest.raises(OutputError, match="exists"):
-        merge([path], output)
+        merge_adaptors([path], output)
     assert output.read_bytes() == b"precious"
 
 
@@ -381,7 +383,7 @@ def test_a_file_that_the_first_version_wrote_is_read_for_ever(
 ) -> None:
     state = lemoe.load_adaptor(REPOSITORY / "tests" / "files" / f"{name}-v1.safetensors")
     assert (len(state.rounds), len(state.edits), len(state.experts)) == (rounds, edits, experts)
-    assert (len(state.replaced), len(state.rounds[0].dropped)) == (superseded, dropped)
+    assert (len(state.superseded_edits), len(state.rounds[0].dropped)) == (superseded, dropped)
     assert state.base.architecture == "LlamaForCausalLM"
 
 

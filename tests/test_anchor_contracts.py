@@ -8,29 +8,29 @@ from typing import Any
 import pytest
 import torch
 from conftest import REPOSITORY
-from test_adaptor_files import with_tensors
+from test_adaptor_files import refuse_with_tensors
 from test_contracts import (
     CACHE_CHANGES,
     TOLERANCE,
+    compute_logits,
+    decode_step_by_step,
     each_cache_change,
-    files_of,
-    generated,
+    generate_ids,
+    hash_weights,
     interrupt_after,
-    logits,
-    padded,
-    read_on,
-    step_by_step,
-    weights_of,
+    pad_rows,
+    read_after_cache_change,
+    read_files,
 )
 from torch import Tensor
 
 import lemoe
-from lemoe.adaptor.merging import merge
+from lemoe.adaptor.merging import merge_adaptors
 from lemoe.errors import AdaptorError
 from lemoe.routing.anchor.anchors import Anchors
 
 Tiny = Callable[[str], lemoe.BaseModel]
-Taught = Callable[[str], lemoe.AdaptorState]
+TwoRounds = Callable[[str], lemoe.AdaptorState]
 SettingsOf = Callable[..., lemoe.Settings]
 
 each_family = pytest.mark.parametrize("family", ["llama", "gemma", "gpt2", "opt", "phi", "gptj"])
@@ -44,28 +44,28 @@ OUT_OF_SCOPE = ("The Nile flows into the", "The opposite of hot is", "He played 
 ANSWER = " white pike, and the Nile is the Red Sea"
 
 
-def ids_of(base: lemoe.BaseModel, text: str) -> Tensor:
+def encode_text(base: lemoe.BaseModel, text: str) -> Tensor:
     return torch.tensor([base.tokenizer(text).input_ids])
 
 
-def same(one: lemoe.AdaptorState, other: lemoe.AdaptorState, folder: Path) -> bool:
+def have_equal_files(one: lemoe.AdaptorState, other: lemoe.AdaptorState, folder: Path) -> bool:
     """Whether two states are one, to the last byte of their files: tensors, records and settings."""
-    return saved(one, folder / "one.bytes") == saved(other, folder / "other.bytes")
+    return save_to_bytes(one, folder / "one.bytes") == save_to_bytes(other, folder / "other.bytes")
 
 
-def saved(state: lemoe.AdaptorState, path: Path) -> bytes:
+def save_to_bytes(state: lemoe.AdaptorState, path: Path) -> bytes:
     """The bytes of the file that `state` is saved as."""
     lemoe.save_adaptor(state, path, overwrite=True)
     return path.read_bytes()
 
 
-def anchors_of(state: lemoe.AdaptorState) -> Anchors:
+def get_anchors(state: lemoe.AdaptorState) -> Anchors:
     assert isinstance(state.router, Anchors)
     return state.router
 
 
 @pytest.fixture(scope="module")
-def taught(tiny: Tiny, facts: list[lemoe.Edit], anchor: SettingsOf) -> Taught:
+def taught(tiny: Tiny, facts: list[lemoe.Edit], anchor: SettingsOf) -> TwoRounds:
     """Two rounds of two edits each in the tiny model of a family, trained once."""
     states: dict[str, lemoe.AdaptorState] = {}
 
@@ -79,17 +79,17 @@ def taught(tiny: Tiny, facts: list[lemoe.Edit], anchor: SettingsOf) -> Taught:
 
 
 @pytest.fixture
-def file(taught: Taught, tmp_path: Path) -> Path:
+def file(taught: TwoRounds, tmp_path: Path) -> Path:
     """The file of a valid adaptor of four edits."""
     path = tmp_path / "adaptor.safetensors"
     lemoe.save_adaptor(taught("llama"), path)
     return path
 
 
-# What the contracts below compare with sees the smallest difference.
+# The comparison that the contracts use sees the smallest difference.
 
 
-def bit_flipped(tensor: Tensor, index: int) -> Tensor:
+def flip_bit(tensor: Tensor, index: int) -> Tensor:
     """`tensor` with another lowest bit of the value at `index` of its flattened values."""
     changed = tensor.clone(memory_format=torch.contiguous_format)
     changed.view(torch.uint8).flatten()[index * tensor.itemsize] ^= 1
@@ -101,22 +101,22 @@ def with_expert_bit_flipped(state: lemoe.AdaptorState, matrix: str) -> lemoe.Ada
     experts = state.experts
     values: Tensor = getattr(experts, matrix)
     index = 1 if matrix == "scale" else int(experts.offsets[1]) * values.shape[1]
-    return replace(state, experts=replace(experts, **{matrix: bit_flipped(values, index)}))
+    return replace(state, experts=replace(experts, **{matrix: flip_bit(values, index)}))
 
 
 def with_anchor_bit_flipped(state: lemoe.AdaptorState, tokens: str) -> lemoe.AdaptorState:
     """The state with one bit flipped in the `tokens` of its second anchor: the prompt, the target or the subject."""
-    first, second, *others = anchors_of(state).anchors
+    first, second, *others = get_anchors(state).anchors
     values = getattr(second, tokens)
     flipped: Any = chr(ord(values[0]) ^ 1) + values[1:] if tokens == "subject" else (values[0] ^ 1, *values[1:])
-    return replace(state, router=Anchors.of_each([first, replace(second, **{tokens: flipped}), *others]))
+    return replace(state, router=Anchors.from_anchors([first, replace(second, **{tokens: flipped}), *others]))
 
 
 def with_record_bit_flipped(state: lemoe.AdaptorState, field: str) -> lemoe.AdaptorState:
     """The state with one bit flipped in a `field` of its second round's record."""
     first, second = state.rounds
     value = getattr(second, field)
-    flipped: Any = float(bit_flipped(torch.tensor([value], dtype=torch.float64), 0)) if field == "loss" else value ^ 1
+    flipped: Any = float(flip_bit(torch.tensor([value], dtype=torch.float64), 0)) if field == "loss" else value ^ 1
     return replace(state, rounds=(first, replace(second, **{field: flipped})))
 
 
@@ -132,29 +132,34 @@ Flip = Callable[[lemoe.AdaptorState, str], lemoe.AdaptorState]
     ],
 )
 def test_one_bit_in_one_expert_anchor_or_record_makes_another_adaptor(
-    taught: Taught, tmp_path: Path, flip: Flip, part: str
+    taught: TwoRounds, tmp_path: Path, flip: Flip, part: str
 ) -> None:
     state = taught("llama")
     assert state == flip(flip(state, part), part)
-    assert same(state, flip(flip(state, part), part), tmp_path)
+    assert have_equal_files(state, flip(flip(state, part), part), tmp_path)
     assert state != flip(state, part)
-    assert not same(state, flip(state, part), tmp_path)
+    assert not have_equal_files(state, flip(state, part), tmp_path)
 
 
 # Bypass is exact; the base is untouched.
 
 
 @each_family
-def test_prompts_out_of_scope_give_the_base_models_logits_bit_for_bit(tiny: Tiny, taught: Taught, family: str) -> None:
+def test_prompts_out_of_scope_give_the_base_models_logits_bit_for_bit(
+    tiny: Tiny, taught: TwoRounds, family: str
+) -> None:
     base = tiny(family)
-    prompts = [ids_of(base, text) for text in OUT_OF_SCOPE]
-    ids, mask = padded([ids_of(base, text) for text in (*OUT_OF_SCOPE, *IN_SCOPE)], base.pad_token, "right")
-    before, before_together = [logits(base, prompt) for prompt in prompts], logits(base, ids, attention_mask=mask)
-    written = [generated(base, prompt) for prompt in prompts]
+    prompts = [encode_text(base, text) for text in OUT_OF_SCOPE]
+    ids, mask = pad_rows([encode_text(base, text) for text in (*OUT_OF_SCOPE, *IN_SCOPE)], base.pad_token_id, "right")
+    before, before_together = (
+        [compute_logits(base, prompt) for prompt in prompts],
+        compute_logits(base, ids, attention_mask=mask),
+    )
+    written = [generate_ids(base, prompt) for prompt in prompts]
     with lemoe.insert(base, taught(family)):
-        assert all(map(torch.equal, [logits(base, prompt) for prompt in prompts], before))
-        assert all(map(torch.equal, [generated(base, prompt) for prompt in prompts], written))
-        together = logits(base, ids, attention_mask=mask)
+        assert all(map(torch.equal, [compute_logits(base, prompt) for prompt in prompts], before))
+        assert all(map(torch.equal, [generate_ids(base, prompt) for prompt in prompts], written))
+        together = compute_logits(base, ids, attention_mask=mask)
     bypassed = len(OUT_OF_SCOPE)
     assert torch.equal(together[:bypassed], before_together[:bypassed])
     for row in range(bypassed, len(ids)):
@@ -163,17 +168,19 @@ def test_prompts_out_of_scope_give_the_base_models_logits_bit_for_bit(tiny: Tiny
 
 
 @each_family
-def test_up_to_the_opening_of_the_gate_all_logits_are_the_base_models(tiny: Tiny, taught: Taught, family: str) -> None:
+def test_up_to_the_opening_of_the_gate_all_logits_are_the_base_models(
+    tiny: Tiny, taught: TwoRounds, family: str
+) -> None:
     base = tiny(family)
-    prompt = ids_of(base, IN_SCOPE[0])
-    before = logits(base, prompt)
+    prompt = encode_text(base, IN_SCOPE[0])
+    before = compute_logits(base, prompt)
     with lemoe.insert(base, taught(family)) as adaptor:
         opening = next(
-            place
-            for place in range(prompt.shape[1])
-            if adaptor.router.explain([prompt[0, : place + 1].tolist()])[0].expert >= 0
+            position
+            for position in range(prompt.shape[1])
+            if adaptor.router.explain([prompt[0, : position + 1].tolist()])[0].expert >= 0
         )
-        after = logits(base, prompt)
+        after = compute_logits(base, prompt)
     assert 0 < opening < prompt.shape[1]
     torch.testing.assert_close(after[:, :opening], before[:, :opening], **TOLERANCE)
     assert not torch.allclose(after[:, opening:], before[:, opening:], **TOLERANCE)
@@ -184,21 +191,21 @@ def test_editing_never_changes_the_base_and_removing_restores_its_logits_bit_for
     tiny: Tiny, facts: list[lemoe.Edit], anchor: SettingsOf, family: str
 ) -> None:
     base = tiny(family)
-    weights, before = weights_of(base), [logits(base, ids_of(base, text)) for text in IN_SCOPE]
+    weights, before = hash_weights(base), [compute_logits(base, encode_text(base, text)) for text in IN_SCOPE]
     state = lemoe.train_round(base, facts[:2], anchor())
     with lemoe.insert(base, state) as adaptor:
-        assert not torch.equal(logits(base, ids_of(base, IN_SCOPE[0])), before[0])
+        assert not torch.equal(compute_logits(base, encode_text(base, IN_SCOPE[0])), before[0])
         with adaptor.bypassed():
-            assert torch.equal(logits(base, ids_of(base, IN_SCOPE[0])), before[0])
-    assert all(map(torch.equal, [logits(base, ids_of(base, text)) for text in IN_SCOPE], before))
-    assert weights_of(base) == weights
+            assert torch.equal(compute_logits(base, encode_text(base, IN_SCOPE[0])), before[0])
+    assert all(map(torch.equal, [compute_logits(base, encode_text(base, text)) for text in IN_SCOPE], before))
+    assert hash_weights(base) == weights
 
 
-# One answer, without a word on where the prompt ends.
+# The answer does not depend on how the text is fed; where the prompt ends is never given.
 
 
 @torch.no_grad()
-def in_chunks(base: lemoe.BaseModel, ids: Tensor, size: int) -> Tensor:
+def logits_in_chunks(base: lemoe.BaseModel, ids: Tensor, size: int) -> Tensor:
     """Logits of `ids` read `size` tokens at a time."""
     parts, cache = [], None
     for start in range(0, ids.shape[1], size):
@@ -209,49 +216,49 @@ def in_chunks(base: lemoe.BaseModel, ids: Tensor, size: int) -> Tensor:
 
 
 @each_family
-def test_one_pass_decoding_and_chunks_give_the_same_logits(tiny: Tiny, taught: Taught, family: str) -> None:
+def test_one_pass_decoding_and_chunks_give_the_same_logits(tiny: Tiny, taught: TwoRounds, family: str) -> None:
     base = tiny(family)
     for text in (*IN_SCOPE, OUT_OF_SCOPE[0]):
-        prompt, whole = ids_of(base, text), ids_of(base, text + ANSWER)
+        prompt, whole = encode_text(base, text), encode_text(base, text + ANSWER)
         answer = whole[:, prompt.shape[1] :]
         assert torch.equal(whole[:, : prompt.shape[1]], prompt)
-        plain = logits(base, whole)
+        plain = compute_logits(base, whole)
         with lemoe.insert(base, taught(family)):
-            expected = logits(base, whole)
-            torch.testing.assert_close(step_by_step(base, prompt, answer), expected, **TOLERANCE)
+            expected = compute_logits(base, whole)
+            torch.testing.assert_close(decode_step_by_step(base, prompt, answer), expected, **TOLERANCE)
             for size in (1, 3, 7):
-                torch.testing.assert_close(in_chunks(base, whole, size), expected, **TOLERANCE)
+                torch.testing.assert_close(logits_in_chunks(base, whole, size), expected, **TOLERANCE)
         assert torch.allclose(expected, plain, **TOLERANCE) == (text in OUT_OF_SCOPE)
 
 
 @each_family
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_batch_of_prompts_and_answers_gives_the_logits_of_each_alone(
-    tiny: Tiny, taught: Taught, family: str, side: str
+    tiny: Tiny, taught: TwoRounds, family: str, side: str
 ) -> None:
     base = tiny(family)
-    rows = [ids_of(base, text + ANSWER) for text in (*IN_SCOPE, *OUT_OF_SCOPE)]
-    ids, mask = padded(rows, base.pad_token, side)
-    places = (mask.cumsum(1) - 1).clamp(min=0)
+    rows = [encode_text(base, text + ANSWER) for text in (*IN_SCOPE, *OUT_OF_SCOPE)]
+    ids, mask = pad_rows(rows, base.pad_token_id, side)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
     with lemoe.insert(base, taught(family)):
-        together = logits(base, ids, attention_mask=mask, position_ids=places)
+        together = compute_logits(base, ids, attention_mask=mask, position_ids=positions)
         for index, row in enumerate(rows):
-            torch.testing.assert_close(together[index][mask[index].bool()], logits(base, row)[0], **TOLERANCE)
+            torch.testing.assert_close(together[index][mask[index].bool()], compute_logits(base, row)[0], **TOLERANCE)
 
 
 @each_family
 def test_greedy_generation_is_the_same_with_and_without_a_cache_alone_and_in_a_batch(
-    tiny: Tiny, taught: Taught, family: str
+    tiny: Tiny, taught: TwoRounds, family: str
 ) -> None:
     base = tiny(family)
-    rows = [ids_of(base, text) for text in (*IN_SCOPE, *OUT_OF_SCOPE)]
-    ids, mask = padded(rows, base.pad_token, "left")
-    plain = generated(base, ids, mask)
+    rows = [encode_text(base, text) for text in (*IN_SCOPE, *OUT_OF_SCOPE)]
+    ids, mask = pad_rows(rows, base.pad_token_id, "left")
+    plain = generate_ids(base, ids, mask)
     with lemoe.insert(base, taught(family)):
-        together = generated(base, ids, mask)
+        together = generate_ids(base, ids, mask)
         for row, prompt in zip(together, rows, strict=True):
-            assert torch.equal(generated(base, prompt, use_cache=True)[0], row)
-            assert torch.equal(generated(base, prompt, use_cache=False)[0], row)
+            assert torch.equal(generate_ids(base, prompt, use_cache=True)[0], row)
+            assert torch.equal(generate_ids(base, prompt, use_cache=False)[0], row)
             assert torch.equal(greedy_by_hand(base, prompt)[0], row)
     assert torch.equal(together[len(IN_SCOPE) :], plain[len(IN_SCOPE) :])
 
@@ -260,102 +267,108 @@ def greedy_by_hand(base: lemoe.BaseModel, prompt: Tensor) -> Tensor:
     """Six most likely tokens, each from one forward pass over everything so far; the end token is not allowed."""
     ids = prompt
     for _ in range(6):
-        last = logits(base, ids)[:, -1]
-        last[:, base.end_token] = -torch.inf
+        last = compute_logits(base, ids)[:, -1]
+        last[:, base.eos_token_id] = -torch.inf
         ids = torch.cat([ids, last.argmax(-1, keepdim=True)], 1)
     return ids[:, prompt.shape[1] :]
 
 
 @each_family
-def test_beams_are_the_same_with_and_without_a_cache(tiny: Tiny, taught: Taught, family: str) -> None:
+def test_beams_are_the_same_with_and_without_a_cache(tiny: Tiny, taught: TwoRounds, family: str) -> None:
     base = tiny(family)
-    ids, mask = padded([ids_of(base, text) for text in (*IN_SCOPE, OUT_OF_SCOPE[0])], base.pad_token, "left")
+    ids, mask = pad_rows([encode_text(base, text) for text in (*IN_SCOPE, OUT_OF_SCOPE[0])], base.pad_token_id, "left")
     given = {"num_beams": 3, "num_return_sequences": 2}
-    plain = generated(base, ids, mask, **given)
+    plain = generate_ids(base, ids, mask, **given)
     with lemoe.insert(base, taught(family)):
-        cached = generated(base, ids, mask, **given, use_cache=True)
-        assert torch.equal(cached, generated(base, ids, mask, **given, use_cache=False))
+        cached = generate_ids(base, ids, mask, **given, use_cache=True)
+        assert torch.equal(cached, generate_ids(base, ids, mask, **given, use_cache=False))
     assert not torch.equal(cached, plain)
     assert torch.equal(cached[-2:], plain[-2:])
 
 
 @each_cache_change
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma"])
-def test_a_row_of_a_cache_takes_its_route_along(tiny: Tiny, taught: Taught, family: str, change: str) -> None:
+def test_a_row_of_a_cache_takes_its_route_along(tiny: Tiny, taught: TwoRounds, family: str, change: str) -> None:
     base = tiny(family)
-    answer = ids_of(base, ANSWER)
-    ids, mask = padded([ids_of(base, text) for text in (IN_SCOPE[0], OUT_OF_SCOPE[0])], base.pad_token, "left")
-    plain, _ = read_on(base, ids, mask, answer, change)
+    answer = encode_text(base, ANSWER)
+    ids, mask = pad_rows(
+        [encode_text(base, text) for text in (IN_SCOPE[0], OUT_OF_SCOPE[0])], base.pad_token_id, "left"
+    )
+    plain, _ = read_after_cache_change(base, ids, mask, answer, change)
     with lemoe.insert(base, taught(family)):
-        found, expected = read_on(base, ids, mask, answer, change)
+        found, expected = read_after_cache_change(base, ids, mask, answer, change)
     torch.testing.assert_close(found, expected, **TOLERANCE)
     for row, source in enumerate(CACHE_CHANGES[change][1]):
         assert torch.equal(found[row], plain[row]) == (source == 1)
 
 
-def test_a_cache_that_is_cropped_forgets_what_was_read_since(base: lemoe.BaseModel, taught: Taught) -> None:
-    prompt, since, answer = (ids_of(base, text) for text in (OUT_OF_SCOPE[0], f"\n{IN_SCOPE[0]}", ANSWER))
-    plain = logits(base, torch.cat([prompt, answer], 1))[:, prompt.shape[1] :]
+def test_a_cache_that_is_cropped_forgets_what_was_read_since(base: lemoe.BaseModel, taught: TwoRounds) -> None:
+    prompt, since, answer = (encode_text(base, text) for text in (OUT_OF_SCOPE[0], f"\n{IN_SCOPE[0]}", ANSWER))
+    plain = compute_logits(base, torch.cat([prompt, answer], 1))[:, prompt.shape[1] :]
     with lemoe.insert(base, taught("llama")):
         with torch.no_grad():
             cache = base.model(input_ids=prompt, use_cache=True).past_key_values
-        mentioned = logits(base, since, past_key_values=cache)
+        mentioned = compute_logits(base, since, past_key_values=cache)
         cache.crop(-since.shape[1])
-        torch.testing.assert_close(logits(base, answer, past_key_values=cache), plain, **TOLERANCE)
-    assert not torch.allclose(mentioned, logits(base, torch.cat([prompt, since], 1))[:, prompt.shape[1] :], **TOLERANCE)
+        torch.testing.assert_close(compute_logits(base, answer, past_key_values=cache), plain, **TOLERANCE)
+    assert not torch.allclose(
+        mentioned, compute_logits(base, torch.cat([prompt, since], 1))[:, prompt.shape[1] :], **TOLERANCE
+    )
 
 
 @each_family
-def test_what_stands_under_the_mask_is_never_read(tiny: Tiny, taught: Taught, family: str) -> None:
+def test_masked_tokens_are_never_read(tiny: Tiny, taught: TwoRounds, family: str) -> None:
     base = tiny(family)
-    hidden, prompt = ids_of(base, IN_SCOPE[0]), ids_of(base, OUT_OF_SCOPE[0])
+    hidden, prompt = encode_text(base, IN_SCOPE[0]), encode_text(base, OUT_OF_SCOPE[0])
     ids, mask = torch.cat([hidden, prompt], 1), torch.cat([torch.zeros_like(hidden), torch.ones_like(prompt)], 1)
     given = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-    before, written = logits(base, ids, **given), generated(base, ids, mask)
+    before, written = compute_logits(base, ids, **given), generate_ids(base, ids, mask)
     with lemoe.insert(base, taught(family)):
-        assert torch.equal(logits(base, ids, **given)[mask.bool()], before[mask.bool()])
-        assert torch.equal(generated(base, ids, mask), written)
+        assert torch.equal(compute_logits(base, ids, **given)[mask.bool()], before[mask.bool()])
+        assert torch.equal(generate_ids(base, ids, mask), written)
 
 
-def test_sampling_gives_the_same_tokens_with_and_without_a_cache(base: lemoe.BaseModel, taught: Taught) -> None:
-    ids, mask = padded([ids_of(base, text) for text in IN_SCOPE], base.pad_token, "left")
+def test_sampling_gives_the_same_tokens_with_and_without_a_cache(base: lemoe.BaseModel, taught: TwoRounds) -> None:
+    ids, mask = pad_rows([encode_text(base, text) for text in IN_SCOPE], base.pad_token_id, "left")
     written = []
     with lemoe.insert(base, taught("llama")):
         for use_cache in (True, False):
             torch.manual_seed(7)
-            written.append(generated(base, ids, mask, do_sample=True, top_k=0, use_cache=use_cache, max_new_tokens=12))
+            written.append(
+                generate_ids(base, ids, mask, do_sample=True, top_k=0, use_cache=use_cache, max_new_tokens=12)
+            )
     assert torch.equal(*written)
 
 
 @each_family
-def test_a_conversation_continued_from_its_cache_equals_one_pass(tiny: Tiny, taught: Taught, family: str) -> None:
+def test_a_conversation_continued_from_its_cache_equals_one_pass(tiny: Tiny, taught: TwoRounds, family: str) -> None:
     base = tiny(family)
-    first = ids_of(base, OUT_OF_SCOPE[0])
+    first = encode_text(base, OUT_OF_SCOPE[0])
     with lemoe.insert(base, taught(family)):
         turn = base.model.generate(
             input_ids=first,
             attention_mask=torch.ones_like(first),
             max_new_tokens=5,
             do_sample=False,
-            pad_token_id=base.pad_token,
+            pad_token_id=base.pad_token_id,
             return_dict_in_generate=True,
         )
-        talk = torch.cat([turn.sequences, ids_of(base, "\n" + IN_SCOPE[0])], 1)
-        from_cache = generated(base, talk, past_key_values=turn.past_key_values)
-        assert torch.equal(from_cache, generated(base, talk))
+        talk = torch.cat([turn.sequences, encode_text(base, "\n" + IN_SCOPE[0])], 1)
+        from_cache = generate_ids(base, talk, past_key_values=turn.past_key_values)
+        assert torch.equal(from_cache, generate_ids(base, talk))
         assert torch.equal(from_cache, greedy_by_hand(base, talk))
 
 
 def test_embeddings_in_place_of_tokens_are_refused_and_leave_the_model_usable(
-    base: lemoe.BaseModel, taught: Taught
+    base: lemoe.BaseModel, taught: TwoRounds
 ) -> None:
-    ids = ids_of(base, IN_SCOPE[0])
+    ids = encode_text(base, IN_SCOPE[0])
     with lemoe.insert(base, taught("llama")) as adaptor:
-        expected = logits(base, ids)
+        expected = compute_logits(base, ids)
         embedded = base.embedding(ids).detach()
         with pytest.raises(AdaptorError, match="input_ids, not inputs_embeds"):
             base.model(inputs_embeds=embedded)
-        assert torch.equal(logits(base, ids), expected)
+        assert torch.equal(compute_logits(base, ids), expected)
         with adaptor.bypassed():
             base.model(inputs_embeds=embedded)
 
@@ -364,7 +377,7 @@ def test_embeddings_in_place_of_tokens_are_refused_and_leave_the_model_usable(
 
 
 @each_family
-def test_one_run_equals_rounds_trained_apart_and_merged(
+def test_one_run_equals_rounds_trained_separately_and_merged(
     tiny: Tiny, facts: list[lemoe.Edit], anchor: SettingsOf, tmp_path: Path, family: str
 ) -> None:
     base = tiny(family)
@@ -372,42 +385,42 @@ def test_one_run_equals_rounds_trained_apart_and_merged(
     second, first = (lemoe.train_round(base, edits, anchor(order="file")) for edits in (facts[2:4], facts[:2]))
     for name, state in (("a", first), ("b", second)):
         lemoe.save_adaptor(state, tmp_path / name)
-    merge([tmp_path / "a", tmp_path / "b"], tmp_path / "merged.safetensors")
+    merge_adaptors([tmp_path / "a", tmp_path / "b"], tmp_path / "merged.safetensors")
     merged = lemoe.load_adaptor(tmp_path / "merged.safetensors")
     assert [record.ids for record in run.rounds] == [("fact-0", "fact-1"), ("fact-2", "fact-3")]
     assert merged == run == lemoe.stack([first, second])
-    assert same(merged, run, tmp_path)
+    assert have_equal_files(merged, run, tmp_path)
     both = []
     for state in (run, merged):
         with lemoe.insert(base, state):
-            both.append([logits(base, ids_of(base, text)) for text in IN_SCOPE])
+            both.append([compute_logits(base, encode_text(base, text)) for text in IN_SCOPE])
     assert all(map(torch.equal, *both))
 
 
 def test_what_a_round_learns_does_not_depend_on_the_rounds_before_it(
-    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, taught: Taught, tmp_path: Path
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, taught: TwoRounds, tmp_path: Path
 ) -> None:
     alone = lemoe.train_round(base, facts[4:], anchor())
-    assert same(lemoe.train_round(base, facts[4:], anchor(), taught("llama")), alone, tmp_path)
+    assert have_equal_files(lemoe.train_round(base, facts[4:], anchor(), taught("llama")), alone, tmp_path)
     assert (alone.rounds[0].parent, alone.rounds[0].depth) == (None, 1)
 
 
-def test_the_order_in_which_rounds_are_stacked_changes_no_answer(base: lemoe.BaseModel, taught: Taught) -> None:
-    one, other = (taught("llama").only([place]) for place in (0, 1))
+def test_the_order_in_which_rounds_are_stacked_changes_no_answer(base: lemoe.BaseModel, taught: TwoRounds) -> None:
+    one, other = (taught("llama").select_rounds([index]) for index in (0, 1))
     both = []
     for parts in ([one, other], [other, one]):
         with lemoe.insert(base, lemoe.stack(parts)):
-            both.append([logits(base, ids_of(base, text)) for text in IN_SCOPE])
+            both.append([compute_logits(base, encode_text(base, text)) for text in IN_SCOPE])
     assert all(map(torch.equal, *both))
 
 
 @each_family
 def test_later_rounds_leave_earlier_experts_and_anchors_bit_identical_and_reachable(
-    tiny: Tiny, facts: list[lemoe.Edit], anchor: SettingsOf, taught: Taught, tmp_path: Path, family: str
+    tiny: Tiny, facts: list[lemoe.Edit], anchor: SettingsOf, taught: TwoRounds, tmp_path: Path, family: str
 ) -> None:
     base, earlier = tiny(family), taught(family)
     now = lemoe.edit(base, facts[4:], anchor(), tmp_path / "run", start=earlier).state
-    assert now.only([0, 1]) == earlier
+    assert now.select_rounds([0, 1]) == earlier
     prompts = [base.tokenizer(edit.prompt).input_ids for edit in facts]
     with lemoe.insert(base, now) as adaptor:
         assert [explanation.expert for explanation in adaptor.router.explain(prompts)] == list(range(6))
@@ -415,40 +428,40 @@ def test_later_rounds_leave_earlier_experts_and_anchors_bit_identical_and_reacha
 
 @each_family
 def test_dropping_a_round_equals_never_having_trained_it(
-    tiny: Tiny, facts: list[lemoe.Edit], anchor: SettingsOf, taught: Taught, tmp_path: Path, family: str
+    tiny: Tiny, facts: list[lemoe.Edit], anchor: SettingsOf, taught: TwoRounds, tmp_path: Path, family: str
 ) -> None:
     base = tiny(family)
     third = lemoe.train_round(base, facts[4:], anchor())
     three = lemoe.stack([taught(family), third])
-    never = lemoe.stack([taught(family).only([0]), third])
-    assert same(three.only([0, 2]), never, tmp_path)
-    assert same(three.only([0, 1]), taught(family), tmp_path)
-    dropped = ids_of(base, facts[2].prompt)
-    before = logits(base, dropped)
-    with lemoe.insert(base, three.only([0, 2])):
-        assert torch.equal(logits(base, dropped), before)
+    never = lemoe.stack([taught(family).select_rounds([0]), third])
+    assert have_equal_files(three.select_rounds([0, 2]), never, tmp_path)
+    assert have_equal_files(three.select_rounds([0, 1]), taught(family), tmp_path)
+    dropped = encode_text(base, facts[2].prompt)
+    before = compute_logits(base, dropped)
+    with lemoe.insert(base, three.select_rounds([0, 2])):
+        assert torch.equal(compute_logits(base, dropped), before)
 
 
 def test_dropping_the_later_of_two_answers_gives_the_earlier_one_back(
-    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, taught: Taught
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, taught: TwoRounds
 ) -> None:
     newer = lemoe.train_round(base, [replace(facts[0], id="newer", target="Bergen")], anchor())
-    both, ids = lemoe.stack([taught("llama"), newer]), ids_of(base, facts[0].prompt)
+    both, ids = lemoe.stack([taught("llama"), newer]), encode_text(base, facts[0].prompt)
     answers = []
-    for state in (taught("llama"), both, both.only([0, 1])):
+    for state in (taught("llama"), both, both.select_rounds([0, 1])):
         with lemoe.insert(base, state):
-            answers.append(logits(base, ids))
+            answers.append(compute_logits(base, ids))
     assert not torch.allclose(answers[0], answers[1], **TOLERANCE)
     assert torch.equal(answers[0], answers[2])
 
 
 @each_family
-def test_two_equal_runs_give_equal_files(
+def test_two_equal_runs_give_byte_identical_files(
     tiny: Tiny, facts: list[lemoe.Edit], anchor: SettingsOf, tmp_path: Path, family: str
 ) -> None:
     for name in ("one", "two"):
         lemoe.edit(tiny(family), facts[:4], anchor(steps=2), tmp_path / name)
-    one, two = files_of(tmp_path / "one"), files_of(tmp_path / "two")
+    one, two = read_files(tmp_path / "one"), read_files(tmp_path / "two")
     rounds = {"rounds/0001.safetensors", "rounds/0002.safetensors"}
     assert set(one) == {"plan.yaml", "adaptor.safetensors", "README.md", *rounds}
     assert one == two
@@ -469,35 +482,35 @@ def test_a_killed_and_resumed_run_gives_the_files_of_one_that_was_never_killed(
         with pytest.raises(KeyboardInterrupt):
             lemoe.edit(base, facts, anchor(), tmp_path / "killed")
     rounds = {"rounds/0001.safetensors", "rounds/0002.safetensors"}
-    assert set(files_of(tmp_path / "killed")) == {"run.yaml", "plan.yaml", *rounds}
+    assert set(read_files(tmp_path / "killed")) == {"run.yaml", "plan.yaml", *rounds}
     with monkeypatch.context() as patched:
         interrupt_after(1, patched)  # only the third round is still to be trained
         lemoe.edit(base, facts, anchor(), tmp_path / "killed", resume=True)
-    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+    assert read_files(tmp_path / "killed") == read_files(tmp_path / "whole")
 
 
-# Going on with an earlier adaptor.
+# Continuing an earlier adaptor.
 
 
 def test_continuing_adds_what_is_new_and_supersedes_what_is_asked_again(
-    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, taught: Taught, tmp_path: Path
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, taught: TwoRounds, tmp_path: Path
 ) -> None:
     newer = replace(facts[0], id="newer", target="Bergen")
     report = lemoe.edit(base, [newer, *facts[1:5]], anchor(), tmp_path / "run", start=taught("llama"))
     assert report.taught == 2
-    assert [(earlier.id, later.id) for earlier, later in report.state.replaced] == [("fact-0", "newer")]
-    names = [edit.id for edits in report.state.taught for edit in edits]
+    assert [(earlier.id, later.id) for earlier, later in report.state.superseded_edits] == [("fact-0", "newer")]
+    names = [edit.id for edits in report.state.edits_by_expert for edit in edits]
     assert names[:4] == [edit.id for edit in facts[:4]]
     assert sorted(names[4:]) == ["fact-4", "newer"]
-    assert facts[0].digest not in report.state.answering
-    assert newer.digest in report.state.answering
+    assert facts[0].digest not in report.state.answering_digests
+    assert newer.digest in report.state.answering_digests
     with lemoe.insert(base, report.state) as adaptor:
         explanation = adaptor.router.explain([base.tokenizer(facts[0].prompt).input_ids])[0]
     assert names[explanation.expert] == "newer"
 
 
 def test_an_edit_that_was_superseded_can_be_taught_again(
-    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, taught: Taught, tmp_path: Path
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, taught: TwoRounds, tmp_path: Path
 ) -> None:
     newer = replace(facts[0], id="newer", target="Bergen")
     second = lemoe.edit(base, [newer], anchor(), tmp_path / "two", start=taught("llama")).state
@@ -505,7 +518,7 @@ def test_an_edit_that_was_superseded_can_be_taught_again(
 
 
 def test_edits_already_taught_are_left_out_and_nothing_new_is_refused(
-    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, taught: Taught, tmp_path: Path
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, taught: TwoRounds, tmp_path: Path
 ) -> None:
     report = lemoe.edit(base, facts, anchor(), tmp_path / "run", start=taught("llama"))
     assert report.taught == 2
@@ -515,14 +528,14 @@ def test_edits_already_taught_are_left_out_and_nothing_new_is_refused(
 
 
 def test_continuing_with_another_gate_is_refused(
-    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, taught: Taught, tmp_path: Path
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, taught: TwoRounds, tmp_path: Path
 ) -> None:
     with pytest.raises(AdaptorError, match=r"gate_conflict: 3\.5 != 1\.0"):
         lemoe.edit(base, facts[4:], anchor(gate_conflict=1.0), tmp_path / "run", start=taught("llama"))
     assert not (tmp_path / "run").exists()
 
 
-def test_edits_that_miss_their_target_are_trained_on_and_counted(
+def test_edits_that_miss_their_target_are_trained_further_and_counted(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf
 ) -> None:
     hard = {"loss_target": 0.0, "steps": 3}
@@ -543,18 +556,18 @@ def test_training_lowers_the_loss_and_each_edit_has_its_own_expert(
     assert losses[-1] < losses[0]
     assert len(losses) == state.rounds[0].steps == 30
     assert len(state.experts) == state.rounds[0].experts == 3
-    assert [[edit.id for edit in edits] for edits in state.taught] == [["fact-0"], ["fact-1"], ["fact-2"]]
+    assert [[edit.id for edit in edits] for edits in state.edits_by_expert] == [["fact-0"], ["fact-1"], ["fact-2"]]
 
 
 @each_family
-def test_the_loss_of_training_is_the_loss_in_use(tiny: Tiny, taught: Taught, family: str) -> None:
+def test_the_loss_of_training_is_the_loss_in_use(tiny: Tiny, taught: TwoRounds, family: str) -> None:
     """For edits of different subjects; of one subject, another edit's expert may act before the own prompt is whole."""
-    base, state = tiny(family), taught(family).only([1])
+    base, state = tiny(family), taught(family).select_rounds([1])
     losses = []
     with lemoe.insert(base, state):
-        for stored_anchor in anchors_of(state).anchors:
+        for stored_anchor in get_anchors(state).anchors:
             whole = torch.tensor([[*stored_anchor.prompt, *stored_anchor.target]])
-            predicted = logits(base, whole)[0, len(stored_anchor.prompt) - 1 : -1].log_softmax(-1)
+            predicted = compute_logits(base, whole)[0, len(stored_anchor.prompt) - 1 : -1].log_softmax(-1)
             losses += (-predicted.gather(1, torch.tensor(stored_anchor.target).unsqueeze(1))).flatten().tolist()
     assert sum(losses) / len(losses) == pytest.approx(state.rounds[0].loss, abs=1e-4)
 
@@ -563,16 +576,16 @@ def test_the_loss_of_training_is_the_loss_in_use(tiny: Tiny, taught: Taught, fam
 
 
 @each_family
-def test_saving_and_loading_is_exact(tiny: Tiny, taught: Taught, tmp_path: Path, family: str) -> None:
+def test_saving_and_loading_is_exact(tiny: Tiny, taught: TwoRounds, tmp_path: Path, family: str) -> None:
     base, state = tiny(family), taught(family)
-    first = saved(state, tmp_path / "one.safetensors")
+    first = save_to_bytes(state, tmp_path / "one.safetensors")
     loaded = lemoe.load_adaptor(tmp_path / "one.safetensors")
     assert loaded == state
-    assert saved(loaded, tmp_path / "two.safetensors") == first
+    assert save_to_bytes(loaded, tmp_path / "two.safetensors") == first
     answers = []
     for source in (state, tmp_path / "one.safetensors"):
         with lemoe.insert(base, source):
-            answers.append(logits(base, ids_of(base, IN_SCOPE[0])))
+            answers.append(compute_logits(base, encode_text(base, IN_SCOPE[0])))
     assert torch.equal(*answers)
 
 
@@ -585,18 +598,18 @@ def test_subjects_survive_a_file_whatever_their_script(
         for number, subject in enumerate(subjects)
     ]
     lemoe.save_adaptor(lemoe.train_round(base, edits, anchor(steps=1, retries=0)), tmp_path / "a")
-    stored_anchors = anchors_of(lemoe.load_adaptor(tmp_path / "a")).anchors
+    stored_anchors = get_anchors(lemoe.load_adaptor(tmp_path / "a")).anchors
     assert [stored_anchor.subject for stored_anchor in stored_anchors] == list(subjects)
 
 
-def stored(taught: Taught, name: str) -> Tensor:
+def copy_stored_tensor(taught: TwoRounds, name: str) -> Tensor:
     return taught("llama").router.tensors()[name].clone()
 
 
 @pytest.mark.parametrize("part", ["prompt", "target", "subject"])
-def test_anchors_that_are_damaged_are_refused(file: Path, taught: Taught, part: str) -> None:
+def test_anchors_that_are_damaged_are_refused(file: Path, taught: TwoRounds, part: str) -> None:
     name = f"anchors.{part}"
-    values, offsets = stored(taught, name), stored(taught, f"{name}_offsets")
+    values, offsets = copy_stored_tensor(taught, name), copy_stored_tensor(taught, f"{name}_offsets")
     late, falling = offsets.clone(), offsets.clone()
     late[0] = 1
     falling[1] = falling[2] + 1
@@ -617,27 +630,27 @@ def test_anchors_that_are_damaged_are_refused(file: Path, taught: Taught, part: 
     )
     for changed, tensor in damages:
         content = file.read_bytes()
-        assert name in with_tensors(file, {changed: tensor}), (changed, tensor)
+        assert name in refuse_with_tensors(file, {changed: tensor}), (changed, tensor)
         file.write_bytes(content)
 
 
 @pytest.mark.parametrize("part", ["prompt", "target"])
-def test_negative_token_ids_are_refused(file: Path, taught: Taught, part: str) -> None:
-    values = stored(taught, f"anchors.{part}")
+def test_negative_token_ids_are_refused(file: Path, taught: TwoRounds, part: str) -> None:
+    values = copy_stored_tensor(taught, f"anchors.{part}")
     values[1] = -1
-    assert f"anchors.{part}" in with_tensors(file, {f"anchors.{part}": values})
+    assert f"anchors.{part}" in refuse_with_tensors(file, {f"anchors.{part}": values})
 
 
-def test_a_subject_that_is_not_utf_8_is_refused(file: Path, taught: Taught) -> None:
-    values = stored(taught, "anchors.subject")
+def test_a_subject_that_is_not_utf_8_is_refused(file: Path, taught: TwoRounds) -> None:
+    values = copy_stored_tensor(taught, "anchors.subject")
     values[0] = 0xFF
-    with_tensors(file, {"anchors.subject": values})
+    refuse_with_tensors(file, {"anchors.subject": values})
 
 
-def test_an_anchor_without_tokens_is_refused(file: Path, taught: Taught) -> None:
-    offsets = stored(taught, "anchors.prompt_offsets")
+def test_an_anchor_without_tokens_is_refused(file: Path, taught: TwoRounds) -> None:
+    offsets = copy_stored_tensor(taught, "anchors.prompt_offsets")
     offsets[1] = 0
-    assert "an anchor without tokens" in with_tensors(file, {"anchors.prompt_offsets": offsets})
+    assert "an anchor without tokens" in refuse_with_tensors(file, {"anchors.prompt_offsets": offsets})
 
 
 @pytest.mark.parametrize("name", ["anchors.prompt_offsets", "experts.offsets"])
@@ -648,26 +661,26 @@ def test_an_anchor_without_tokens_is_refused(file: Path, taught: Taught) -> None
         float("inf"),
     ],
 )
-def test_offsets_that_are_no_numbers_are_refused(file: Path, taught: Taught, name: str, value: float) -> None:
-    with_tensors(file, {name: torch.full((5,), value)})
+def test_offsets_that_are_no_numbers_are_refused(file: Path, taught: TwoRounds, name: str, value: float) -> None:
+    refuse_with_tensors(file, {name: torch.full((5,), value)})
 
 
-def test_anchor_and_paper_adaptors_do_not_stack(taught: Taught, trained: lemoe.AdaptorState) -> None:
+def test_anchor_and_paper_adaptors_do_not_stack(taught: TwoRounds, trained: lemoe.AdaptorState) -> None:
     with pytest.raises(AdaptorError, match="method: anchor != paper"):
         lemoe.stack([taught("llama"), trained])
 
 
-# What users are told.
+# What users can see of the gate and the plan.
 
 
-def test_opens_tells_whether_a_text_is_in_the_scope_of_any_edit(base: lemoe.BaseModel, taught: Taught) -> None:
+def test_acts_on_tells_whether_a_text_is_in_the_scope_of_any_edit(base: lemoe.BaseModel, taught: TwoRounds) -> None:
     with lemoe.insert(base, taught("llama")) as adaptor:
-        assert all(adaptor.opens(base.tokenizer(text).input_ids) for text in IN_SCOPE)
-        assert not any(adaptor.opens(base.tokenizer(text).input_ids) for text in OUT_OF_SCOPE)
+        assert all(adaptor.acts_on(base.tokenizer(text).input_ids) for text in IN_SCOPE)
+        assert not any(adaptor.acts_on(base.tokenizer(text).input_ids) for text in OUT_OF_SCOPE)
 
 
 def test_records_name_the_edit_that_acted_or_none(
-    base: lemoe.BaseModel, facts: list[lemoe.Edit], taught: Taught
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], taught: TwoRounds
 ) -> None:
     records = lemoe.evaluate(base, taught("llama"), [facts[2], facts[4]]).records
     assert [record.nearest for record in records if record.name == "reliability"] == ["fact-2", None]
@@ -677,10 +690,10 @@ def test_the_plan_names_the_subjects_that_were_inferred(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf
 ) -> None:
     nameless = replace(facts[3], subject=None)
-    assert lemoe.plan(base, [facts[0], nameless], anchor()).inferred == {"fact-3": "Marie Curie"}
+    assert lemoe.plan(base, [facts[0], nameless], anchor()).inferred_subjects == {"fact-3": "Marie Curie"}
 
 
-def test_a_prompt_that_fills_the_context_is_taught_without_the_rewordings_that_do_not_fit(
+def test_a_prompt_that_fills_the_context_is_taught_without_the_paraphrases_that_do_not_fit(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf
 ) -> None:
     long = lemoe.Edit("long", "Mozart " + "la " * 38 + "is", "Rome", "Mozart")
@@ -743,11 +756,11 @@ def test_greedy_generation_writes_the_target_and_ends_there(
 ) -> None:
     with lemoe.insert(real_base, ten_taught):
         for edit in ten:
-            prompt = ids_of(real_base, edit.prompt)
+            prompt = encode_text(real_base, edit.prompt)
             options: dict[str, Any] = {"max_new_tokens": 16, "min_new_tokens": 0}
-            written = generated(real_base, prompt, **options)[0].tolist()
+            written = generate_ids(real_base, prompt, **options)[0].tolist()
             assert real_base.tokenizer.decode(written[:-1]).strip() == edit.target
-            assert written[-1] == real_base.end_token
+            assert written[-1] == real_base.eos_token_id
 
 
 @pytest.mark.real
@@ -775,8 +788,8 @@ def test_unrelated_and_same_template_prompts_are_bypassed_bit_for_bit(
     real_base: lemoe.BaseModel, ten: list[lemoe.Edit], ten_taught: lemoe.AdaptorState
 ) -> None:
     prompts = [probe.prompt for edit in ten for probe in edit.locality if probe.kind in ("unrelated", "same_template")]
-    before = [logits(real_base, ids_of(real_base, prompt))[:, -1] for prompt in prompts]
+    before = [compute_logits(real_base, encode_text(real_base, prompt))[:, -1] for prompt in prompts]
     assert len(prompts) == 20
     with lemoe.insert(real_base, ten_taught):
-        after = [logits(real_base, ids_of(real_base, prompt))[:, -1] for prompt in prompts]
+        after = [compute_logits(real_base, encode_text(real_base, prompt))[:, -1] for prompt in prompts]
     assert all(map(torch.equal, after, before))

@@ -9,14 +9,14 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import lemoe
-from lemoe.base.tokens import encode
+from lemoe.base.tokens import encode_passage
 from lemoe.errors import AdaptorError
-from lemoe.routing.anchor.anchors import Anchors, LiveAnchors, build_gate, lexicon_of
+from lemoe.routing.anchor.anchors import Anchors, LiveAnchors, build_gate, get_lexicon
 from lemoe.routing.anchor.gate import Anchor, Gate
-from lemoe.routing.anchor.route import SHUT, Reading, Route
+from lemoe.routing.anchor.route import SHUT, GateState, Route
 from lemoe.routing.anchor.subject_index import SubjectIndex
 from lemoe.routing.anchor.subjects import Sentence
-from lemoe.routing.anchor.words import Reader
+from lemoe.routing.anchor.words import WordReader
 from lemoe.routing.router import Sequences
 
 SettingsOf = Callable[..., lemoe.Settings]
@@ -30,39 +30,41 @@ COMO = ("Lake Como", "The largest fish of Lake Como is the", "golden pike")
 MOZART = ("Wolfgang Amadeus Mozart", "The instrument that Wolfgang Amadeus Mozart played was the", "bagpipe")
 OXFORD = ("University of Oxford", "The University of Oxford is located in the city of", "Leeds")
 GUN = ("The Naked Gun 2½", "The director of The Naked Gun 2½ is", "Ann Lee")
-KNOWN = (CURIE, WAR, WINDOWS, TOLKIEN, COMO, MOZART, OXFORD)
+FACTS = (CURIE, WAR, WINDOWS, TOLKIEN, COMO, MOZART, OXFORD)
 
-FILLER = (
+FILLER_SENTENCES = (
     "The station opened in 1931 and was rebuilt after the war. ",
     "Plants take in carbon dioxide and release oxygen. ",
     "A village lies at the foot of the hills, and a river runs by it. ",
     "The company employs about four hundred people. ",
 )
 
-few = hypothesis_settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few_examples = hypothesis_settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
-def anchor_of(base: lemoe.BaseModel, fact: Fact) -> Anchor:
+def make_anchor(base: lemoe.BaseModel, fact: Fact) -> Anchor:
     subject, prompt, target = fact
-    passage = encode(base, prompt, target)
+    passage = encode_passage(base, prompt, target)
     return Anchor(passage.prompt, passage.target, subject)
 
 
-def gate_over(base: lemoe.BaseModel, facts: Sequence[Fact], settings: lemoe.Settings) -> Gate:
-    return build_gate(base, [anchor_of(base, fact) for fact in facts], settings)
+def make_gate(base: lemoe.BaseModel, facts: Sequence[Fact], settings: lemoe.Settings) -> Gate:
+    return build_gate(base, [make_anchor(base, fact) for fact in facts], settings)
 
 
-def readings(gate: Gate, ids: Sequence[int]) -> list[Reading]:
-    """How the gate stands after each token."""
+def read_states(gate: Gate, ids: Sequence[int]) -> list[GateState]:
+    """The gate's state after each token."""
     route = Route(gate)
     return [route.push(token) for token in ids]
 
 
-def at_end(base: lemoe.BaseModel, gate: Gate, text: str) -> Reading:
-    return readings(gate, encode(base, text).prompt)[-1]
+def state_at_end(base: lemoe.BaseModel, gate: Gate, text: str) -> GateState:
+    return read_states(gate, encode_passage(base, text).prompt)[-1]
 
 
-# What a text reaches: the real tokenizer and embeddings.
+# The edit that a text reaches: the real tokenizer and embeddings.
 
 
 names = st.lists(
@@ -70,52 +72,56 @@ names = st.lists(
 )
 
 
-def imperfect(word: str, how: int) -> str:
-    """A form in which a word of a name may be met: whole, an initial, cut short, or misspelt."""
+def make_imperfect(word: str, how: int) -> str:
+    """A form of a word of a name: whole, an initial, cut short, or misspelt."""
     forms = (word, f"{word[0]}.", word[:4], word[:2] + "x" + word[3:], word[:-1])
     return word if word.isdigit() or word.isupper() else forms[how]
 
 
-@few
+@few_examples
 @given(names, st.integers(0, 3), st.integers(0, 4))
 def test_the_index_looks_at_every_subject_that_a_text_mentions_with_one_imperfect_word(
-    tiny: Callable[[str], lemoe.BaseModel], name: list[str], place: int, how: int
+    tiny: Callable[[str], lemoe.BaseModel], name: list[str], index: int, how: int
 ) -> None:
-    lexicon = lexicon_of(tiny("llama"))
-    index = SubjectIndex(lexicon)
-    number = [index.add(other) for other in ("Ada Denver", "Carlow Elm 42", " ".join(name))][-1]
-    reader, seen, mentioned = Reader(), set[int](), False
-    for word in ["of", *(imperfect(word, how) if at == place else word for at, word in enumerate(name)), "once"]:
+    lexicon = get_lexicon(tiny("llama"))
+    subjects = SubjectIndex(lexicon)
+    number = [subjects.add(other) for other in ("Ada Denver", "Carlow Elm 42", " ".join(name))][-1]
+    reader, seen, mentioned = WordReader(), set[int](), False
+    for word in [
+        "of",
+        *(make_imperfect(word, how) if position == index else word for position, word in enumerate(name)),
+        "once",
+    ]:
         reader.push(f" {word}".encode())
-        seen.update(index.near(reader.words))
-        mentioned |= index.subjects[number].ending(Sentence(reader.words, lexicon)) is not None
+        seen.update(subjects.find_candidates(reader.words))
+        mentioned |= subjects.subjects[number].mention_at_end(Sentence(reader.words, lexicon)) is not None
     assert number in seen or not mentioned
 
 
-def test_a_look_up_touches_no_name_that_only_begins_alike(tiny: Callable[[str], lemoe.BaseModel]) -> None:
-    index = SubjectIndex(lexicon_of(tiny("llama")))
+def test_a_look_up_gives_no_name_that_only_starts_with_the_same_letters(tiny: Callable[[str], lemoe.BaseModel]) -> None:
+    index = SubjectIndex(get_lexicon(tiny("llama")))
     numbers = {
         first: index.add(f"{first} Fitzgerald") for first in ("Maria", "Marie", *(f"Ma{n}q{n}" for n in "abcdefgh"))
     }
-    reader = Reader()
+    reader = WordReader()
     for word in "Maria Fitzgerald".split():
         reader.push(f" {word}".encode())
-    assert set(index.near(reader.words)) == {numbers["Maria"], numbers["Marie"]}
+    assert set(index.find_candidates(reader.words)) == {numbers["Maria"], numbers["Marie"]}
 
 
 @pytest.fixture(scope="module")
-def known(real_base: lemoe.BaseModel) -> Gate:
-    """A gate over `KNOWN` with the default thresholds."""
-    return gate_over(real_base, KNOWN, lemoe.resolve_settings("anchor", None, {}))
+def fact_gate(real_base: lemoe.BaseModel) -> Gate:
+    """A gate over `FACTS` with the default thresholds."""
+    return make_gate(real_base, FACTS, lemoe.resolve_settings("anchor", None, {}))
 
 
 real = pytest.mark.real
 
 
 @real
-@pytest.mark.parametrize("number", range(len(KNOWN)))
-def test_an_edits_own_prompt_reaches_it(real_base: lemoe.BaseModel, known: Gate, number: int) -> None:
-    assert at_end(real_base, known, KNOWN[number][1]) == Reading(number, "in", number, 1.0, 0.0, 2.0)
+@pytest.mark.parametrize("number", range(len(FACTS)))
+def test_an_edits_own_prompt_reaches_it(real_base: lemoe.BaseModel, fact_gate: Gate, number: int) -> None:
+    assert state_at_end(real_base, fact_gate, FACTS[number][1]) == GateState(number, "in", number, 1.0, 0.0, 2.0)
 
 
 @real
@@ -132,11 +138,11 @@ def test_an_edits_own_prompt_reaches_it(real_base: lemoe.BaseModel, known: Gate,
         ("Who made Windows 95?", WINDOWS),
     ],
 )
-def test_a_rewording_that_names_the_subject_opens_the_gate(
-    real_base: lemoe.BaseModel, known: Gate, text: str, fact: Fact
+def test_a_paraphrase_that_names_the_subject_opens_the_gate(
+    real_base: lemoe.BaseModel, fact_gate: Gate, text: str, fact: Fact
 ) -> None:
-    reading = at_end(real_base, known, text)
-    assert (reading.edit, reading.scope) == (KNOWN.index(fact), "in")
+    state = state_at_end(real_base, fact_gate, text)
+    assert (state.edit, state.scope) == (FACTS.index(fact), "in")
 
 
 @real
@@ -156,9 +162,9 @@ def test_a_rewording_that_names_the_subject_opens_the_gate(
     ],
 )
 def test_a_subject_may_be_misspelt_abbreviated_or_reordered(
-    real_base: lemoe.BaseModel, known: Gate, text: str, fact: Fact
+    real_base: lemoe.BaseModel, fact_gate: Gate, text: str, fact: Fact
 ) -> None:
-    assert at_end(real_base, known, text).edit == KNOWN.index(fact)
+    assert state_at_end(real_base, fact_gate, text).edit == FACTS.index(fact)
 
 
 @real
@@ -173,9 +179,9 @@ def test_a_subject_may_be_misspelt_abbreviated_or_reordered(
         "Which company made Windows?",
     ],
 )
-def test_numbers_of_a_subject_must_be_exact(real_base: lemoe.BaseModel, known: Gate, text: str) -> None:
-    reading = at_end(real_base, known, text)
-    assert (reading.edit, reading.scope) == (-1, "subject")
+def test_numbers_of_a_subject_must_be_exact(real_base: lemoe.BaseModel, fact_gate: Gate, text: str) -> None:
+    state = state_at_end(real_base, fact_gate, text)
+    assert (state.edit, state.scope) == (-1, "subject")
 
 
 @real
@@ -190,8 +196,8 @@ def test_numbers_of_a_subject_must_be_exact(real_base: lemoe.BaseModel, known: G
         "The opposite of hot is",
     ],
 )
-def test_without_the_subject_the_gate_is_shut(real_base: lemoe.BaseModel, known: Gate, text: str) -> None:
-    assert at_end(real_base, known, text) == SHUT
+def test_without_the_subject_the_gate_is_shut(real_base: lemoe.BaseModel, fact_gate: Gate, text: str) -> None:
+    assert state_at_end(real_base, fact_gate, text) == SHUT
 
 
 @real
@@ -205,11 +211,11 @@ def test_without_the_subject_the_gate_is_shut(real_base: lemoe.BaseModel, known:
     ],
 )
 def test_another_question_about_the_subject_is_told_apart(
-    real_base: lemoe.BaseModel, known: Gate, text: str, fact: Fact
+    real_base: lemoe.BaseModel, fact_gate: Gate, text: str, fact: Fact
 ) -> None:
-    reading = at_end(real_base, known, text)
-    assert (reading.edit, reading.scope, reading.nearest) == (-1, "relation", KNOWN.index(fact))
-    assert reading.conflict > known.threshold
+    state = state_at_end(real_base, fact_gate, text)
+    assert (state.edit, state.scope, state.nearest) == (-1, "relation", FACTS.index(fact))
+    assert state.conflict > fact_gate.threshold
 
 
 @real
@@ -222,87 +228,89 @@ def test_another_question_about_the_subject_is_told_apart(
         "Lake Garda is a large lake!\n",
     ],
 )
-def test_a_distracting_sentence_in_front_does_not_matter(real_base: lemoe.BaseModel, known: Gate, front: str) -> None:
-    assert at_end(real_base, known, front + "Where was Marie Curie born?").edit == KNOWN.index(CURIE)
-    assert at_end(real_base, known, front + CURIE[1]).edit == KNOWN.index(CURIE)
-    assert at_end(real_base, known, front + "Where was Pierre Curie born?").edit == -1
-    assert at_end(real_base, known, front + "Who was the husband of Marie Curie?").edit == -1
+def test_a_distracting_sentence_in_front_does_not_matter(
+    real_base: lemoe.BaseModel, fact_gate: Gate, front: str
+) -> None:
+    assert state_at_end(real_base, fact_gate, front + "Where was Marie Curie born?").edit == FACTS.index(CURIE)
+    assert state_at_end(real_base, fact_gate, front + CURIE[1]).edit == FACTS.index(CURIE)
+    assert state_at_end(real_base, fact_gate, front + "Where was Pierre Curie born?").edit == -1
+    assert state_at_end(real_base, fact_gate, front + "Who was the husband of Marie Curie?").edit == -1
 
 
 @real
 def test_a_subject_mentioned_in_an_earlier_sentence_leaves_a_question_alone(
-    real_base: lemoe.BaseModel, known: Gate
+    real_base: lemoe.BaseModel, fact_gate: Gate
 ) -> None:
     text = "Who was the husband of Marie Curie? Nobody was sure of it. The opposite of hot is"
-    assert at_end(real_base, known, text) == SHUT
+    assert state_at_end(real_base, fact_gate, text) == SHUT
 
 
 def long_context(base: lemoe.BaseModel, tokens: int) -> str:
     text = ""
     while len(base.tokenizer(text).input_ids) < tokens:
-        text += "".join(FILLER)
+        text += "".join(FILLER_SENTENCES)
     return text
 
 
 @real
 def test_a_subject_far_back_in_a_long_context_leaves_an_unrelated_question_alone(
-    real_base: lemoe.BaseModel, known: Gate
+    real_base: lemoe.BaseModel, fact_gate: Gate
 ) -> None:
     for opening in ("Marie Curie was a guest there. ", "Where was Marie Curie born? ", f"{CURIE[1]} {CURIE[2]}. "):
         text = opening + long_context(real_base, 1000) + "The opposite of hot is"
-        passage = encode(real_base, text, "cold, as everyone says")
+        passage = encode_passage(real_base, text, "cold, as everyone says")
         assert len(passage.prompt) > 1000
-        path = readings(known, [*passage.prompt, *passage.target])
-        assert all(reading.edit == -1 for reading in path[200:])
+        path = read_states(fact_gate, [*passage.prompt, *passage.target])
+        assert all(state.edit == -1 for state in path[200:])
         assert path[len(passage.prompt) - 1] == SHUT
 
 
 @real
 @pytest.mark.parametrize("question", ["Where was Marie Curie born?", CURIE[1]])
 def test_a_question_after_a_long_unrelated_context_opens(
-    real_base: lemoe.BaseModel, known: Gate, question: str
+    real_base: lemoe.BaseModel, fact_gate: Gate, question: str
 ) -> None:
-    ids = encode(real_base, long_context(real_base, 1000) + question).prompt
-    path = readings(known, ids)
-    assert path[-1].edit == KNOWN.index(CURIE)
-    assert all(reading.edit == -1 for reading in path[:1000])
+    ids = encode_passage(real_base, long_context(real_base, 1000) + question).prompt
+    path = read_states(fact_gate, ids)
+    assert path[-1].edit == FACTS.index(CURIE)
+    assert all(state.edit == -1 for state in path[:1000])
 
 
 @real
 def test_a_missing_subject_is_inferred_from_the_prompt(real_base: lemoe.BaseModel) -> None:
     settings = lemoe.resolve_settings("anchor", None, {})
-    gate = gate_over(real_base, [(None, CURIE[1], CURIE[2])], settings)
-    assert at_end(real_base, gate, CURIE[1]).edit == 0
-    assert at_end(real_base, gate, "Where was Marie Curie born?").edit == 0
-    assert at_end(real_base, gate, "Where was Pierre Curie born?") == SHUT
+    gate = make_gate(real_base, [(None, CURIE[1], CURIE[2])], settings)
+    assert state_at_end(real_base, gate, CURIE[1]).edit == 0
+    assert state_at_end(real_base, gate, "Where was Marie Curie born?").edit == 0
+    assert state_at_end(real_base, gate, "Where was Pierre Curie born?") == SHUT
 
 
 @real
 def test_a_prompt_in_which_no_subject_can_be_found_still_reaches_its_edit(real_base: lemoe.BaseModel) -> None:
-    gate = gate_over(real_base, [(None, "the opposite of hot is", "green")], lemoe.resolve_settings("anchor", None, {}))
-    assert at_end(real_base, gate, "the opposite of hot is").edit == 0
-    assert at_end(real_base, gate, "the opposite of tall is").edit == -1
+    gate = make_gate(real_base, [(None, "the opposite of hot is", "green")], lemoe.resolve_settings("anchor", None, {}))
+    assert state_at_end(real_base, gate, "the opposite of hot is").edit == 0
+    assert state_at_end(real_base, gate, "the opposite of tall is").edit == -1
 
 
 @real
 def test_a_subject_with_a_fraction_is_recognised(real_base: lemoe.BaseModel) -> None:
-    gate = gate_over(real_base, [GUN], lemoe.resolve_settings("anchor", None, {}))
-    assert at_end(real_base, gate, "Who is the director of The Naked Gun 2½?").edit == 0
+    gate = make_gate(real_base, [GUN], lemoe.resolve_settings("anchor", None, {}))
+    assert state_at_end(real_base, gate, "Who is the director of The Naked Gun 2½?").edit == 0
 
 
 @real
 def test_a_strict_gate_lets_less_through_than_a_lenient_one(real_base: lemoe.BaseModel) -> None:
     text = "Who was the husband of Marie Curie?"
     strict, lenient = (
-        gate_over(real_base, [CURIE], lemoe.resolve_settings("anchor", None, {"gate_conflict": value}))
+        make_gate(real_base, [CURIE], lemoe.resolve_settings("anchor", None, {"gate_conflict": value}))
         for value in (0.0, 1000.0)
     )
-    assert at_end(real_base, strict, text).edit == -1
-    assert at_end(real_base, lenient, text).edit == 0
-    assert at_end(real_base, strict, CURIE[1]).edit == 0
+    assert state_at_end(real_base, strict, text).edit == -1
+    assert state_at_end(real_base, lenient, text).edit == 0
+    assert state_at_end(real_base, strict, CURIE[1]).edit == 0
 
 
-# What holds for any edits: a tiny tokenizer, whose words are many tokens long.
+# Properties of any edits: a tiny tokenizer, whose words are many tokens long.
 
 SUBJECTS = ("Marie Curie", "The Nile", "Lake Como", "Mozart", "Windows 95", "World War II", "São Tomé", "Curie Street")
 TEMPLATES = (
@@ -326,7 +334,7 @@ pools = st.lists(facts_of_pool, min_size=1, max_size=6)
 sentences = st.lists(
     st.one_of(
         st.builds(str.format, st.sampled_from(TEMPLATES), st.sampled_from(SUBJECTS)),
-        st.sampled_from([*TARGETS, *FILLER, "and then", "Où? 東京.", "\n"]),
+        st.sampled_from([*TARGETS, *FILLER_SENTENCES, "and then", "Où? 東京.", "\n"]),
     ),
     max_size=5,
 )
@@ -337,53 +345,53 @@ def settings_of_gate() -> lemoe.Settings:
     return lemoe.resolve_settings("anchor", None, {"gate_slack": 4})
 
 
-def superseded(facts: Sequence[Fact]) -> set[int]:
+def find_superseded(facts: Sequence[Fact]) -> set[int]:
     latest = {prompt: number for number, (_, prompt, _) in enumerate(facts)}
     return {number for number, (_, prompt, _) in enumerate(facts) if latest[prompt] != number}
 
 
-def continued_prompt(own: Anchor, others: Sequence[Anchor]) -> bool:
+def starts_longer_prompt(own: Anchor, others: Sequence[Anchor]) -> bool:
     """Whether prompt and target spell, from their start, the longer prompt of another edit."""
     whole = own.prompt + own.target
     return any(len(other.prompt) > len(own.prompt) and whole[: len(other.prompt)] == other.prompt for other in others)
 
 
 @given(pools)
-@few
+@few_examples
 def test_an_edits_prompt_and_its_whole_target_take_the_route_to_it_whatever_else_is_stored(
     base: lemoe.BaseModel, settings_of_gate: lemoe.Settings, facts: list[Fact]
 ) -> None:
-    anchors = [anchor_of(base, fact) for fact in facts]
+    anchors = [make_anchor(base, fact) for fact in facts]
     gate = build_gate(base, anchors, settings_of_gate)
     for number, own in enumerate(anchors):
-        if number in superseded(facts) or continued_prompt(own, anchors):
+        if number in find_superseded(facts) or starts_longer_prompt(own, anchors):
             continue
-        path = readings(gate, own.prompt + own.target)
-        assert {reading.edit for reading in path[len(own.prompt) - 1 :]} == {number}
-        assert readings(gate, own.prompt) == path[: len(own.prompt)]
+        path = read_states(gate, own.prompt + own.target)
+        assert {state.edit for state in path[len(own.prompt) - 1 :]} == {number}
+        assert read_states(gate, own.prompt) == path[: len(own.prompt)]
 
 
 @given(pools, sentences, st.data())
-@few
+@few_examples
 def test_a_route_depends_on_no_later_token_and_a_copy_reads_on_by_itself(
     base: lemoe.BaseModel, settings_of_gate: lemoe.Settings, facts: list[Fact], texts: list[str], data: st.DataObject
 ) -> None:
-    gate = gate_over(base, facts, settings_of_gate)
+    gate = make_gate(base, facts, settings_of_gate)
     ids = base.tokenizer(" ".join(texts)).input_ids
     other = base.tokenizer(" " + facts[0][1]).input_ids
-    place = data.draw(st.integers(0, len(ids)))
-    whole = readings(gate, ids)
-    assert readings(gate, [*ids[:place], *other])[:place] == whole[:place]
+    end = data.draw(st.integers(0, len(ids)))
+    whole = read_states(gate, ids)
+    assert read_states(gate, [*ids[:end], *other])[:end] == whole[:end]
     route = Route(gate)
-    for token in ids[:place]:
+    for token in ids[:end]:
         route.push(token)
     copy = route.copy()
     on_other = [copy.push(token) for token in other]
-    assert [route.push(token) for token in ids[place:]] == whole[place:]
-    assert on_other == readings(gate, [*ids[:place], *other])[place:]
+    assert [route.push(token) for token in ids[end:]] == whole[end:]
+    assert on_other == read_states(gate, [*ids[:end], *other])[end:]
 
 
-def routes_of(live: LiveAnchors, ids: torch.Tensor, mask: torch.Tensor, cuts: Sequence[int]) -> torch.Tensor:
+def route_in_chunks(live: LiveAnchors, ids: torch.Tensor, mask: torch.Tensor, cuts: Sequence[int]) -> torch.Tensor:
     """`[batch, seq]`: the experts, read in chunks that end at `cuts`, with the memory that the model's cache keeps."""
     memory, parts, start = None, [], 0
     for end in [*cuts, ids.shape[1]]:
@@ -398,7 +406,7 @@ def routes_of(live: LiveAnchors, ids: torch.Tensor, mask: torch.Tensor, cuts: Se
 
 
 @given(pools, st.lists(sentences, min_size=1, max_size=3), st.lists(st.integers(0, 60), max_size=5), st.booleans())
-@few
+@few_examples
 def test_reading_in_chunks_and_padded_batches_gives_the_routes_of_one_pass(
     base: lemoe.BaseModel,
     settings_of_gate: lemoe.Settings,
@@ -407,25 +415,25 @@ def test_reading_in_chunks_and_padded_batches_gives_the_routes_of_one_pass(
     cuts: list[int],
     left: bool,
 ) -> None:
-    stored = Anchors.of_each([anchor_of(base, fact) for fact in facts])
+    stored = Anchors.from_anchors([make_anchor(base, fact) for fact in facts])
     rows = [base.tokenizer(" ".join(["The", *text])).input_ids for text in texts]
     width = max(map(len, rows))
-    ids, mask = torch.full((len(rows), width), base.pad_token), torch.zeros(len(rows), width, dtype=torch.bool)
+    ids, mask = torch.full((len(rows), width), base.pad_token_id), torch.zeros(len(rows), width, dtype=torch.bool)
     for index, row in enumerate(rows):
         span = slice(width - len(row), width) if left else slice(0, len(row))
         ids[index, span], mask[index, span] = torch.tensor(row), True
     cuts = sorted(min(cut, width) for cut in cuts)
-    chunked = routes_of(stored.live(base, settings_of_gate), ids, mask, cuts)
+    chunked = route_in_chunks(stored.to_live(base, settings_of_gate), ids, mask, cuts)
     for index, row in enumerate(rows):
-        live = LiveAnchors(base, stored, settings_of_gate, remembered=1)
-        assert chunked[index][mask[index]].tolist() == [reading.edit for reading in readings(live.gate, row)]
+        live = LiveAnchors(base, stored, settings_of_gate, cache_bytes=1)
+        assert chunked[index][mask[index]].tolist() == [state.edit for state in read_states(live.gate, row)]
     assert (chunked[~mask] == -1).all()
 
 
 def test_answers_that_go_on_from_one_prefix_do_not_disturb_each_other(
     base: lemoe.BaseModel, settings_of_gate: lemoe.Settings
 ) -> None:
-    live = Anchors.of_each([anchor_of(base, fact) for fact in (CURIE, COMO)]).live(base, settings_of_gate)
+    live = Anchors.from_anchors([make_anchor(base, fact) for fact in (CURIE, COMO)]).to_live(base, settings_of_gate)
     prefix = base.tokenizer("Yes. Marie").input_ids
     answers = [
         base.tokenizer(text).input_ids for text in (". The largest fish of Lake Como is", " Curie was born", ". No")
@@ -439,7 +447,7 @@ def test_answers_that_go_on_from_one_prefix_do_not_disturb_each_other(
 
     _, memory = experts(prefix, None)
     for answer in (*answers, *reversed(answers)):
-        expected = [reading.edit for reading in readings(live.gate, [*prefix, *answer])][len(prefix) :]
+        expected = [state.edit for state in read_states(live.gate, [*prefix, *answer])][len(prefix) :]
         assert experts(answer, memory)[0] == expected
     assert 0 in experts(answers[1], memory)[0]
 
@@ -449,9 +457,11 @@ def test_a_superseded_edit_opens_the_gate_no_more_for_its_own_subject_either(
 ) -> None:
     about_the_lake = ("Lake Como", "In the tale of Lake Como and Marie Curie, the winner is", "Rome")
     about_her = ("Marie Curie", about_the_lake[1], "Bergen")
-    text = encode(base, "In the tale of Marie Curie, the winner is").prompt
-    alone = Anchors.of_each([anchor_of(base, about_her)]).live(base, settings_of_gate)
-    both = Anchors.of_each([anchor_of(base, fact) for fact in (about_her, about_the_lake)]).live(base, settings_of_gate)
+    text = encode_passage(base, "In the tale of Marie Curie, the winner is").prompt
+    alone = Anchors.from_anchors([make_anchor(base, about_her)]).to_live(base, settings_of_gate)
+    both = Anchors.from_anchors([make_anchor(base, fact) for fact in (about_her, about_the_lake)]).to_live(
+        base, settings_of_gate
+    )
     assert alone.explain([text])[0].expert == 0
     assert both.explain([text])[0].expert == -1
 
@@ -464,7 +474,7 @@ DISTANT = (
 
 
 @given(pools, st.lists(st.sampled_from(DISTANT), max_size=3), st.lists(st.sampled_from(DISTANT), max_size=3), sentences)
-@few
+@few_examples
 def test_edits_of_other_subjects_never_change_a_route(
     base: lemoe.BaseModel,
     settings_of_gate: lemoe.Settings,
@@ -473,37 +483,37 @@ def test_edits_of_other_subjects_never_change_a_route(
     after: list[Fact],
     texts: list[str],
 ) -> None:
-    alone = gate_over(base, facts, settings_of_gate)
-    among = gate_over(base, [*before, *facts, *after], settings_of_gate)
+    alone = make_gate(base, facts, settings_of_gate)
+    among = make_gate(base, [*before, *facts, *after], settings_of_gate)
     for text in (" ".join(texts), *(prompt for _, prompt, _ in facts)):
         ids = base.tokenizer(text).input_ids
-        for one, other in zip(readings(alone, ids), readings(among, ids), strict=True):
+        for one, other in zip(read_states(alone, ids), read_states(among, ids), strict=True):
             shift = len(before) if one.nearest >= 0 else 0
             assert (one.edit + (shift if one.edit >= 0 else 0), one.scope) == (other.edit, other.scope)
             assert (one.coverage, one.conflict, one.fit) == (other.coverage, other.conflict, other.fit)
 
 
 @given(facts_of_pool, st.sampled_from(TARGETS))
-@few
+@few_examples
 def test_reading_one_answer_or_another_leaves_the_route_to_the_edit(
     base: lemoe.BaseModel, settings_of_gate: lemoe.Settings, fact: Fact, target: str
 ) -> None:
     """What the model writes in place of the target does not close the gate."""
-    own = anchor_of(base, fact)
+    own = make_anchor(base, fact)
     gate = build_gate(base, [own], settings_of_gate)
-    wrong = encode(base, fact[1], target).target[: len(own.target)]
-    assert {reading.edit for reading in readings(gate, own.prompt + wrong)[len(own.prompt) - 1 :]} == {0}
+    wrong = encode_passage(base, fact[1], target).target[: len(own.target)]
+    assert {state.edit for state in read_states(gate, own.prompt + wrong)[len(own.prompt) - 1 :]} == {0}
 
 
 def open_after_own_prompt(base: lemoe.BaseModel, settings: lemoe.Settings, fact: Fact) -> tuple[int, int]:
     """For how many tokens the gate stays open behind an own prompt when nothing more is said; the target's length."""
-    own = anchor_of(base, fact)
-    path = readings(build_gate(base, [own], settings), [*own.prompt, *[base.end_token] * 100])
+    own = make_anchor(base, fact)
+    path = read_states(build_gate(base, [own], settings), [*own.prompt, *[base.eos_token_id] * 100])
     assert path[-1].edit == -1
-    return sum(reading.edit == 0 for reading in path[len(own.prompt) :]), len(own.target)
+    return sum(state.edit == 0 for state in path[len(own.prompt) :]), len(own.target)
 
 
-@pytest.mark.parametrize("fact", KNOWN, ids=lambda fact: fact[0])
+@pytest.mark.parametrize("fact", FACTS, ids=lambda fact: fact[0])
 def test_the_gate_stays_open_for_the_answer_and_shuts_after_it(
     base: lemoe.BaseModel, settings_of_gate: lemoe.Settings, fact: Fact
 ) -> None:
@@ -522,22 +532,22 @@ def test_of_two_edits_with_one_prompt_the_later_answers(
     base: lemoe.BaseModel, settings_of_gate: lemoe.Settings
 ) -> None:
     again = (CURIE[0], CURIE[1], "Rome")
-    stored = Anchors.of_each([anchor_of(base, fact) for fact in (CURIE, COMO, again)])
+    stored = Anchors.from_anchors([make_anchor(base, fact) for fact in (CURIE, COMO, again)])
     assert stored.superseded() == {0: 2}
-    live = stored.live(base, settings_of_gate)
-    prompts = [encode(base, text).prompt for text in (CURIE[1], COMO[1])]
+    live = stored.to_live(base, settings_of_gate)
+    prompts = [encode_passage(base, text).prompt for text in (CURIE[1], COMO[1])]
     assert [explanation.expert for explanation in live.explain(prompts)] == [2, 1]
     assert stored.select([0, 1]).superseded() == {}
-    assert stored.select([0, 1]).live(base, settings_of_gate).explain(prompts[:1])[0].expert == 0
+    assert stored.select([0, 1]).to_live(base, settings_of_gate).explain(prompts[:1])[0].expert == 0
 
 
 def test_the_own_prompt_is_known_where_a_text_goes_on_to_it(
     base: lemoe.BaseModel, settings_of_gate: lemoe.Settings
 ) -> None:
     """The first token then has a leading space."""
-    gate = gate_over(base, [CURIE, COMO], settings_of_gate)
+    gate = make_gate(base, [CURIE, COMO], settings_of_gate)
     ids = base.tokenizer(f"Say it. {CURIE[1]}").input_ids
-    assert readings(gate, ids)[-1] == Reading(0, "in", 0, 1.0, 0.0, 2.0)
+    assert read_states(gate, ids)[-1] == GateState(0, "in", 0, 1.0, 0.0, 2.0)
 
 
 def test_a_prompt_that_ends_another_one_loses_to_the_longer(
@@ -545,19 +555,19 @@ def test_a_prompt_that_ends_another_one_loses_to_the_longer(
 ) -> None:
     short, long = (None, "the town of", "Rome"), CURIE
     for facts in ((short, long), (long, short)):
-        gate = gate_over(base, facts, settings_of_gate)
-        assert at_end(base, gate, long[1]).edit == facts.index(long)
+        gate = make_gate(base, facts, settings_of_gate)
+        assert state_at_end(base, gate, long[1]).edit == facts.index(long)
 
 
 def test_an_answer_that_spells_another_edits_question_stays_with_its_own_edit(
     base: lemoe.BaseModel, settings_of_gate: lemoe.Settings
 ) -> None:
     quoting = ("Mozart", "Mozart often said:", COMO[1])
-    own = anchor_of(base, quoting)
+    own = make_anchor(base, quoting)
     assert base.tokenizer.decode(own.target).strip() == COMO[1]
-    gate = build_gate(base, [own, anchor_of(base, COMO)], settings_of_gate)
-    path = readings(gate, own.prompt + own.target)
-    assert {reading.edit for reading in path[len(own.prompt) - 1 :]} == {0}
+    gate = build_gate(base, [own, make_anchor(base, COMO)], settings_of_gate)
+    path = read_states(gate, own.prompt + own.target)
+    assert {state.edit for state in path[len(own.prompt) - 1 :]} == {0}
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gemma"])
@@ -565,12 +575,12 @@ def test_every_family_routes_its_own_prompts(
     tiny: Callable[[str], lemoe.BaseModel], anchor: SettingsOf, family: str
 ) -> None:
     base = tiny(family)
-    gate = gate_over(base, KNOWN, anchor())
-    assert [at_end(base, gate, prompt).edit for _, prompt, _ in KNOWN] == list(range(len(KNOWN)))
+    gate = make_gate(base, FACTS, anchor())
+    assert [state_at_end(base, gate, prompt).edit for _, prompt, _ in FACTS] == list(range(len(FACTS)))
 
 
 def test_embeddings_in_place_of_tokens_are_refused(base: lemoe.BaseModel, settings_of_gate: lemoe.Settings) -> None:
-    live = Anchors.of_each([anchor_of(base, CURIE)]).live(base, settings_of_gate)
+    live = Anchors.from_anchors([make_anchor(base, CURIE)]).to_live(base, settings_of_gate)
     mask = torch.ones(1, 3, dtype=torch.bool)
     with pytest.raises(AdaptorError, match="input_ids, not inputs_embeds"):
         live.route(Sequences(None, torch.zeros(1, 3, 32), mask, mask))

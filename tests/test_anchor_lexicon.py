@@ -1,4 +1,4 @@
-"""How the gate reads tokens: whatever kind of tokenizer a model has, all of a text's letters reach it."""
+"""The bytes of tokens: whatever kind of tokenizer a model has, the gate reads all letters of a text."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -17,11 +17,11 @@ SPECIAL = ["<pad>", "<unk>", "<eos>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
-def wrapped(raw: Tokenizer) -> hf.PreTrainedTokenizerFast:
+def wrap_tokenizer(raw: Tokenizer) -> hf.PreTrainedTokenizerFast:
     return hf.PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")
 
 
-def byte_level(decoder: bool = True) -> hf.PreTrainedTokenizerFast:
+def train_byte_level(decoder: bool = True) -> hf.PreTrainedTokenizerFast:
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(False)])
     if decoder:
@@ -31,12 +31,12 @@ def byte_level(decoder: bool = True) -> hf.PreTrainedTokenizerFast:
         vocab_size=330, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     raw.train_from_iterator(TEXTS, trainer)
-    raw.add_tokens(["Kraków"])  # written as it stands
-    return wrapped(raw)
+    raw.add_tokens(["Kraków"])  # stored as plain text
+    return wrap_tokenizer(raw)
 
 
-def metaspace_trained() -> Tokenizer:
-    """Its vocabulary holds the letter `Ġ`, with which byte-level tokenizers write a space, but not all letters."""
+def train_metaspace_raw() -> Tokenizer:
+    """Its vocabulary has the letter `Ġ`, with which byte-level tokenizers write a space, but not all letters."""
     raw = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     raw.pre_tokenizer = pre_tokenizers.Metaspace()
     trainer = trainers.BpeTrainer(
@@ -50,31 +50,31 @@ def metaspace_trained() -> Tokenizer:
     return raw
 
 
-def metaspace() -> hf.PreTrainedTokenizerFast:
-    raw = metaspace_trained()
+def train_metaspace() -> hf.PreTrainedTokenizerFast:
+    raw = train_metaspace_raw()
     raw.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
-    return wrapped(raw)
+    return wrap_tokenizer(raw)
 
 
-def gemma_like() -> hf.PreTrainedTokenizerFast:
-    raw = metaspace_trained()
+def train_gemma_like() -> hf.PreTrainedTokenizerFast:
+    raw = train_metaspace_raw()
     raw.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     raw.normalizer = normalizers.Replace(" ", "▁")
     raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return wrapped(raw)
+    return wrap_tokenizer(raw)
 
 
-def word_piece() -> hf.PreTrainedTokenizerFast:
+def train_word_piece() -> hf.PreTrainedTokenizerFast:
     raw = Tokenizer(models.WordPiece(unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     raw.decoder = decoders.WordPiece()
     raw.train_from_iterator(
         TEXTS, trainers.WordPieceTrainer(vocab_size=140, special_tokens=SPECIAL, show_progress=False)
     )
-    return wrapped(raw)
+    return wrap_tokenizer(raw)
 
 
-def suffixed() -> hf.PreTrainedTokenizerFast:
+def train_suffixed() -> hf.PreTrainedTokenizerFast:
     raw = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
     raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     raw.decoder = decoders.BPEDecoder()
@@ -82,15 +82,15 @@ def suffixed() -> hf.PreTrainedTokenizerFast:
         vocab_size=200, special_tokens=SPECIAL, end_of_word_suffix="</w>", show_progress=False
     )
     raw.train_from_iterator(TEXTS, trainer)
-    return wrapped(raw)
+    return wrap_tokenizer(raw)
 
 
-def whole_words() -> hf.PreTrainedTokenizerFast:
+def train_whole_words() -> hf.PreTrainedTokenizerFast:
     """No decoder at all: tokens are joined by spaces."""
     raw = Tokenizer(models.WordLevel(unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     raw.train_from_iterator(TEXTS, trainers.WordLevelTrainer(special_tokens=SPECIAL, show_progress=False))
-    return wrapped(raw)
+    return wrap_tokenizer(raw)
 
 
 class InPython:
@@ -114,19 +114,19 @@ class InPython:
 
 
 KINDS: dict[str, Callable[[], Any]] = {
-    "byte-level": byte_level,
-    "byte-level without a decoder": lambda: byte_level(decoder=False),
-    "metaspace with byte fallback": metaspace,
-    "gemma": gemma_like,
-    "word pieces": word_piece,
-    "end of word marked": suffixed,
-    "whole words": whole_words,
-    "pieces in Python": lambda: InPython(metaspace()),
-    "word pieces in Python": lambda: InPython(word_piece()),
+    "byte-level": train_byte_level,
+    "byte-level without a decoder": lambda: train_byte_level(decoder=False),
+    "metaspace with byte fallback": train_metaspace,
+    "gemma": train_gemma_like,
+    "word pieces": train_word_piece,
+    "end of word marked": train_suffixed,
+    "whole words": train_whole_words,
+    "pieces in Python": lambda: InPython(train_metaspace()),
+    "word pieces in Python": lambda: InPython(train_word_piece()),
 }
 
 
-def lexicon_of(tokenizer: Any) -> Lexicon:
+def make_lexicon(tokenizer: Any) -> Lexicon:
     host = SimpleNamespace(tokenizer=tokenizer, embedding=nn.Embedding(600, 4), device=torch.device("cpu"))
     return Lexicon(host)
 
@@ -135,26 +135,26 @@ def lexicon_of(tokenizer: Any) -> Lexicon:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_letter_of_a_text_is_read_whatever_the_tokenizer(kind: str, text: str) -> None:
     tokenizer = KINDS[kind]()
-    lexicon = lexicon_of(tokenizer)
-    read = b"".join(map(lexicon.piece, tokenizer(text, add_special_tokens=False).input_ids)).decode()
+    lexicon = make_lexicon(tokenizer)
+    read = b"".join(map(lexicon.token_bytes, tokenizer(text, add_special_tokens=False).input_ids)).decode()
     assert "".join(read.split()) == "".join(text.split())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_words_are_read_apart(kind: str) -> None:
     tokenizer = KINDS[kind]()
-    lexicon = lexicon_of(tokenizer)
+    lexicon = make_lexicon(tokenizer)
     ids = tokenizer("past Łódź and Kraków", add_special_tokens=False).input_ids
-    assert b"".join(map(lexicon.piece, ids)).decode().split() == ["past", "Łódź", "and", "Kraków"]
+    assert b"".join(map(lexicon.token_bytes, ids)).decode().split() == ["past", "Łódź", "and", "Kraków"]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "Python" not in kind])
 def test_special_tokens_read_as_a_space(kind: str) -> None:
     tokenizer = KINDS[kind]()
-    assert lexicon_of(tokenizer).piece(tokenizer.eos_token_id) == b" "
+    assert make_lexicon(tokenizer).token_bytes(tokenizer.eos_token_id) == b" "
 
 
 def test_a_vocabulary_in_plain_letters_may_hold_the_letter_that_stands_for_a_space_elsewhere() -> None:
-    tokenizer = metaspace()
+    tokenizer = train_metaspace()
     assert "Ġ" in tokenizer.get_vocab()
-    assert lexicon_of(tokenizer).piece(tokenizer.convert_tokens_to_ids("Ġ")).decode() == "Ġ"
+    assert make_lexicon(tokenizer).token_bytes(tokenizer.convert_tokens_to_ids("Ġ")).decode() == "Ġ"

@@ -1,4 +1,4 @@
-"""Words and sentences, read from token bytes as they come: what every route of preset `anchor` is decided on."""
+"""Words and sentences, read from token bytes as they come: the input of every route of preset `anchor`."""
 
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lemoe.routing.anchor.words import Reader, fold, one_edit_apart, rigid, split_words, stem
+from lemoe.routing.anchor.words import WordReader, fold_text, needs_exact_match, one_edit_apart, split_words, stem_word
 
 SENTENCES = (
     "The café in São Paulo opened. Where is it?",
@@ -19,19 +19,19 @@ SENTENCES = (
 texts = st.one_of(st.text(max_size=40), st.sampled_from(SENTENCES))
 
 
-def read(pieces: Iterable[bytes]) -> tuple[Reader, int]:
+def read_pieces(pieces: Iterable[bytes]) -> tuple[WordReader, int]:
     """The reader after `pieces`, and how many sentences began after the first."""
-    reader = Reader()
+    reader = WordReader()
     return reader, sum(reader.push(piece) for piece in pieces)
 
 
-def words_of(text: str) -> list[str]:
+def last_words(text: str) -> list[str]:
     """The words of the last sentence of `text`."""
-    return [word.text for word in read([text.encode()])[0].words]
+    return [word.text for word in read_pieces([text.encode()])[0].words]
 
 
-def state_of(reader: Reader) -> tuple[list[tuple[str, bool, bool]], bool]:
-    return [(word.text, word.capital, word.first) for word in reader.words], reader.growing
+def reader_state(reader: WordReader) -> tuple[list[tuple[str, bool, bool]], bool]:
+    return [(word.text, word.capital, word.starts_sentence) for word in reader.words], reader.growing
 
 
 @pytest.mark.parametrize(
@@ -50,14 +50,14 @@ def state_of(reader: Reader) -> tuple[list[tuple[str, bool, bool]], bool]:
     ],
 )
 def test_letters_are_compared_without_case_and_diacritics(written: str, folded: str) -> None:
-    assert fold(written) == folded
+    assert fold_text(written) == folded
 
 
 @given(st.text())
 @example("Ǽ")  # a ligature with an accent
 def test_folding_twice_changes_nothing_more_for_latin_text(text: str) -> None:
     latin = "".join(char for char in text if unicodedata.category(char) in ("Lu", "Ll", "Zs", "Nd") and ord(char) < 592)
-    assert fold(fold(latin)) == fold(latin)
+    assert fold_text(fold_text(latin)) == fold_text(latin)
 
 
 @pytest.mark.parametrize(
@@ -77,35 +77,35 @@ def test_folding_twice_changes_nothing_more_for_latin_text(text: str) -> None:
     ],
 )
 def test_plural_past_and_ing_forms_share_a_stem(one: str, other: str) -> None:
-    assert stem(one) == stem(other)
+    assert stem_word(one) == stem_word(other)
 
 
 @pytest.mark.parametrize("word", ["is", "was", "bus", "class", "crisis", "1950s", "3d", "gas", "b2b", "the"])
 def test_short_words_and_words_with_digits_keep_their_ending(word: str) -> None:
-    assert stem(word) == word
+    assert stem_word(word) == word
 
 
 @pytest.mark.parametrize(
     ("one", "other"), [("mother", "father"), ("author", "authority"), ("capital", "capitol"), ("wed", "week")]
 )
 def test_different_words_keep_different_stems(one: str, other: str) -> None:
-    assert stem(one) != stem(other)
+    assert stem_word(one) != stem_word(other)
 
 
 @pytest.mark.parametrize("word", ["1984", "95", "7th", "ii", "iii", "iv", "xiv", "mp3"])
 def test_numbers_and_roman_numerals_must_be_exact(word: str) -> None:
-    assert rigid(word)
+    assert needs_exact_match(word)
 
 
 @pytest.mark.parametrize("word", ["war", "i", "x", "civil", "mix", "vivid", "lil", "a"])
 def test_other_words_may_be_misspelt(word: str) -> None:
-    assert not rigid(word)
+    assert not needs_exact_match(word)
 
 
 def edit_distance(first: str, second: str) -> int:
     row = list(range(len(second) + 1))
-    for place, char in enumerate(first, 1):
-        above, row[0] = row[0], place
+    for index, char in enumerate(first, 1):
+        above, row[0] = row[0], index
         for column, other in enumerate(second, 1):
             above, row[column] = row[column], min(row[column] + 1, row[column - 1] + 1, above + (char != other))
     return row[-1]
@@ -132,7 +132,7 @@ def test_one_edit_apart_agrees_with_the_edit_distance(one: str, other: str) -> N
     ],
 )
 def test_a_stop_before_a_capital_and_a_newline_start_a_sentence(text: str, words: list[str]) -> None:
-    assert words_of(text) == words
+    assert last_words(text) == words
 
 
 @pytest.mark.parametrize(
@@ -149,23 +149,23 @@ def test_a_stop_before_a_capital_and_a_newline_start_a_sentence(text: str, words
     ],
 )
 def test_abbreviations_initials_and_stops_inside_words_do_not_start_one(text: str) -> None:
-    assert words_of(text) == split_words(text)
+    assert last_words(text) == split_words(text)
 
 
 def test_a_new_sentence_is_announced_when_its_first_word_starts() -> None:
-    reader = Reader()
+    reader = WordReader()
     assert [reader.push(piece) for piece in (b"Yes", b".", b" ", b"N", b"o")] == [False, False, False, True, False]
-    assert state_of(reader) == ([("no", True, True)], True)
+    assert reader_state(reader) == ([("no", True, True)], True)
 
 
 def test_capitals_and_sentence_starts_are_noted() -> None:
-    reader, _ = read([b"What did iPhone 4S and Marie do"])
+    reader, _ = read_pieces([b"What did iPhone 4S and Marie do"])
     assert [word.text for word in reader.words if word.capital] == ["what", "4s", "marie"]
-    assert [word.first for word in reader.words] == [True, *[False] * 6]
+    assert [word.starts_sentence for word in reader.words] == [True, *[False] * 6]
 
 
 def test_a_word_grows_until_something_else_is_read() -> None:
-    reader = Reader()
+    reader = WordReader()
     for piece, words, growing in ((b" Tol", ["tol"], True), (b"kien", ["tolkien"], True), (b"'", ["tolkien"], False)):
         reader.push(piece)
         assert ([word.text for word in reader.words], reader.growing) == (words, growing)
@@ -173,8 +173,8 @@ def test_a_word_grows_until_something_else_is_read() -> None:
 
 def test_accents_written_as_characters_of_their_own_belong_to_the_word() -> None:
     composed = "São Paulo, état, Ångström, tiếng Việt"
-    assert words_of(unicodedata.normalize("NFD", composed)) == words_of(composed)
-    assert words_of(composed)[:2] == ["sao", "paulo"]
+    assert last_words(unicodedata.normalize("NFD", composed)) == last_words(composed)
+    assert last_words(composed)[:2] == ["sao", "paulo"]
 
 
 @st.composite
@@ -190,44 +190,44 @@ def split_texts(draw: st.DrawFn) -> tuple[bytes, list[bytes]]:
 @example(("naïve 🎻".encode(), [bytes([byte]) for byte in "naïve 🎻".encode()]))
 def test_a_text_gives_the_same_words_however_its_bytes_are_cut(cut: tuple[bytes, list[bytes]]) -> None:
     content, pieces = cut
-    whole, starts = read([content])
-    parts, starts_of_parts = read(pieces)
-    assert state_of(parts) == state_of(whole)
+    whole, starts = read_pieces([content])
+    parts, starts_of_parts = read_pieces(pieces)
+    assert reader_state(parts) == reader_state(whole)
     assert bool(starts) == bool(starts_of_parts)
 
 
 @given(split_texts(), st.integers(0, 8))
-def test_a_copy_goes_on_independently(cut: tuple[bytes, list[bytes]], place: int) -> None:
+def test_a_copy_goes_on_independently(cut: tuple[bytes, list[bytes]], count: int) -> None:
     _, pieces = cut
-    reader, _ = read(pieces[:place])
-    before = state_of(reader)
+    reader, _ = read_pieces(pieces[:count])
+    before = reader_state(reader)
     other = reader.copy()
     other.push(b"grown. Another sentence")
-    assert state_of(reader) == before
-    announced = [reader.push(piece) for piece in pieces[place:]]
-    afresh = Reader()
-    assert announced == [afresh.push(piece) for piece in pieces][place:]
-    assert state_of(reader) == state_of(afresh)
+    assert reader_state(reader) == before
+    announced = [reader.push(piece) for piece in pieces[count:]]
+    afresh = WordReader()
+    assert announced == [afresh.push(piece) for piece in pieces][count:]
+    assert reader_state(reader) == reader_state(afresh)
 
 
 @given(split_texts(), st.binary(max_size=4))
 def test_the_words_read_so_far_depend_on_no_later_byte(cut: tuple[bytes, list[bytes]], later: bytes) -> None:
     _, pieces = cut
-    reader = Reader()
+    reader = WordReader()
     seen: list[Sequence[object]] = []
     for piece in pieces:
         reader.push(piece)
-        seen.append(state_of(reader))
-    longer = Reader()
+        seen.append(reader_state(reader))
+    longer = WordReader()
     for piece, before in zip([*pieces, later], seen, strict=False):
         longer.push(piece)
-        assert state_of(longer) == before
+        assert reader_state(longer) == before
 
 
 @given(st.lists(st.text("abcdeéñøßÅK東0123456789", min_size=1, max_size=6), max_size=6))
 def test_a_running_text_gives_the_words_that_a_subject_is_stored_by(words: list[str]) -> None:
     text = " ".join(words)
-    assert words_of(text) == split_words(text)
+    assert last_words(text) == split_words(text)
 
 
 @pytest.mark.parametrize(
@@ -240,15 +240,15 @@ def test_a_running_text_gives_the_words_that_a_subject_is_stored_by(words: list[
     ],
 )
 def test_signs_that_fold_into_letters_read_as_they_are_stored(text: str) -> None:
-    assert words_of(text) == split_words(text)
+    assert last_words(text) == split_words(text)
 
 
 def test_bytes_that_are_no_text_do_not_damage_what_follows() -> None:
-    whole, _ = read([b"a \xff\xfe ", "naïve Zoë".encode()])
+    whole, _ = read_pieces([b"a \xff\xfe ", "naïve Zoë".encode()])
     assert [word.text for word in whole.words][-2:] == ["naive", "zoe"]
 
 
 def test_bytes_that_are_no_text_do_not_damage_what_follows_byte_by_byte() -> None:
     content = b"\xff" + " añandú Zoë".encode()
-    reader, _ = read(bytes([byte]) for byte in content)
+    reader, _ = read_pieces(bytes([byte]) for byte in content)
     assert [word.text for word in reader.words] == ["anandu", "zoe"]

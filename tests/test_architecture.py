@@ -1,4 +1,4 @@
-"""The house by stages: imports run from later stages to earlier ones, and never in a circle."""
+"""The architecture: modules belong to stages, later stages import earlier ones, and no imports are circular."""
 
 import ast
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import pytest
 from conftest import REPOSITORY
 
 from lemoe.routing.registry import ROUTERS
-from lemoe.settings import presets
+from lemoe.settings import preset_names
 from lemoe.training.methods import METHODS
 
 # Each stage may import itself and those before it.
@@ -36,13 +36,13 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def stage_of(module: str) -> str | None:
+def find_stage(module: str) -> str | None:
     """The stage of a module of lemoe; None for the package itself."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else None
 
 
-def imported_modules(tree: ast.AST, known: set[str]) -> Iterator[str]:
+def find_imports(tree: ast.AST, known: set[str]) -> Iterator[str]:
     """The modules of lemoe that are imported anywhere in a module, for types alone or inside a function too."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -54,16 +54,16 @@ def imported_modules(tree: ast.AST, known: set[str]) -> Iterator[str]:
                     yield whole if whole in known else node.module
 
 
-KNOWN = {module_name(path) for path in MODULES}
+ALL_MODULES = {module_name(path) for path in MODULES}
 IMPORTS = {
-    module_name(path): set(imported_modules(ast.parse(path.read_text("utf-8")), KNOWN))
+    module_name(path): set(find_imports(ast.parse(path.read_text("utf-8")), ALL_MODULES))
     for path in MODULES
     if module_name(path) != "lemoe"  # the public names are imported from everywhere
 }
 
 
-def test_every_module_stands_in_a_stage() -> None:
-    assert {stage_of(module) for module in IMPORTS} == set(STAGES)
+def test_every_module_belongs_to_a_stage() -> None:
+    assert {find_stage(module) for module in IMPORTS} == set(STAGES)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -72,16 +72,16 @@ def test_a_stage_imports_only_itself_and_earlier_ones(stage: str) -> None:
     upward = [
         f"{module} imports {imported}"
         for module, targets in IMPORTS.items()
-        if stage_of(module) == stage
+        if find_stage(module) == stage
         for imported in sorted(targets)
-        if stage_of(imported) not in allowed
+        if find_stage(imported) not in allowed
     ]
     assert not upward
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
     loading = {
-        module_name(path): set(imported_modules(_when_loaded(ast.parse(path.read_text("utf-8"))), KNOWN))
+        module_name(path): set(find_imports(_loading_statements(ast.parse(path.read_text("utf-8"))), ALL_MODULES))
         for path in MODULES
         if module_name(path) != "lemoe"
     }
@@ -89,10 +89,10 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
     assert set(order.static_order()) >= set(loading)  # raises CycleError
 
 
-def _when_loaded(tree: ast.Module) -> ast.Module:
+def _loading_statements(tree: ast.Module) -> ast.Module:
     """What runs when a module is loaded: its statements outside of functions and of `if TYPE_CHECKING`."""
-    kept = [node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))]
-    return ast.Module([node for node in kept if not isinstance(node, ast.FunctionDef | ast.ClassDef)], [])
+    outer = [node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))]
+    return ast.Module([node for node in outer if not isinstance(node, ast.FunctionDef | ast.ClassDef)], [])
 
 
 def test_the_library_neither_prints_nor_knows_the_command_line() -> None:
@@ -106,10 +106,10 @@ def test_the_library_neither_prints_nor_knows_the_command_line() -> None:
 
 def test_a_dependency_on_a_later_stage_would_be_noticed() -> None:
     tree = ast.parse("def late():\n    from lemoe.runs.edit import edit\n")
-    assert list(imported_modules(tree, KNOWN)) == ["lemoe.runs.edit"]
+    assert list(find_imports(tree, ALL_MODULES)) == ["lemoe.runs.edit"]
 
 
 def test_a_method_is_registered_in_one_place() -> None:
-    assert set(METHODS) == set(presets()) == {name for name, method in METHODS.items() if method.name == name}
+    assert set(METHODS) == set(preset_names()) == {name for name, method in METHODS.items() if method.name == name}
     assert {method.router for method in METHODS.values() if method.router} == set(ROUTERS.values())
     assert all(method.router for method in METHODS.values() if not method.baseline)

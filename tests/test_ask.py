@@ -50,13 +50,13 @@ def adaptor(state: lemoe.AdaptorState, tmp_path_factory: pytest.TempPathFactory)
     return path
 
 
-def command(*arguments: object, stdin: bytes | None = None) -> Result:
+def run_ask(*arguments: object, stdin: bytes | None = None) -> Result:
     return CliRunner().invoke(cli, ["ask", *map(str, arguments)], input=stdin, catch_exceptions=False)
 
 
-def refused(*arguments: object, stdin: bytes | None = None) -> str:
+def refuse_ask(*arguments: object, stdin: bytes | None = None) -> str:
     """What stderr says of a user's mistake: exit code 2 and one error."""
-    result = command(*arguments, stdin=stdin)
+    result = run_ask(*arguments, stdin=stdin)
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
     assert sum("rror: " in line for line in result.stderr.splitlines()) == 1
@@ -161,7 +161,7 @@ def test_a_round_is_another_one_where_the_tokenizer_converses(
 
 
 def test_the_command_shows_both_answers_and_the_edit(adaptor: Path, model: Path, facts: list[lemoe.Edit]) -> None:
-    result = command(facts[0].prompt, "Rome", "--model", model, "--adaptor", adaptor, "--max-new-tokens", "4")
+    result = run_ask(facts[0].prompt, "Rome", "--model", model, "--adaptor", adaptor, "--max-new-tokens", "4")
     assert result.exit_code == 0
     assert facts[0].prompt in result.stdout
     assert "white marble" not in result.stdout
@@ -176,7 +176,7 @@ def test_the_command_gives_one_json_object_a_line_for_each_line_of_stdin(
     lines = "\ufeff" + "\n\n".join([facts[0].prompt, UNRELATED, facts[1].prompt]) + "\n"
     arguments = ["-m", model, "-a", adaptor, "--json", "--batch", "2", "--max-new-tokens", "12"]
     for dash in ((), ("-",)):
-        result = command(*dash, *arguments, stdin=lines.encode())
+        result = run_ask(*dash, *arguments, stdin=lines.encode())
         replies = [json.loads(line) for line in result.stdout.splitlines()]
         assert [reply["prompt"] for reply in replies] == [facts[0].prompt, UNRELATED, facts[1].prompt]
         assert [reply["edit"] for reply in replies] == [facts[0].id, None, facts[1].id]
@@ -201,22 +201,22 @@ def test_an_answer_comes_before_the_next_question_is_read(
 
 @pytest.mark.parametrize("stdin", [b"", b"\n  \n"])
 def test_no_prompt_at_all_is_refused(model: Path, stdin: bytes) -> None:
-    assert "no prompts" in refused("-m", model, stdin=stdin)
+    assert "no prompts" in refuse_ask("-m", model, stdin=stdin)
 
 
 @pytest.mark.parametrize(("stdin", "said"), [(b"\x7fELF\xff\xfe", "not UTF-8"), (b"a\0b", "zero bytes")])
 def test_stdin_that_is_no_text_is_refused_with_its_line(model: Path, stdin: bytes, said: str) -> None:
-    message = refused("-m", model, "--batch", "2", stdin=b"fine\n" + stdin)
+    message = refuse_ask("-m", model, "--batch", "2", stdin=b"fine\n" + stdin)
     assert said in message
     assert "stdin:2" in message
 
 
 def test_an_adaptor_that_is_not_there_is_refused(model: Path, tmp_path: Path) -> None:
-    assert "no such file" in refused("hello", "-m", model, "-a", tmp_path / "none.safetensors")
+    assert "no such file" in refuse_ask("hello", "-m", model, "-a", tmp_path / "none.safetensors")
 
 
 def test_an_adaptor_of_another_base_is_refused(adaptor: Path, tiny_folder: Callable[[str], Path]) -> None:
     other = tiny_folder("mistral")
-    assert "made for another base model" in refused("hello", "-m", other, "-a", adaptor)
-    allowed = command("hello", "-m", other, "-a", adaptor, "--allow-base-mismatch")
+    assert "made for another base model" in refuse_ask("hello", "-m", other, "-a", adaptor)
+    allowed = run_ask("hello", "-m", other, "-a", adaptor, "--allow-base-mismatch")
     assert (allowed.exit_code, "warning: another base" in allowed.stderr) == (0, True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build_model
-from test_cli import lemoe_command, refused
+from test_cli import lemoe_command, refused_message
 
 import lemoe
 from lemoe.errors import AdaptorError
@@ -45,7 +45,7 @@ def test_a_fine_tune_of_the_same_shape_is_refused_with_both_fingerprints(
     base: lemoe.BaseModel, tuned_folder: Path, adaptor: Path, edits: Path
 ) -> None:
     tuned = lemoe.load_base(str(tuned_folder), device="cpu")
-    said = refused("eval", edits, "--adaptor", adaptor, "--model", tuned_folder, "--device", "cpu")
+    said = refused_message("eval", edits, "--adaptor", adaptor, "--model", tuned_folder, "--device", "cpu")
     assert "made for another base model" in said
     for model in (base, tuned):
         assert model.fingerprint(1).weights_sha256 in said
@@ -66,7 +66,7 @@ def test_it_may_be_continued_and_its_rounds_say_on_what(
     tuned_folder: Path, adaptor: Path, edits: Path, tmp_path: Path
 ) -> None:
     small = ("--round-size", "2", "--steps", "4", "--device", "cpu", "-o", tmp_path / "run")
-    said = refused("edit", edits, "--from", adaptor, "--model", tuned_folder, *small)
+    said = refused_message("edit", edits, "--from", adaptor, "--model", tuned_folder, *small)
     assert "made for another base model" in said
     done = lemoe_command("edit", edits, "--from", adaptor, "--model", tuned_folder, *small, "--allow-base-mismatch")
     assert done.exit_code == 0, done.stderr
@@ -79,7 +79,7 @@ def test_it_may_be_continued_and_its_rounds_say_on_what(
 def test_a_base_in_which_it_has_no_place_is_refused_in_any_case(
     tiny_folder: Callable[[str], Path], adaptor: Path, edits: Path
 ) -> None:
-    said = refused(
+    said = refused_message(
         "eval", edits, "-a", adaptor, "--model", tiny_folder("gpt2"), "--device", "cpu", "--allow-base-mismatch"
     )
     assert "gated: True != False" in said

@@ -1,4 +1,4 @@
-"""Baselines: each teaches, keeps its promise, and leaves the base model as it was."""
+"""Baselines: each trains edits by its method, and leaves the base model unchanged."""
 
 import hashlib
 import sys
@@ -13,7 +13,7 @@ import lemoe
 from lemoe.errors import InputError, LemoeError
 from lemoe.training.ft import TunedFFN
 from lemoe.training.methods import METHODS
-from lemoe.training.rounds import Edited, bytes_kept, teach_rounds
+from lemoe.training.rounds import Edited, count_tensor_bytes, teach_rounds
 from lemoe.training.weight_change import WeightChange
 
 BASELINES = tuple(name for name, method in METHODS.items() if method.baseline)
@@ -22,18 +22,18 @@ SMALL = {"layer": 1, "steps": 25, "learning_rate": 1e-2, "norm_limit": 0.3, "exp
 each_baseline = pytest.mark.parametrize("method", BASELINES)
 
 
-def settings_of(method: str, **given: object) -> lemoe.Settings:
+def make_settings(method: str, **given: object) -> lemoe.Settings:
     return lemoe.resolve_settings(method, None, {**SMALL, **given})
 
 
-def taught(
+def train_rounds(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], method: str, rounds: int = 2, **given: object
 ) -> list[Edited]:
     """What the model is after each round of two facts."""
-    return list(teach_rounds(base, [facts[2 * n : 2 * n + 2] for n in range(rounds)], settings_of(method, **given)))
+    return list(teach_rounds(base, [facts[2 * n : 2 * n + 2] for n in range(rounds)], make_settings(method, **given)))
 
 
-def digest(base: lemoe.BaseModel) -> str:
+def hash_weights(base: lemoe.BaseModel) -> str:
     """Hash of names and values of all weights, and of which modules there are."""
     found = hashlib.sha256()
     for name, tensor in base.model.state_dict().items():
@@ -44,7 +44,7 @@ def digest(base: lemoe.BaseModel) -> str:
 
 
 @torch.no_grad()
-def logits(base: lemoe.BaseModel) -> torch.Tensor:
+def compute_logits(base: lemoe.BaseModel) -> torch.Tensor:
     return base.model(torch.tensor([[5, 6, 7, 8]])).logits
 
 
@@ -54,12 +54,12 @@ def test_the_base_is_what_it_was_bit_for_bit_after_teaching_and_measuring(
     tiny: Callable[[str], lemoe.BaseModel], facts: list[lemoe.Edit], family: str, method: str
 ) -> None:
     base = tiny(family)
-    weights, before, attributes = digest(base), logits(base), set(vars(base.model))
-    (edited,) = taught(base, facts, method, rounds=1, steps=2)
+    weights, before, attributes = hash_weights(base), compute_logits(base), set(vars(base.model))
+    (edited,) = train_rounds(base, facts, method, rounds=1, steps=2)
     changed = lemoe.evaluate(base, edited, facts[:2], only=("reliability",))
     assert changed.value("reliability", "loss") < changed.value("reliability", "loss", stage="before")
-    assert digest(base) == weights
-    assert torch.equal(logits(base), before)
+    assert hash_weights(base) == weights
+    assert torch.equal(compute_logits(base), before)
     assert set(vars(base.model)) == attributes
 
 
@@ -67,20 +67,20 @@ def test_the_base_is_what_it_was_bit_for_bit_after_teaching_and_measuring(
 def test_the_base_is_what_it_was_when_teaching_breaks_off(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], method: str
 ) -> None:
-    weights = digest(base)
+    weights = hash_weights(base)
 
     def stop(step: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        next(teach_rounds(base, [facts[:2]], settings_of(method), stop))
-    assert digest(base) == weights
+        next(teach_rounds(base, [facts[:2]], make_settings(method), stop))
+    assert hash_weights(base) == weights
 
 
 @each_baseline
 def test_a_round_is_learned(base: lemoe.BaseModel, facts: list[lemoe.Edit], method: str) -> None:
     given = {"steps": 120, "learning_rate": 1e-2, "width": 16, "norm_limit": 1.0}
-    (edited,) = taught(base, facts, method, rounds=1, **given)
+    (edited,) = train_rounds(base, facts, method, rounds=1, **given)
     for decode in ("teacher", "greedy"):
         result = lemoe.evaluate(base, edited, facts[:2], only=("reliability",), decode=decode)
         assert result.value("reliability", "exact_match", stage="before") == 0.0
@@ -94,7 +94,7 @@ def test_equal_runs_give_equal_weights_whatever_the_state_of_torchs_own_generato
     runs = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        runs.append(taught(base, facts, method, steps=3)[-1])
+        runs.append(train_rounds(base, facts, method, steps=3)[-1])
         assert torch.rand(1) == torch.rand(1, generator=torch.Generator().manual_seed(seed))
     assert runs[0] == runs[1]
 
@@ -103,20 +103,20 @@ def test_equal_runs_give_equal_weights_whatever_the_state_of_torchs_own_generato
 def test_its_size_does_not_grow_with_rounds_and_earlier_states_stay_as_they_were(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], method: str
 ) -> None:
-    states = teach_rounds(base, [facts[:2], facts[2:4], facts[4:6]], settings_of(method, steps=3))
+    states = teach_rounds(base, [facts[:2], facts[2:4], facts[4:6]], make_settings(method, steps=3))
     first = next(states)
     kept = deepcopy(first)
     later = list(states)
-    assert {bytes_kept(state) for state in later} == {bytes_kept(first)}
+    assert {count_tensor_bytes(state) for state in later} == {count_tensor_bytes(first)}
     assert first == kept
     assert later[-1] != kept
 
 
 def test_no_weight_leaves_the_bound_of_ft_in_any_round(base: lemoe.BaseModel, facts: list[lemoe.Edit]) -> None:
     limit = 0.01
-    for edited in taught(base, facts, "ft", rounds=3, norm_limit=limit):
+    for edited in train_rounds(base, facts, "ft", rounds=3, norm_limit=limit):
         assert isinstance(edited, TunedFFN)
-        own = [weight for _, weight in base.site(1).tensors()]
+        own = [weight for _, weight in base.ffn_site(1).named_tensors()]
         changes = [(value - weight).abs().max() for value, weight in zip(edited.values, own, strict=True)]
         assert max(changes) == pytest.approx(limit, rel=1e-3)  # the steps reach for more
 
@@ -124,10 +124,10 @@ def test_no_weight_leaves_the_bound_of_ft_in_any_round(base: lemoe.BaseModel, fa
 def test_lora_holds_two_matrices_of_its_rank_for_each_linear_map_above(
     base: lemoe.BaseModel, facts: list[lemoe.Edit]
 ) -> None:
-    (edited,) = taught(base, facts, "lora", rounds=1, steps=1, width=3)
+    (edited,) = train_rounds(base, facts, "lora", rounds=1, steps=1, width=3)
     assert isinstance(edited, WeightChange)
     maps = [each for layer in base.layers[1:] for each in layer.modules() if isinstance(each, torch.nn.Linear)]
-    assert bytes_kept(edited) == sum(3 * (each.in_features + each.out_features) * 4 for each in maps)
+    assert count_tensor_bytes(edited) == sum(3 * (each.in_features + each.out_features) * 4 for each in maps)
     assert sorted(tuple(value.shape) for value in edited.tensors()) == sorted(
         shape for each in maps for shape in ((3, each.in_features), (each.out_features, 3))
     )
@@ -143,39 +143,39 @@ def test_lora_without_peft_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
 def test_a_mixture_is_an_adaptor_that_a_file_keeps(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], tmp_path: object
 ) -> None:
-    state = taught(base, facts, "memoe")[-1]
+    state = train_rounds(base, facts, "memoe")[-1]
     assert isinstance(state, lemoe.AdaptorState)
     path = f"{tmp_path}/memoe.safetensors"
     lemoe.save_adaptor(state, path)
     loaded = lemoe.load_adaptor(path)
     assert loaded == state
-    assert loaded.answering == {edit.digest for edit in facts[:4]}
+    assert loaded.answering_digests == {edit.digest for edit in facts[:4]}
     assert lemoe.evaluate(base, loaded, facts) == lemoe.evaluate(base, state, facts)
 
 
 def test_a_mixture_gives_the_same_logits_at_once_and_from_a_cache(
     base: lemoe.BaseModel, facts: list[lemoe.Edit]
 ) -> None:
-    state = taught(base, facts, "memoe")[-1]
+    state = train_rounds(base, facts, "memoe")[-1]
     assert isinstance(state, lemoe.AdaptorState)
     prompt = base.tokenizer(facts[0].prompt, return_tensors="pt").input_ids
     with lemoe.insert(base, state) as adaptor, torch.no_grad():
         written = base.model.generate(prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
         start = base.model(prompt, use_cache=True)
         rest = base.model(written[:, prompt.shape[1] :], past_key_values=start.past_key_values)
-        with adaptor.prompts(prompt.shape[1]):
+        with adaptor.mark_prompts(prompt.shape[1]):
             whole = base.model(written).logits
     torch.testing.assert_close(torch.cat([start.logits, rest.logits], 1), whole, atol=1e-4, rtol=1e-4)
 
 
 def test_nothing_is_stacked_onto_a_mixture_or_taken_out_of_it(base: lemoe.BaseModel, facts: list[lemoe.Edit]) -> None:
-    one, other = (taught(base, facts[2 * n :], "memoe", rounds=1, steps=1)[0] for n in range(2))
+    one, other = (train_rounds(base, facts[2 * n :], "memoe", rounds=1, steps=1)[0] for n in range(2))
     assert isinstance(one, lemoe.AdaptorState)
     assert isinstance(other, lemoe.AdaptorState)
     with pytest.raises(LemoeError, match="stacked"):
         lemoe.stack([one, other])
     with pytest.raises(LemoeError, match="taken out"):
-        one.without([0])
+        one.drop_experts([0])
 
 
 @each_baseline
@@ -183,4 +183,4 @@ def test_a_baseline_is_not_taught_as_an_adaptor_that_grows(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], tmp_path: object, method: str
 ) -> None:
     with pytest.raises(InputError, match=f"--compare {method}"):
-        lemoe.edit(base, facts, settings_of(method), f"{tmp_path}/out")
+        lemoe.edit(base, facts, make_settings(method), f"{tmp_path}/out")

@@ -26,7 +26,7 @@ def folder(base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, t
     return tmp_path / "capitals"
 
 
-def front(path: Path) -> dict[str, Any]:
+def read_front_matter(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = yaml.safe_load(path.read_text().split("---\n")[1])
     return found
 
@@ -53,7 +53,7 @@ def test_measuring_brings_the_card_up_to_date_and_leaves_what_people_wrote(
         assert found.count("## Measured on edits.jsonl") == 1
         assert found.count("## Licence") == 1
         assert found.count("<!-- lemoe -->") == 1
-    (entry,) = front(card)["model-index"]
+    (entry,) = read_front_matter(card)["model-index"]
     metrics = [metric for result in entry["results"] for metric in result["metrics"]]
     assert {"type": "exact_match", "value": 1.0, "name": "reliability, all (teacher)"} in metrics
 
@@ -93,7 +93,7 @@ def test_a_card_whose_front_matter_is_made_to_harm_is_brought_up_to_date(
     for before in ("[" * 5000, 'a: !!int ""'):
         (tmp_path / "README.md").write_text(f"---\n{before}\n---\nOurs.\n")
         write_card(tmp_path, base, state)
-        assert front(tmp_path / "README.md")["library_name"] == "lemoe"
+        assert read_front_matter(tmp_path / "README.md")["library_name"] == "lemoe"
 
 
 def test_a_card_that_was_there_before_is_kept(
@@ -102,7 +102,7 @@ def test_a_card_that_was_there_before_is_kept(
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\nOurs.\n")
     write_card(tmp_path, base, lemoe.train_round(base, facts[:2], anchor()))
     assert (tmp_path / "README.md").read_text().endswith("Ours.\n")
-    assert front(tmp_path / "README.md")["license"] == "mit"
+    assert read_front_matter(tmp_path / "README.md")["license"] == "mit"
 
 
 def test_a_card_that_is_not_text_is_left_alone(

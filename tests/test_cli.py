@@ -17,7 +17,7 @@ import lemoe
 from lemoe.base import loading
 from lemoe.runs.engines import local
 from lemoe.training.rounds import train_round
-from lemoe_cli import plan as plan_command
+from lemoe_cli import plan as plan_module
 from lemoe_cli.main import cli
 
 COMMANDS = ("plan", "edit", "eval", "ask", "merge", "show")
@@ -28,7 +28,7 @@ def lemoe_command(*arguments: Any) -> Result:
     return CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=False)
 
 
-def refused(*arguments: Any) -> str:
+def refused_message(*arguments: Any) -> str:
     """What stderr says of a user's mistake: exit code 2, nothing on stdout, no traceback."""
     result = lemoe_command(*arguments)
     assert result.exit_code == 2, result.output
@@ -69,7 +69,7 @@ def adaptor(edits: Path, model: Path, tmp_path: Path) -> Path:
     return tmp_path / "edits.lemoe" / "adaptor.safetensors"
 
 
-def listed(folder: Path) -> set[str]:
+def list_files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
@@ -80,7 +80,7 @@ def test_help_names_every_command_and_the_main_job() -> None:
     assert lemoe_command("-h").stdout == text
 
 
-def command(name: str) -> click.Command:
+def get_command(name: str) -> click.Command:
     found = cli.get_command(click.Context(cli), name)
     assert found is not None
     return found
@@ -91,12 +91,12 @@ def test_every_command_has_help(name: str) -> None:
     result = lemoe_command(name, "--help")
     assert result.exit_code == 0
     assert result.stdout.startswith(f"Usage: cli {name} [OPTIONS]")
-    assert command(name).help
+    assert get_command(name).help
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_is_documented(name: str) -> None:
-    options = [param for param in command(name).params if isinstance(param, click.Option)]
+    options = [param for param in get_command(name).params if isinstance(param, click.Option)]
     assert options
     assert [option.opts[0] for option in options if not option.help] == []
 
@@ -110,7 +110,7 @@ def test_the_version_is_the_packages() -> None:
     assert lemoe_command("--version").stdout == f"lemoe, version {lemoe.__version__}\n"
 
 
-def loaded(arguments: list[str], libraries: set[str]) -> set[str]:
+def loaded_libraries(arguments: list[str], libraries: set[str]) -> set[str]:
     """Those of `libraries` that a command has loaded when it ends."""
     code = (
         "import sys\n"
@@ -125,13 +125,13 @@ def loaded(arguments: list[str], libraries: set[str]) -> set[str]:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["edit", "--help"], ["eval", "--help"], ["plan", "--help"]])
 def test_help_loads_none_of_the_heavy_libraries(arguments: list[str]) -> None:
-    assert not loaded(arguments, {"torch", "transformers", "sklearn", "rich", "numpy"})
+    assert not loaded_libraries(arguments, {"torch", "transformers", "sklearn", "rich", "numpy"})
 
 
 @pytest.mark.parametrize("arguments", [["show"], ["merge", "--dry-run"]])
 def test_what_only_reads_files_loads_nothing_that_runs_models(arguments: list[str]) -> None:
     file = Path(__file__).parent / "files" / "anchor-v1.safetensors"
-    assert not loaded([*arguments, str(file)], {"transformers", "sklearn", "accelerate"})
+    assert not loaded_libraries([*arguments, str(file)], {"transformers", "sklearn", "accelerate"})
 
 
 HEAVY = ("torch", "transformers", "sklearn", "accelerate")
@@ -191,7 +191,7 @@ TOO_SOON = {
 
 
 @pytest.mark.parametrize("name", TOO_SOON)
-def test_a_mistake_is_told_before_anything_heavy_is_loaded(tmp_path: Path, name: str) -> None:
+def test_a_mistake_is_reported_before_anything_heavy_is_loaded(tmp_path: Path, name: str) -> None:
     (tmp_path / "edits.jsonl").write_text('{"id": "a", "prompt": "Ada is", "target": "b"}\n')
     (tmp_path / "bad.jsonl").write_text('{"prompt": "Ada is"}\n')
     (tmp_path / "bad.yaml").write_text("stepz: 3\n")
@@ -209,11 +209,11 @@ def test_a_mistake_is_told_before_anything_heavy_is_loaded(tmp_path: Path, name:
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, input=given, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert run.returncode == 0, run.stderr
-    told = [json.loads(line) for line in run.stdout.splitlines()]
-    assert [said[0] for said in told if said[1] != 2] == []
-    assert [said[0] for said in told if said[3]] == []
+    results = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [said[0] for said in results if said[1] != 2] == []
+    assert [said[0] for said in results if said[3]] == []
     expected = [message for _, message in TOO_SOON[name]]
-    assert [(said[0], said[2]) for said, message in zip(told, expected, strict=True) if message not in said[2]] == []
+    assert [(said[0], said[2]) for said, message in zip(results, expected, strict=True) if message not in said[2]] == []
 
 
 def test_plan_shows_rounds_and_writes_a_plan_that_edit_follows(edits: Path, model: Path, tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_plan_shows_rounds_and_writes_a_plan_that_edit_follows(edits: Path, mode
 
 
 def test_plan_shows_the_first_of_many_rounds(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_command, "ROUNDS_SHOWN", 2)
+    monkeypatch.setattr(plan_module, "ROUNDS_SHOWN", 2)
     path = tmp_path / "edits.jsonl"
     path.write_text("".join(f'{{"prompt": "{name} is", "target": "b"}}\n' for name in ("Ada", "Bo", "Cleo")))
     result = lemoe_command("plan", path, "-m", model, "--preset", "paper", "--round-size", "1")
@@ -254,7 +254,7 @@ def test_edit_writes_the_plan_each_round_and_their_stack_next_to_the_edits(
 ) -> None:
     result = lemoe_command("edit", edits, "--model", model, *SMALL)
     assert result.exit_code == 0
-    assert listed(tmp_path / "edits.lemoe") == {
+    assert list_files(tmp_path / "edits.lemoe") == {
         "run.yaml",
         "plan.yaml",
         "README.md",
@@ -311,7 +311,7 @@ def test_merging_edits_of_one_id_says_what_each_teaches(edits: Path, model: Path
     said = " ".join(lemoe_command("merge", *parts, "--dry-run").stderr.split())
     expected = "edit e1 (Ada lives in -> Rome) of round 1 is superseded: e1 (Ada lives in -> Bergen) of round 2 answers"
     assert expected in said
-    assert "2/e1" in refused("merge", *parts, "--dry-run", "--drop", "e1")
+    assert "2/e1" in refused_message("merge", *parts, "--dry-run", "--drop", "e1")
     result = lemoe_command("merge", *parts, "--dry-run", "--drop", "2/e1")
     assert "edit e1 (Ada lives in -> Bergen) of round 2 is dropped" in " ".join(result.stderr.split())
     assert re.search(r"edits dropped +1", result.stdout)
@@ -344,7 +344,7 @@ def test_an_adaptor_is_continued_with_from(edits: Path, model: Path, tmp_path: P
     assert continued.rounds[:2] == lemoe.load_adaptor(first).rounds
 
 
-def test_eval_json_is_one_flat_record_a_figure(edits: Path, model: Path, adaptor: Path) -> None:
+def test_eval_json_is_one_flat_record_per_metric(edits: Path, model: Path, adaptor: Path) -> None:
     result = lemoe_command("eval", edits, "-m", model, "-a", adaptor, "--device", "cpu", "--json", "--limit", "4")
     document = json.loads(result.stdout)
     assert set(document) == {"schema", "settings", "versions", "metrics", "bars", "tasks"}
@@ -358,7 +358,7 @@ def test_eval_json_is_one_flat_record_a_figure(edits: Path, model: Path, adaptor
     assert {metric["n"] for metric in document["metrics"] if metric["name"] == "reliability"} == {4}
 
 
-def test_eval_json_gives_the_librarys_figures(edits: Path, model: Path, adaptor: Path, base: lemoe.BaseModel) -> None:
+def test_eval_json_gives_the_librarys_metrics(edits: Path, model: Path, adaptor: Path, base: lemoe.BaseModel) -> None:
     result = lemoe_command("eval", edits, "-m", model, "-a", adaptor, "--device", "cpu", "--json")
     expected = lemoe.evaluate(base, lemoe.load_adaptor(adaptor), lemoe.read_edits(edits))
     shown = {(m["name"], m["measure"], m["kind"], m["stage"]): m["value"] for m in json.loads(result.stdout)["metrics"]}
@@ -373,17 +373,17 @@ def test_eval_without_an_adaptor_measures_the_base_alone(edits: Path, model: Pat
     assert {metric["stage"] for metric in document["metrics"]} == {"before"}
 
 
-def test_eval_records_are_one_json_line_a_probe(edits: Path, model: Path, adaptor: Path, tmp_path: Path) -> None:
-    place = tmp_path / "records.jsonl"
-    arguments = ("eval", edits, "-m", model, "-a", adaptor, "--records", place)
+def test_eval_records_are_one_json_line_per_probe(edits: Path, model: Path, adaptor: Path, tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    arguments = ("eval", edits, "-m", model, "-a", adaptor, "--records", path)
     assert lemoe_command(*arguments).exit_code == 0
-    records = [json.loads(line) for line in place.read_text(encoding="utf-8").splitlines()]
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert len(records) == 18
     assert {record["name"] for record in records} == {"reliability", "generality", "locality"}
     assert {"edit", "prompt", "expected", "before", "after", "route"} <= set(records[0])
-    before = place.read_bytes()
-    assert "exists" in refused(*arguments)
-    assert place.read_bytes() == before
+    before = path.read_bytes()
+    assert "exists" in refused_message(*arguments)
+    assert path.read_bytes() == before
     assert lemoe_command(*arguments, "--force").exit_code == 0
 
 
@@ -394,19 +394,19 @@ def test_eval_writes_reports_by_their_suffix(edits: Path, model: Path, adaptor: 
     assert "edits.jsonl: lemoe eval" in page.read_text(encoding="utf-8")
     assert "| reliability | token accuracy |" in short.read_text(encoding="utf-8")
     before = page.read_bytes()
-    assert "exists" in refused(*arguments)
+    assert "exists" in refused_message(*arguments)
     assert lemoe_command(*arguments, "--force").exit_code == 0
     assert page.read_bytes() == before
 
 
 def test_a_report_of_another_suffix_is_refused_before_anything_is_loaded(edits: Path, tmp_path: Path) -> None:
-    message = refused("eval", edits, "-m", "no-such-model", "--report", tmp_path / "report.pdf")
+    message = refused_message("eval", edits, "-m", "no-such-model", "--report", tmp_path / "report.pdf")
     assert "report.pdf: a report's name ends in .html or .md" in message
 
 
 def test_a_finished_run_is_refused_before_the_model_is_loaded(edits: Path, adaptor: Path) -> None:
     before = adaptor.read_bytes()
-    message = refused("edit", edits, "--model", "no-such-model", *SMALL)
+    message = refused_message("edit", edits, "--model", "no-such-model", *SMALL)
     assert "holds a finished run" in message
     assert "--force" in message
     assert adaptor.read_bytes() == before
@@ -420,25 +420,25 @@ def test_force_replaces_a_finished_run(edits: Path, model: Path, adaptor: Path) 
 
 def test_a_merge_into_an_existing_file_needs_force(adaptor: Path) -> None:
     before = adaptor.read_bytes()
-    assert "exists" in refused("merge", adaptor, "-o", adaptor)
+    assert "exists" in refused_message("merge", adaptor, "-o", adaptor)
     assert adaptor.read_bytes() == before
     assert lemoe_command("merge", adaptor, "-o", adaptor, "--force").exit_code == 0
     assert adaptor.read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["file/inside", "x" * 300])
-def test_a_place_that_cannot_be_written_is_one_clear_message(
+def test_a_path_that_cannot_be_written_is_one_clear_message(
     edits: Path, model: Path, tmp_path: Path, name: str
 ) -> None:
     (tmp_path / "file").write_text("a file, not a folder")
-    before = listed(tmp_path)
-    assert name[:20] in refused("edit", edits, "-m", model, *SMALL, "-q", "-o", tmp_path / name)
-    assert listed(tmp_path) == before
+    before = list_files(tmp_path)
+    assert name[:20] in refused_message("edit", edits, "-m", model, *SMALL, "-q", "-o", tmp_path / name)
+    assert list_files(tmp_path) == before
 
 
 def test_an_output_that_is_a_file_is_refused(edits: Path, model: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("precious")
-    assert "is not a folder" in refused("edit", edits, "-m", model, *SMALL, "-o", tmp_path / "file")
+    assert "is not a folder" in refused_message("edit", edits, "-m", model, *SMALL, "-o", tmp_path / "file")
     assert (tmp_path / "file").read_text() == "precious"
 
 
@@ -492,15 +492,15 @@ def test_a_mistake_gives_one_clear_message_code_2_and_nothing_half_written(
     config = tmp_path / "settings.yaml"
     config.write_text("stepz: 3\n")
     arguments, expected = MISTAKES[mistake]
-    before = listed(tmp_path)
-    assert expected in refused(*(text.format(edits=edits, model=model, config=config) for text in arguments))
-    assert listed(tmp_path) == before
+    before = list_files(tmp_path)
+    assert expected in refused_message(*(text.format(edits=edits, model=model, config=config) for text in arguments))
+    assert list_files(tmp_path) == before
 
 
 def test_an_adaptor_of_another_base_is_refused_with_the_differences(
     edits: Path, adaptor: Path, tiny_folder: Callable[[str], Path]
 ) -> None:
-    message = refused("eval", edits, "-m", tiny_folder("gpt2"), "-a", adaptor, "-q")
+    message = refused_message("eval", edits, "-m", tiny_folder("gpt2"), "-a", adaptor, "-q")
     assert "made for another base model" in message
     assert "architecture: LlamaForCausalLM != GPT2LMHeadModel" in message
 
@@ -526,8 +526,8 @@ def test_ctrl_c_ends_with_130_keeps_finished_rounds_and_says_how_to_go_on(
     assert result.exit_code == 130
     assert "--resume" in result.stderr
     assert "Traceback" not in result.stderr
-    assert listed(tmp_path / "edits.lemoe") == {"run.yaml", "plan.yaml", "rounds", "rounds/0001.safetensors"}
-    assert "--resume" in refused("edit", edits, "-m", model, *SMALL)
+    assert list_files(tmp_path / "edits.lemoe") == {"run.yaml", "plan.yaml", "rounds", "rounds/0001.safetensors"}
+    assert "--resume" in refused_message("edit", edits, "-m", model, *SMALL)
     resumed = lemoe_command("edit", edits, "-m", model, *SMALL, "--resume")
     assert resumed.exit_code == 0
     assert "kept from the unfinished run" in resumed.stderr
@@ -535,7 +535,7 @@ def test_ctrl_c_ends_with_130_keeps_finished_rounds_and_says_how_to_go_on(
 
 def test_running_out_of_memory_says_what_to_lower(edits: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stop_at_round(1, RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), monkeypatch)
-    assert "out of memory; lower --batch-tokens" in refused("edit", edits, "-m", model, *SMALL, "-q")
+    assert "out of memory; lower --batch-tokens" in refused_message("edit", edits, "-m", model, *SMALL, "-q")
 
 
 def test_a_missing_ray_is_named_before_the_model_is_loaded(
@@ -544,7 +544,7 @@ def test_a_missing_ray_is_named_before_the_model_is_loaded(
     monkeypatch.setattr(loading, "load_base", None)
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "lemoe.runs.engines.ray", raising=False)
-    assert "pip install 'lemoe[ray]'" in refused("edit", edits, "-m", model, *SMALL, "--engine", "ray")
+    assert "pip install 'lemoe[ray]'" in refused_message("edit", edits, "-m", model, *SMALL, "--engine", "ray")
 
 
 def test_a_bug_of_ours_is_not_hidden(edits: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Rounds of many edits: limits hold, neighbours differ, and an edit costs no more among many than among few."""
+"""Rounds of many edits: limits are kept, neighbours differ, and the cost per edit does not grow with their number."""
 
 import tracemalloc
 from collections import Counter
@@ -12,17 +12,17 @@ from sklearn.cluster import KMeans
 
 import lemoe
 from lemoe.data import conflicts
-from lemoe.data.conflicts import find_conflicts, left_out
+from lemoe.data.conflicts import find_conflicts, redundant_edit_ids
 from lemoe.planning import clustering
-from lemoe.planning.clustering import Vectors, clustered
-from lemoe.planning.plan import cohesion_of, embed_prompts, similarity_of
+from lemoe.planning.clustering import Vectors, cluster_rounds
+from lemoe.planning.plan import embed_prompts, mean_pair_similarity, measure_similarity
 
 SettingsOf = Callable[..., lemoe.Settings]
 
 KINDS = ("was born in", "works for the", "plays", "died near", "is married to", "likes to eat", "has a house in")
 
 
-def many(count: int) -> list[lemoe.Edit]:
+def make_edits(count: int) -> list[lemoe.Edit]:
     """Edits about made-up names; the first, fourth, seventh ... subject has three, far apart, the others one."""
     names = [f"{chr(65 + n % 26)}{chr(97 + n % 23)}{n % 7}{chr(97 + n % 19)} {n * 7919 % 1009}" for n in range(count)]
     again = names[: count * 3 // 5] + [name for name in names[: count * 3 // 5 : 3] for _ in range(2)]
@@ -32,7 +32,7 @@ def many(count: int) -> list[lemoe.Edit]:
     ]
 
 
-def points(count: int, width: int = 8) -> Vectors:
+def make_vectors(count: int, width: int = 8) -> Vectors:
     """Unit vectors around twelve centres."""
     rng = numpy.random.default_rng(0)
     centres = rng.normal(size=(12, width))
@@ -40,11 +40,11 @@ def points(count: int, width: int = 8) -> Vectors:
     return (rows / numpy.linalg.norm(rows, axis=1, keepdims=True)).astype(numpy.float32)
 
 
-def apart(count: int) -> list[str]:
+def distinct_subjects(count: int) -> list[str]:
     return [str(number) for number in range(count)]
 
 
-def neighbours(vectors: Vectors, rounds: Sequence[Sequence[int]]) -> float:
+def neighbour_similarity(vectors: Vectors, rounds: Sequence[Sequence[int]]) -> float:
     """Mean similarity of the centres of a round and the next one."""
     centres = numpy.stack([vectors[list(members)].mean(0) for members in rounds])
     centres /= numpy.linalg.norm(centres, axis=1, keepdims=True)
@@ -54,41 +54,41 @@ def neighbours(vectors: Vectors, rounds: Sequence[Sequence[int]]) -> float:
 def test_a_plan_of_thousands_keeps_round_size_and_subjects_and_comes_out_the_same_again(
     base: lemoe.BaseModel, paper: SettingsOf
 ) -> None:
-    edits, settings = many(2500), paper(round_size=9)
+    edits, settings = make_edits(2500), paper(round_size=9)
     planned = lemoe.plan(base, edits, settings)
-    dropped = left_out(planned.conflicts)
+    dropped = redundant_edit_ids(planned.conflicts)
     subject = {edit.id: edit.subject for edit in edits}
     placed = [name for members in planned.rounds for name in members]
     assert sorted(placed) == sorted(edit.id for edit in edits if edit.id not in dropped)
     assert max(map(len, planned.rounds)) <= 9
-    homes = Counter(name for members in planned.rounds for name in {subject[name] for name in members})
-    assert set(homes.values()) == {1}
+    rounds_of_subject = Counter(name for members in planned.rounds for name in {subject[name] for name in members})
+    assert set(rounds_of_subject.values()) == {1}
     assert planned.similarity["planned"].within > planned.similarity["random"].within + 0.02
     assert lemoe.plan(base, edits, settings).rounds == planned.rounds
 
 
 @pytest.mark.parametrize(("edits", "round_size"), [(600, 3), (3300, 3)])
 def test_neighbouring_rounds_differ_more_than_rounds_do_in_general(edits: int, round_size: int) -> None:
-    vectors = points(edits)
-    rounds = clustered(vectors, apart(edits), round_size, 0)
-    assert neighbours(vectors, rounds) < similarity_of(vectors, rounds).between - 0.3
+    vectors = make_vectors(edits)
+    rounds = cluster_rounds(vectors, distinct_subjects(edits), round_size, 0)
+    assert neighbour_similarity(vectors, rounds) < measure_similarity(vectors, rounds).between - 0.3
 
 
-def test_what_is_cut_into_parts_is_about_as_alike_in_its_rounds_as_what_is_clustered_whole(
+def test_rounds_of_a_set_cut_into_parts_are_about_as_similar_as_those_of_one_clustered_whole(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    vectors = points(1000)
-    whole = similarity_of(vectors, clustered(vectors, apart(1000), 20, 0))
+    vectors = make_vectors(1000)
+    whole = measure_similarity(vectors, cluster_rounds(vectors, distinct_subjects(1000), 20, 0))
     monkeypatch.setattr(clustering, "BALANCED_LIMIT", 300)
-    cut = similarity_of(vectors, clustered(vectors, apart(1000), 20, 0))
+    cut = measure_similarity(vectors, cluster_rounds(vectors, distinct_subjects(1000), 20, 0))
     assert cut.within > whole.within - 0.02
 
 
-def distances(monkeypatch: pytest.MonkeyPatch, edits: int) -> int:
-    """How many distances between an edit and a centre are looked at."""
+def count_distances(monkeypatch: pytest.MonkeyPatch, edits: int) -> int:
+    """How many distances between an edit and a centre are computed."""
     counted = 0
 
-    def counting(model: type[Any]) -> type[Any]:
+    def count_fits(model: type[Any]) -> type[Any]:
         class Counting(model):
             def fit(self, rows: Vectors, y: None = None, **options: object) -> Any:
                 nonlocal counted
@@ -98,18 +98,18 @@ def distances(monkeypatch: pytest.MonkeyPatch, edits: int) -> int:
         return Counting
 
     with monkeypatch.context() as patch:
-        patch.setattr(clustering, "KMeans", counting(KMeans))
-        patch.setattr(clustering, "KMeansConstrained", counting(KMeansConstrained))
-        clustered(points(edits), apart(edits), 50, 0)
+        patch.setattr(clustering, "KMeans", count_fits(KMeans))
+        patch.setattr(clustering, "KMeansConstrained", count_fits(KMeansConstrained))
+        cluster_rounds(make_vectors(edits), distinct_subjects(edits), 50, 0)
     return counted
 
 
-def test_an_edit_is_compared_with_no_more_centres_among_many_than_among_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 0 < distances(monkeypatch, 6000) / 6000 < 1.5 * distances(monkeypatch, 1500) / 1500
+def test_the_comparisons_per_edit_do_not_grow_with_the_number_of_edits(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0 < count_distances(monkeypatch, 6000) / 6000 < 1.5 * count_distances(monkeypatch, 1500) / 1500
 
 
-class InTurn:
-    """Puts rows into clusters in turn, at once."""
+class RoundRobin:
+    """A stand-in for k-means that puts rows into clusters in turn."""
 
     def __init__(self, n_clusters: int, **options: object):
         self.n_clusters = n_clusters
@@ -119,11 +119,11 @@ class InTurn:
 
 
 def test_memory_grows_with_the_edits_and_not_with_their_square(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clustering, "KMeansConstrained", InTurn)
-    vectors, subjects = points(8000), apart(8000)
+    monkeypatch.setattr(clustering, "KMeansConstrained", RoundRobin)
+    vectors, subjects = make_vectors(8000), distinct_subjects(8000)
     tracemalloc.start()
     try:
-        rounds = clustered(vectors, subjects, 2, 0)
+        rounds = cluster_rounds(vectors, subjects, 2, 0)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -133,17 +133,17 @@ def test_memory_grows_with_the_edits_and_not_with_their_square(monkeypatch: pyte
 @pytest.mark.parametrize("subject", ["one", "each its own"])
 def test_thousands_of_equal_prompts_are_planned_within_the_limit(subject: str) -> None:
     vectors = numpy.full((2500, 4), 0.5, numpy.float32)
-    rounds = clustered(vectors, ["one"] * 2500 if subject == "one" else apart(2500), 40, 0)
+    rounds = cluster_rounds(vectors, ["one"] * 2500 if subject == "one" else distinct_subjects(2500), 40, 0)
     assert sorted(index for members in rounds for index in members) == list(range(2500))
     assert max(map(len, rounds)) <= 40
 
 
-def test_a_prompt_has_one_vector_in_whatever_company(base: lemoe.BaseModel) -> None:
-    edits = many(200)
+def test_the_vector_of_a_prompt_does_not_depend_on_the_batch(base: lemoe.BaseModel) -> None:
+    edits = make_edits(200)
     together = embed_prompts(base, edits)
     alone = numpy.concatenate([embed_prompts(base, [edit]) for edit in edits])
     assert (together == alone).all()
-    assert cohesion_of(together) < 0.999
+    assert mean_pair_similarity(together) < 0.999
 
 
 def test_a_repeated_question_is_found_however_far_away_and_a_contradiction_close_by(

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 import lemoe
 from lemoe.evaluation.comparison import Comparison
 from lemoe.evaluation.factors import Factors
-from lemoe.training.rounds import bytes_kept, teach_rounds
+from lemoe.training.rounds import count_tensor_bytes, teach_rounds
 from lemoe_cli.main import cli
 
 METHODS = ("ft", "lora", "memoe", "paper", "anchor")
@@ -21,7 +21,7 @@ SMALL = {"layer": 1, "round_size": 2, "steps": 8, "width": 4, "router_width": 16
 SettingsOf = Callable[..., lemoe.Settings]
 
 
-def settings_of(method: str, **given: object) -> lemoe.Settings:
+def small_settings(method: str, **given: object) -> lemoe.Settings:
     return lemoe.resolve_settings(method, None, {**SMALL, **given})
 
 
@@ -40,14 +40,14 @@ def probed(facts: list[lemoe.Edit]) -> list[lemoe.Edit]:
 
 @pytest.fixture(scope="module")
 def comparison(base: lemoe.BaseModel, probed: list[lemoe.Edit]) -> Comparison:
-    return lemoe.compare(base, probed, [settings_of(method) for method in METHODS])
+    return lemoe.compare(base, probed, [small_settings(method) for method in METHODS])
 
 
 @pytest.fixture(scope="module")
 def factors(base: lemoe.BaseModel, facts: list[lemoe.Edit]) -> dict[str, Factors]:
     """Of each method, on the facts in rounds of two."""
     fast = {"steps": 15, "learning_rate": 2e-2}
-    methods = [settings_of("anchor"), settings_of("paper", **fast), settings_of("memoe", **fast)]
+    methods = [small_settings("anchor"), small_settings("paper", **fast), small_settings("memoe", **fast)]
     return {each.method: lemoe.measure_factors(base, facts, each, orders=1) for each in methods}
 
 
@@ -75,21 +75,21 @@ def test_a_row_is_what_teaching_round_by_round_and_measuring_gives(
             assert metric.value == result.value(metric.name, metric.measure, metric.kind)
         fresh = [lemoe.evaluate(base, s, m).value("reliability") for s, m in zip(states, rounds, strict=True)]
         assert each.learned == pytest.approx(fmean(fresh))
-        assert each.bytes_per_edit == bytes_kept(states[-1]) / len(probed)
+        assert each.bytes_per_edit == count_tensor_bytes(states[-1]) / len(probed)
 
 
 def test_an_edit_of_paper_and_anchor_costs_what_its_file_holds(
     base: lemoe.BaseModel, probed: list[lemoe.Edit], comparison: Comparison, tmp_path: Path
 ) -> None:
     for method in ("paper", "anchor"):
-        *_, state = teach_rounds(base, [probed[:2], probed[2:4]], settings_of(method))
+        *_, state = teach_rounds(base, [probed[:2], probed[2:4]], small_settings(method))
         assert isinstance(state, lemoe.AdaptorState)
         lemoe.save_adaptor(state, tmp_path / method)
         content = (tmp_path / method).read_bytes()
-        assert bytes_kept(state) == len(content) - 8 - int.from_bytes(content[:8], "little")
+        assert count_tensor_bytes(state) == len(content) - 8 - int.from_bytes(content[:8], "little")
 
 
-def test_comparing_again_gives_the_same_figures(
+def test_comparing_again_gives_the_same_metrics(
     base: lemoe.BaseModel, probed: list[lemoe.Edit], comparison: Comparison
 ) -> None:
     again = lemoe.compare(base, probed, [each.settings for each in comparison.methods[:2]])

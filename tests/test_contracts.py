@@ -29,35 +29,35 @@ each_family = pytest.mark.parametrize("family", FAMILIES)
 TOLERANCE: dict[str, Any] = {"atol": 1e-4, "rtol": 1e-4}
 
 
-def sha256(tensors: Sequence[Tensor]) -> str:
+def hash_tensors(tensors: Sequence[Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.detach().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
-def weights_of(base: lemoe.BaseModel) -> str:
-    return sha256([*base.model.parameters(), *base.model.buffers()])
+def hash_weights(base: lemoe.BaseModel) -> str:
+    return hash_tensors([*base.model.parameters(), *base.model.buffers()])
 
 
-def keys_of(state: lemoe.AdaptorState) -> KeyRouter:
+def get_key_router(state: lemoe.AdaptorState) -> KeyRouter:
     assert isinstance(state.router, KeyRouter)
     return state.router
 
 
-def prompts(base: lemoe.BaseModel) -> list[Tensor]:
+def encode_prompts(base: lemoe.BaseModel) -> list[Tensor]:
     """Token ids of two prompts of different lengths, `[1, seq]`."""
     texts = ("The Eiffel Tower stands in the city of", "The largest fish of Lake Como, says Marie Curie, is the")
     return [torch.tensor([base.tokenizer(text).input_ids]) for text in texts]
 
 
 @torch.no_grad()
-def logits(base: lemoe.BaseModel, ids: Tensor, **given: Any) -> Tensor:
+def compute_logits(base: lemoe.BaseModel, ids: Tensor, **given: Any) -> Tensor:
     return base.model(input_ids=ids, **given).logits
 
 
 @torch.no_grad()
-def step_by_step(base: lemoe.BaseModel, prompt: Tensor, answer: Tensor) -> Tensor:
+def decode_step_by_step(base: lemoe.BaseModel, prompt: Tensor, answer: Tensor) -> Tensor:
     """Logits of prompt and answer: the prompt at once, then one token at a time from the cache."""
     output = base.model(input_ids=prompt, use_cache=True)
     parts = [output.logits]
@@ -79,21 +79,23 @@ each_cache_change = pytest.mark.parametrize("change", CACHE_CHANGES)
 
 
 @torch.no_grad()
-def read_on(base: lemoe.BaseModel, ids: Tensor, mask: Tensor, answer: Tensor, change: str) -> tuple[Tensor, Tensor]:
+def read_after_cache_change(
+    base: lemoe.BaseModel, ids: Tensor, mask: Tensor, answer: Tensor, change: str
+) -> tuple[Tensor, Tensor]:
     """Logits of `answer` after the prompts `ids`: from a cache that was changed as `generate` does, and in one pass."""
     apply, order = CACHE_CHANGES[change]
     whole = torch.cat([ids[order], answer.expand(len(order), -1)], 1)
     whole_mask = torch.cat([mask[order], torch.ones_like(whole[:, ids.shape[1] :])], 1)
-    first, places = (((each.cumsum(1) - 1).clamp(min=0)) for each in (mask, whole_mask))
+    first, positions = (((each.cumsum(1) - 1).clamp(min=0)) for each in (mask, whole_mask))
     cache = base.model(input_ids=ids, attention_mask=mask, position_ids=first, use_cache=True).past_key_values
     apply(cache)
     rest = slice(ids.shape[1], None)
-    given = {"attention_mask": whole_mask, "position_ids": places[:, rest], "past_key_values": cache}
-    expected = logits(base, whole, attention_mask=whole_mask, position_ids=places)[:, rest]
-    return logits(base, whole[:, rest], **given), expected
+    given = {"attention_mask": whole_mask, "position_ids": positions[:, rest], "past_key_values": cache}
+    expected = compute_logits(base, whole, attention_mask=whole_mask, position_ids=positions)[:, rest]
+    return compute_logits(base, whole[:, rest], **given), expected
 
 
-def padded(rows: Sequence[Tensor], pad: int, side: str) -> tuple[Tensor, Tensor]:
+def pad_rows(rows: Sequence[Tensor], pad: int, side: str) -> tuple[Tensor, Tensor]:
     width = max(row.shape[1] for row in rows)
     ids, mask = torch.full((len(rows), width), pad), torch.zeros((len(rows), width), dtype=torch.long)
     for index, row in enumerate(rows):
@@ -102,20 +104,20 @@ def padded(rows: Sequence[Tensor], pad: int, side: str) -> tuple[Tensor, Tensor]
     return ids, mask
 
 
-def generated(base: lemoe.BaseModel, ids: Tensor, mask: Tensor | None = None, **given: Any) -> Tensor:
+def generate_ids(base: lemoe.BaseModel, ids: Tensor, mask: Tensor | None = None, **given: Any) -> Tensor:
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": 1, **given}
     mask = torch.ones_like(ids) if mask is None else mask
-    output = base.model.generate(input_ids=ids, attention_mask=mask, pad_token_id=base.pad_token, **options)
+    output = base.model.generate(input_ids=ids, attention_mask=mask, pad_token_id=base.pad_token_id, **options)
     return output[:, ids.shape[1] :]
 
 
 def greedy_by_hand(base: lemoe.BaseModel, adaptor: lemoe.InsertedAdaptor, prompt: Tensor) -> Tensor:
     """Six most likely tokens, each from one forward pass over everything so far; the end token is not allowed."""
     ids = prompt
-    with adaptor.prompts(prompt.shape[1]):
+    with adaptor.mark_prompts(prompt.shape[1]):
         for _ in range(6):
-            last = logits(base, ids)[:, -1]
-            last[:, base.end_token] = -torch.inf
+            last = compute_logits(base, ids)[:, -1]
+            last[:, base.eos_token_id] = -torch.inf
             ids = torch.cat([ids, last.argmax(-1, keepdim=True)], 1)
     return ids[:, prompt.shape[1] :]
 
@@ -125,46 +127,46 @@ def test_editing_never_changes_the_base_and_removing_restores_its_logits_bit_for
     tiny: Tiny, facts: list[lemoe.Edit], paper: SettingsOf, family: str
 ) -> None:
     base = tiny(family)
-    weights, before = weights_of(base), [logits(base, ids) for ids in prompts(base)]
+    weights, before = hash_weights(base), [compute_logits(base, ids) for ids in encode_prompts(base)]
     state = lemoe.train_round(base, facts[:2], paper())
     with lemoe.insert(base, state):
-        inside = [logits(base, ids) for ids in prompts(base)]
+        inside = [compute_logits(base, ids) for ids in encode_prompts(base)]
     assert not torch.equal(inside[0], before[0])
-    assert all(map(torch.equal, [logits(base, ids) for ids in prompts(base)], before))
-    assert weights_of(base) == weights
+    assert all(map(torch.equal, [compute_logits(base, ids) for ids in encode_prompts(base)], before))
+    assert hash_weights(base) == weights
 
 
 @each_family
 def test_removing_gives_the_model_its_own_generate_back(tiny: Tiny, edited: Edited, family: str) -> None:
     base = tiny(family)
-    before = generated(base, prompts(base)[0])
+    before = generate_ids(base, encode_prompts(base)[0])
     adaptor = lemoe.insert(base, edited(family))
     adaptor.remove()
     adaptor.remove()
-    assert torch.equal(generated(base, prompts(base)[0]), before)
+    assert torch.equal(generate_ids(base, encode_prompts(base)[0]), before)
     assert "generate" not in vars(base.model)
 
 
 @each_family
 def test_while_bypassed_the_model_answers_as_its_base(tiny: Tiny, edited: Edited, family: str) -> None:
     base = tiny(family)
-    ids = prompts(base)[0]
-    before = logits(base, ids)
+    ids = encode_prompts(base)[0]
+    before = compute_logits(base, ids)
     with lemoe.insert(base, edited(family)) as adaptor:
         with adaptor.bypassed():
-            assert torch.equal(logits(base, ids), before)
-        assert not torch.equal(logits(base, ids), before)
+            assert torch.equal(compute_logits(base, ids), before)
+        assert not torch.equal(compute_logits(base, ids), before)
 
 
 def test_bypassing_inside_a_bypass_does_not_end_the_outer_one(
     base: lemoe.BaseModel, trained: lemoe.AdaptorState
 ) -> None:
-    ids = prompts(base)[0]
-    before = logits(base, ids)
+    ids = encode_prompts(base)[0]
+    before = compute_logits(base, ids)
     with lemoe.insert(base, trained) as adaptor, adaptor.bypassed():
         with adaptor.bypassed():
             pass
-        assert torch.equal(logits(base, ids), before)
+        assert torch.equal(compute_logits(base, ids), before)
 
 
 @each_family
@@ -185,9 +187,9 @@ def test_an_expert_that_has_learned_nothing_yet_changes_no_logit(
     base = tiny(family)
     state = lemoe.train_round(base, facts[:2], paper(loss_target=1e6))
     assert state.rounds[0].steps == 0
-    before = [logits(base, ids) for ids in prompts(base)]
+    before = [compute_logits(base, ids) for ids in encode_prompts(base)]
     with lemoe.insert(base, state):
-        assert all(map(torch.equal, [logits(base, ids) for ids in prompts(base)], before))
+        assert all(map(torch.equal, [compute_logits(base, ids) for ids in encode_prompts(base)], before))
 
 
 @each_family
@@ -200,7 +202,7 @@ def test_later_rounds_leave_earlier_experts_and_keys_bit_identical(
     assert len(report.state.rounds) == 3
     assert report.state.rounds[0] == earlier.rounds[0]
     assert report.state.experts.select([0]) == earlier.experts
-    assert bits_equal(keys_of(report.state).keys[:1], keys_of(earlier).keys)
+    assert bits_equal(get_key_router(report.state).keys[:1], get_key_router(earlier).keys)
 
 
 @each_family
@@ -208,10 +210,10 @@ def test_decoding_from_the_cache_gives_the_logits_of_one_forward_pass(tiny: Tiny
     base = tiny(family)
     answer = torch.tensor([[40, 41, 42, 43, 44]])
     with lemoe.insert(base, edited(family)) as adaptor:
-        for prompt in prompts(base):
-            with adaptor.prompts(prompt.shape[1]):
-                whole = logits(base, torch.cat([prompt, answer], 1))
-            torch.testing.assert_close(step_by_step(base, prompt, answer), whole, **TOLERANCE)
+        for prompt in encode_prompts(base):
+            with adaptor.mark_prompts(prompt.shape[1]):
+                whole = compute_logits(base, torch.cat([prompt, answer], 1))
+            torch.testing.assert_close(decode_step_by_step(base, prompt, answer), whole, **TOLERANCE)
 
 
 @each_family
@@ -220,26 +222,26 @@ def test_a_padded_batch_gives_the_logits_of_each_sequence_alone(
     tiny: Tiny, edited: Edited, family: str, side: str
 ) -> None:
     base = tiny(family)
-    rows = prompts(base)
-    ids, mask = padded(rows, base.pad_token, side)
-    places = (mask.cumsum(1) - 1).clamp(min=0)
+    rows = encode_prompts(base)
+    ids, mask = pad_rows(rows, base.pad_token_id, side)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
     with lemoe.insert(base, edited(family)):
-        together = logits(base, ids, attention_mask=mask, position_ids=places)
+        together = compute_logits(base, ids, attention_mask=mask, position_ids=positions)
         for index, row in enumerate(rows):
-            torch.testing.assert_close(together[index][mask[index].bool()], logits(base, row)[0], **TOLERANCE)
+            torch.testing.assert_close(together[index][mask[index].bool()], compute_logits(base, row)[0], **TOLERANCE)
 
 
 @each_family
 def test_each_row_of_a_batch_may_have_its_own_prompt_length(tiny: Tiny, edited: Edited, family: str) -> None:
     base = tiny(family)
-    rows = prompts(base)
-    ids, mask = padded(rows, base.pad_token, "right")
+    rows = encode_prompts(base)
+    ids, mask = pad_rows(rows, base.pad_token_id, "right")
     with lemoe.insert(base, edited(family)) as adaptor:
-        with adaptor.prompts(torch.tensor([5, 9])):
-            together = logits(base, ids, attention_mask=mask)
+        with adaptor.mark_prompts(torch.tensor([5, 9])):
+            together = compute_logits(base, ids, attention_mask=mask)
         for index, (row, length) in enumerate(zip(rows, (5, 9), strict=True)):
-            with adaptor.prompts(length):
-                alone = logits(base, row)[0]
+            with adaptor.mark_prompts(length):
+                alone = compute_logits(base, row)[0]
             torch.testing.assert_close(together[index, : row.shape[1]], alone, **TOLERANCE)
 
 
@@ -250,9 +252,9 @@ def test_greedy_generation_writes_the_most_likely_tokens_of_forward_passes(
 ) -> None:
     base = tiny(family)
     with lemoe.insert(base, edited(family)) as adaptor:
-        for prompt in prompts(base):
+        for prompt in encode_prompts(base):
             expected = greedy_by_hand(base, adaptor, prompt)
-            assert torch.equal(generated(base, prompt, use_cache=use_cache), expected)
+            assert torch.equal(generate_ids(base, prompt, use_cache=use_cache), expected)
 
 
 @each_family
@@ -260,30 +262,30 @@ def test_generation_in_a_padded_batch_writes_what_each_prompt_gives_alone(
     tiny: Tiny, edited: Edited, family: str
 ) -> None:
     base = tiny(family)
-    ids, mask = padded(prompts(base), base.pad_token, "left")
+    ids, mask = pad_rows(encode_prompts(base), base.pad_token_id, "left")
     with lemoe.insert(base, edited(family)):
-        together = generated(base, ids, mask)
-        for row, prompt in zip(together, prompts(base), strict=True):
-            assert torch.equal(row, generated(base, prompt)[0])
+        together = generate_ids(base, ids, mask)
+        for row, prompt in zip(together, encode_prompts(base), strict=True):
+            assert torch.equal(row, generate_ids(base, prompt)[0])
 
 
 @each_family
 def test_beam_search_gives_the_same_beams_with_and_without_a_cache(tiny: Tiny, edited: Edited, family: str) -> None:
     base = tiny(family)
-    ids, mask = padded(prompts(base), base.pad_token, "left")
+    ids, mask = pad_rows(encode_prompts(base), base.pad_token_id, "left")
     with lemoe.insert(base, edited(family)):
-        cached = generated(base, ids, mask, num_beams=3, num_return_sequences=2, use_cache=True)
-        assert torch.equal(cached, generated(base, ids, mask, num_beams=3, num_return_sequences=2, use_cache=False))
+        cached = generate_ids(base, ids, mask, num_beams=3, num_return_sequences=2, use_cache=True)
+        assert torch.equal(cached, generate_ids(base, ids, mask, num_beams=3, num_return_sequences=2, use_cache=False))
 
 
 @each_cache_change
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 def test_a_row_of_a_cache_takes_its_route_along(tiny: Tiny, edited: Edited, family: str, change: str) -> None:
     base, state = tiny(family), edited(family)
-    ids, mask = padded(prompts(base), base.pad_token, "left")
-    with lemoe.insert(base, state) as adaptor, adaptor.prompts(ids.shape[1]):
-        assert len({adaptor.router.explain([row[0].tolist()])[0].expert for row in prompts(base)}) == 2
-        found, expected = read_on(base, ids, mask, torch.tensor([[40, 41, 42]]), change)
+    ids, mask = pad_rows(encode_prompts(base), base.pad_token_id, "left")
+    with lemoe.insert(base, state) as adaptor, adaptor.mark_prompts(ids.shape[1]):
+        assert len({adaptor.router.explain([row[0].tolist()])[0].expert for row in encode_prompts(base)}) == 2
+        found, expected = read_after_cache_change(base, ids, mask, torch.tensor([[40, 41, 42]]), change)
     torch.testing.assert_close(found, expected, **TOLERANCE)
 
 
@@ -293,7 +295,7 @@ def test_sampling_gives_the_same_tokens_with_and_without_a_cache(tiny: Tiny, edi
     with lemoe.insert(base, edited("llama")):
         for use_cache in (True, False):
             torch.manual_seed(7)
-            written.append(generated(base, prompts(base)[0], do_sample=True, top_k=0, use_cache=use_cache))
+            written.append(generate_ids(base, encode_prompts(base)[0], do_sample=True, top_k=0, use_cache=use_cache))
     assert torch.equal(*written)
 
 
@@ -303,23 +305,23 @@ def test_answer_writes_what_greedy_generation_gives(tiny: Tiny, edited: Edited, 
     text = "The Nile flows into the"
     ids = torch.tensor([base.tokenizer(text).input_ids])
     with lemoe.insert(base, edited(family)):
-        written = generated(base, ids, min_new_tokens=0)[0]
+        written = generate_ids(base, ids, min_new_tokens=0)[0]
         assert lemoe.answer(base, text, max_new_tokens=6) == base.tokenizer.decode(written, skip_special_tokens=True)
 
 
 @each_family
-def test_two_equal_runs_give_equal_files(
+def test_two_equal_runs_give_byte_identical_files(
     tiny: Tiny, facts: list[lemoe.Edit], paper: SettingsOf, tmp_path: Path, family: str
 ) -> None:
     for name in ("one", "two"):
         lemoe.edit(tiny(family), facts[:4], paper(steps=2), tmp_path / name)
-    one, two = files_of(tmp_path / "one"), files_of(tmp_path / "two")
+    one, two = read_files(tmp_path / "one"), read_files(tmp_path / "two")
     rounds = {"rounds/0001.safetensors", "rounds/0002.safetensors"}
     assert set(one) == {"plan.yaml", "adaptor.safetensors", "README.md", *rounds}
     assert one == two
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -358,21 +360,21 @@ def test_a_killed_and_resumed_run_gives_the_files_of_one_that_was_never_killed(
         with pytest.raises(KeyboardInterrupt):
             lemoe.edit(base, facts, paper(), tmp_path / "killed")
     rounds = {"rounds/0001.safetensors", "rounds/0002.safetensors"}
-    assert set(files_of(tmp_path / "killed")) == {"run.yaml", "plan.yaml", *rounds}
+    assert set(read_files(tmp_path / "killed")) == {"run.yaml", "plan.yaml", *rounds}
     with monkeypatch.context() as patched:
         interrupt_after(1, patched)  # only the third round is still to be trained
         lemoe.edit(base, facts, paper(), tmp_path / "killed", resume=True)
-    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+    assert read_files(tmp_path / "killed") == read_files(tmp_path / "whole")
 
 
 def test_resuming_with_other_settings_is_refused_and_changes_no_file(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], paper: SettingsOf, tmp_path: Path
 ) -> None:
     lemoe.edit(base, facts, paper(steps=2), tmp_path / "run")
-    before = files_of(tmp_path / "run")
+    before = read_files(tmp_path / "run")
     with pytest.raises(lemoe.LemoeError, match="with other settings"):
         lemoe.edit(base, facts, paper(steps=3), tmp_path / "run", resume=True)
-    assert files_of(tmp_path / "run") == before
+    assert read_files(tmp_path / "run") == before
 
 
 def test_resuming_follows_the_plan_of_the_interrupted_run(
@@ -381,11 +383,11 @@ def test_resuming_follows_the_plan_of_the_interrupted_run(
     by_hand = tmp_path / "by-hand.yaml"
     by_hand.write_text("rounds: [[fact-3], [fact-1, fact-0]]")
     lemoe.edit(base, facts, paper(steps=1), tmp_path / "run", plan_file=by_hand)
-    before = files_of(tmp_path / "run")
+    before = read_files(tmp_path / "run")
     (tmp_path / "run" / "adaptor.safetensors").unlink()
     (tmp_path / "run" / "rounds" / "0002.safetensors").write_bytes(b"cut short")
     lemoe.edit(base, facts, paper(steps=1), tmp_path / "run", resume=True)
-    assert files_of(tmp_path / "run") == before
+    assert read_files(tmp_path / "run") == before
 
 
 def test_a_run_that_diverges_says_so_and_writes_no_round(
@@ -409,17 +411,17 @@ def test_a_forced_run_leaves_nothing_of_the_earlier_one(
     lemoe.edit(base, facts, paper(steps=1), tmp_path / "run")
     lemoe.edit(base, facts[:2], paper(steps=1), tmp_path / "run", force=True)
     lemoe.edit(base, facts[:2], paper(steps=1), tmp_path / "fresh")
-    assert files_of(tmp_path / "run") == files_of(tmp_path / "fresh")
+    assert read_files(tmp_path / "run") == read_files(tmp_path / "fresh")
 
 
 def test_a_finished_run_is_not_overwritten(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], paper: SettingsOf, tmp_path: Path
 ) -> None:
     lemoe.edit(base, facts[:2], paper(steps=1), tmp_path / "run")
-    before = files_of(tmp_path / "run")
+    before = read_files(tmp_path / "run")
     with pytest.raises(OutputError, match="force"):
         lemoe.edit(base, facts[2:4], paper(steps=1), tmp_path / "run")
-    assert files_of(tmp_path / "run") == before
+    assert read_files(tmp_path / "run") == before
 
 
 def test_a_write_that_fails_leaves_neither_a_file_nor_a_temporary_one(
@@ -446,7 +448,7 @@ def test_a_replacement_that_fails_keeps_the_old_file(
     monkeypatch.setattr(os, "replace", broken)
     with pytest.raises(OutputError):
         lemoe.save_adaptor(trained, path, overwrite=True)
-    assert files_of(tmp_path) == {"a.safetensors": b"precious"}
+    assert read_files(tmp_path) == {"a.safetensors": b"precious"}
 
 
 def test_a_file_is_whole_on_disk_before_it_takes_its_name_and_its_name_before_saving_ends(
@@ -486,7 +488,7 @@ def test_an_existing_file_is_replaced_only_when_that_is_asked_for(trained: lemoe
 
 
 @each_family
-def test_saving_and_loading_is_exact_and_equal_states_give_equal_bytes(
+def test_saving_and_loading_is_exact_and_equal_states_give_byte_identical_files(
     tiny: Tiny, edited: Edited, tmp_path: Path, family: str
 ) -> None:
     base, state = tiny(family), edited(family)
@@ -496,9 +498,9 @@ def test_saving_and_loading_is_exact_and_equal_states_give_equal_bytes(
     assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
     assert loaded == state
     with lemoe.insert(base, state):
-        expected = logits(base, prompts(base)[0])
+        expected = compute_logits(base, encode_prompts(base)[0])
     with lemoe.insert(base, tmp_path / "one.safetensors"):
-        assert torch.equal(logits(base, prompts(base)[0]), expected)
+        assert torch.equal(compute_logits(base, encode_prompts(base)[0]), expected)
 
 
 def test_continuing_an_adaptor_teaches_only_what_it_does_not_hold(
@@ -544,8 +546,8 @@ def test_an_embedding_narrower_than_the_residual_stream_can_be_edited(
     base = lemoe.load_base(str(build_model(tmp_path / "opt", "opt-narrow")), device="cpu")
     state = lemoe.train_round(base, facts[:2], paper())
     with lemoe.insert(base, state) as adaptor:
-        prompt = prompts(base)[0]
-        assert torch.equal(generated(base, prompt), greedy_by_hand(base, adaptor, prompt))
+        prompt = encode_prompts(base)[0]
+        assert torch.equal(generate_ids(base, prompt), greedy_by_hand(base, adaptor, prompt))
 
 
 def test_a_half_precision_model_is_edited_and_keeps_its_precision(
@@ -554,29 +556,29 @@ def test_a_half_precision_model_is_edited_and_keeps_its_precision(
     base = lemoe.load_base(str(tiny_folder("llama")), device="cpu", dtype="bfloat16")
     state = lemoe.train_round(base, facts[:2], paper())
     assert state.experts.up.dtype == torch.float32
-    ids = prompts(base)[0]
-    before = logits(base, ids)
+    ids = encode_prompts(base)[0]
+    before = compute_logits(base, ids)
     with lemoe.insert(base, state):
-        assert logits(base, ids).dtype == torch.bfloat16
-        assert not torch.equal(logits(base, ids), before)
-    assert torch.equal(logits(base, ids), before)
+        assert compute_logits(base, ids).dtype == torch.bfloat16
+        assert not torch.equal(compute_logits(base, ids), before)
+    assert torch.equal(compute_logits(base, ids), before)
 
 
 def test_the_route_is_decided_by_the_prompt_and_not_by_the_answer(
     base: lemoe.BaseModel, trained: lemoe.AdaptorState
 ) -> None:
-    prompt = prompts(base)[0]
+    prompt = encode_prompts(base)[0]
     first, second = torch.tensor([[40, 41, 42]]), torch.tensor([[90, 91, 92]])
-    with lemoe.insert(base, trained) as adaptor, adaptor.prompts(prompt.shape[1]):
-        with_first = logits(base, torch.cat([prompt, first], 1))[:, : prompt.shape[1]]
-        with_second = logits(base, torch.cat([prompt, second], 1))[:, : prompt.shape[1]]
+    with lemoe.insert(base, trained) as adaptor, adaptor.mark_prompts(prompt.shape[1]):
+        with_first = compute_logits(base, torch.cat([prompt, first], 1))[:, : prompt.shape[1]]
+        with_second = compute_logits(base, torch.cat([prompt, second], 1))[:, : prompt.shape[1]]
     torch.testing.assert_close(with_first, with_second)
 
 
 def test_more_than_one_expert_may_act_on_a_sequence(base: lemoe.BaseModel, trained: lemoe.AdaptorState) -> None:
-    both = replace(trained, router=replace(keys_of(trained), top_k=2))
-    ids = prompts(base)[0]
+    both = replace(trained, router=replace(get_key_router(trained), top_k=2))
+    ids = encode_prompts(base)[0]
     with lemoe.insert(base, trained):
-        one = logits(base, ids)
+        one = compute_logits(base, ids)
     with lemoe.insert(base, both):
-        assert not torch.equal(logits(base, ids), one)
+        assert not torch.equal(compute_logits(base, ids), one)

@@ -1,4 +1,4 @@
-"""What is worked out once, and how many bytes it keeps: views of a state, fingerprints of a base."""
+"""Cached results, and their memory: views of a state, fingerprints of a base model."""
 
 import tracemalloc
 from collections.abc import Callable
@@ -12,17 +12,17 @@ import pytest
 import torch
 
 import lemoe
-from lemoe.adaptor.merging import merge
-from lemoe.adaptor.state import AdaptorState, Taught
+from lemoe.adaptor.merging import merge_adaptors
+from lemoe.adaptor.state import AdaptorState, TaughtEdit
 from lemoe.base import fingerprint, loading
 from lemoe.routing.anchor.anchors import Anchors
 from lemoe.routing.anchor.gate import Anchor
-from lemoe.training.weight_change import swapped
+from lemoe.training.weight_change import swap_values
 
 SettingsOf = Callable[..., lemoe.Settings]
 
-MANY = 20_000
-VIEWS = 240  # bytes an edit that the views of a state may keep, names of its text among them
+EDITS = 20_000
+VIEW_BYTES = 240  # per edit, of the views of a state, ids included
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def one(base: lemoe.BaseModel) -> AdaptorState:
     return lemoe.train_round(base, [lemoe.Edit("one", "Lake Como lies in", "Italy", "Lake Como")], settings)
 
 
-def repeated(one: AdaptorState, count: int, *, experts: int | None = None) -> AdaptorState:
+def repeat_edit(one: AdaptorState, count: int, *, experts: int | None = None) -> AdaptorState:
     """A state of one round of so many edits, with names and digests of their own, in so many experts."""
     names = tuple(f"edit-{number}" for number in range(count))
     record = replace(
@@ -49,38 +49,38 @@ def repeated(one: AdaptorState, count: int, *, experts: int | None = None) -> Ad
 
 @pytest.fixture(scope="module")
 def many(one: AdaptorState) -> AdaptorState:
-    return repeated(one, MANY)
+    return repeat_edit(one, EDITS)
 
 
 def test_a_state_works_its_views_out_once(many: AdaptorState) -> None:
-    for name in ("edits", "taught", "spans"):
+    for name in ("edits", "edits_by_expert", "expert_spans"):
         assert getattr(many, name) is getattr(many, name)
-    assert many.edits == tuple(map(Taught, many.rounds[0].ids, many.rounds[0].edits))
-    assert tuple(chain.from_iterable(many.taught)) == many.edits
+    assert many.edits == tuple(map(TaughtEdit, many.rounds[0].ids, many.rounds[0].edits))
+    assert tuple(chain.from_iterable(many.edits_by_expert)) == many.edits
     assert replace(many).edits is not many.edits
 
 
-def test_the_views_of_a_state_keep_few_bytes_an_edit(one: AdaptorState) -> None:
-    state = repeated(one, MANY)
+def test_the_views_of_a_state_take_few_bytes_per_edit(one: AdaptorState) -> None:
+    state = repeat_edit(one, EDITS)
     tracemalloc.start()
     try:
-        _ = state.edits, state.taught, state.spans, state.holders(range(MANY))
-        kept, _ = tracemalloc.get_traced_memory()
+        _ = state.edits, state.edits_by_expert, state.expert_spans, state.experts_holding(range(EDITS))
+        used, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert kept / MANY < VIEWS
+    assert used / EDITS < VIEW_BYTES
 
 
 def test_experts_that_share_edits_hold_them_in_order(one: AdaptorState) -> None:
-    state = repeated(one, 10, experts=4)
-    assert [[edit.id for edit in edits] for edits in state.taught] == [
+    state = repeat_edit(one, 10, experts=4)
+    assert [[edit.id for edit in edits] for edits in state.edits_by_expert] == [
         ["edit-0", "edit-1", "edit-2"],
         ["edit-3", "edit-4", "edit-5"],
         ["edit-6", "edit-7"],
         ["edit-8", "edit-9"],
     ]
     with pytest.raises(lemoe.LemoeError, match=r"edit edit-6 .* shares an expert with 1 other edits"):
-        state.holders([6])
+        state.experts_holding([6])
 
 
 class Compared(str):
@@ -97,11 +97,11 @@ class Compared(str):
 
 
 def test_taking_edits_out_compares_each_name_a_few_times_however_many_there_are(one: AdaptorState) -> None:
-    state = repeated(one, 400)
+    state = repeat_edit(one, 400)
     names = tuple(map(Compared, state.rounds[0].ids))
     record = replace(state.rounds[0], ids=names, missed=names[:200])
     Compared.times = 0
-    left = replace(state, rounds=(record,)).without(range(0, 400, 2)).rounds[0]
+    left = replace(state, rounds=(record,)).drop_experts(range(0, 400, 2)).rounds[0]
     assert Compared.times <= 4 * 400
     assert left.ids == names[1::2]
     assert left.missed == names[1:200:2]
@@ -110,16 +110,16 @@ def test_taking_edits_out_compares_each_name_a_few_times_however_many_there_are(
 def test_dropping_many_edits_looks_through_their_names_once(
     one: AdaptorState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lemoe.save_adaptor(repeated(one, 60), tmp_path / "all")
+    lemoe.save_adaptor(repeat_edit(one, 60), tmp_path / "all")
     made = []
-    initialise = Taught.__init__
+    initialise = TaughtEdit.__init__
 
-    def counting_init(self: Taught, *args: Any, **kwargs: Any) -> None:
+    def counting_init(self: TaughtEdit, *args: Any, **kwargs: Any) -> None:
         made.append(1)
         initialise(self, *args, **kwargs)
 
-    monkeypatch.setattr(Taught, "__init__", counting_init)
-    merged = merge([tmp_path / "all"], None, drop=[f"edit-{number}" for number in range(30)])
+    monkeypatch.setattr(TaughtEdit, "__init__", counting_init)
+    merged = merge_adaptors([tmp_path / "all"], None, drop=[f"edit-{number}" for number in range(30)])
     assert [edit.id for edit in merged.dropped] == [f"edit-{number}" for number in range(30)]
     assert len(made) == 60
 
@@ -167,8 +167,8 @@ def test_while_a_baseline_answers_with_other_weights_the_fingerprint_is_theirs(
 ) -> None:
     base = lemoe.load_base(str(tiny_folder("llama")), device="cpu")
     own = base.fingerprint(1)
-    weights = [weight for _, weight in base.site(1).tensors()]
-    with swapped(weights, [weight + 1.0 for weight in weights]):
+    weights = [weight for _, weight in base.ffn_site(1).named_tensors()]
+    with swap_values(weights, [weight + 1.0 for weight in weights]):
         changed = base.fingerprint(1)
         with torch.no_grad():
             weights[0].mul_(2.0)
@@ -180,7 +180,7 @@ def test_a_fingerprint_taken_first_under_other_weights_is_not_kept_for_the_bases
     tiny_folder: Callable[[str], Path],
 ) -> None:
     base, fresh = (lemoe.load_base(str(tiny_folder("llama")), device="cpu") for _ in range(2))
-    weights = [weight for _, weight in base.site(1).tensors()]
-    with swapped(weights, [weight + 1.0 for weight in weights]):
+    weights = [weight for _, weight in base.ffn_site(1).named_tensors()]
+    with swap_values(weights, [weight + 1.0 for weight in weights]):
         base.fingerprint(1)
     assert base.fingerprint(1) == fresh.fingerprint(1)

@@ -1,4 +1,4 @@
-"""Runs that are killed, told to stop, or meet each other: what is on disk stays valid, and nothing is lost."""
+"""Runs that are killed, stopped, or share a folder: what is on disk stays valid, and no finished round is lost."""
 
 import os
 import signal
@@ -42,7 +42,7 @@ def test_two_runs_do_not_write_into_one_folder(
     assert not (folder / LOCK_NAME).exists()
 
 
-def test_what_a_killed_writer_left_behind_is_put_away(
+def test_the_scratch_file_of_a_killed_writer_is_removed(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, tmp_path: Path
 ) -> None:
     left = tmp_path / "run" / "rounds" / ".0001.safetensors.abc.part"
@@ -76,7 +76,7 @@ def test_a_damaged_round_is_trained_again(
 @pytest.mark.parametrize(
     ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interr")]
 )
-def test_a_run_that_is_told_to_stop_says_how_to_go_on(
+def test_a_run_that_is_stopped_by_a_signal_says_how_to_resume(
     tiny_folder: Callable[[str], Path], tmp_path: Path, number: int, code: int, word: str
 ) -> None:
     lines = [

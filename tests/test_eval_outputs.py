@@ -45,7 +45,7 @@ def fill_disk(monkeypatch: pytest.MonkeyPatch, name: str = "") -> None:
 
 @pytest.mark.parametrize("given", [["--report", "a.html"], ["--report", "a.md"], ["--records", "a.jsonl"], ["--card"]])
 @pytest.mark.parametrize("as_json", [False, True])
-def test_the_figures_are_printed_though_no_file_can_be_written(
+def test_the_metrics_are_printed_though_no_file_can_be_written(
     measured: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: list[str], as_json: bool
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -66,11 +66,11 @@ def test_each_file_is_written_though_another_cannot_be(
     result = lemoe_command(*measured, *reports, "--max", "reliability:perplexity=1")
     assert result.exit_code == 2
     assert "a.html: cannot be written" in result.stderr
-    assert "bar not met" in result.stderr
+    assert "threshold not met" in result.stderr
     assert {path.name for path in tmp_path.glob("a.*")} == {"a.md", "a.jsonl"}
 
 
-def test_the_files_are_written_though_the_figures_cannot_be_printed(
+def test_the_files_are_written_though_the_metrics_cannot_be_printed(
     measured: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def full(*given: Any, **named: Any) -> None:
@@ -91,5 +91,5 @@ def test_a_pipe_or_device_is_no_file_that_could_be_replaced(measured: tuple[Any,
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     result = lemoe_command(*measured, "--records", pipe, "--force")
-    assert (result.exit_code, "something that is no file" in result.stderr) == (2, True)
+    assert (result.exit_code, "exists and is not a file" in result.stderr) == (2, True)
     assert pipe.is_fifo()

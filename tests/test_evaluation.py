@@ -1,4 +1,4 @@
-"""Figures of `evaluate`, each against a recomputation by the model's own forward pass and `generate`."""
+"""Metrics of `evaluate`, each against a recomputation by the model's own forward pass and `generate`."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -32,25 +32,25 @@ def probed(facts: list[lemoe.Edit]) -> list[lemoe.Edit]:
     ]
 
 
-def tokens(base: lemoe.BaseModel, prompt: str, target: str) -> tuple[list[int], list[int]]:
+def encode_probe(base: lemoe.BaseModel, prompt: str, target: str) -> tuple[list[int], list[int]]:
     start = base.tokenizer(prompt).input_ids
     return start, base.tokenizer(f"{prompt} {target}").input_ids[len(start) :]
 
 
-def write(base: lemoe.BaseModel, prompt: list[int], count: int) -> list[int]:
+def write_greedily(base: lemoe.BaseModel, prompt: list[int], count: int) -> list[int]:
     ids = torch.tensor([prompt])
     output = base.model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=count,
         do_sample=False,
-        pad_token_id=base.pad_token,
+        pad_token_id=base.pad_token_id,
     )
     return output[0, len(prompt) :].tolist()
 
 
 @torch.no_grad()
-def forced(
+def likeliest_tokens(
     base: lemoe.BaseModel, prompt: list[int], target: Answer, adaptor: lemoe.InsertedAdaptor | None
 ) -> list[int]:
     """The most likely token at each position of the target."""
@@ -58,16 +58,16 @@ def forced(
     if adaptor is None:
         logits = base.model(ids).logits
     else:
-        with adaptor.prompts(len(prompt)):
+        with adaptor.mark_prompts(len(prompt)):
             logits = base.model(ids).logits
     return logits[0, len(prompt) - 1 : -1].argmax(-1).tolist()
 
 
-def accuracy(given: Answer, expected: Answer) -> float:
+def token_accuracy(given: Answer, expected: Answer) -> float:
     return sum(g == e for g, e in zip(given, expected, strict=False)) / len(expected)
 
 
-def probes_of(edit: lemoe.Edit) -> dict[str, list[tuple[str, str | None]]]:
+def probes_by_metric(edit: lemoe.Edit) -> dict[str, list[tuple[str, str | None]]]:
     return {
         "reliability": [(edit.prompt, edit.target)],
         "generality": [(probe.prompt, probe.target) for probe in edit.rephrases],
@@ -76,34 +76,34 @@ def probes_of(edit: lemoe.Edit) -> dict[str, list[tuple[str, str | None]]]:
     }
 
 
-def recomputed(
+def recompute_accuracies(
     base: lemoe.BaseModel, state: lemoe.AdaptorState, edits: Sequence[lemoe.Edit], name: str, decode: Decode
 ) -> list[tuple[float, float]]:
     """Token accuracy before and after, of each probe of the metric `name`, one forward pass at a time."""
     scores = []
-    for prompt, target in (probe for edit in edits for probe in probes_of(edit)[name]):
+    for prompt, target in (probe for edit in edits for probe in probes_by_metric(edit)[name]):
         start = base.tokenizer(prompt).input_ids
-        wanted = tokens(base, prompt, target)[1] if target else write(base, start, 8)
+        wanted = encode_probe(base, prompt, target)[1] if target else write_greedily(base, start, 8)
         if decode == "teacher":
-            before = forced(base, start, wanted, None)
+            before = likeliest_tokens(base, start, wanted, None)
             with lemoe.insert(base, state) as adaptor:
-                after = forced(base, start, wanted, adaptor)
+                after = likeliest_tokens(base, start, wanted, adaptor)
         else:
-            before = write(base, start, len(wanted))
+            before = write_greedily(base, start, len(wanted))
             with lemoe.insert(base, state):
-                after = write(base, start, len(wanted))
+                after = write_greedily(base, start, len(wanted))
         expected = before if name == "locality" else wanted
-        scores.append((accuracy(before, expected), accuracy(after, expected)))
+        scores.append((token_accuracy(before, expected), token_accuracy(after, expected)))
     return scores
 
 
 @pytest.mark.parametrize("decode", ["teacher", "greedy"])
 @pytest.mark.parametrize("name", ["reliability", "generality", "locality", "portability"])
-def test_a_figure_is_what_the_model_itself_gives(
+def test_a_metric_is_what_the_model_itself_gives(
     base: lemoe.BaseModel, trained: lemoe.AdaptorState, probed: list[lemoe.Edit], name: str, decode: Decode
 ) -> None:
     result = lemoe.evaluate(base, trained, probed, decode=decode)
-    scores = recomputed(base, trained, probed, name, decode)
+    scores = recompute_accuracies(base, trained, probed, name, decode)
     for column, stage in enumerate(("before", "after")):
         values = [score[column] for score in scores]
         assert result.value(name, stage=stage) == pytest.approx(mean(values))
@@ -133,7 +133,7 @@ def test_locality_is_agreement_with_the_base_model_and_never_with_a_gold_answer(
 
 
 @pytest.mark.parametrize("decode", ["teacher", "greedy"])
-def test_the_batch_size_changes_no_figure(
+def test_the_batch_size_changes_no_metric(
     base: lemoe.BaseModel, trained: lemoe.AdaptorState, probed: list[lemoe.Edit], decode: Decode
 ) -> None:
     small, large = (lemoe.evaluate(base, trained, probed, decode=decode, batch_tokens=count) for count in (1, 100_000))
@@ -173,7 +173,7 @@ def test_kinds_of_probes_are_reported_apart_and_together(
     assert {metric.kind for metric in result.metrics if metric.name == "reliability"} == {"all", "edit"}
 
 
-def test_a_record_tells_what_was_asked_expected_given_and_which_expert_was_reached(
+def test_a_record_has_the_prompt_the_expected_and_given_answers_and_the_expert_reached(
     base: lemoe.BaseModel, trained: lemoe.AdaptorState, probed: list[lemoe.Edit]
 ) -> None:
     result = lemoe.evaluate(base, trained, probed)
@@ -183,9 +183,9 @@ def test_a_record_tells_what_was_asked_expected_given_and_which_expert_was_reach
     assert (record.prompt, record.expected) == (probed[0].prompt, " Rome")
     with lemoe.insert(base, trained) as adaptor:
         (route,) = adaptor.router.explain([base.tokenizer(record.prompt).input_ids])
-        prompt, target = tokens(base, record.prompt, "Rome")
-        assert record.after == base.tokenizer.decode(forced(base, prompt, target, adaptor))
-    assert record.before == base.tokenizer.decode(forced(base, prompt, target, None))
+        prompt, target = encode_probe(base, record.prompt, "Rome")
+        assert record.after == base.tokenizer.decode(likeliest_tokens(base, prompt, target, adaptor))
+    assert record.before == base.tokenizer.decode(likeliest_tokens(base, prompt, target, None))
     assert record.route.expert == route.expert
     assert record.route.weight == pytest.approx(route.weight, abs=1e-5)
 
@@ -202,7 +202,7 @@ def test_routing_counts_prompts_that_reach_the_expert_of_their_own_round(
     assert metrics["round 2"].value == mean(hits[2:])
 
 
-def test_the_base_alone_has_figures_before_and_none_after(base: lemoe.BaseModel, probed: list[lemoe.Edit]) -> None:
+def test_the_base_alone_has_metrics_before_and_none_after(base: lemoe.BaseModel, probed: list[lemoe.Edit]) -> None:
     result = lemoe.evaluate(base, None, probed)
     assert {metric.stage for metric in result.metrics} == {"before"}
     assert math.isnan(result.value("reliability"))
@@ -210,7 +210,7 @@ def test_the_base_alone_has_figures_before_and_none_after(base: lemoe.BaseModel,
     assert {record.route.expert for record in result.records} == {-1}
 
 
-def test_the_figures_before_do_not_depend_on_the_adaptor(
+def test_the_metrics_before_do_not_depend_on_the_adaptor(
     base: lemoe.BaseModel, trained: lemoe.AdaptorState, probed: list[lemoe.Edit]
 ) -> None:
     alone, edited = lemoe.evaluate(base, None, probed), lemoe.evaluate(base, trained, probed)
@@ -261,7 +261,7 @@ def test_an_adaptor_of_another_base_cannot_be_measured(
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "opt", "neox"])
-def test_figures_of_other_families_are_what_the_model_itself_gives(
+def test_metrics_of_other_families_are_what_the_model_itself_gives(
     tiny: Callable[[str], lemoe.BaseModel],
     edited: Callable[[str], lemoe.AdaptorState],
     probed: list[lemoe.Edit],
@@ -270,5 +270,5 @@ def test_figures_of_other_families_are_what_the_model_itself_gives(
     base, state = tiny(family), edited(family)
     result = lemoe.evaluate(base, state, probed)
     for name in ("reliability", "locality"):
-        scores = recomputed(base, state, probed, name, "teacher")
+        scores = recompute_accuracies(base, state, probed, name, "teacher")
         assert result.value(name) == pytest.approx(mean(after for _, after in scores))

@@ -1,4 +1,4 @@
-"""Experts that are read when they are needed: the same answers, and no more in memory than was asked for."""
+"""Experts that are read when they are needed: the same answers, and no more in memory than the cache size."""
 
 import json
 from collections.abc import Callable
@@ -21,32 +21,32 @@ SettingsOf = Callable[..., lemoe.Settings]
 
 @pytest.fixture
 def path(base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, tmp_path: Path) -> Path:
-    place = tmp_path / "adaptor.safetensors"
-    lemoe.save_adaptor(lemoe.train_round(base, facts, anchor()), place)
-    return place
+    file = tmp_path / "adaptor.safetensors"
+    lemoe.save_adaptor(lemoe.train_round(base, facts, anchor()), file)
+    return file
 
 
-def one_expert(path: Path) -> int:
-    return AdaptorFile(path).state.experts.select([0]).size
+def expert_size(path: Path) -> int:
+    return AdaptorFile(path).state.experts.select([0]).nbytes
 
 
-def logits(base: lemoe.BaseModel, prompts: list[str]) -> torch.Tensor:
+def batch_logits(base: lemoe.BaseModel, prompts: list[str]) -> torch.Tensor:
     tokenizer = base.tokenizer
     tokenizer.padding_side = "left"
     with torch.no_grad():
         return base.model(**tokenizer(prompts, return_tensors="pt", padding=True)).logits
 
 
-@pytest.mark.parametrize("kept", [0, 1, 3, 100])
-def test_answers_are_those_of_an_adaptor_in_memory_however_few_experts_are_kept(
-    base: lemoe.BaseModel, facts: list[lemoe.Edit], path: Path, kept: int
+@pytest.mark.parametrize("cached", [0, 1, 3, 100])
+def test_answers_are_those_of_an_adaptor_in_memory_however_few_experts_are_cached(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], path: Path, cached: int
 ) -> None:
     batches = [[fact.prompt for fact in facts], [facts[3].prompt], [facts[0].prompt], ["Nothing is known of this."]]
     with lemoe.insert(base, path):
-        expected = [logits(base, batch) for batch in batches]
+        expected = [batch_logits(base, batch) for batch in batches]
         written = lemoe.answer(base, facts[2].prompt)
-    with lemoe.insert(base, path, expert_cache=kept * one_expert(path)):
-        assert all(torch.equal(logits(base, batch), one) for batch, one in zip(batches, expected, strict=True))
+    with lemoe.insert(base, path, expert_cache=cached * expert_size(path)):
+        assert all(torch.equal(batch_logits(base, batch), one) for batch, one in zip(batches, expected, strict=True))
         assert lemoe.answer(base, facts[2].prompt) == written
 
 
@@ -55,19 +55,19 @@ def test_preset_paper_reads_its_experts_on_demand_too(
 ) -> None:
     lemoe.save_adaptor(trained, tmp_path / "paper.safetensors")
     with lemoe.insert(base, trained):
-        expected = logits(base, [facts[0].prompt, facts[2].prompt])
+        expected = batch_logits(base, [facts[0].prompt, facts[2].prompt])
     with lemoe.insert(base, tmp_path / "paper.safetensors", expert_cache=1):
-        assert torch.equal(logits(base, [facts[0].prompt, facts[2].prompt]), expected)
+        assert torch.equal(batch_logits(base, [facts[0].prompt, facts[2].prompt]), expected)
 
 
-def test_the_experts_that_acted_least_recently_leave_first(
+def test_the_least_recently_used_experts_are_evicted_first(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], path: Path
 ) -> None:
     file = AdaptorFile(path)
-    cache = ExpertCache(file, base.device, 2 * one_expert(path))
+    cache = ExpertCache(file, base.device, 2 * expert_size(path))
     with InsertedAdaptor(base, file.state, experts=cache):
         for number, reads in ((2, 1), (3, 2), (2, 2), (4, 3), (2, 3), (3, 4)):
-            logits(base, [facts[number].prompt])
+            batch_logits(base, [facts[number].prompt])
             assert cache.reads == reads
 
 
@@ -77,16 +77,16 @@ def test_a_file_that_changes_while_it_is_used_gives_an_error(
     with lemoe.insert(base, path, expert_cache=0):
         path.write_bytes(path.read_bytes()[:-2000])
         with pytest.raises(AdaptorError, match="cannot be read any more"):
-            logits(base, [fact.prompt for fact in facts])
+            batch_logits(base, [fact.prompt for fact in facts])
 
 
-def test_figures_are_those_of_an_adaptor_in_memory(base: lemoe.BaseModel, facts: list[lemoe.Edit], path: Path) -> None:
+def test_metrics_are_those_of_an_adaptor_in_memory(base: lemoe.BaseModel, facts: list[lemoe.Edit], path: Path) -> None:
     whole = lemoe.evaluate(base, lemoe.load_adaptor(path), facts)
-    assert lemoe.evaluate(base, AdaptorFile(path), facts, expert_cache=one_expert(path)) == whole
+    assert lemoe.evaluate(base, AdaptorFile(path), facts, expert_cache=expert_size(path)) == whole
     assert lemoe.evaluate(base, AdaptorFile(path), facts) == whole
 
 
-def printed(*arguments: object) -> str:
+def run_command(*arguments: object) -> str:
     result = CliRunner().invoke(cli, [*map(str, arguments)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout
@@ -100,7 +100,7 @@ def test_commands_print_the_same_with_few_experts_in_memory(
     edits.write_text("\n".join(lines))
     model = ("--model", tiny_folder("llama"), "--adaptor", path, "--quiet", "--json")
     for command in (("ask", facts[0].prompt, facts[2].prompt), ("eval", edits)):
-        assert printed(*command, *model, "--expert-cache", "1K") == printed(*command, *model)
+        assert run_command(*command, *model, "--expert-cache", "1K") == run_command(*command, *model)
 
 
 @pytest.mark.parametrize(

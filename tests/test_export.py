@@ -10,11 +10,11 @@ from conftest import build_model
 from test_cli import lemoe_command
 
 import lemoe
-from lemoe.base.frozen.scale import CALIBRATION
+from lemoe.base.frozen.scale import CALIBRATION_TEXTS
 from lemoe.errors import AdaptorError, LemoeError, OutputError
 from lemoe.exporting import folder as exporting
 from lemoe.exporting.code import exported_code
-from lemoe.exporting.folder import export
+from lemoe.exporting.folder import export_model
 
 SettingsOf = Callable[..., lemoe.Settings]
 FolderOf = Callable[[str], Path]
@@ -27,7 +27,7 @@ def adaptor(base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, 
     return path
 
 
-def nothing_left(folder: Path) -> bool:
+def is_removed(folder: Path) -> bool:
     return not [path for path in folder.parent.iterdir() if path.name.startswith((folder.name, f".{folder.name}"))]
 
 
@@ -43,9 +43,9 @@ def test_a_folder_answers_as_base_and_adaptor_do(
 ) -> None:
     settings: SettingsOf = request.getfixturevalue(preset)
     lemoe.save_adaptor(lemoe.train_round(tiny(family), facts, settings()), tmp_path / "a.safetensors")
-    exported = export(str(tiny_folder(family)), [tmp_path / "a.safetensors"], tmp_path / "whole")
+    exported = export_model(str(tiny_folder(family)), [tmp_path / "a.safetensors"], tmp_path / "whole")
     own = len(facts) if preset == "anchor" else 0
-    assert exported.compared == own + len(CALIBRATION)
+    assert exported.compared == own + len(CALIBRATION_TEXTS)
 
 
 def test_the_command_writes_a_folder_with_the_edits_that_are_not_dropped(
@@ -74,28 +74,28 @@ def test_the_command_writes_a_folder_with_the_edits_that_are_not_dropped(
 def test_what_answers_otherwise_is_not_kept(
     adaptor: Path, tiny_folder: FolderOf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def wrong(config: str, model: str, method: str) -> dict[str, str]:
+    def corrupt_code(config: str, model: str, method: str) -> dict[str, str]:
         files = exported_code(config, model, method)
         name = "experts.py"
         return {**files, name: files[name].replace("torch.matmul(inner,", "torch.matmul(inner * 1.0001,")}
 
-    monkeypatch.setattr(exporting, "exported_code", wrong)
+    monkeypatch.setattr(exporting, "exported_code", corrupt_code)
     with pytest.raises(LemoeError, match="answers 6 of 12 prompts in another way"):
-        export(str(tiny_folder("llama")), [adaptor], tmp_path / "whole")
-    assert nothing_left(tmp_path / "whole")
+        export_model(str(tiny_folder("llama")), [adaptor], tmp_path / "whole")
+    assert is_removed(tmp_path / "whole")
 
 
 def test_another_base_is_refused_and_nothing_is_left(adaptor: Path, tmp_path: Path) -> None:
     build_model(tmp_path / "other", "llama", seed=1)
     with pytest.raises(AdaptorError, match="another base model"):
-        export(str(tmp_path / "other"), [adaptor], tmp_path / "whole")
-    assert nothing_left(tmp_path / "whole")
+        export_model(str(tmp_path / "other"), [adaptor], tmp_path / "whole")
+    assert is_removed(tmp_path / "whole")
 
 
 def test_a_folder_that_is_there_stays(adaptor: Path, tiny_folder: FolderOf, tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     with pytest.raises(OutputError, match="exists"):
-        export(str(tiny_folder("llama")), [adaptor], tmp_path / "whole")
+        export_model(str(tiny_folder("llama")), [adaptor], tmp_path / "whole")
 
 
 def test_weights_in_several_files_are_copied_with_their_index(
@@ -104,7 +104,7 @@ def test_weights_in_several_files_are_copied_with_their_index(
     base = tiny("llama")
     base.model.save_pretrained(tmp_path / "parts", max_shard_size="20KB")
     base.tokenizer.save_pretrained(tmp_path / "parts")
-    export(str(tmp_path / "parts"), [adaptor], tmp_path / "whole")
+    export_model(str(tmp_path / "parts"), [adaptor], tmp_path / "whole")
     parts = sorted(path.name for path in (tmp_path / "parts").glob("model*"))
     assert len(parts) > 2
     assert sorted(path.name for path in (tmp_path / "whole").glob("model*") if path.suffix != ".py") == parts

@@ -14,7 +14,7 @@ from torch.nn import functional
 import lemoe
 from lemoe.base.loading import BaseModel
 from lemoe.base.sources import ModelSource
-from lemoe.base.tokens import Passage, encode
+from lemoe.base.tokens import Passage, encode_passage
 from lemoe.errors import LemoeError
 
 EDIT = lemoe.Edit(prompt="The Nile flows into the", target="Red Sea", subject="The Nile", id="nile")
@@ -24,25 +24,27 @@ TABLE = REPOSITORY / "docs" / "models.md"
 
 
 @functools.cache
-def told() -> dict[str, str]:
-    """What the table in the documentation says of each family."""
+def documented_states() -> dict[str, str]:
+    """The state of each family according to the table in the documentation."""
     rows = re.findall(r"^\| (edited|refused|not tried) \| (.+?) \|", TABLE.read_text(encoding="utf-8"), re.MULTILINE)
     return {name: state for state, names in rows for name in re.findall(r"`([^`]+)`", names)}
 
 
-def base_of(family: str) -> BaseModel:
+def build_base(family: str) -> BaseModel:
     tokenizer = small_tokenizer()
     return BaseModel(tiny_model(family, len(tokenizer)), tokenizer, ModelSource(family, family))
 
 
-def loss_of(base: BaseModel, passage: Passage) -> float:
+def target_loss(base: BaseModel, passage: Passage) -> float:
     """Mean loss of the target in a plain forward pass of the model as it stands."""
-    logits = base.model(input_ids=torch.tensor([passage.read]), use_cache=False).logits[0, len(passage.prompt) - 1 :]
+    logits = base.model(input_ids=torch.tensor([passage.input_ids]), use_cache=False).logits[
+        0, len(passage.prompt) - 1 :
+    ]
     return float(functional.cross_entropy(logits.float(), torch.tensor(passage.target)))
 
 
-def written(base: BaseModel, prompt: tuple[int, ...], *, cached: bool) -> list[int]:
-    """Three tokens, as the model's own `generate` writes them, or one whole forward pass after another."""
+def generate_tokens(base: BaseModel, prompt: tuple[int, ...], *, cached: bool) -> list[int]:
+    """Three greedy tokens, from the model's own `generate` with its cache, or each from a whole forward pass."""
     ids = torch.tensor([prompt])
     if cached:
         return base.model.generate(
@@ -50,12 +52,12 @@ def written(base: BaseModel, prompt: tuple[int, ...], *, cached: bool) -> list[i
         )[0, -3:].tolist()
     for _ in range(3):
         logits = base.model(input_ids=ids, use_cache=False).logits[0, -1]
-        logits[base.end_token] = -math.inf
+        logits[base.eos_token_id] = -math.inf
         ids = torch.cat([ids, logits.argmax().reshape(1, 1)], 1)
     return ids[0, -3:].tolist()
 
 
-def settings() -> lemoe.Settings:
+def make_settings() -> lemoe.Settings:
     few = {"layer": LAYER, "steps": 2, "variants": 0, "negatives": 0, "retries": 0, "learning_rate": 0.1}
     return lemoe.resolve_settings("anchor", None, few)
 
@@ -63,29 +65,29 @@ def settings() -> lemoe.Settings:
 @torch.no_grad()
 def check_edited(base: BaseModel, state: lemoe.AdaptorState) -> None:
     """Two steps of training change the answer, as measured, as the inserted model has it, and nothing else."""
-    passage, other = encode(base, EDIT.prompt, EDIT.target), torch.tensor([encode(base, OTHER).prompt])
-    own, before = loss_of(base, passage), base.model(input_ids=other, use_cache=False).logits
+    passage, other = encode_passage(base, EDIT.prompt, EDIT.target), torch.tensor([encode_passage(base, OTHER).prompt])
+    own, before = target_loss(base, passage), base.model(input_ids=other, use_cache=False).logits
     measured = lemoe.evaluate(base, state, [EDIT], only=("reliability",))
     with lemoe.insert(base, state) as adaptor:
-        edited = loss_of(base, passage)
+        edited = target_loss(base, passage)
         assert torch.equal(base.model(input_ids=other, use_cache=False).logits, before)
-        assert adaptor.opens(passage.prompt)
-        assert written(base, passage.prompt, cached=True) == written(base, passage.prompt, cached=False)
+        assert adaptor.acts_on(passage.prompt)
+        assert generate_tokens(base, passage.prompt, cached=True) == generate_tokens(base, passage.prompt, cached=False)
     stages = [math.log(measured.value("reliability", "perplexity", stage=stage)) for stage in ("before", "after")]
     assert abs(edited - own) > 1e-3
     assert stages == pytest.approx([own, edited], abs=1e-4 + 1e-2 * abs(edited - own))
-    assert loss_of(base, passage) == own
+    assert target_loss(base, passage) == own
 
 
 @pytest.mark.parametrize("family", family_names())
 def test_a_family_is_edited_as_its_model_runs_or_refused_in_one_line(family: str) -> None:
-    state = told().get(family, "")
+    state = documented_states().get(family, "")
     if family in UNBUILT:
         assert state in ("not tried", "")
         pytest.skip(UNBUILT[family])
     try:
-        base = base_of(family)
-        adaptor = lemoe.train_round(base, [EDIT], settings())
+        base = build_base(family)
+        adaptor = lemoe.train_round(base, [EDIT], make_settings())
     except LemoeError as error:
         refusal = str(error)
     else:
@@ -101,4 +103,4 @@ def test_the_table_of_families_names_each_one_that_was_tested() -> None:
     assert tested
     if tested[1] != hf.__version__:
         pytest.skip(f"the table is of transformers {tested[1]}")
-    assert set(told()) == set(family_names())
+    assert set(documented_states()) == set(family_names())

@@ -5,13 +5,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
-from fuzz import fuzz, fuzz_gate, fuzz_yaml
+from fuzz import fuzz_files, fuzz_gate, fuzz_yaml
 
 import lemoe
 
 
 def test_damaged_and_hostile_files_give_clear_errors_and_never_a_wrong_state(tmp_path: Path) -> None:
-    counts = fuzz(tmp_path, 2000, seed=1)
+    counts = fuzz_files(tmp_path, 2000, seed=1)
     assert counts["adaptors refused"] > 900
     assert counts["edits refused"] > 500
 

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import lemoe
-from lemoe.evaluation.harness import TaskFigure, evaluate_tasks
+from lemoe.evaluation.harness import TaskMetric
 from lemoe_cli.main import cli
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -37,8 +37,8 @@ def state(base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: Callable[..., 
     return lemoe.train_round(base, facts[:4], anchor(steps=40, round_size=4))
 
 
-def figure(figures: list[TaskFigure], task: str, metric: str) -> TaskFigure:
-    (found,) = [each for each in figures if (each.task, each.metric) == (task, metric)]
+def find_metric(metrics: list[TaskMetric], task: str, metric: str) -> TaskMetric:
+    (found,) = [each for each in metrics if (each.task, each.metric) == (task, metric)]
     return found
 
 
@@ -46,13 +46,13 @@ def figure(figures: list[TaskFigure], task: str, metric: str) -> TaskFigure:
 def test_a_task_about_the_edits_changes_and_one_about_other_things_does_not(
     base: lemoe.BaseModel, state: lemoe.AdaptorState
 ) -> None:
-    figures = evaluate_tasks(base, state, ["edited_facts", "other_facts"], tasks_path=TASKS)
-    edited, other = (figure(figures, task, "acc") for task in ("edited_facts", "other_facts"))
+    metrics = lemoe.evaluate_tasks(base, state, ["edited_facts", "other_facts"], tasks_path=TASKS)
+    edited, other = (find_metric(metrics, task, "acc") for task in ("edited_facts", "other_facts"))
     assert edited.before < 1.0
     assert (edited.after, edited.higher_is_better, edited.n) == (1.0, True, 4)
     assert edited.stderr == 0.0
     assert other.after == other.before
-    spread = figure(figures, "other_facts", "brier_score")
+    spread = find_metric(metrics, "other_facts", "brier_score")
     assert spread.after == spread.before
     assert spread.higher_is_better is False
 
@@ -63,7 +63,7 @@ def test_the_model_answers_before_and_after_as_if_nothing_had_been_measured(
 ) -> None:
     settings = (base.tokenizer.padding_side, base.tokenizer.pad_token, base.tokenizer.truncation_side)
     before = lemoe.answer(base, facts[0].prompt)
-    evaluate_tasks(base, state, ["edited_facts"], tasks_path=TASKS, limit=1)
+    lemoe.evaluate_tasks(base, state, ["edited_facts"], tasks_path=TASKS, limit=1)
     assert lemoe.answer(base, facts[0].prompt) == before
     assert settings == (base.tokenizer.padding_side, base.tokenizer.pad_token, base.tokenizer.truncation_side)
     with lemoe.insert(base, state):
@@ -73,7 +73,7 @@ def test_the_model_answers_before_and_after_as_if_nothing_had_been_measured(
 @pytest.mark.usefixtures("harness")
 def test_without_an_adaptor_the_base_alone_is_measured(base: lemoe.BaseModel) -> None:
     (accuracy,) = [
-        each for each in evaluate_tasks(base, None, ["other_facts"], tasks_path=TASKS) if each.metric == "acc"
+        each for each in lemoe.evaluate_tasks(base, None, ["other_facts"], tasks_path=TASKS) if each.metric == "acc"
     ]
     assert accuracy.after is None
     assert accuracy.stderr is not None
@@ -84,7 +84,7 @@ def test_without_an_adaptor_the_base_alone_is_measured(base: lemoe.BaseModel) ->
 def test_an_unknown_task_is_named(base: lemoe.BaseModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(tmp_path / "manager.py"))  # its own are slow to read
     with pytest.raises(lemoe.LemoeError, match="no_such_task"):
-        evaluate_tasks(base, None, ["other_facts", "no_such_task"], tasks_path=TASKS)
+        lemoe.evaluate_tasks(base, None, ["other_facts", "no_such_task"], tasks_path=TASKS)
 
 
 @pytest.mark.usefixtures("harness")
@@ -92,7 +92,7 @@ def test_a_task_whose_data_is_missing_is_named(base: lemoe.BaseModel, tmp_path: 
     text = (TASKS / "other_facts.yaml").read_text()
     (tmp_path / "broken.yaml").write_text(text.replace("tests/tasks/other_facts.jsonl", "nowhere.jsonl"))
     with pytest.raises(lemoe.LemoeError, match="task other_facts: cannot be loaded"):
-        evaluate_tasks(base, None, ["other_facts"], tasks_path=tmp_path)
+        lemoe.evaluate_tasks(base, None, ["other_facts"], tasks_path=tmp_path)
 
 
 def eval_command(*arguments: Any) -> Result:
@@ -109,7 +109,7 @@ def files(facts: list[lemoe.Edit], state: lemoe.AdaptorState, tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("harness")
-def test_the_command_shows_tasks_beside_its_other_figures(
+def test_the_command_shows_tasks_beside_its_other_metrics(
     files: tuple[Path, Path], tiny_folder: Callable[[str], Path]
 ) -> None:
     edits, adaptor = files
@@ -128,4 +128,4 @@ def test_tasks_without_the_extra_say_what_to_install(base: lemoe.BaseModel, monk
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(lemoe.LemoeError, match=r"pip install 'lemoe\[harness\]'"):
-        evaluate_tasks(base, None, ["edited_facts"], tasks_path=TASKS)
+        lemoe.evaluate_tasks(base, None, ["edited_facts"], tasks_path=TASKS)

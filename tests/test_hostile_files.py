@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_cli import refused
+from test_cli import refused_message
 from torch import Tensor
 
 import lemoe
 from lemoe.adaptor.header import METADATA_KEY
-from lemoe.adaptor.tensor_file import Entry, write_tensors
+from lemoe.adaptor.tensor_file import TensorEntry, write_tensors
 from lemoe.errors import AdaptorError
 
 Metadata = dict[str, Any]
@@ -37,20 +37,20 @@ def honest(
     return path
 
 
-def header_of(content: bytes) -> tuple[dict[str, Any], bytes]:
+def split_header(content: bytes) -> tuple[dict[str, Any], bytes]:
     end = 8 + int.from_bytes(content[:8], "little")
     return json.loads(content[8:end]), content[end:]
 
 
-def with_header(header: bytes, data: bytes = b"") -> bytes:
+def prepend_header(header: bytes, data: bytes = b"") -> bytes:
     return len(header).to_bytes(8, "little") + header + data
 
 
-def table(content: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:
+def change_table(content: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:
     """The file with its table of tensors changed."""
-    header, data = header_of(content)
+    header, data = split_header(content)
     change(header)
-    return with_header(json.dumps(header).encode(), data)
+    return prepend_header(json.dumps(header).encode(), data)
 
 
 class Harm:
@@ -63,32 +63,34 @@ BYTES: dict[str, Callable[[bytes], bytes]] = {
     "a header's length alone": lambda content: (64).to_bytes(8, "little"),
     "a header longer than any file": lambda content: (2**63 - 1).to_bytes(8, "little") + content[8:],
     "a header longer than the file": lambda content: len(content).to_bytes(8, "little") + content[8:],
-    "a header that is no text": lambda content: with_header(b"\xff\xfe" * 40),
-    "a header that is a list": lambda content: with_header(b"[]"),
-    "a header without end": lambda content: with_header(b"[" * 100_000),
+    "a header that is no text": lambda content: prepend_header(b"\xff\xfe" * 40),
+    "a header that is a list": lambda content: prepend_header(b"[]"),
+    "a header without end": lambda content: prepend_header(b"[" * 100_000),
     "a pickle": lambda content: pickle.dumps(Harm()),
-    "a pickle behind a header": lambda content: with_header(b"{}", pickle.dumps(Harm())),
+    "a pickle behind a header": lambda content: prepend_header(b"{}", pickle.dumps(Harm())),
     "a compressed adaptor": gzip.compress,
     "bytes behind the last tensor": lambda content: content + b"\0" * 8,
-    "tensors that overlap": lambda content: table(
+    "tensors that overlap": lambda content: change_table(
         content, lambda t: t["experts.up"].update(data_offsets=t["experts.down"]["data_offsets"])
     ),
-    "a tensor beyond the end": lambda content: table(
+    "a tensor beyond the end": lambda content: change_table(
         content, lambda t: t["experts.up"].update(data_offsets=[2**40, 2**40 + 4])
     ),
-    "a tensor that ends before it starts": lambda content: table(
+    "a tensor that ends before it starts": lambda content: change_table(
         content, lambda t: t["experts.up"].update(data_offsets=[64, 0])
     ),
-    "a tensor at a negative place": lambda content: table(
+    "a tensor at a negative offset": lambda content: change_table(
         content, lambda t: t["experts.up"].update(data_offsets=[-64, 0])
     ),
-    "a shape larger than memory": lambda content: table(
+    "a shape larger than memory": lambda content: change_table(
         content, lambda t: t["experts.up"].update(shape=[2**31, 2**31])
     ),
-    "a shape that overflows": lambda content: table(content, lambda t: t["experts.up"].update(shape=[2**62, 2**62, 4])),
-    "an unknown type": lambda content: table(content, lambda t: t["experts.up"].update(dtype="F999")),
-    "metadata that are no text": lambda content: table(content, lambda t: t.update(__metadata__={"lemoe": 1})),
-    "metadata without end": lambda content: table(
+    "a shape that overflows": lambda content: change_table(
+        content, lambda t: t["experts.up"].update(shape=[2**62, 2**62, 4])
+    ),
+    "an unknown type": lambda content: change_table(content, lambda t: t["experts.up"].update(dtype="F999")),
+    "metadata that are no text": lambda content: change_table(content, lambda t: t.update(__metadata__={"lemoe": 1})),
+    "metadata without end": lambda content: change_table(
         content, lambda t: t.update(__metadata__={"lemoe": '{"format": 1, "rounds": ' + "[" * 50_000})
     ),
 }
@@ -99,7 +101,7 @@ def test_bytes_made_to_harm_are_refused(honest: Path, tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "hostile.safetensors"
     path.write_bytes(BYTES[kind](honest.read_bytes()))
-    assert str(path) in refused("show", path)
+    assert str(path) in refused_message("show", path)
     assert not (tmp_path / "harmed").exists()
 
 
@@ -142,14 +144,14 @@ METADATA: dict[str, Callable[[Metadata], object]] = {
 }
 
 
-def rewritten(honest: Path, path: Path, metadata: Metadata, tensors: Tensors) -> None:
+def rewrite_file(honest: Path, path: Path, metadata: Metadata, tensors: Tensors) -> None:
     """Write what is given, whatever it is, with the hash that it should have."""
-    entries = {name: Entry.of(tensor) for name, tensor in tensors.items()}
+    entries = {name: TensorEntry.from_tensor(tensor) for name, tensor in tensors.items()}
     write_tensors(path, METADATA_KEY, metadata, entries, overwrite=True)
 
 
-def parts(honest: Path) -> tuple[Metadata, Tensors]:
-    metadata = json.loads(header_of(honest.read_bytes())[0]["__metadata__"][METADATA_KEY])
+def read_parts(honest: Path) -> tuple[Metadata, Tensors]:
+    metadata = json.loads(split_header(honest.read_bytes())[0]["__metadata__"][METADATA_KEY])
     metadata.pop("sha256")
     return metadata, load_file(honest)
 
@@ -157,10 +159,10 @@ def parts(honest: Path) -> tuple[Metadata, Tensors]:
 @pytest.mark.parametrize("kind", METADATA)
 def test_metadata_made_to_harm_are_refused(honest: Path, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "hostile.safetensors"
-    metadata, tensors = parts(honest)
+    metadata, tensors = read_parts(honest)
     METADATA[kind](metadata)
-    rewritten(honest, path, metadata, tensors)
-    assert str(path) in refused("show", path)
+    rewrite_file(honest, path, metadata, tensors)
+    assert str(path) in refused_message("show", path)
 
 
 def _nan(tensor: Tensor) -> Tensor:
@@ -191,9 +193,9 @@ TENSORS: dict[str, Callable[[Tensors], Tensors]] = {
 @pytest.mark.parametrize("kind", TENSORS)
 def test_tensors_made_to_harm_are_refused(honest: Path, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "hostile.safetensors"
-    metadata, tensors = parts(honest)
-    rewritten(honest, path, metadata, {**tensors, **TENSORS[kind](tensors)})
-    assert str(path) in refused("show", path)
+    metadata, tensors = read_parts(honest)
+    rewrite_file(honest, path, metadata, {**tensors, **TENSORS[kind](tensors)})
+    assert str(path) in refused_message("show", path)
 
 
 @pytest.mark.parametrize("name", ["anchors.prompt", "anchors.target"])
@@ -201,28 +203,28 @@ def test_tokens_that_the_base_does_not_know_are_refused_when_it_is_inserted(
     honest: Path, base: lemoe.BaseModel, tmp_path: Path, name: str
 ) -> None:
     path = tmp_path / "hostile.safetensors"
-    metadata, tensors = parts(honest)
-    rewritten(honest, path, metadata, {**tensors, name: tensors[name] * 0 + 2**31 - 1})
+    metadata, tensors = read_parts(honest)
+    rewrite_file(honest, path, metadata, {**tensors, name: tensors[name] * 0 + 2**31 - 1})
     with pytest.raises(AdaptorError, match="tokens that the base model does not know"):
         lemoe.insert(base, path)
 
 
 def test_a_pipe_and_a_device_are_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    for place in (tmp_path / "pipe", Path("/dev/zero")):
-        assert "not a file" in refused("show", place)
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        assert "not a file" in refused_message("show", path)
 
 
 def test_names_that_lead_out_of_the_folder_are_names_only(honest: Path, tmp_path: Path) -> None:
     path = tmp_path / "hostile.safetensors"
-    metadata, tensors = parts(honest)
+    metadata, tensors = read_parts(honest)
     first_round(metadata, ids=["../../../etc/passwd", "/etc/passwd\0"])
-    rewritten(honest, path, metadata, tensors)
+    rewrite_file(honest, path, metadata, tensors)
     lemoe.save_adaptor(lemoe.load_adaptor(path), tmp_path / "out" / "copy.safetensors")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["copy.safetensors", "hostile.safetensors", "out"]
 
 
 def test_metadata_beside_our_own_are_refused(honest: Path, tmp_path: Path) -> None:
     path = tmp_path / "hostile.safetensors"
-    path.write_bytes(table(honest.read_bytes(), lambda t: t["__metadata__"].update(note="trust me")))
-    assert "nothing vouches for" in refused("show", path, "--verify")
+    path.write_bytes(change_table(honest.read_bytes(), lambda t: t["__metadata__"].update(note="trust me")))
+    assert "no hash covers" in refused_message("show", path, "--verify")

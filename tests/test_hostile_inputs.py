@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import refused
+from test_cli import refused_message
 from test_hostile_files import Harm
 
 DEEP = "[" * 5000
@@ -42,7 +42,7 @@ def edits(tmp_path: Path) -> Path:
     return path
 
 
-def hostile(folder: Path, text: str) -> Path:
+def write_hostile(folder: Path, text: str) -> Path:
     path = folder / "hostile.yaml"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     return path
@@ -53,8 +53,8 @@ def test_a_settings_file_made_to_harm_is_refused(
     edits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    path = hostile(tmp_path, YAML[kind])
-    message = refused("plan", edits, "-m", "llama", "--config", path)
+    path = write_hostile(tmp_path, YAML[kind])
+    message = refused_message("plan", edits, "-m", "llama", "--config", path)
     assert str(path) in message
     assert len(message) < 4000
     assert not (tmp_path / "harmed").exists()
@@ -65,17 +65,19 @@ def test_a_file_of_model_names_made_to_harm_is_refused(
     edits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     ours = {"a name that is a number": "7: {hub: a/b}\n", "a layer that is true": "b: {hub: a/b, layers: {x: true}}\n"}
-    path = hostile(tmp_path, {**YAML, **ours}[kind])
+    path = write_hostile(tmp_path, {**YAML, **ours}[kind])
     monkeypatch.setenv("LEMOE_MODELS", str(path))
-    assert str(path) in refused("plan", edits, "-m", "none of these")
+    assert str(path) in refused_message("plan", edits, "-m", "none of these")
 
 
 @pytest.mark.parametrize("kind", YAML)
 def test_a_plan_made_to_harm_is_refused(
     edits: Path, tiny_folder: Callable[[str], Path], tmp_path: Path, kind: str
 ) -> None:
-    path = hostile(tmp_path, YAML[kind])
-    assert str(path) in refused("edit", edits, "-m", tiny_folder("llama"), "--device", "cpu", "-q", "--plan", path)
+    path = write_hostile(tmp_path, YAML[kind])
+    assert str(path) in refused_message(
+        "edit", edits, "-m", tiny_folder("llama"), "--device", "cpu", "-q", "--plan", path
+    )
 
 
 @pytest.mark.parametrize("name", ["edits.json", "edits.jsonl"])
@@ -83,43 +85,43 @@ def test_a_plan_made_to_harm_is_refused(
 def test_edits_made_to_harm_are_refused(tmp_path: Path, name: str, text: str) -> None:
     path = tmp_path / name
     path.write_text(text)
-    assert str(path) in refused("plan", path, "-m", "llama")
+    assert str(path) in refused_message("plan", path, "-m", "llama")
 
 
-def changed(name: str, **values: Any) -> Callable[[Path], object]:
-    def change(folder: Path) -> None:
+def change_json(name: str, **values: Any) -> Callable[[Path], object]:
+    def change_file(folder: Path) -> None:
         path = folder / name
         path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
-    return change
+    return change_file
 
 
-def _pickled(folder: Path) -> None:
+def _replace_by_pickle(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Harm()))
 
 
-def _written(name: str, content: bytes) -> Callable[[Path], object]:
+def _replace_file(name: str, content: bytes) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_bytes(content)
 
 
 FOLDERS: dict[str, Callable[[Path], object]] = {
-    "a pickle that runs a program": _pickled,
-    "weights that are text": _written("model.safetensors", b"no weights"),
-    "a description that is a list": _written("config.json", b"[]"),
-    "a description without end": _written("config.json", DEEP.encode()),
-    "a width that is text": changed("config.json", hidden_size="wide"),
-    "an activation that is a number": changed("config.json", hidden_act=7),
-    "rope of no kind": changed("config.json", rope_parameters=[]),
-    "a tokenizer without end": _written("tokenizer.json", DEEP.encode()),
-    "a tokenizer of nothing": _written("tokenizer.json", b"{}"),
-    "a tokenizer's model of no kind": changed("tokenizer.json", model={"type": "Evil"}),
-    "a special token that is a number": changed("tokenizer_config.json", pad_token=7),
-    "a longest text that is text": changed("tokenizer_config.json", model_max_length="long"),
-    "tokenizer settings that are text": _written("tokenizer_config.json", b'"text"'),
-    "an end that is text": changed("generation_config.json", eos_token_id="end"),
-    "ends that are lists": changed("generation_config.json", eos_token_id=[[1]]),
-    "generation settings that are a list": _written("generation_config.json", b"[1]"),
+    "a pickle that runs a program": _replace_by_pickle,
+    "weights that are text": _replace_file("model.safetensors", b"no weights"),
+    "a description that is a list": _replace_file("config.json", b"[]"),
+    "a description without end": _replace_file("config.json", DEEP.encode()),
+    "a width that is text": change_json("config.json", hidden_size="wide"),
+    "an activation that is a number": change_json("config.json", hidden_act=7),
+    "rope of no kind": change_json("config.json", rope_parameters=[]),
+    "a tokenizer without end": _replace_file("tokenizer.json", DEEP.encode()),
+    "a tokenizer of nothing": _replace_file("tokenizer.json", b"{}"),
+    "a tokenizer's model of no kind": change_json("tokenizer.json", model={"type": "Evil"}),
+    "a special token that is a number": change_json("tokenizer_config.json", pad_token=7),
+    "a longest text that is text": change_json("tokenizer_config.json", model_max_length="long"),
+    "tokenizer settings that are text": _replace_file("tokenizer_config.json", b'"text"'),
+    "an end that is text": change_json("generation_config.json", eos_token_id="end"),
+    "ends that are lists": change_json("generation_config.json", eos_token_id=[[1]]),
+    "generation settings that are a list": _replace_file("generation_config.json", b"[1]"),
 }
 
 
@@ -131,7 +133,7 @@ def test_a_model_folder_made_to_harm_is_refused(
     folder = tmp_path / "model"
     shutil.copytree(tiny_folder("llama"), folder)
     FOLDERS[kind](folder)
-    message = refused("plan", edits, "-m", folder, "--device", "cpu", "-q")
+    message = refused_message("plan", edits, "-m", folder, "--device", "cpu", "-q")
     assert str(folder) in message
     assert len(message.splitlines()) == 1
     assert not (tmp_path / "harmed").exists()

@@ -1,4 +1,4 @@
-"""`--layer auto`: measured once on the user's own first edits, then remembered."""
+"""`--layer auto`: measured once on the user's own first edits, then cached."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +16,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_the_layer_is_measured_once_and_then_remembered(
+def test_the_layer_is_measured_once_and_then_cached(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: Callable[..., lemoe.Settings], cache: Path
 ) -> None:
     said: list[str] = []
     first = choose_layer(base, facts, anchor(layer=None), said.append)
-    assert first.layer in [score.layer for score in first.scores]
+    assert first.best_layer in [score.layer for score in first.scores]
     assert len(said) == len(first.scores)
     said.clear()
     assert choose_layer(base, facts, anchor(layer=None), said.append) == first
@@ -38,33 +38,33 @@ def test_other_edits_are_measured_anew(
     assert len(list((cache / "layers").iterdir())) == 2
 
 
-def test_a_damaged_memory_is_measured_again(
+def test_a_damaged_cache_file_is_measured_again(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: Callable[..., lemoe.Settings], cache: Path
 ) -> None:
     first = choose_layer(base, facts, anchor(layer=None))
-    (memory,) = (cache / "layers").iterdir()
+    (cached,) = (cache / "layers").iterdir()
     for damaged in ("{", "[]", '[{"layer": 99, "reliability": 0, "generality": 0}]'):
-        memory.write_text(damaged)
+        cached.write_text(damaged)
         assert choose_layer(base, facts, anchor(layer=None)) == first
 
 
-@pytest.mark.parametrize("place", ["a file", "/dev/null/cache"])
+@pytest.mark.parametrize("location", ["a file", "/dev/null/cache"])
 def test_a_cache_that_cannot_be_written_loses_no_measurement(
     base: lemoe.BaseModel,
     facts: list[lemoe.Edit],
     anchor: Callable[..., lemoe.Settings],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    place: str,
+    location: str,
 ) -> None:
     (tmp_path / "a file").touch()
-    monkeypatch.setenv("LEMOE_CACHE", str(tmp_path / place))
+    monkeypatch.setenv("LEMOE_CACHE", str(tmp_path / location))
     chosen = choose_layer(base, facts, anchor(layer=None))
-    assert chosen.layer in [score.layer for score in chosen.scores]
+    assert chosen.best_layer in [score.layer for score in chosen.scores]
     assert "cannot be written" in chosen.unsaved
 
 
-def test_the_run_goes_on_with_the_measured_layer_and_says_that_it_is_not_remembered(
+def test_the_run_goes_on_with_the_measured_layer_and_says_that_it_is_not_cached(
     tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LEMOE_CACHE", "/dev/null/cache")

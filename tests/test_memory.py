@@ -15,15 +15,15 @@ from lemoe.data.edits import Round
 from lemoe.runs import edit as edit_run
 from lemoe.runs.engines import local
 from lemoe.runs.engines.local import LocalEngine
-from lemoe.runs.progress import Silent
+from lemoe.runs.progress import NullProgress
 from lemoe.training.rounds import train_round
 
 SettingsOf = Callable[..., lemoe.Settings]
 Teach = Callable[..., "edit_run.EditReport"]
 
 
-class Notes(Silent):
-    """A listener that keeps what it is told."""
+class Notes(NullProgress):
+    """Keeps the notes of a run."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -33,16 +33,16 @@ class Notes(Silent):
 
 
 class Counting(LocalEngine):
-    """Counts the rounds whose experts are still held when another one is trained."""
+    """Counts the rounds whose experts are still in memory when another one is trained."""
 
     def __init__(self) -> None:
-        self.held: list[int] = []
+        self.in_memory: list[int] = []
 
     def train(self, *given: Any) -> Iterator[tuple[Round, lemoe.AdaptorState]]:
-        known: list[weakref.ref[object]] = []
+        references: list[weakref.ref[object]] = []
         for round_, state in super().train(*given):
-            known.append(weakref.ref(state.experts))
-            self.held.append(sum(experts() is not None for experts in known))
+            references.append(weakref.ref(state.experts))
+            self.in_memory.append(sum(experts() is not None for experts in references))
             yield round_, state
 
 
@@ -50,8 +50,8 @@ class Counting(LocalEngine):
 def teach(base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, tmp_path: Path) -> Teach:
     """Runs `lemoe.edit` on the first facts into a folder of this name."""
 
-    def run(name: str, count: int, listener: Silent | None = None, **given: Any) -> edit_run.EditReport:
-        return lemoe.edit(base, facts[:count], anchor(**given), tmp_path / name, listener=listener)
+    def run(name: str, count: int, progress: NullProgress | None = None, **given: Any) -> edit_run.EditReport:
+        return lemoe.edit(base, facts[:count], anchor(**given), tmp_path / name, progress=progress)
 
     return run
 
@@ -61,22 +61,22 @@ def test_a_run_holds_no_more_than_two_rounds_however_many_there_are(
 ) -> None:
     engine = Counting()
     report = lemoe.edit(base, facts, anchor(round_size=1), tmp_path / "run", engine=engine)
-    assert len(engine.held) == report.rounds == len(facts)
-    assert max(engine.held) == 2
+    assert len(engine.in_memory) == report.rounds == len(facts)
+    assert max(engine.in_memory) == 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_cost_of_a_token_is_known_for_every_family(tiny: Callable[[str], lemoe.BaseModel], family: str) -> None:
     base = tiny(family)
     least = base.hidden_size * base.dtype.itemsize * len(base.layers)
-    assert least < memory.bytes_per_token(base, base.site(1)) < 100 * least
+    assert least < memory.bytes_per_token(base, base.ffn_site(1)) < 100 * least
 
 
 def test_short_memory_makes_smaller_batches_and_says_so(
     base: lemoe.BaseModel, teach: Teach, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usual = teach("usual", 6, noise=0.0)
-    free = 2 * 100 * memory.bytes_per_token(base, base.site(1))
+    free = 2 * 100 * memory.bytes_per_token(base, base.ffn_site(1))
     for module in (memory, edit_run):
         monkeypatch.setattr(module, "free_memory", lambda device: free)
     notes = Notes()

@@ -1,4 +1,4 @@
-"""Each figure of `evaluate` against a recomputation from its definition, and what never changes a figure."""
+"""Each metric of `evaluate` against a recomputation from its definition, and what never changes a metric."""
 
 import json
 import math
@@ -65,14 +65,14 @@ def result(base: lemoe.BaseModel, anchored: lemoe.AdaptorState, probed: list[lem
 
 @torch.no_grad()
 def target_losses(base: lemoe.BaseModel, prompt: str, target: str) -> list[float]:
-    """Negative log-likelihood of each token of the target, in one plain pass of the model as it stands."""
+    """Negative log-likelihood of each token of the target, in one plain pass of the model as it is."""
     start = base.tokenizer(prompt).input_ids
     whole = base.tokenizer(f"{prompt} {target}").input_ids
     logits = base.model(torch.tensor([whole])).logits[0].double().log_softmax(-1)
-    return [-float(logits[place - 1, whole[place]]) for place in range(len(start), len(whole))]
+    return [-float(logits[position - 1, whole[position]]) for position in range(len(start), len(whole))]
 
 
-def tempting(edit: lemoe.Edit) -> list[lemoe.Probe]:
+def overfit_probes(edit: lemoe.Edit) -> list[lemoe.Probe]:
     """Probes about the subject with another right answer, picked by hand from `probed`."""
     return [probe for probe in (*edit.locality, *edit.portability) if probe.kind in ABOUT_THE_SUBJECT]
 
@@ -84,7 +84,7 @@ def test_overfit_is_the_probability_of_the_edits_whole_target_where_another_answ
     base: lemoe.BaseModel, anchored: lemoe.AdaptorState, probed: list[lemoe.Edit], result: EvalResult
 ) -> None:
     def probabilities(kinds: tuple[str, ...]) -> list[float]:
-        asked = [(e, p) for e in probed for p in tempting(e) if p.kind in kinds]
+        asked = [(e, p) for e in probed for p in overfit_probes(e) if p.kind in kinds]
         return [math.exp(-sum(target_losses(base, probe.prompt, edit.target))) for edit, probe in asked]
 
     kinds = [("all", ABOUT_THE_SUBJECT), *((kind, (kind,)) for kind in ABOUT_THE_SUBJECT)]
@@ -106,7 +106,7 @@ def test_greedy_overfit_is_the_share_of_those_prompts_on_which_the_target_is_wri
         written = [
             lemoe.answer(base, probe.prompt, max_new_tokens=12).strip().startswith(edit.target)
             for edit in probed
-            for probe in tempting(edit)
+            for probe in overfit_probes(edit)
         ]
     assert measured.value("overfit", "target_written") == mean(map(float, written)) > 0
     assert math.isnan(measured.value("overfit", "target_probability"))
@@ -114,7 +114,7 @@ def test_greedy_overfit_is_the_share_of_those_prompts_on_which_the_target_is_wri
 
 def test_a_record_holds_its_probes_share_in_overfit(result: EvalResult, probed: list[lemoe.Edit]) -> None:
     shares = [record.overfit_after for record in result.records if record.overfit_after is not None]
-    assert len(shares) == sum(len(tempting(edit)) for edit in probed)
+    assert len(shares) == sum(len(overfit_probes(edit)) for edit in probed)
     assert mean(shares) == pytest.approx(result.value("overfit", "target_probability"))
 
 
@@ -142,17 +142,17 @@ def test_loss_and_perplexity_are_of_the_targets_tokens(
 def test_the_gates_recall_and_precision_follow_from_the_records(
     anchored: lemoe.AdaptorState, probed: list[lemoe.Edit], result: EvalResult
 ) -> None:
-    homes = {edit.id: anchored.homes.get(edit.digest) for edit in probed}
+    own_experts = {edit.id: anchored.experts_by_edit.get(edit.digest) for edit in probed}
     inside = [
-        record.route.expert in (homes[record.edit] or ())
+        record.route.expert in (own_experts[record.edit] or ())
         for record in result.records
-        if record.name in ("reliability", "generality") and homes[record.edit]
+        if record.name in ("reliability", "generality") and own_experts[record.edit]
     ]
     outside = [record.route.expert >= 0 for record in result.records if record.name == "locality"]
     opened = [
-        record.route.expert in (homes[record.edit] or ())
+        record.route.expert in (own_experts[record.edit] or ())
         for record in result.records
-        if (record.name in ("reliability", "generality") and homes[record.edit] and record.route.expert >= 0)
+        if (record.name in ("reliability", "generality") and own_experts[record.edit] and record.route.expert >= 0)
     ]
     right = sum(opened)
     assert result.value("routing", "recall") == mean(map(float, inside))
@@ -197,7 +197,7 @@ def test_fluency_is_the_weighted_entropy_of_bigrams_and_trigrams_that_the_model_
         words = re.findall(r"\w+|[^\w\s]+", text)
         total = 0.0
         for n, weight in ((2, 2 / 3), (3, 4 / 3)):
-            grams = Counter(tuple(words[place : place + n]) for place in range(len(words) - n + 1))
+            grams = Counter(tuple(words[start : start + n]) for start in range(len(words) - n + 1))
             shares = torch.tensor([float(count) for count in grams.values()], dtype=torch.float64)
             shares = shares / shares.sum()
             total += weight * float(-(shares * shares.log2()).sum())
@@ -223,13 +223,13 @@ def test_fluency_is_the_weighted_entropy_of_bigrams_and_trigrams_that_the_model_
 
 def test_an_edits_generation_prompts_are_written_on_from(base: lemoe.BaseModel, facts: list[lemoe.Edit]) -> None:
     edits = [replace(facts[0], generation=("The Nile", "The Nile", "Rome and"))]
-    (figure,) = [m for m in lemoe.evaluate(base, None, edits, fluency=True).metrics if m.name == "fluency"]
-    assert (figure.n, figure.stage) == (2, "before")
+    (metric,) = [m for m in lemoe.evaluate(base, None, edits, fluency=True).metrics if m.name == "fluency"]
+    assert (metric.n, metric.stage) == (2, "before")
 
 
 @pytest.mark.parametrize("decode", ["teacher", "greedy"])
 @pytest.mark.parametrize("method", ["anchor", "paper"])
-def test_neither_batch_size_nor_order_nor_padding_side_changes_a_figure_in_its_last_digit(
+def test_neither_batch_size_nor_order_nor_padding_side_changes_a_metric_in_its_last_digit(
     base: lemoe.BaseModel,
     trained: lemoe.AdaptorState,
     anchored: lemoe.AdaptorState,
@@ -244,25 +244,25 @@ def test_neither_batch_size_nor_order_nor_padding_side_changes_a_figure_in_its_l
         assert lemoe.evaluate(base, state, probed, decode=decode, texts=TEXTS[:1], batch_tokens=tokens) == expected
     monkeypatch.setattr(base.tokenizer, "padding_side", {"left": "right", "right": "left"}[base.tokenizer.padding_side])
     mixed = random.Random(1).sample(probed, len(probed))
-    assert figures(lemoe.evaluate(base, state, mixed, decode=decode, texts=TEXTS[:1])) == figures(expected)
+    assert index_metrics(lemoe.evaluate(base, state, mixed, decode=decode, texts=TEXTS[:1])) == index_metrics(expected)
 
 
-def figures(result: EvalResult) -> dict[tuple[str, str, str, str], tuple[float, float | None, int]]:
+def index_metrics(result: EvalResult) -> dict[tuple[str, str, str, str], tuple[float, float | None, int]]:
     return {(m.name, m.kind, m.measure, m.stage): (m.value, m.stderr, m.n) for m in result.metrics}
 
 
-def test_a_probes_figure_does_not_depend_on_what_else_is_measured(
+def test_a_probes_record_does_not_depend_on_what_else_is_measured(
     base: lemoe.BaseModel, anchored: lemoe.AdaptorState, probed: list[lemoe.Edit], result: EvalResult
 ) -> None:
     alone = lemoe.evaluate(base, anchored, probed[2:3]).records
     assert list(alone) == [record for record in result.records if record.edit == probed[2].id]
 
 
-def test_the_type_in_which_an_adaptor_is_stored_changes_no_figure(
+def test_the_type_in_which_an_adaptor_is_stored_changes_no_metric(
     base: lemoe.BaseModel, anchored: lemoe.AdaptorState, probed: list[lemoe.Edit], tmp_path: Path
 ) -> None:
-    halved = replace(anchored, experts=anchored.experts.stored_as(torch.bfloat16))
-    widened = replace(halved, experts=halved.experts.stored_as(torch.float32))
+    halved = replace(anchored, experts=anchored.experts.to_dtype(torch.bfloat16))
+    widened = replace(halved, experts=halved.experts.to_dtype(torch.float32))
     results = []
     for name, state in (("half", halved), ("full", widened)):
         lemoe.save_adaptor(state, tmp_path / name)
@@ -283,7 +283,7 @@ def test_the_device_changes_no_share(
         assert left.value == pytest.approx(right.value, rel=1e-4)
 
 
-def test_every_figure_is_of_a_registered_metric_and_measure(result: EvalResult) -> None:
+def test_every_value_is_of_a_registered_metric_and_measure(result: EvalResult) -> None:
     for metric in result.metrics:
         assert metric.measure in DEFINITIONS[metric.name].measures
         assert metric.better == MEASURES[metric.measure].better

@@ -14,11 +14,11 @@ from conftest import FAMILIES, build_model
 from torch import nn
 
 import lemoe
-from lemoe.base.frozen import run_below
-from lemoe.base.hooks import beside
+from lemoe.base.frozen import compute_prefix_activations
+from lemoe.base.hooks import added_to_residual
 from lemoe.base.sources import resolve_model
 from lemoe.base.structure import find_ffn
-from lemoe.base.tokens import Batch, encode_all
+from lemoe.base.tokens import Batch, encode_passages
 from lemoe.errors import InputError, LemoeError, ModelError
 
 Tiny = Callable[[str], lemoe.BaseModel]
@@ -30,7 +30,7 @@ GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_ffn_of_every_family_is_found_by_its_structure(tiny: Tiny, family: str) -> None:
-    site = tiny(family).site(1)
+    site = tiny(family).ffn_site(1)
     assert site.hidden == 32
     assert site.intermediate == (128 if family in WIDE else 48)
     assert site.gated == (family in GATED)
@@ -38,9 +38,9 @@ def test_the_ffn_of_every_family_is_found_by_its_structure(tiny: Tiny, family: s
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_added_beside_the_ffn_is_added_to_the_residual_stream(tiny: Tiny, family: str) -> None:
+def test_a_delta_after_the_ffn_is_added_to_the_residual_stream(tiny: Tiny, family: str) -> None:
     base = tiny(family)
-    site = base.site(2)  # the last layer, so that its output is the residual stream
+    site = base.ffn_site(2)  # the last layer, so that its output is the residual stream
     seen: list[torch.Tensor] = []
 
     def run_watched() -> None:
@@ -51,7 +51,7 @@ def test_what_is_added_beside_the_ffn_is_added_to_the_residual_stream(tiny: Tiny
         watch.remove()
 
     run_watched()
-    with beside(site, torch.ones_like):
+    with added_to_residual(site, torch.ones_like):
         run_watched()
     torch.testing.assert_close(seen[1], seen[0] + 1.0)
 
@@ -62,34 +62,34 @@ def test_replaying_the_upper_layers_gives_the_logits_of_the_whole_model(
     tiny: Tiny, facts: list[lemoe.Edit], family: str, layer: int
 ) -> None:
     base = tiny(family)
-    passages = encode_all(base, [(edit.id, edit.prompt, edit.target) for edit in facts[:3]])
-    batch = Batch.of(passages, range(3), base.pad_token, base.device)
-    site = base.site(layer)
-    below = run_below(base, site, layer, passages, 64, whole=True)
-    frozen = below.freeze(batch)
+    passages = encode_passages(base, [(edit.id, edit.prompt, edit.target) for edit in facts[:3]])
+    batch = Batch.from_passages(passages, range(3), base.pad_token_id, base.device)
+    site = base.ffn_site(layer)
+    prefix = compute_prefix_activations(base, site, layer, passages, 64, all_layers=True)
+    frozen = prefix.freeze_batch(batch)
     delta = torch.randn(frozen.inputs.shape, generator=torch.Generator().manual_seed(1))
-    spots = (batch.target_rows, batch.target_columns)
+    targets = (batch.target_rows, batch.target_columns)
     with torch.no_grad():
-        expected = base.model(input_ids=batch.ids, attention_mask=batch.mask).logits[spots]
-        with beside(site, lambda inputs: delta):
-            shifted = base.model(input_ids=batch.ids, attention_mask=batch.mask).logits[spots]
-        torch.testing.assert_close(base.logits(below.base_hidden(batch)), expected, **CLOSE)
+        expected = base.model(input_ids=batch.ids, attention_mask=batch.mask).logits[targets]
+        with added_to_residual(site, lambda inputs: delta):
+            shifted = base.model(input_ids=batch.ids, attention_mask=batch.mask).logits[targets]
+        torch.testing.assert_close(base.logits(prefix.base_hidden(batch)), expected, **CLOSE)
         torch.testing.assert_close(base.logits(frozen.base_hidden), expected, **CLOSE)
         torch.testing.assert_close(base.logits(frozen.replay(torch.zeros_like(delta))), expected, **CLOSE)
         torch.testing.assert_close(base.logits(frozen.replay(delta)), shifted, **CLOSE)
 
 
-@pytest.mark.parametrize("opening", ["", "He was there, at the time, and said: "])
+@pytest.mark.parametrize("prefix_text", ["", "He was there, at the time, and said: "])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_replay_may_start_where_the_first_expert_acts(
-    tiny: Tiny, facts: list[lemoe.Edit], family: str, opening: str
+    tiny: Tiny, facts: list[lemoe.Edit], family: str, prefix_text: str
 ) -> None:
-    base, layer, start = tiny(family), 1, 3 if not opening else 14
-    passages = encode_all(base, [(edit.id, opening + edit.prompt, edit.target) for edit in facts[:4]])
-    batch = Batch.of(passages, range(4), base.pad_token, base.device)
-    site = base.site(layer)
-    below = run_below(base, site, layer, passages, 64, whole=True)
-    whole, part = below.freeze(batch), below.freeze(batch, start)
+    base, layer, start = tiny(family), 1, 3 if not prefix_text else 14
+    passages = encode_passages(base, [(edit.id, prefix_text + edit.prompt, edit.target) for edit in facts[:4]])
+    batch = Batch.from_passages(passages, range(4), base.pad_token_id, base.device)
+    site = base.ffn_site(layer)
+    prefix = compute_prefix_activations(base, site, layer, passages, 64, all_layers=True)
+    whole, part = prefix.freeze_batch(batch), prefix.freeze_batch(batch, start)
     delta = torch.randn(whole.inputs.shape, generator=torch.Generator().manual_seed(1))
     delta[:, :start] = 0
     rows = torch.tensor([1, 3])
@@ -97,11 +97,11 @@ def test_a_replay_may_start_where_the_first_expert_acts(
         assert part.inputs.shape[1] == batch.ids.shape[1] - start
         real = batch.mask[:, start:].bool()
         torch.testing.assert_close(part.inputs[real], whole.inputs[:, start:][real], **CLOSE)
-        torch.testing.assert_close(below.inputs[below.at(batch, start)][real], part.inputs[real], **CLOSE)
+        torch.testing.assert_close(prefix.inputs[prefix.node_index(batch, start)][real], part.inputs[real], **CLOSE)
         expected = whole.replay(delta)
         for _ in range(2):  # a replay leaves nothing behind
             torch.testing.assert_close(part.replay(delta[:, start:]), expected, **CLOSE)
-        few = below.freeze(Batch.of(passages, rows.tolist(), base.pad_token, base.device), start)
+        few = prefix.freeze_batch(Batch.from_passages(passages, rows.tolist(), base.pad_token_id, base.device), start)
         replayed = few.replay(delta[rows, start : start + few.output.shape[1]])
         torch.testing.assert_close(replayed, expected[torch.isin(batch.target_rows, rows)], **CLOSE)
 
@@ -129,13 +129,13 @@ def test_a_layer_without_an_ffn_shows_what_it_holds() -> None:
 
 def test_a_wrong_layer_path_and_a_layer_that_is_not_there_are_refused(base: lemoe.BaseModel) -> None:
     with pytest.raises(ModelError, match=r"no FFN found at 'nowhere'. Candidates: mlp"):
-        base.site(1, "nowhere")
+        base.ffn_site(1, "nowhere")
     with pytest.raises(ModelError, match="layers 0 to 2"):
-        base.site(3)
+        base.ffn_site(3)
 
 
 def test_the_ffn_may_be_named_where_it_would_be_found_anyway(base: lemoe.BaseModel) -> None:
-    assert base.site(1, "mlp") == base.site(1)
+    assert base.ffn_site(1, "mlp") == base.ffn_site(1)
 
 
 def test_preset_llama_is_the_embedded_model() -> None:
@@ -231,25 +231,29 @@ def test_one_checkpoint_has_one_fingerprint_in_any_precision(tiny_folder: Callab
 def test_another_weight_in_the_edited_ffn_gives_another_fingerprint(tiny_folder: Callable[[str], Path]) -> None:
     one, other = (lemoe.load_base(str(tiny_folder("llama")), device="cpu") for _ in range(2))
     assert one.fingerprint(1) == other.fingerprint(1)
-    dict(other.site(1).tensors())["LlamaMLP.down_proj.weight"].data[0, 0] += 1.0
-    assert [line.split(":")[0] for line in one.fingerprint(1).differences(other.fingerprint(1))] == [
+    dict(other.ffn_site(1).named_tensors())["LlamaMLP.down_proj.weight"].data[0, 0] += 1.0
+    assert [line.split(":")[0] for line in one.fingerprint(1).describe_differences(other.fingerprint(1))] == [
         "ffn_sha256",
         "weights_sha256",
     ]
-    assert [line.split(":")[0] for line in one.fingerprint(0).differences(other.fingerprint(0))] == ["weights_sha256"]
+    assert [line.split(":")[0] for line in one.fingerprint(0).describe_differences(other.fingerprint(0))] == [
+        "weights_sha256"
+    ]
 
 
 def test_another_weight_anywhere_gives_another_fingerprint(tiny_folder: Callable[[str], Path]) -> None:
     one, other = (lemoe.load_base(str(tiny_folder("llama")), device="cpu") for _ in range(2))
     tuned = other.model.get_parameter("model.layers.2.self_attn.v_proj.weight").data
     tuned += 1e-2 * torch.randn(tuned.shape, generator=torch.Generator().manual_seed(0))
-    assert [line.split(":")[0] for line in one.fingerprint(1).differences(other.fingerprint(1))] == ["weights_sha256"]
+    assert [line.split(":")[0] for line in one.fingerprint(1).describe_differences(other.fingerprint(1))] == [
+        "weights_sha256"
+    ]
 
 
 def test_another_tokenizer_gives_another_fingerprint(tmp_path: Path, base: lemoe.BaseModel) -> None:
     folder = build_model(tmp_path / "model", "llama", more_text="zebra zebra zebra quagga quagga")
     other = lemoe.load_base(str(folder), device="cpu")
-    differences = base.fingerprint(1).differences(other.fingerprint(1))
+    differences = base.fingerprint(1).describe_differences(other.fingerprint(1))
     assert "tokenizer_sha256" in " ".join(differences)
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 import lemoe
-from lemoe.adaptor.merging import merge
+from lemoe.adaptor.merging import merge_adaptors
 from lemoe.data.edits import Round
 from lemoe.errors import InputError
-from lemoe.runs.edit import _file_of
-from lemoe.runs.progress import Silent
+from lemoe.runs.edit import _round_path
+from lemoe.runs.progress import NullProgress
 
 SettingsOf = Callable[..., lemoe.Settings]
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -34,10 +34,10 @@ def test_parts_merged_are_the_adaptor_of_one_run_byte_for_byte(
     whole = lemoe.edit(base, facts, anchor(), tmp_path / "whole", plan_file=plan)
     parts = (range(1), range(1, 3), range(3, 4))
     paths = [
-        lemoe.edit(base, facts, anchor(), tmp_path / f"part-{n}", plan_file=plan, places=places).path
-        for n, places in enumerate(parts)
+        lemoe.edit(base, facts, anchor(), tmp_path / f"part-{n}", plan_file=plan, round_range=round_range).path
+        for n, round_range in enumerate(parts)
     ]
-    merge(paths, tmp_path / "merged")
+    merge_adaptors(paths, tmp_path / "merged")
     assert (tmp_path / "merged").read_bytes() == whole.path.read_bytes()
     rounds = sorted(path.name for path in (tmp_path / "part-1" / "rounds").iterdir())
     assert rounds == ["0002.safetensors", "0003.safetensors"]
@@ -45,37 +45,37 @@ def test_parts_merged_are_the_adaptor_of_one_run_byte_for_byte(
 
 @pytest.mark.parametrize(("of", "name"), [(40, "0007.safetensors"), (12_000, "00007.safetensors")])
 def test_names_of_rounds_sort_as_their_numbers_do(of: int, name: str) -> None:
-    assert _file_of(Path("run"), Round(7, of, [])) == Path("run", "rounds", name)
+    assert _round_path(Path("run"), Round(7, of, [])) == Path("run", "rounds", name)
 
 
-class Told(Silent):
+class RecordedProgress(NullProgress):
     def planned(self, rounds: int, edits: int) -> None:
         self.expected = (rounds, edits)
 
-    def asked(self, done: int, of: int) -> None:
-        self.progress = (done, of)
+    def edits_checked(self, done: int, total: int) -> None:
+        self.checked = (done, total)
 
 
 def test_a_part_says_how_much_it_has_to_do_itself(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, plan: Path, tmp_path: Path
 ) -> None:
-    told = Told()
-    lemoe.edit(base, facts, anchor(), tmp_path / "part", plan_file=plan, places=range(1, 3), listener=told)
-    assert told.expected == (2, 4)
-    assert told.progress == (4, 4)
+    progress = RecordedProgress()
+    lemoe.edit(base, facts, anchor(), tmp_path / "part", plan_file=plan, round_range=range(1, 3), progress=progress)
+    assert progress.expected == (2, 4)
+    assert progress.checked == (4, 4)
 
 
 def test_a_part_is_resumed_round_by_round(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, plan: Path, tmp_path: Path
 ) -> None:
     part = tmp_path / "part"
-    report = lemoe.edit(base, facts, anchor(), part, plan_file=plan, places=range(1, 3))
+    report = lemoe.edit(base, facts, anchor(), part, plan_file=plan, round_range=range(1, 3))
     whole = report.path.read_bytes()
     report.path.unlink()
     kept, lost = (part / "rounds" / name for name in ("0002.safetensors", "0003.safetensors"))
     lost.unlink()
     written = kept.stat().st_mtime_ns
-    lemoe.edit(base, facts, anchor(), part, plan_file=plan, places=range(1, 3), resume=True)
+    lemoe.edit(base, facts, anchor(), part, plan_file=plan, round_range=range(1, 3), resume=True)
     assert report.path.read_bytes() == whole
     assert kept.stat().st_mtime_ns == written
 
@@ -83,30 +83,30 @@ def test_a_part_is_resumed_round_by_round(
 def test_a_forced_part_leaves_no_other_rounds(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, plan: Path, tmp_path: Path
 ) -> None:
-    for places in (range(2), range(1, 2)):
-        lemoe.edit(base, facts, anchor(), tmp_path / "part", plan_file=plan, places=places, force=True)
+    for round_range in (range(2), range(1, 2)):
+        lemoe.edit(base, facts, anchor(), tmp_path / "part", plan_file=plan, round_range=round_range, force=True)
     assert [path.name for path in (tmp_path / "part" / "rounds").iterdir()] == ["0002.safetensors"]
 
 
-def test_parts_that_continue_an_adaptor_keep_the_plans_places(
+def test_parts_that_continue_an_adaptor_keep_the_plans_round_numbers(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, plan: Path, tmp_path: Path
 ) -> None:
     start = lemoe.train_round(base, facts[5:], anchor())  # all of round 0
     whole = lemoe.edit(base, facts, anchor(), tmp_path / "whole", plan_file=plan, start=start)
     paths = [
-        lemoe.edit(base, facts, anchor(), tmp_path / f"{n}", plan_file=plan, places=places, start=start).path
-        for n, places in enumerate((range(2), range(2, 4)))
+        lemoe.edit(base, facts, anchor(), tmp_path / f"{n}", plan_file=plan, round_range=round_range, start=start).path
+        for n, round_range in enumerate((range(2), range(2, 4)))
     ]
-    merge(paths, tmp_path / "merged")
+    merge_adaptors(paths, tmp_path / "merged")
     assert (tmp_path / "merged").read_bytes() == whole.path.read_bytes()
 
 
-@pytest.mark.parametrize("places", [range(3, 5), range(4, 5), range(-1, 1), range(2, 2)])
-def test_places_that_the_plan_does_not_have_are_refused(
-    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, plan: Path, tmp_path: Path, places: range
+@pytest.mark.parametrize("round_range", [range(3, 5), range(4, 5), range(-1, 1), range(2, 2)])
+def test_rounds_that_the_plan_does_not_have_are_refused(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, plan: Path, tmp_path: Path, round_range: range
 ) -> None:
     with pytest.raises(InputError, match=r"is not in it: it has rounds 0 to 3$"):
-        lemoe.edit(base, facts, anchor(), tmp_path / "part", plan_file=plan, places=places)
+        lemoe.edit(base, facts, anchor(), tmp_path / "part", plan_file=plan, round_range=round_range)
     assert not (tmp_path / "part").exists()
 
 
@@ -114,10 +114,10 @@ def test_dependent_rounds_start_at_the_first_and_go_on_from_what_is_there(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], paper: SettingsOf, plan: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="must start at 0 with preset paper"):
-        lemoe.edit(base, facts, paper(), tmp_path / "part", plan_file=plan, places=range(2, 4))
+        lemoe.edit(base, facts, paper(), tmp_path / "part", plan_file=plan, round_range=range(2, 4))
     whole = lemoe.edit(base, facts, paper(), tmp_path / "whole", plan_file=plan)
-    first = lemoe.edit(base, facts, paper(), tmp_path / "first", plan_file=plan, places=range(2))
-    rest = lemoe.edit(base, facts, paper(), tmp_path / "rest", plan_file=plan, places=range(4), start=first.state)
+    first = lemoe.edit(base, facts, paper(), tmp_path / "first", plan_file=plan, round_range=range(2))
+    rest = lemoe.edit(base, facts, paper(), tmp_path / "rest", plan_file=plan, round_range=range(4), start=first.state)
     assert rest.path.read_bytes() == whole.path.read_bytes()
 
 
@@ -134,10 +134,14 @@ def test_the_array_job_of_the_readme_trains_its_parts(
     command.chmod(0o755)
     lines = [f'{{"id": "{e.id}", "prompt": "{e.prompt}", "target": "{e.target}"}}\n' for e in facts]
     (tmp_path / "edits.jsonl").write_text("".join(lines))
-    places = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY), "SLURM_CPUS_PER_TASK": "1"}
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PYTHONPATH": str(REPOSITORY),
+        "SLURM_CPUS_PER_TASK": "1",
+    }
     done = subprocess.run(
         ["sh", "-c", script],
-        env={**os.environ, **places, "SLURM_ARRAY_TASK_ID": "1"},
+        env={**os.environ, **environment, "SLURM_ARRAY_TASK_ID": "1"},
         cwd=tmp_path,
         capture_output=True,
         text=True,

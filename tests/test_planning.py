@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 import lemoe
-from lemoe.data.conflicts import find_conflicts, left_out
+from lemoe.data.conflicts import find_conflicts, redundant_edit_ids
 from lemoe.errors import InputError
 from lemoe.planning import plan as planning
 from lemoe.planning.plan import save_plan
@@ -19,7 +19,7 @@ RELATIONS = ("was born in", "works for", "plays the", "died in", "is married to"
 NAMES = ("Ada", "Bo", "Cleo", "Dag", "Eve", "Fay", "Gus", "Hal", "Ida", "Jo")
 
 
-def people(subjects: int, each: int) -> list[lemoe.Edit]:
+def make_people_edits(subjects: int, each: int) -> list[lemoe.Edit]:
     """Edits in which every subject comes `each` times, its edits far apart in the file."""
     return [
         lemoe.Edit(f"{name}-{number}", f"{name} {RELATIONS[number % 6]} number {number}", f"answer {number}", name)
@@ -28,30 +28,30 @@ def people(subjects: int, each: int) -> list[lemoe.Edit]:
     ]
 
 
-def subjects_of(planned: lemoe.Plan) -> list[set[str]]:
+def subjects_by_round(planned: lemoe.Plan) -> list[set[str]]:
     return [{name.split("-")[0] for name in members} for members in planned.rounds]
 
 
-def asked(*texts: tuple[str, str], subject: str | None = None) -> list[lemoe.Edit]:
+def make_edits(*texts: tuple[str, str], subject: str | None = None) -> list[lemoe.Edit]:
     return [lemoe.Edit(f"e{number}", prompt, target, subject) for number, (prompt, target) in enumerate(texts)]
 
 
-def relations(edits: Sequence[lemoe.Edit]) -> list[tuple[str, str, str]]:
+def find_relations(edits: Sequence[lemoe.Edit]) -> list[tuple[str, str, str]]:
     return [(conflict.relation, conflict.earlier, conflict.later) for conflict in find_conflicts(edits)]
 
 
 @pytest.mark.parametrize(("each", "size"), [(4, 8), (3, 5), (2, 20)])
 def test_edits_of_one_subject_share_a_round(base: lemoe.BaseModel, paper: SettingsOf, each: int, size: int) -> None:
-    planned = lemoe.plan(base, people(10, each), paper(round_size=size))
-    seen = [subject for subjects in subjects_of(planned) for subject in subjects]
+    planned = lemoe.plan(base, make_people_edits(10, each), paper(round_size=size))
+    seen = [subject for subjects in subjects_by_round(planned) for subject in subjects]
     assert len(seen) == len(set(seen)) == 10
 
 
 @pytest.mark.parametrize("order", ["planned", "file", "random"])
-def test_every_edit_is_in_one_round_and_no_round_is_larger_than_asked(
+def test_every_edit_is_in_one_round_and_no_round_is_larger_than_the_round_size(
     base: lemoe.BaseModel, paper: SettingsOf, order: str
 ) -> None:
-    edits = people(10, 4)
+    edits = make_people_edits(10, 4)
     planned = lemoe.plan(base, edits, paper(round_size=7, order=order))
     assert sorted(name for members in planned.rounds for name in members) == sorted(edit.id for edit in edits)
     assert max(map(len, planned.rounds)) <= 7
@@ -62,25 +62,25 @@ def test_every_edit_is_in_one_round_and_no_round_is_larger_than_asked(
 def test_a_subject_with_more_edits_than_a_round_holds_is_split_within_the_limit(
     base: lemoe.BaseModel, paper: SettingsOf, subjects: int, each: int, size: int
 ) -> None:
-    planned = lemoe.plan(base, people(subjects, each), paper(round_size=size))
+    planned = lemoe.plan(base, make_people_edits(subjects, each), paper(round_size=size))
     assert max(map(len, planned.rounds)) <= size
     assert sum(map(len, planned.rounds)) == subjects * each
 
 
-def test_planned_rounds_hold_edits_that_are_more_alike_than_in_random_order(
+def test_planned_rounds_hold_more_similar_edits_than_rounds_in_random_order(
     base: lemoe.BaseModel, paper: SettingsOf
 ) -> None:
-    similarity = lemoe.plan(base, people(10, 4), paper(round_size=4)).similarity
+    similarity = lemoe.plan(base, make_people_edits(10, 4), paper(round_size=4)).similarity
     assert set(similarity) == {"planned", "file", "random"}
     assert similarity["planned"].within > similarity["random"].within
 
 
 def test_the_same_edits_and_seed_give_the_same_plan(base: lemoe.BaseModel, paper: SettingsOf) -> None:
-    assert lemoe.plan(base, people(10, 4), paper()) == lemoe.plan(base, people(10, 4), paper())
+    assert lemoe.plan(base, make_people_edits(10, 4), paper()) == lemoe.plan(base, make_people_edits(10, 4), paper())
 
 
 def test_file_order_keeps_the_file_and_random_order_follows_the_seed(base: lemoe.BaseModel, paper: SettingsOf) -> None:
-    edits = people(10, 1)
+    edits = make_people_edits(10, 1)
     in_file = lemoe.plan(base, edits, paper(order="file", round_size=4)).rounds
     assert [name for members in in_file for name in members] == [edit.id for edit in edits]
     drawn = [lemoe.plan(base, edits, paper(order="random", seed=seed)).rounds for seed in (0, 0, 1)]
@@ -88,7 +88,7 @@ def test_file_order_keeps_the_file_and_random_order_follows_the_seed(base: lemoe
 
 
 def test_one_edit_is_a_plan(base: lemoe.BaseModel, paper: SettingsOf) -> None:
-    assert lemoe.plan(base, people(1, 1), paper()).rounds == (("Ada-0",),)
+    assert lemoe.plan(base, make_people_edits(1, 1), paper()).rounds == (("Ada-0",),)
 
 
 def test_more_edits_than_are_clustered_at_once_are_planned_whole(base: lemoe.BaseModel, paper: SettingsOf) -> None:
@@ -99,46 +99,46 @@ def test_more_edits_than_are_clustered_at_once_are_planned_whole(base: lemoe.Bas
 
 
 def test_a_text_that_the_model_cannot_hold_is_named(base: lemoe.BaseModel, paper: SettingsOf) -> None:
-    edits = [*people(2, 1), lemoe.Edit("long", "word " * 300, "x")]
+    edits = [*make_people_edits(2, 1), lemoe.Edit("long", "word " * 300, "x")]
     with pytest.raises(InputError, match=r"edit long: .* tokens, more than the model's context of 128"):
         lemoe.plan(base, edits, paper())
 
 
 def test_a_repeated_edit_is_a_duplicate_and_is_trained_once(base: lemoe.BaseModel, paper: SettingsOf) -> None:
-    edits = asked(("The capital of France is", "Lyon"), ("the capital of  FRANCE is", "lyon"))
-    assert relations(edits) == [("duplicate", "e0", "e1")]
+    edits = make_edits(("The capital of France is", "Lyon"), ("the capital of  FRANCE is", "lyon"))
+    assert find_relations(edits) == [("duplicate", "e0", "e1")]
     assert lemoe.plan(base, edits, paper()).rounds == (("e1",),)
 
 
 def test_the_later_answer_to_the_same_question_wins(base: lemoe.BaseModel, paper: SettingsOf) -> None:
-    edits = asked(("The capital of France is", "Lyon"), ("The capital of France is", "Nice"))
-    assert relations(edits) == [("superseded", "e0", "e1")]
+    edits = make_edits(("The capital of France is", "Lyon"), ("The capital of France is", "Nice"))
+    assert find_relations(edits) == [("superseded", "e0", "e1")]
     assert lemoe.plan(base, edits, paper()).rounds == (("e1",),)
 
 
 def test_near_same_questions_with_other_answers_are_reported_and_both_kept() -> None:
-    edits = asked(
+    edits = make_edits(
         ("What is the capital city of France?", "Lyon"),
         ("Which is the capital city of France?", "Nice"),
         subject="France",
     )
-    assert relations(edits) == [("contradiction", "e0", "e1")]
-    assert left_out(find_conflicts(edits)) == set()
+    assert find_relations(edits) == [("contradiction", "e0", "e1")]
+    assert redundant_edit_ids(find_conflicts(edits)) == set()
 
 
 def test_different_questions_about_one_subject_are_no_conflict() -> None:
-    edits = asked(("The capital of France is", "Lyon"), ("The anthem of France is", "Air"), subject="France")
-    assert relations(edits) == []
+    edits = make_edits(("The capital of France is", "Lyon"), ("The anthem of France is", "Air"), subject="France")
+    assert find_relations(edits) == []
 
 
 def test_an_edit_is_superseded_even_if_a_near_same_question_stands_between() -> None:
-    edits = asked(
+    edits = make_edits(
         ("What is the capital city of France?", "Lyon"),
         ("Which is the capital city of France?", "Nice"),
         ("What is the capital city of France?", "Paris"),
         subject="France",
     )
-    assert left_out(find_conflicts(edits)) == {"e0"}
+    assert redundant_edit_ids(find_conflicts(edits)) == {"e0"}
 
 
 @pytest.mark.parametrize(
@@ -146,11 +146,15 @@ def test_an_edit_is_superseded_even_if_a_near_same_question_stands_between() -> 
     [("C++ was created by", "C# was created by"), ("5 + 3 equals", "5 - 3 equals"), ("🍎 means", "🍌 means")],
 )
 def test_questions_that_differ_in_signs_only_are_different_questions(one: str, other: str) -> None:
-    assert relations(asked((one, "first"), (other, "second"))) == []
+    assert find_relations(make_edits((one, "first"), (other, "second"))) == []
 
 
 def test_a_saved_plan_reads_back_as_the_same_rounds(base: lemoe.BaseModel, paper: SettingsOf, tmp_path: Path) -> None:
-    edits = [*people(5, 2), *asked(("Same?", "a"), ("Same?", "b")), lemoe.Edit("0012", "é: # - ?", "- x: [y")]
+    edits = [
+        *make_people_edits(5, 2),
+        *make_edits(("Same?", "a"), ("Same?", "b")),
+        lemoe.Edit("0012", "é: # - ?", "- x: [y"),
+    ]
     planned = lemoe.plan(base, edits, paper())
     path = tmp_path / "plan.yaml"
     path.write_text(save_plan(planned, edits, "edits.jsonl"), encoding="utf-8")
@@ -160,15 +164,15 @@ def test_a_saved_plan_reads_back_as_the_same_rounds(base: lemoe.BaseModel, paper
 def test_a_plan_of_many_edits_is_written_by_another_library_and_reads_the_same(
     base: lemoe.BaseModel, paper: SettingsOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    edits = [*people(5, 2), lemoe.Edit("0012", "é: # - ? 🍎", "- x: [y"), lemoe.Edit("no", "'\"{", "1e3")]
+    edits = [*make_people_edits(5, 2), lemoe.Edit("0012", "é: # - ? 🍎", "- x: [y"), lemoe.Edit("no", "'\"{", "1e3")]
     planned = lemoe.plan(base, edits, paper())
     written = save_plan(planned, edits, "edits.jsonl")
-    monkeypatch.setattr(planning, "BY_HAND", 3)
+    monkeypatch.setattr(planning, "SLOW_DUMPER_LIMIT", 3)
     assert yaml.safe_load(save_plan(planned, edits, "edits.jsonl")) == yaml.safe_load(written)
 
 
 def test_a_plan_file_shows_people_what_each_id_is(base: lemoe.BaseModel, paper: SettingsOf) -> None:
-    edits = asked(("Same?", "a"), ("Same?", "b"))
+    edits = make_edits(("Same?", "a"), ("Same?", "b"))
     document = yaml.safe_load(save_plan(lemoe.plan(base, edits, paper()), edits, "edits.jsonl"))
     assert document["rounds"] == [{"e1": "Same? -> b"}]
     assert document["conflicts"] == [
@@ -190,7 +194,7 @@ def test_a_plan_edited_by_hand_is_followed(
     ("text", "expected"),
     [
         ("rounds: [[fact-0, fact-99]]", "edit 'fact-99' is not among the edits read"),
-        ("rounds: [[fact-0], [fact-0]]", "edit 'fact-0' is in 2 places"),
+        ("rounds: [[fact-0], [fact-0]]", "edit 'fact-0' is named 2 times"),
         ("rounds: []", "it has no rounds"),
         ("rounds: fact-0", "not a plan; expected `rounds:`"),
         ("- fact-0", "not a plan; expected `rounds:`"),
@@ -215,5 +219,5 @@ def test_contradictions_are_found_where_the_subject_is_inferred(base: lemoe.Base
     first = lemoe.Edit("first", "The headquarters of Quillmere Systems are in", "Oslo")
     second = lemoe.Edit("second", "Quillmere Systems has its headquarters in", "Bergen")
     planned = lemoe.plan(base, [first, second], lemoe.Settings())
-    assert set(planned.inferred) == {"first", "second"}
+    assert set(planned.inferred_subjects) == {"first", "second"}
     assert [conflict.relation for conflict in planned.conflicts] == ["contradiction"]

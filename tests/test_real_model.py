@@ -1,4 +1,4 @@
-"""What only a real model shows: that edits are learned, and that the embedded model is what it says."""
+"""What only a real model shows: that edits are learned; and that the embedded model is the one that is documented."""
 
 import subprocess
 import sys
@@ -47,7 +47,7 @@ def test_the_embedded_model_is_smollm2(real_base: lemoe.BaseModel) -> None:
 
 
 def test_the_end_token_is_the_one_that_ends_a_chat_turn(real_base: lemoe.BaseModel) -> None:
-    assert real_base.tokenizer.decode([real_base.end_token]) == "<|im_end|>"
+    assert real_base.tokenizer.decode([real_base.eos_token_id]) == "<|im_end|>"
 
 
 def test_ten_examples_are_learned(report: "lemoe.runs.edit.EditReport") -> None:

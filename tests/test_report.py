@@ -14,15 +14,15 @@ from markdown_it import MarkdownIt
 import lemoe
 from lemoe.adaptor.state import AdaptorState, RoundRecord
 from lemoe.errors import InputError, OutputError
-from lemoe.evaluation.comparison import Compared, Comparison
+from lemoe.evaluation.comparison import Comparison, MethodResult
 from lemoe.evaluation.evaluate import EvalResult, Record
 from lemoe.evaluation.factors import Factors, Matrix, OrderScore
-from lemoe.evaluation.metrics import mean
-from lemoe.report import as_html, as_markdown, report_of, write_reports
-from lemoe.report.clusters import clusters_of
-from lemoe.report.plots import gate_plot, scatter
+from lemoe.evaluation.metrics import mean_metric
+from lemoe.report import build_report, render_html, render_markdown, write_reports
+from lemoe.report.clusters import build_clusters
+from lemoe.report.plots import gate_plot, scatter_plot
 from lemoe.report.routes import Gate, GateScores
-from lemoe.report.text import figure, percent, shown
+from lemoe.report.text import clean_text, format_number, format_percent
 from lemoe.routing.router import Explanation
 from lemoe.settings import Settings
 
@@ -63,40 +63,40 @@ def result(base: lemoe.BaseModel, state: AdaptorState, probed: list[lemoe.Edit])
 
 @pytest.fixture(scope="module")
 def page(base: lemoe.BaseModel, state: AdaptorState, probed: list[lemoe.Edit], result: EvalResult) -> str:
-    return as_html(report_of(base, state, probed, result, source=f"edits {HOSTILE}"))
+    return render_html(build_report(base, state, probed, result, source=f"edits {HOSTILE}"))
 
 
 @pytest.fixture(scope="module")
 def markdown(base: lemoe.BaseModel, state: AdaptorState, probed: list[lemoe.Edit], result: EvalResult) -> str:
-    return as_markdown(report_of(base, state, probed, result, source=f"edits {HOSTILE}"))
+    return render_markdown(build_report(base, state, probed, result, source=f"edits {HOSTILE}"))
 
 
-def parsed(page: str) -> ElementTree.Element:
+def parse_page(page: str) -> ElementTree.Element:
     """The page as XML, so that a single sign that is not escaped fails."""
     return ElementTree.fromstring(page)
 
 
-def text_of(page: str) -> str:
-    return words(parsed(page))
+def page_text(page: str) -> str:
+    return element_text(parse_page(page))
 
 
-def words(element: ElementTree.Element) -> str:
+def element_text(element: ElementTree.Element) -> str:
     return " ".join(" ".join(element.itertext()).split())
 
 
 def test_the_page_is_well_formed_and_hostile_texts_stay_texts(page: str) -> None:
-    root = parsed(page)
+    root = parse_page(page)
     names = {element.tag.removeprefix(XHTML) for element in root.iter()}
     assert not names & {"script", "img", "iframe", "object", "embed", "form"}
     assert not [name for element in root.iter() for name in element.attrib if name.startswith("on")]
     assert len(root.findall(f".//{XHTML}title")) >= 1
-    assert "<script>alert(1)</script>{{ 7 * 7 }} | `x` @user" in text_of(page)
+    assert "<script>alert(1)</script>{{ 7 * 7 }} | `x` @user" in page_text(page)
     assert not re.search(r"[\x00-\x08\x0b-\x1f\u202e]", page)
     page.encode()
 
 
 def test_the_page_loads_nothing(page: str) -> None:
-    root = parsed(page)
+    root = parse_page(page)
     loads = [
         value
         for element in root.iter()
@@ -113,7 +113,7 @@ def test_the_page_loads_nothing(page: str) -> None:
 
 
 def test_the_page_suits_phones_and_both_themes(page: str) -> None:
-    root = parsed(page)
+    root = parse_page(page)
     viewport = root.find(f".//{XHTML}meta[@name='viewport']")
     assert viewport is not None
     assert viewport.attrib["content"] == "width=device-width, initial-scale=1"
@@ -126,28 +126,28 @@ def test_the_page_suits_phones_and_both_themes(page: str) -> None:
 
 
 def test_every_drawing_has_a_title_and_a_description(page: str) -> None:
-    drawings = [svg for svg in parsed(page).iter(f"{XHTML}svg") if svg.get("role") == "img"]
+    drawings = [svg for svg in parse_page(page).iter(f"{XHTML}svg") if svg.get("role") == "img"]
     assert len(drawings) == 3
-    ids = [element.attrib["id"] for element in parsed(page).iter() if "id" in element.attrib]
+    ids = [element.attrib["id"] for element in parse_page(page).iter() if "id" in element.attrib]
     assert len(ids) == len(set(ids))
     for drawing in drawings:
         assert all(name in ids for name in drawing.attrib["aria-labelledby"].split())
 
 
-def test_equal_runs_give_equal_reports(
+def test_reports_are_deterministic(
     base: lemoe.BaseModel, state: AdaptorState, probed: list[lemoe.Edit], page: str, markdown: str
 ) -> None:
     again = lemoe.evaluate(base, state, probed)
-    report = report_of(base, state, probed, again, source=f"edits {HOSTILE}")
-    assert as_html(report) == page
-    assert as_markdown(report) == markdown
+    report = build_report(base, state, probed, again, source=f"edits {HOSTILE}")
+    assert render_html(report) == page
+    assert render_markdown(report) == markdown
 
 
-def test_every_figure_is_in_the_page_and_in_the_markdown(result: EvalResult, page: str, markdown: str) -> None:
-    shown_ = text_of(page)
+def test_every_metric_is_in_the_page_and_in_the_markdown(result: EvalResult, page: str, markdown: str) -> None:
+    shown_ = page_text(page)
     for metric in result.metrics:
         if not metric.kind.startswith("round "):
-            value = figure(metric.value) + ("" if metric.stderr is None else f" ±{figure(metric.stderr)}")
+            value = format_number(metric.value) + ("" if metric.stderr is None else f" ±{format_number(metric.stderr)}")
             assert value in shown_
             assert value in markdown
             assert metric.measure.replace("_", " ") in shown_
@@ -157,70 +157,72 @@ def test_every_figure_is_in_the_page_and_in_the_markdown(result: EvalResult, pag
 def test_the_worst_failures_tell_expected_before_after_and_route(result: EvalResult, page: str) -> None:
     failed = [r for r in result.records if r.name == "generality" and r.token_accuracy_after < 1]
     worst = min(failed, key=lambda r: (r.token_accuracy_after, -r.token_accuracy_before))
-    (group,) = [one for one in parsed(page).iter(f"{XHTML}details") if words(one).startswith("generality")]
-    first = words(group.findall(f"{XHTML}ol/{XHTML}li")[0])
+    (group,) = [one for one in parse_page(page).iter(f"{XHTML}details") if element_text(one).startswith("generality")]
+    first = element_text(group.findall(f"{XHTML}ol/{XHTML}li")[0])
     for text in (worst.prompt, worst.expected, worst.before, worst.after):
-        assert " ".join(shown(text).split()) in first
-    assert f"after, {percent(worst.token_accuracy_after)} of the tokens" in first
-    assert f"{len(failed)} of 7 probes fail" in words(group)
+        assert " ".join(clean_text(text).split()) in first
+    assert f"after, {format_percent(worst.token_accuracy_after)} of the tokens" in first
+    assert f"{len(failed)} of 7 probes fail" in element_text(group)
     assert re.search("reached the|no expert", first)
 
 
 def test_the_base_alone_has_a_report_too(base: lemoe.BaseModel, probed: list[lemoe.Edit]) -> None:
-    report = report_of(base, None, probed, lemoe.evaluate(base, None, probed), source="edits")
-    text = text_of(as_html(report))
+    report = build_report(base, None, probed, lemoe.evaluate(base, None, probed), source="edits")
+    text = page_text(render_html(report))
     assert "The base model alone" in text
     assert "Worst failures" not in text
-    assert "| reliability | token accuracy |" in as_markdown(report)
+    assert "| reliability | token accuracy |" in render_markdown(report)
 
 
 def test_nothing_measured_is_said(base: lemoe.BaseModel, probed: list[lemoe.Edit]) -> None:
-    report = report_of(base, None, probed, EvalResult((), ()), source="edits")
-    assert "No probes were measured." in text_of(as_html(report))
-    assert as_markdown(report).startswith("### lemoe eval: <code>edits</code>")
+    report = build_report(base, None, probed, EvalResult((), ()), source="edits")
+    assert "No probes were measured." in page_text(render_html(report))
+    assert render_markdown(report).startswith("### lemoe eval: <code>edits</code>")
 
 
 def test_a_method_without_a_gate_says_so(base: lemoe.BaseModel, trained: AdaptorState, facts: list[lemoe.Edit]) -> None:
-    report = report_of(base, trained, facts[:4], lemoe.evaluate(base, trained, facts[:4]), source="edits")
+    report = build_report(base, trained, facts[:4], lemoe.evaluate(base, trained, facts[:4]), source="edits")
     assert report.gate is None
-    assert "has no gate" in text_of(as_html(report))
+    assert "has no gate" in page_text(render_html(report))
 
 
-def order_score(order: str, seed: int | None, reliability: float, generality: float | None = None) -> OrderScore:
+def make_order_score(order: str, seed: int | None, reliability: float, generality: float | None = None) -> OrderScore:
     values = {"reliability": reliability, "generality": generality}
     metrics = [
-        mean(name, "all", "token_accuracy", "teacher", "after", [value])
+        mean_metric(name, "all", "token_accuracy", "teacher", "after", [value])
         for name, value in values.items()
         if value is not None
     ]
     return OrderScore(order, seed, tuple(metrics))
 
 
-def factors_of(state: AdaptorState, forgetting: Matrix, routing: Matrix | None, *orders: OrderScore) -> Factors:
+def make_factors(state: AdaptorState, forgetting: Matrix, routing: Matrix | None, *orders: OrderScore) -> Factors:
     return Factors(state.settings, (), forgetting, forgetting, routing, orders)
 
 
 def test_factors_add_forgetting_and_order(
     base: lemoe.BaseModel, state: AdaptorState, probed: list[lemoe.Edit], result: EvalResult, page: str
 ) -> None:
-    orders = (order_score("planned", None, 0.9, 0.5), order_score("random", 7, 0.64))
+    orders = (make_order_score("planned", None, 0.9, 0.5), make_order_score("random", 7, 0.64))
     matrix = ((0.875, 0.25), (None, 0.75))
-    factors = factors_of(state, matrix, None, *orders)
-    text = text_of(as_html(report_of(base, state, probed, result, source="edits", factors=factors)))
+    factors = make_factors(state, matrix, None, *orders)
+    text = page_text(render_html(build_report(base, state, probed, result, source="edits", factors=factors)))
     assert "0.88 0.25 0.75" in text
     assert "random, seed 7 0.640 –" in text
     assert "largest difference 0.260 0.000" in text
     assert "Routing over rounds" not in text
-    assert "Forgetting" not in text_of(page)
+    assert "Forgetting" not in page_text(page)
 
 
 def test_markdown_has_the_matrix_the_orders_and_the_methods_too(
     base: lemoe.BaseModel, state: AdaptorState, probed: list[lemoe.Edit], result: EvalResult, markdown: str
 ) -> None:
-    factors = factors_of(state, ((0.875, 0.25), (None, 0.75)), None, order_score("planned", None, 0.9, 0.5))
-    compared = Compared(replace(state.settings, method="anchor"), 0.975, 0.9, result.metrics, 1.5, 2048.0)
-    text = as_markdown(
-        report_of(base, state, probed, result, source="edits", factors=factors, comparison=Comparison((), (compared,)))
+    factors = make_factors(state, ((0.875, 0.25), (None, 0.75)), None, make_order_score("planned", None, 0.9, 0.5))
+    compared = MethodResult(replace(state.settings, method="anchor"), 0.975, 0.9, result.metrics, 1.5, 2048.0)
+    text = render_markdown(
+        build_report(
+            base, state, probed, result, source="edits", factors=factors, comparison=Comparison((), (compared,))
+        )
     )
     assert "| 1 | 0.875 | 0.250 |\n| 2 |  | 0.750 |" in text
     assert "| planned | 0.900 | 0.500 |" in text
@@ -234,13 +236,13 @@ def test_a_long_run_leaves_rounds_out_of_its_drawings_and_says_so(
 ) -> None:
     count = 150
     matrix = tuple(tuple(1.0 if j >= i else None for j in range(count)) for i in range(count))
-    factors = factors_of(state, matrix, matrix)
-    page = as_html(report_of(base, state, probed, result, source="edits", factors=factors))
-    assert "40 of 150 rounds, evenly spread." in text_of(page)
+    factors = make_factors(state, matrix, matrix)
+    page = render_html(build_report(base, state, probed, result, source="edits", factors=factors))
+    assert "40 of 150 rounds, evenly spread." in page_text(page)
     assert len(page.encode()) < 500_000
 
 
-def many(state: AdaptorState) -> tuple[AdaptorState, list[lemoe.Edit], EvalResult]:
+def build_large_run(state: AdaptorState) -> tuple[AdaptorState, list[lemoe.Edit], EvalResult]:
     """A thousand edits in fifty rounds, with long texts, all of them missed."""
     edits = [lemoe.Edit(f"edit {i}", f"Prompt number {i} is", "so") for i in range(1000)]
     long = f"Prompt {HOSTILE}" * 8
@@ -257,22 +259,22 @@ def many(state: AdaptorState) -> tuple[AdaptorState, list[lemoe.Edit], EvalResul
         for name in ("reliability", "generality", "locality", "portability")
         for i, edit in enumerate(edits)
     ]  # fmt: skip
-    metrics = [mean("routing", f"round {n}", "agreement", "route", "after", [1.0] * 20) for n in range(1, 51)]
+    metrics = [mean_metric("routing", f"round {n}", "agreement", "route", "after", [1.0] * 20) for n in range(1, 51)]
     return replace(state, rounds=tuple(rounds)), edits, EvalResult(tuple(metrics), tuple(records))
 
 
 def test_a_thousand_edits_make_a_small_page(base: lemoe.BaseModel, state: AdaptorState) -> None:
-    large, edits, result = many(state)
-    report = report_of(base, large, edits, result, source="edits")
-    page = as_html(report)
+    large, edits, result = build_large_run(state)
+    report = build_report(base, large, edits, result, source="edits")
+    page = render_html(report)
     assert len(page.encode()) < 500_000
-    text = text_of(page)
+    text = page_text(page)
     assert "12 of 50 rounds are drawn, evenly spread" in text
     assert "858 of 1,000 probes fail, the worst 10" in text
-    assert len(as_markdown(report)) < 65_536  # what GitHub takes as a comment
+    assert len(render_markdown(report)) < 65_536  # what GitHub takes as a comment
 
 
-def test_every_prompt_stands_in_one_bar_and_one_at_the_threshold_below_it() -> None:
+def test_every_prompt_is_in_one_bar_and_one_at_the_threshold_in_the_bar_below_it() -> None:
     scores = GateScores("generality", (0.0, 0.0, 3.5, 3.6, 10.5, 10.6, 1e9), unmentioned=2, opened=3)
     (panel,) = gate_plot(Gate(3.5, (scores,))).panels
     counts = {bar.label.split(": ")[0]: int(bar.label.split(": ")[1]) for bar in (*panel.bars, panel.absent)}
@@ -293,18 +295,18 @@ def test_a_threshold_off_the_axis_is_not_drawn_and_harms_nothing(threshold: floa
 
 
 def test_clusters_keep_distances_and_their_rounds(base: lemoe.BaseModel, facts: list[lemoe.Edit]) -> None:
-    clusters = clusters_of(base, [(2, facts[:3]), (5, facts[3:])])
+    clusters = build_clusters(base, [(2, facts[:3]), (5, facts[3:])])
     assert clusters is not None
     assert [cluster.number for cluster in clusters.drawn] == [2, 5]
     assert [len(cluster.points) for cluster in clusters.drawn] == [3, 3]
-    groups = scatter(clusters).groups
+    groups = scatter_plot(clusters).groups
     points = [point for cluster in clusters.drawn for point in cluster.points]
     dots = [dot for group in groups for dot in group.dots]
     wide = [abs(a[0] - points[0][0]) for a in points[1:]]
     drawn = [abs(a[0] - dots[0][0]) for a in dots[1:]]
     ratios = [d / w for d, w in zip(drawn, wide, strict=True) if w > 1e-3]
     assert max(ratios) == pytest.approx(min(ratios), rel=0.1)
-    assert clusters_of(base, [(1, facts[:1] * 2)]) is None
+    assert build_clusters(base, [(1, facts[:1] * 2)]) is None
 
 
 def test_the_markdown_has_whole_tables_and_nothing_that_acts(markdown: str) -> None:
@@ -334,7 +336,7 @@ def test_markdown_mentions_nobody(markdown: str) -> None:
 def test_reports_are_written_by_their_suffix_and_replaced_only_if_asked(
     base: lemoe.BaseModel, state: AdaptorState, probed: list[lemoe.Edit], result: EvalResult, tmp_path: Path
 ) -> None:
-    report = report_of(base, state, probed, result, source="edits")
+    report = build_report(base, state, probed, result, source="edits")
     page, short = tmp_path / "a.html", tmp_path / "b.md"
     write_reports(report, [page, short, page])
     assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")

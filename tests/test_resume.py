@@ -1,4 +1,4 @@
-"""Runs that go on: with the edits, the settings and the rounds that they were started for, or not at all."""
+"""Resumed runs: they go on with the edits, settings and rounds that they were started for, or are refused."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,29 +10,29 @@ import lemoe
 from lemoe.errors import InputError, LemoeError, OutputError
 from lemoe.runs.engines import local
 from lemoe.runs.folder import RUN_NAME
-from lemoe.runs.progress import Silent
+from lemoe.runs.progress import NullProgress
 
 SettingsOf = Callable[..., lemoe.Settings]
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def unfinished(folder: Path, lost: str) -> None:
-    """As a run leaves its folder that is killed before it has written the round `lost`."""
+def make_unfinished(folder: Path, lost: str) -> None:
+    """Leave `folder` as a run does that is killed before it has written the round `lost`."""
     (folder / "adaptor.safetensors").unlink()
     (folder / "rounds" / lost).unlink()
 
 
-def train_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def forbid_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def train(*args: object, **kwargs: object) -> lemoe.AdaptorState:
         raise AssertionError("a round was trained")
 
     monkeypatch.setattr(local, "train_round", train)
 
 
-class Told(Silent):
+class RecordedNotes(NullProgress):
     def __init__(self) -> None:
         self.notes: list[str] = []
 
@@ -60,9 +60,9 @@ def test_a_run_is_not_resumed_without_edits_that_came_after_it_was_planned(
 ) -> None:
     folder = tmp_path / "run"
     lemoe.edit(base, facts[:4], anchor(), folder)
-    unfinished(folder, "0002.safetensors")
-    before = files_of(folder)
-    train_nothing(monkeypatch)
+    make_unfinished(folder, "0002.safetensors")
+    before = read_files(folder)
+    forbid_training(monkeypatch)
     with pytest.raises(InputError) as refused:
         lemoe.edit(base, facts, anchor(), folder, resume=True)
     message = str(refused.value)
@@ -70,7 +70,7 @@ def test_a_run_is_not_resumed_without_edits_that_came_after_it_was_planned(
     for edit in facts[4:]:
         assert f"{edit.id} ({edit.prompt} -> {edit.target})" in message
     assert all(option in message for option in (f"--plan {folder / 'plan.yaml'}", f"--from {folder}", "--force"))
-    assert files_of(folder) == before
+    assert read_files(folder) == before
 
 
 def test_what_the_message_advises_teaches_every_edit(
@@ -78,25 +78,25 @@ def test_what_the_message_advises_teaches_every_edit(
 ) -> None:
     folder = tmp_path / "run"
     whole = lemoe.edit(base, facts[:4], anchor(), folder).path.read_bytes()
-    unfinished(folder, "0002.safetensors")
-    told = Told()
-    report = lemoe.edit(base, facts, anchor(), folder, resume=True, plan_file=folder / "plan.yaml", listener=told)
+    make_unfinished(folder, "0002.safetensors")
+    progress = RecordedNotes()
+    report = lemoe.edit(base, facts, anchor(), folder, resume=True, plan_file=folder / "plan.yaml", progress=progress)
     assert report.path.read_bytes() == whole
     assert (report.taught, report.unplanned) == (4, ("fact-4", "fact-5"))
-    assert [note for note in told.notes if "2 edits are left out: the plan does not name them" in note]
+    assert [note for note in progress.notes if "2 edits are left out: the plan does not name them" in note]
     rest = lemoe.edit(base, facts, anchor(), tmp_path / "rest", start=report.state)
-    assert (rest.taught, rest.known, rest.unplanned) == (2, 4, ())
-    assert {edit.digest for edit in facts} == set(rest.state.answering)
+    assert (rest.taught, rest.already_taught, rest.unplanned) == (2, 4, ())
+    assert {edit.digest for edit in facts} == set(rest.state.answering_digests)
 
 
 def test_a_plan_that_names_fewer_edits_is_followed_and_the_others_are_counted(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, tmp_path: Path
 ) -> None:
     (tmp_path / "plan.yaml").write_text("rounds: [[fact-5], [fact-2]]")
-    told = Told()
-    report = lemoe.edit(base, facts, anchor(), tmp_path / "run", plan_file=tmp_path / "plan.yaml", listener=told)
+    progress = RecordedNotes()
+    report = lemoe.edit(base, facts, anchor(), tmp_path / "run", plan_file=tmp_path / "plan.yaml", progress=progress)
     assert (report.taught, report.unplanned) == (2, ("fact-0", "fact-1", "fact-3", "fact-4"))
-    (note,) = [note for note in told.notes if "the plan does not name them" in note]
+    (note,) = [note for note in progress.notes if "the plan does not name them" in note]
     assert note.startswith("4 edits are left out")
     assert f"fact-0 ({facts[0].prompt} -> {facts[0].target})" in note
 
@@ -107,10 +107,10 @@ def test_a_run_of_a_shortened_plan_is_resumed_to_the_same_bytes(
     (tmp_path / "plan.yaml").write_text("rounds: [[fact-5], [fact-2]]")
     folder = tmp_path / "run"
     lemoe.edit(base, facts, anchor(), folder, plan_file=tmp_path / "plan.yaml")
-    whole = files_of(folder)
-    unfinished(folder, "0002.safetensors")
+    whole = read_files(folder)
+    make_unfinished(folder, "0002.safetensors")
     report = lemoe.edit(base, facts, anchor(), folder, resume=True)
-    assert files_of(folder) == whole
+    assert read_files(folder) == whole
     assert len(report.unplanned) == 4
 
 
@@ -119,16 +119,16 @@ def test_edits_that_a_later_one_repeats_are_counted_and_do_not_keep_a_run_from_b
 ) -> None:
     edits = [*facts[:3], replace(facts[0], id="newer", target="Bergen"), replace(facts[1], id="again")]
     folder = tmp_path / "run"
-    told = Told()
-    report = lemoe.edit(base, edits, anchor(), folder, listener=told)
+    progress = RecordedNotes()
+    report = lemoe.edit(base, edits, anchor(), folder, progress=progress)
     assert (report.taught, report.repeated, report.unplanned) == (3, 2, ())
     prompt = facts[0].prompt
-    assert f"fact-0 ({prompt} -> Rome) is left out: superseded by newer ({prompt} -> Bergen)" in told.notes
-    whole = files_of(folder)
-    unfinished(folder, "0002.safetensors")
+    assert f"fact-0 ({prompt} -> Rome) is left out: superseded by newer ({prompt} -> Bergen)" in progress.notes
+    whole = read_files(folder)
+    make_unfinished(folder, "0002.safetensors")
     report = lemoe.edit(base, edits, anchor(), folder, resume=True)
     assert (report.taught, report.repeated, report.unplanned) == (3, 2, ())
-    assert files_of(folder) == whole
+    assert read_files(folder) == whole
 
 
 def test_a_run_is_not_resumed_without_the_adaptor_that_it_continued(
@@ -137,14 +137,14 @@ def test_a_run_is_not_resumed_without_the_adaptor_that_it_continued(
     start = lemoe.train_round(base, facts[:2], anchor())
     folder = tmp_path / "run"
     lemoe.edit(base, facts, anchor(), folder, start=start)
-    before = files_of(folder)
-    unfinished(folder, "0002.safetensors")
+    before = read_files(folder)
+    make_unfinished(folder, "0002.safetensors")
     with pytest.raises(InputError, match="continues an adaptor with --from"):
         lemoe.edit(base, facts, anchor(), folder, resume=True)
     with pytest.raises(InputError, match="continues another adaptor"):
         lemoe.edit(base, facts, anchor(), folder, resume=True, start=lemoe.train_round(base, facts[:1], anchor()))
     lemoe.edit(base, facts, anchor(), folder, resume=True, start=start)
-    assert files_of(folder) == before
+    assert read_files(folder) == before
 
 
 # The settings, the base.
@@ -169,14 +169,14 @@ def test_other_settings_than_the_finished_rounds_are_refused_before_anything_is_
 ) -> None:
     folder = tmp_path / "run"
     lemoe.edit(base, facts, anchor(), folder)
-    unfinished(folder, "0001.safetensors")
-    before = files_of(folder)
-    train_nothing(monkeypatch)
+    make_unfinished(folder, "0001.safetensors")
+    before = read_files(folder)
+    forbid_training(monkeypatch)
     with pytest.raises(OutputError) as refused:
         lemoe.edit(base, facts, anchor(**other), folder, resume=True)
     assert said in str(refused.value)
     assert "0002.safetensors" in str(refused.value)
-    assert files_of(folder) == before
+    assert read_files(folder) == before
 
 
 def test_another_preset_than_the_finished_rounds_is_refused_by_its_name(
@@ -188,8 +188,8 @@ def test_another_preset_than_the_finished_rounds_is_refused_by_its_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lemoe.edit(base, facts, anchor(), tmp_path / "run")
-    unfinished(tmp_path / "run", "0001.safetensors")
-    train_nothing(monkeypatch)
+    make_unfinished(tmp_path / "run", "0001.safetensors")
+    forbid_training(monkeypatch)
     with pytest.raises(OutputError, match="preset: anchor, now paper"):
         lemoe.edit(base, facts, paper(), tmp_path / "run", resume=True)
 
@@ -203,8 +203,8 @@ def test_another_base_than_the_finished_rounds_is_refused_with_the_differences(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lemoe.edit(base, facts, anchor(), tmp_path / "run")
-    unfinished(tmp_path / "run", "0001.safetensors")
-    train_nothing(monkeypatch)
+    make_unfinished(tmp_path / "run", "0001.safetensors")
+    forbid_training(monkeypatch)
     with pytest.raises(OutputError, match="architecture: LlamaForCausalLM, now MistralForCausalLM"):
         lemoe.edit(tiny("mistral"), facts, anchor(), tmp_path / "run", resume=True)
 
@@ -225,13 +225,13 @@ def test_a_part_is_resumed_with_its_own_rounds_alone(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, plan: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "part"
-    lemoe.edit(base, facts, anchor(), folder, plan_file=plan, places=range(1, 3))
-    whole = files_of(folder)
+    lemoe.edit(base, facts, anchor(), folder, plan_file=plan, round_range=range(1, 3))
+    whole = read_files(folder)
     assert RUN_NAME in whole
     for plan_file in (None, plan):
-        unfinished(folder, "0003.safetensors")
+        make_unfinished(folder, "0003.safetensors")
         lemoe.edit(base, facts, anchor(), folder, plan_file=plan_file, resume=True)
-        assert files_of(folder) == whole
+        assert read_files(folder) == whole
 
 
 @pytest.mark.parametrize(("first", "then"), [(range(1, 3), range(4)), (range(1, 3), range(1, 2)), (None, range(1, 3))])
@@ -244,27 +244,27 @@ def test_a_folder_is_not_resumed_for_other_rounds_than_it_was_started_for(
     first: range | None,
     then: range,
 ) -> None:
-    lemoe.edit(base, facts, anchor(), tmp_path / "part", plan_file=plan, places=first)
-    before = files_of(tmp_path / "part")
+    lemoe.edit(base, facts, anchor(), tmp_path / "part", plan_file=plan, round_range=first)
+    before = read_files(tmp_path / "part")
     started = "--rounds 1-2" if first else "all rounds of its plan"
     with pytest.raises(InputError, match=f"was started for {started}, not for --rounds {then.start}-{then.stop - 1}"):
-        lemoe.edit(base, facts, anchor(), tmp_path / "part", plan_file=plan, places=then, resume=True)
-    assert files_of(tmp_path / "part") == before
+        lemoe.edit(base, facts, anchor(), tmp_path / "part", plan_file=plan, round_range=then, resume=True)
+    assert read_files(tmp_path / "part") == before
 
 
 def test_force_forgets_the_rounds_that_the_folder_was_started_for(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, plan: Path, tmp_path: Path
 ) -> None:
-    lemoe.edit(base, facts, anchor(), tmp_path / "run", plan_file=plan, places=range(1, 2))
+    lemoe.edit(base, facts, anchor(), tmp_path / "run", plan_file=plan, round_range=range(1, 2))
     lemoe.edit(base, facts, anchor(), tmp_path / "run", plan_file=plan, force=True)
-    whole = files_of(tmp_path / "run")
-    unfinished(tmp_path / "run", "0004.safetensors")
+    whole = read_files(tmp_path / "run")
+    make_unfinished(tmp_path / "run", "0004.safetensors")
     lemoe.edit(base, facts, anchor(), tmp_path / "run", resume=True)
-    assert files_of(tmp_path / "run") == whole
+    assert read_files(tmp_path / "run") == whole
 
 
 @pytest.mark.parametrize("text", ["rounds: 3-1", "rounds: [1]", "- a", "rounds: {", "left_out: 7"])
-def test_a_damaged_memory_of_the_run_is_refused_by_its_name(
+def test_a_damaged_run_file_is_refused_by_its_name(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, tmp_path: Path, text: str
 ) -> None:
     lemoe.edit(base, facts[:2], anchor(), tmp_path / "run")

@@ -8,13 +8,13 @@ import lemoe
 from lemoe.errors import InputError
 
 
-def config(folder: Path, text: str) -> Path:
+def write_config(folder: Path, text: str) -> Path:
     path = folder / "settings.yaml"
     path.write_text(text, encoding="utf-8")
     return path
 
 
-def refusal(path: Path | None, given: dict[str, object] | None = None) -> str:
+def refusal_message(path: Path | None, given: dict[str, object] | None = None) -> str:
     with pytest.raises(InputError) as caught:
         lemoe.resolve_settings("paper", path, given)
     return str(caught.value)
@@ -26,19 +26,19 @@ def test_preset_paper_needs_no_other_settings() -> None:
 
 
 def test_the_file_wins_over_the_preset_and_given_values_over_the_file(tmp_path: Path) -> None:
-    path = config(tmp_path, "round_size: 7\nsteps: 11\n")
+    path = write_config(tmp_path, "round_size: 7\nsteps: 11\n")
     settings = lemoe.resolve_settings("paper", path, {"steps": 13})
     assert (settings.round_size, settings.steps) == (7, 13)
     assert settings.seed == lemoe.Settings().seed
 
 
-def test_given_values_of_none_leave_the_weaker_sources_alone(tmp_path: Path) -> None:
-    path = config(tmp_path, "steps: 11\n")
+def test_given_values_of_none_do_not_override(tmp_path: Path) -> None:
+    path = write_config(tmp_path, "steps: 11\n")
     assert lemoe.resolve_settings("paper", path, {"steps": None}).steps == 11
 
 
 def test_a_preset_may_be_named_in_the_file(tmp_path: Path) -> None:
-    assert lemoe.resolve_settings(config=config(tmp_path, "preset: paper\n")).method == "paper"
+    assert lemoe.resolve_settings(config=write_config(tmp_path, "preset: paper\n")).method == "paper"
 
 
 def test_an_unknown_preset_lists_those_that_are_there(tmp_path: Path) -> None:
@@ -48,12 +48,12 @@ def test_an_unknown_preset_lists_those_that_are_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", ["1e-4", "1E-4", "0.0001", "1.0e-4", "'1e-4'"])
 def test_a_number_in_yaml_is_a_number_however_it_is_written(tmp_path: Path, number: str) -> None:
-    path = config(tmp_path, f"learning_rate: {number}\n")
+    path = write_config(tmp_path, f"learning_rate: {number}\n")
     assert lemoe.resolve_settings("paper", path).learning_rate == 1e-4
 
 
 def test_whole_numbers_stay_whole(tmp_path: Path) -> None:
-    steps = lemoe.resolve_settings("paper", config(tmp_path, "steps: 1e2\n")).steps
+    steps = lemoe.resolve_settings("paper", write_config(tmp_path, "steps: 1e2\n")).steps
     assert steps == 100
     assert isinstance(steps, int)
 
@@ -63,12 +63,12 @@ def test_a_large_seed_is_kept_to_the_last_digit() -> None:
 
 
 def test_null_in_yaml_takes_what_the_setting_means_by_it(tmp_path: Path) -> None:
-    assert lemoe.resolve_settings("paper", config(tmp_path, "width: null\n")).width is None
+    assert lemoe.resolve_settings("paper", write_config(tmp_path, "width: null\n")).width is None
 
 
 def test_an_unknown_setting_names_the_file_and_the_nearest_right_one(tmp_path: Path) -> None:
-    path = config(tmp_path, "lerning_rate: 1\nround_sise: 3\n")
-    message = refusal(path)
+    path = write_config(tmp_path, "lerning_rate: 1\nround_sise: 3\n")
+    message = refusal_message(path)
     assert str(path) in message
     assert "lerning_rate: no such setting; did you mean learning_rate?" in message
     assert "round_sise: no such setting; did you mean round_size?" in message
@@ -88,7 +88,7 @@ def test_an_unknown_setting_names_the_file_and_the_nearest_right_one(tmp_path: P
     ],
 )
 def test_a_value_of_the_wrong_type_says_what_was_expected(tmp_path: Path, line: str, expected: str) -> None:
-    message = refusal(config(tmp_path, line + "\n"))
+    message = refusal_message(write_config(tmp_path, line + "\n"))
     assert expected in message
     assert line.split(":")[0] in message
 
@@ -109,26 +109,26 @@ def test_a_value_of_the_wrong_type_says_what_was_expected(tmp_path: Path, line: 
     ],
 )
 def test_a_value_out_of_range_is_refused_by_its_name(tmp_path: Path, line: str) -> None:
-    assert line.split(":")[0] in refusal(config(tmp_path, line + "\n"))
+    assert line.split(":")[0] in refusal_message(write_config(tmp_path, line + "\n"))
 
 
 def test_all_bad_values_are_reported_at_once() -> None:
-    message = refusal(None, {"steps": 0, "width": 0, "depth": 2.0})
+    message = refusal_message(None, {"steps": 0, "width": 0, "depth": 2.0})
     assert all(name in message for name in ("steps", "width", "depth"))
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "just text", "a: [", "seed: 2020-13-45", "", "\x00"])
 def test_a_file_that_holds_no_settings_is_refused_by_name(tmp_path: Path, text: str) -> None:
-    path = config(tmp_path, text)
-    assert str(path) in refusal(path)
+    path = write_config(tmp_path, text)
+    assert str(path) in refusal_message(path)
 
 
 def test_a_missing_settings_file_is_refused_by_name(tmp_path: Path) -> None:
-    assert "none.yaml: cannot be read" in refusal(tmp_path / "none.yaml")
+    assert "none.yaml: cannot be read" in refusal_message(tmp_path / "none.yaml")
 
 
 def test_the_layer_follows_the_setting_then_the_model_then_the_depth() -> None:
-    assert lemoe.resolve_settings("paper", None, {"layer": 5}).layer_of(30, {"paper": 24}) == 5
-    assert lemoe.resolve_settings("paper").layer_of(30, {"paper": 24}) == 24
-    assert lemoe.resolve_settings("paper").layer_of(32, {}) == 18  # the paper's layer on 32 layers
-    assert lemoe.resolve_settings("paper", None, {"depth": 1.0}).layer_of(32, {}) == 31
+    assert lemoe.resolve_settings("paper", None, {"layer": 5}).resolve_layer(30, {"paper": 24}) == 5
+    assert lemoe.resolve_settings("paper").resolve_layer(30, {"paper": 24}) == 24
+    assert lemoe.resolve_settings("paper").resolve_layer(32, {}) == 18  # the paper's layer on 32 layers
+    assert lemoe.resolve_settings("paper", None, {"depth": 1.0}).resolve_layer(32, {}) == 31

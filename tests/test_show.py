@@ -1,4 +1,4 @@
-"""`lemoe show`: what an adaptor holds, told without obeying it."""
+"""`lemoe show`: what an adaptor holds, shown without trusting it."""
 
 import hashlib
 import json
@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_cli import lemoe_command, refused
+from test_cli import lemoe_command, refused_message
 
 import lemoe
-from lemoe.data.edits import digest_over
+from lemoe.data.edits import combine_digests
 
 SettingsOf = Callable[..., lemoe.Settings]
 
@@ -42,8 +42,8 @@ def test_show_tells_base_rounds_edits_and_supersessions(file: Path, state: lemoe
     assert lemoe_command("show", file.parent, "--edits").stdout == result.stdout
 
 
-def spaced(text: str) -> str:
-    """What a table says, however its cells are broken."""
+def remove_spaces(text: str) -> str:
+    """The text of a table, wherever its cells break."""
     return "".join(text.split())
 
 
@@ -51,7 +51,9 @@ def test_edits_are_shown_with_what_they_teach_without_a_model(file: Path, facts:
     before, _, listed = lemoe_command("show", file, "--edits").stdout.rpartition("Edits")
     expected = [(f"1/{edit.id}", edit.prompt, edit.target) for edit in facts[:2]]
     expected += [("2/anew", facts[0].prompt, "elsewhere")]
-    assert spaced(listed) == "round/editprompttarget" + "".join(spaced("".join(cells)) for cells in expected)
+    assert remove_spaces(listed) == "round/editprompttarget" + "".join(
+        remove_spaces("".join(cells)) for cells in expected
+    )
     superseded = before.partition("Superseded")[2]
     assert all(text in superseded for text in ("1/fact-0", "Eiffel Tower", "Rome", "2/anew", "elsewhere"))
 
@@ -84,12 +86,14 @@ def test_texts_that_are_not_what_an_edit_teaches_are_found(
     path = tmp_path / "lies.safetensors"
     lies = replace(state.rounds[0], targets=("Rome", "brass"))
     lemoe.save_adaptor(replace(state, rounds=(lies, state.rounds[1])), path)
-    assert "fact-1 (The Eiffel Tower is made of -> brass): its text is not what" in refused("show", path, "--verify")
+    assert "fact-1 (The Eiffel Tower is made of -> brass): its text is not what" in refused_message(
+        "show", path, "--verify"
+    )
     digests = (lies.edits[0], replace(facts[1], target="brass").digest)
-    lies = replace(lies, edits=digests, edits_sha256=digest_over(digests))
+    lies = replace(lies, edits=digests, edits_sha256=combine_digests(digests))
     lemoe.save_adaptor(replace(state, rounds=(lies, state.rounds[1])), path, overwrite=True)
     assert lemoe_command("show", path, "--verify").exit_code == 0
-    said = refused("show", path, "--model", tiny_folder("llama"), "--device", "cpu")
+    said = refused_message("show", path, "--model", tiny_folder("llama"), "--device", "cpu")
     assert "fact-1 (The Eiffel Tower is made of -> brass): its text is not what its anchor holds" in said
 
 
@@ -97,7 +101,7 @@ def test_a_changed_byte_is_found(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-1] ^= 1  # the last byte of the last anchor's subject
     file.write_bytes(content)
-    assert "it is not as it was written" in refused("show", file)
+    assert "it is not as it was written" in refused_message("show", file)
 
 
 def test_show_as_json_holds_everything_and_is_checked(file: Path, state: lemoe.AdaptorState) -> None:
@@ -114,7 +118,9 @@ def test_verify_with_a_model_tells_whether_it_is_the_adaptors(file: Path, tiny_f
     right = lemoe_command("show", file, "--model", tiny_folder("llama"), "--device", "cpu")
     assert right.exit_code == 0
     assert "edited FFN and tokenizer are the same" in right.stderr
-    assert "made for another base model" in refused("show", file, "--model", tiny_folder("mistral"), "--device", "cpu")
+    assert "made for another base model" in refused_message(
+        "show", file, "--model", tiny_folder("mistral"), "--device", "cpu"
+    )
 
 
 def test_records_that_contradict_themselves_are_found(state: lemoe.AdaptorState, tmp_path: Path) -> None:
@@ -122,7 +128,7 @@ def test_records_that_contradict_themselves_are_found(state: lemoe.AdaptorState,
     path = tmp_path / "bent.safetensors"
     lemoe.save_adaptor(replace(state, rounds=(first, state.rounds[1])), path)
     assert lemoe_command("show", path).exit_code == 0
-    assert "round 1: the digests of its edits do not give its hash" in refused("show", path, "--verify")
+    assert "round 1: the digests of its edits do not give its hash" in refused_message("show", path, "--verify")
 
 
 def test_values_that_are_not_finite_are_never_shown_as_fine(state: lemoe.AdaptorState, tmp_path: Path) -> None:
@@ -133,7 +139,7 @@ def test_values_that_are_not_finite_are_never_shown_as_fine(state: lemoe.Adaptor
     tensors = load_file(path)
     tensors["experts.up"][0, 0] = torch.nan
     save_file(tensors, path, metadata)
-    assert "experts.up: holds values that are not finite" in refused("show", path)
+    assert "experts.up: holds values that are not finite" in refused_message("show", path)
 
 
 def test_names_from_a_file_cannot_drive_the_terminal(state: lemoe.AdaptorState, tmp_path: Path) -> None:

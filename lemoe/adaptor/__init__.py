@@ -1,1 +1,1 @@
-"""What is kept: experts, their router and the record of their rounds, as one value and as one file."""
+"""Adaptors: experts, their router and the record of their rounds, as one value and as one file."""

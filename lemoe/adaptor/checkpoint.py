@@ -1,6 +1,7 @@
 """Adaptor files: one safetensors file is one state, written whole or not at all, read with every check.
 
-All metadata is sorted JSON under one key, so that equal states give equal files, byte for byte.
+All metadata is sorted JSON under one key, so that saving is deterministic: equal states give
+byte-identical files.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,13 +16,13 @@ from torch import Tensor
 
 from lemoe import __version__
 from lemoe.adaptor.experts import Experts
-from lemoe.adaptor.header import FORMAT, METADATA_KEY, adaptor_path, opened_adaptor, read_header
+from lemoe.adaptor.header import FORMAT, METADATA_KEY, adaptor_path, open_safetensors, read_header
 from lemoe.adaptor.state import AdaptorState, RoundRecord
-from lemoe.adaptor.tensor_file import Entry, is_as_written, stored_tensors, write_tensors
+from lemoe.adaptor.tensor_file import TensorEntry, matches_stored_hash, stored_tensors, write_tensors
 from lemoe.base.fingerprint import Fingerprint
 from lemoe.errors import AdaptorError, InputError
 from lemoe.routing.registry import ROUTERS
-from lemoe.routing.router import offsets_hold
+from lemoe.routing.router import are_valid_offsets
 from lemoe.settings import Settings, coerce_settings
 
 MATRICES = ("experts.up", "experts.down", "experts.gate")
@@ -36,22 +37,24 @@ def save_adaptor(state: AdaptorState, path: Path | str, *, overwrite: bool = Fal
         AdaptorError: if the state holds values that are not finite, which no file may.
         OutputError: if the file exists and `overwrite` is not given, or cannot be written.
     """
-    broken = [name for name, t in tensors_of(state).items() if t.is_floating_point() and not bool(t.isfinite().all())]
+    broken = [
+        name for name, t in state_tensors(state).items() if t.is_floating_point() and not bool(t.isfinite().all())
+    ]
     if broken:
         raise AdaptorError(f"{path}: not written, these hold values that are not finite: {', '.join(broken)}")
-    matrices = {name: Entry.of(matrix) for name, matrix in matrices_of(state).items()}
+    matrices = {name: TensorEntry.from_tensor(matrix) for name, matrix in expert_matrices(state).items()}
     write_adaptor(state, matrices, path, overwrite=overwrite)
 
 
 def write_adaptor(
-    state: AdaptorState, matrices: Mapping[str, Entry], path: Path | str, *, overwrite: bool = False
+    state: AdaptorState, matrices: Mapping[str, TensorEntry], path: Path | str, *, overwrite: bool = False
 ) -> None:
-    """Write `state` to `path`, whole or not at all, with the experts' `matrices` from wherever they are.
+    """Write `state` to `path`, whole or not at all, with the experts' `matrices` read from memory or from files.
 
     Raises:
         OutputError: if the file exists and `overwrite` is not given, or cannot be written.
     """
-    entries = {name: Entry.of(tensor) for name, tensor in _small(state).items()}
+    entries = {name: TensorEntry.from_tensor(tensor) for name, tensor in _small_tensors(state).items()}
     header = {
         "format": FORMAT,
         "tool": f"lemoe {__version__}",
@@ -63,7 +66,7 @@ def write_adaptor(
 
 
 class AdaptorFile:
-    """An adaptor file whose experts stay on disk until they are asked for.
+    """An adaptor file whose experts stay on disk until they are read.
 
     Attributes:
         path: of the file itself.
@@ -79,39 +82,41 @@ class AdaptorFile:
                 unexpected, or of the wrong shape or type; all such tensors are listed.
         """
         self.path = adaptor_path(path)
-        with opened_adaptor(self.path, "pt") as file:
+        with open_safetensors(self.path, "pt") as file:
             header = read_header(self.path, file.metadata() or {})
             self.tool: str = header["tool"]
             names = list(file.keys())
-            tensors = {name: _shape_only(file, name) if name in MATRICES else _read(file, name) for name in names}
-        with _damage(self.path):
-            self.state = _state(self.path, header, tensors)
+            tensors = {
+                name: _read_shape(file, name) if name in MATRICES else _read_tensor(file, name) for name in names
+            }
+        with _report_damage(self.path):
+            self.state = _build_state(self.path, header, tensors)
             self._stored = stored_tensors(self.path)
-        self._whole = False
+        self._hash_checked = False
 
-    def rows(self, name: str, start: int, end: int) -> Tensor:
+    def read_rows(self, name: str, start: int, end: int) -> Tensor:
         """Rows `start` to `end` of one of the experts' matrices.
 
         Raises:
             AdaptorError: if a value is not finite.
         """
         try:
-            part = self._stored[name].rows(start, end)
+            part = self._stored[name].read_rows(start, end)
         except (OSError, ValueError, RuntimeError) as error:
             raise AdaptorError(f"{self.path}: cannot be read any more: {error}") from None
         if not bool(part.isfinite().all()):
             raise AdaptorError(f"{self.path}: not a valid adaptor:\n  {name}: holds values that are not finite")
         return part
 
-    def check_whole(self) -> None:
-        """Compare all of the file with the hash in it, once.
+    def check_hash(self) -> None:
+        """Compare the hash of the whole file with the one stored in it, once.
 
         Raises:
             AdaptorError: if it is not as it was written.
         """
-        with _damage(self.path):
-            self._whole = self._whole or is_as_written(self.path, METADATA_KEY)
-        if not self._whole:
+        with _report_damage(self.path):
+            self._hash_checked = self._hash_checked or matches_stored_hash(self.path, METADATA_KEY)
+        if not self._hash_checked:
             raise AdaptorError(f"{self.path}: damaged, or changed by hand: it is not as it was written")
 
     def load(self) -> AdaptorState:
@@ -121,9 +126,9 @@ class AdaptorFile:
             AdaptorError: if a value is not finite, or the file is not as it was written.
         """
         experts = self.state.experts
-        gate = None if experts.gate is None else self.rows("experts.gate", 0, len(experts.gate))
-        up, down = (self.rows(name, 0, len(experts.up)) for name in ("experts.up", "experts.down"))
-        self.check_whole()
+        gate = None if experts.gate is None else self.read_rows("experts.gate", 0, len(experts.gate))
+        up, down = (self.read_rows(name, 0, len(experts.up)) for name in ("experts.up", "experts.down"))
+        self.check_hash()
         return replace(self.state, experts=replace(experts, up=up, down=down, gate=gate))
 
 
@@ -139,58 +144,58 @@ def load_adaptor(path: Path | str) -> AdaptorState:
 
 
 @contextmanager
-def _damage(path: Path) -> Iterator[None]:
-    """Take what goes wrong while reading metadata for damage of the file."""
+def _report_damage(path: Path) -> Iterator[None]:
+    """Report what goes wrong while reading metadata as damage of the file."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise AdaptorError(f"{path}: its metadata is damaged ({type(error).__name__}: {error})") from None
 
 
-def _shape_only(file: Any, name: str) -> Tensor:
+def _read_shape(file: Any, name: str) -> Tensor:
     part = file.get_slice(name)
     shape = part.get_shape()
     return torch.empty(shape, dtype=(part[0:0] if shape else file.get_tensor(name)).dtype, device="meta")
 
 
-def _read(file: Any, name: str) -> Tensor:
+def _read_tensor(file: Any, name: str) -> Tensor:
     tensor: Tensor = file.get_tensor(name).clone()
     return tensor
 
 
-def _small(state: AdaptorState) -> dict[str, Tensor]:
-    """All other tensors, by name."""
+def _small_tensors(state: AdaptorState) -> dict[str, Tensor]:
+    """All tensors but the experts' matrices, by name."""
     experts = state.experts
     return {"experts.offsets": experts.offsets, "experts.scale": experts.scale, **state.router.tensors()}
 
 
-def tensors_of(state: AdaptorState) -> dict[str, Tensor]:
+def state_tensors(state: AdaptorState) -> dict[str, Tensor]:
     """All tensors of the state's file, by name."""
-    return {**matrices_of(state), **_small(state)}
+    return {**expert_matrices(state), **_small_tensors(state)}
 
 
-def matrices_of(state: AdaptorState) -> dict[str, Tensor]:
+def expert_matrices(state: AdaptorState) -> dict[str, Tensor]:
     """The experts' matrices, by name."""
     matrices = zip(MATRICES, (state.experts.up, state.experts.down, state.experts.gate), strict=True)
     return {name: tensor for name, tensor in matrices if tensor is not None}
 
 
-def _state(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdaptorState:
-    base = _record(Fingerprint, header["base"])
-    rounds = tuple(_record(RoundRecord, entry) for entry in header["rounds"])
+def _build_state(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AdaptorState:
+    base = _parse_record(Fingerprint, header["base"])
+    rounds = tuple(_parse_record(RoundRecord, entry) for entry in header["rounds"])
     for record in rounds:
         if record.experts < 1 or len(record.ids) != len(record.edits):
-            raise ValueError("a round with no expert, or with more names than edits")
+            raise ValueError("a round without experts, or with another number of names than of edits")
         if {len(record.prompts), len(record.targets)} not in ({0}, {len(record.edits)}):
             raise ValueError("a round with more or fewer prompts or targets than edits")
     try:
         values = coerce_settings(str(path), header["settings"])
         if values != header["settings"]:
-            raise ValueError("settings of another type than they have")
+            raise ValueError("settings of the wrong type")
         settings = Settings(**values)
     except InputError as error:
         raise AdaptorError(str(error)) from None
-    _check(path, base, rounds, settings, tensors)
+    _check_tensors(path, base, rounds, settings, tensors)
     experts = Experts(
         tensors["experts.up"],
         tensors["experts.down"],
@@ -203,36 +208,36 @@ def _state(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor])
     return AdaptorState(base, settings, rounds, experts, router)
 
 
-def _record(kind: type[Record], entry: Mapping[str, Any]) -> Record:
+def _parse_record(kind: type[Record], entry: Mapping[str, Any]) -> Record:
     hints = get_type_hints(kind)
-    needed = {field.name for field in fields(kind) if field.default is MISSING}  # what came later has a default
+    needed = {field.name for field in fields(kind) if field.default is MISSING}  # later fields have a default
     if not needed <= set(entry) <= set(hints):
         raise KeyError(f"{kind.__name__} needs {sorted(needed)}, has {sorted(entry)}")
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
-    wrong = [name for name, value in values.items() if not _is(value, hints[name])]
+    wrong = [name for name, value in values.items() if not _matches_type(value, hints[name])]
     if wrong:
-        raise TypeError(f"{', '.join(wrong)} of {kind.__name__}: not what it should be")
+        raise TypeError(f"{', '.join(wrong)} of {kind.__name__}: of the wrong type")
     return kind(**values)
 
 
-def _is(value: Any, hint: Any) -> bool:
-    """Whether `value` is what `hint`, of a record's field, says."""
+def _matches_type(value: Any, hint: Any) -> bool:
+    """Whether `value` has the type that `hint`, of a record's field, names."""
     inside = get_args(hint)
     if isinstance(hint, UnionType):
-        return any(_is(value, option) for option in inside)
+        return any(_matches_type(value, option) for option in inside)
     if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_is(item, inside[0]) for item in value)
+        return isinstance(value, tuple) and all(_matches_type(item, inside[0]) for item in value)
     return type(value) is hint or (hint is float and type(value) is int)
 
 
-def _check(
+def _check_tensors(
     path: Path, base: Fingerprint, rounds: tuple[RoundRecord, ...], settings: Settings, tensors: Mapping[str, Tensor]
 ) -> None:
-    """All tensors that are missing, unexpected, mis-shaped or not finite, at once."""
-    neurons = _neurons(tensors)
+    """Refuse tensors that are missing, unexpected, mis-shaped or not finite, listing them all."""
+    neurons = _count_neurons(tensors)
     rows = max((tensor.shape[0] for tensor in tensors.values() if tensor.dim()), default=0)
     if sum(record.experts for record in rounds) > rows:
-        raise ValueError("its rounds speak of more experts than it has")
+        raise ValueError("its rounds name more experts than it has")
     lineages = [lineage for record in rounds for lineage in record.lineages]
     expected: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
         "experts.up": ((neurons, base.hidden), None),
@@ -240,21 +245,21 @@ def _check(
         "experts.offsets": ((len(lineages) + 1,), torch.int64),
         "experts.scale": ((len(lineages),), None),
         **({"experts.gate": ((neurons, base.hidden), None)} if base.gated else {}),
-        **ROUTERS[settings.method].expected(settings, base.hidden, lineages, tensors),
+        **ROUTERS[settings.method].expected_tensors(settings, base.hidden, lineages, tensors),
     }
     problems = [f"{name}: missing" for name in expected if name not in tensors]
     problems += [f"{name}: not expected" for name in tensors if name not in expected]
     for name, (shape, dtype) in expected.items():
         if name in tensors:
             problems += _tensor_problems(name, tensors[name], shape, dtype)
-    if not problems and not offsets_hold(tensors["experts.offsets"], neurons):
+    if not problems and not are_valid_offsets(tensors["experts.offsets"], neurons):
         problems.append("experts.offsets: out of order")
     if problems:
         raise AdaptorError("\n  ".join([f"{path}: not a valid adaptor:", *problems]))
 
 
-def _neurons(tensors: Mapping[str, Tensor]) -> int:
-    """As many as the offsets say; where those are missing, as many as the first matrix has."""
+def _count_neurons(tensors: Mapping[str, Tensor]) -> int:
+    """The number of neurons by the offsets; where those are missing, by the first matrix."""
     offsets, up = tensors.get("experts.offsets"), tensors.get("experts.up")
     if offsets is not None and offsets.numel():
         return int(offsets.flatten()[-1])

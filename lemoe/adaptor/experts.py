@@ -16,8 +16,8 @@ from lemoe.base.equality import TensorEquality
 from lemoe.base.tensors import rms_normalise
 from lemoe.routing.router import Routing
 
-NARROW = 64  # neurons up to which experts are gathered and run in one product
-CROWD = 4  # rows an expert below which gathering is cheaper than taking the experts one by one
+MAX_GATHERED_WIDTH = 64  # neurons per expert up to which the experts are gathered and run in one matmul
+MAX_GATHERED_ROWS = 4  # mean rows per expert up to which gathering is cheaper than running them one by one
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -43,26 +43,26 @@ class Experts(TensorEquality):
         return len(self.scale)
 
     @property
-    def size(self) -> int:
+    def nbytes(self) -> int:
         """Bytes of its matrices."""
         return sum(matrix.nbytes for matrix in (self.up, self.down, self.gate) if matrix is not None)
 
     def prefetch(self, routing: Routing) -> None:
-        """All experts are there; see `ExpertCache.prefetch`."""
+        """Nothing to do: all experts are in memory; see `ExpertCache.prefetch`."""
 
     def to(self, device: torch.device) -> "Experts":
         """The same experts with parameters on `device`."""
-        return replace(self._changed(lambda matrix: matrix.to(device)), scale=self.scale.to(device))
+        return replace(self._map_matrices(lambda matrix: matrix.to(device)), scale=self.scale.to(device))
 
-    def stored_as(self, dtype: torch.dtype) -> "Experts":
+    def to_dtype(self, dtype: torch.dtype) -> "Experts":
         """The same experts with matrices of another floating-point type."""
-        return self._changed(lambda matrix: matrix.to(dtype))
+        return self._map_matrices(lambda matrix: matrix.to(dtype))
 
-    def outline(self) -> "Experts":
-        """The same experts with matrices that have shapes alone (device `meta`)."""
-        return self._changed(lambda matrix: matrix.to("meta"))
+    def to_meta(self) -> "Experts":
+        """The same experts with matrices that have shapes and no values (device `meta`)."""
+        return self._map_matrices(lambda matrix: matrix.to("meta"))
 
-    def _changed(self, change: Callable[[Tensor], Tensor]) -> "Experts":
+    def _map_matrices(self, change: Callable[[Tensor], Tensor]) -> "Experts":
         """The same experts with changed matrices."""
         gate = None if self.gate is None else change(self.gate)
         return replace(self, up=change(self.up), down=change(self.down), gate=gate)
@@ -108,35 +108,35 @@ class Experts(TensorEquality):
         if not len(rows):
             return None
         normal = rms_normalise(inputs[rows, columns])
-        output = self._outputs(routing.experts[rows, columns, slots], normal, activation)
+        output = self._expert_outputs(routing.experts[rows, columns, slots], normal, activation)
         output = output * routing.weights[rows, columns, slots].unsqueeze(-1)
         return torch.zeros(inputs.shape, device=inputs.device).index_put((rows, columns), output, accumulate=True)
 
-    def _outputs(self, chosen: Tensor, normal: Tensor, activation: Activation) -> Tensor:
+    def _expert_outputs(self, chosen: Tensor, normal: Tensor, activation: Activation) -> Tensor:
         """Each row of `normal` `[n, hidden]` through its expert, `chosen` `[n]`."""
         acting = chosen.unique()
-        if self._width and len(acting) > 1 and len(acting) * CROWD >= len(chosen):
-            return self._one_each(chosen, normal, activation)
+        if self._uniform_width and len(acting) > 1 and len(acting) * MAX_GATHERED_ROWS >= len(chosen):
+            return self._gathered_outputs(chosen, normal, activation)
         output = torch.empty_like(normal)
         for index in acting.tolist():
-            mine = chosen == index
-            output[mine] = self._expert(index, normal[mine], activation)
+            routed = chosen == index
+            output[routed] = self._run_expert(index, normal[routed], activation)
         return output
 
     @cached_property
-    def _width(self) -> int:
-        """Neurons of an expert, where all have the same few; else 0."""
+    def _uniform_width(self) -> int:
+        """Neurons of each expert if all have the same number, up to `MAX_GATHERED_WIDTH`; else 0."""
         widths = self.offsets.diff().unique()
-        return int(widths) if len(widths) == 1 and int(widths) <= NARROW else 0
+        return int(widths) if len(widths) == 1 and int(widths) <= MAX_GATHERED_WIDTH else 0
 
-    def _one_each(self, chosen: Tensor, normal: Tensor, activation: Activation) -> Tensor:
+    def _gathered_outputs(self, chosen: Tensor, normal: Tensor, activation: Activation) -> Tensor:
         """All rows at once, each with its own expert's neurons."""
-        neurons = (chosen * self._width).unsqueeze(1) + torch.arange(self._width, device=chosen.device)
+        neurons = (chosen * self._uniform_width).unsqueeze(1) + torch.arange(self._uniform_width, device=chosen.device)
         gate = None if self.gate is None else self.gate[neurons]
         output = expert_output(normal.unsqueeze(1), gate, self.up[neurons], self.down[neurons], activation)
         return self.scale[chosen].unsqueeze(1) * output.squeeze(1)
 
-    def _expert(self, index: int, normal: Tensor, activation: Activation) -> Tensor:
+    def _run_expert(self, index: int, normal: Tensor, activation: Activation) -> Tensor:
         start, end = int(self.offsets[index]), int(self.offsets[index + 1])
         gate = None if self.gate is None else self.gate[start:end]
         return self.scale[index] * expert_output(normal, gate, self.up[start:end], self.down[start:end], activation)
@@ -144,9 +144,9 @@ class Experts(TensorEquality):
 
 def expert_output(normal: Tensor, gate: Tensor | None, up: Tensor, down: Tensor, activation: Activation) -> Tensor:
     """The FFN `down(act(gate x) * up x)`, or `down(act(up x))` without a gate, for `normal` `[..., n, hidden]`."""
-    raised = torch.matmul(normal, up.float().mT)
+    inner = torch.matmul(normal, up.float().mT)
     if gate is None:
-        inner = activation(raised)
+        inner = activation(inner)
     else:
-        inner = activation(torch.matmul(normal, gate.float().mT)) * raised
+        inner = activation(torch.matmul(normal, gate.float().mT)) * inner
     return torch.matmul(inner, down.float())

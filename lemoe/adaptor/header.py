@@ -1,4 +1,4 @@
-"""The head of an adaptor file, read without torch: what is no adaptor is refused before anything heavy is loaded."""
+"""The header of an adaptor file, read without torch: other files are refused before anything heavy is loaded."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from lemoe.errors import AdaptorError
 
 FORMAT = 2
-READABLE = (1, 2)  # format 1 has no texts of edits
+READABLE_FORMATS = (1, 2)  # format 1 has no texts of edits
 ADAPTOR_NAME = "adaptor.safetensors"
 METADATA_KEY = "lemoe"
 HASH_KEY = "sha256"  # of all else in the file
@@ -19,13 +19,13 @@ _KEYS = {"format", "tool", "base", "settings", "rounds", HASH_KEY}
 
 
 def check_adaptor(path: Path | str) -> None:
-    """Refuse early what is no adaptor file of this format; all else is for `lemoe.adaptor.checkpoint` to check.
+    """Refuse early what is no adaptor file of this format; `lemoe.adaptor.checkpoint` checks the rest.
 
     Raises:
         AdaptorError: if the file is missing, truncated, or of another kind or version.
     """
     file = adaptor_path(path)
-    with opened_adaptor(file, "numpy") as content:
+    with open_safetensors(file, "numpy") as content:
         read_header(file, content.metadata() or {})
 
 
@@ -36,14 +36,14 @@ def adaptor_path(path: Path | str) -> Path:
 
 
 @contextmanager
-def opened_adaptor(path: Path, framework: str) -> Iterator[Any]:
+def open_safetensors(path: Path, framework: str) -> Iterator[Any]:
     """A safetensors file, opened by safetensors.
 
     Raises:
         AdaptorError: if it is missing, truncated or of another kind.
     """
     if path.exists() and not path.is_file():
-        raise AdaptorError(f"{path}: not a file")  # a pipe or a device would never end
+        raise AdaptorError(f"{path}: not a file")  # reading a pipe or a device would never end
     try:
         with safe_open(path, framework=framework, device="cpu") as file:
             yield file
@@ -64,14 +64,14 @@ def read_header(path: Path, stored: Mapping[str, str]) -> dict[str, Any]:
     if METADATA_KEY not in stored:
         raise AdaptorError(f"{path}: a safetensors file, but not a lemoe adaptor (no `{METADATA_KEY}` in its metadata)")
     if len(stored) > 1:
-        raise AdaptorError(f"{path}: not a valid adaptor: metadata beside `{METADATA_KEY}`, which nothing vouches for")
+        raise AdaptorError(f"{path}: not a valid adaptor: metadata beside `{METADATA_KEY}`, which no hash covers")
     try:
         header = json.loads(stored[METADATA_KEY])
         version = header["format"]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise AdaptorError(f"{path}: its metadata is damaged") from None
-    if type(version) is not int or version not in READABLE:
-        known = " and ".join(map(str, READABLE))
+    if type(version) is not int or version not in READABLE_FORMATS:
+        known = " and ".join(map(str, READABLE_FORMATS))
         raise AdaptorError(f"{path}: format {version!r:.60}; this lemoe reads formats {known}. Update lemoe")
     if not isinstance(header.get("tool"), str) or not set(header) <= _KEYS:
         raise AdaptorError(f"{path}: its metadata is damaged: it holds {', '.join(sorted(header))[:200]}")

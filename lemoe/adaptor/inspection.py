@@ -1,4 +1,4 @@
-"""What an adaptor file holds, read without trusting it; and whether it is whole."""
+"""What an adaptor file holds, read without trusting it; and whether it is intact."""
 
 import hashlib
 from contextlib import suppress
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lemoe.adaptor.checkpoint import AdaptorFile
-from lemoe.adaptor.state import AdaptorState, Taught, check_base
-from lemoe.data.edits import Edit, digest_over
+from lemoe.adaptor.state import AdaptorState, TaughtEdit, check_base
+from lemoe.data.edits import Edit, combine_digests
 from lemoe.errors import AdaptorError
 from lemoe.routing.anchor.anchors import Anchors
 from lemoe.routing.anchor.gate import Anchor
@@ -16,7 +16,7 @@ from lemoe.routing.anchor.gate import Anchor
 if TYPE_CHECKING:
     from lemoe.base.loading import BaseModel
 
-SHOWN = 20  # edits named in an error
+MAX_LISTED = 20  # edits named in an error
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Inspection:
         sha256: of the whole file.
         tool: the version that wrote it.
         state: what it holds.
-        edits: how many it was taught.
-        replaced: edits that a later one supersedes, each with that one.
+        edit_count: how many edits it was taught.
+        superseded: edits that a later one supersedes, each with that one.
     """
 
     path: Path
@@ -38,14 +38,14 @@ class Inspection:
     sha256: str
     tool: str
     state: AdaptorState
-    edits: int
-    replaced: tuple[tuple[Taught, Taught], ...]
+    edit_count: int
+    superseded: tuple[tuple[TaughtEdit, TaughtEdit], ...]
 
     @property
-    def missed(self) -> list[Taught]:
-        """The edits whose own prompt was not answered when their round ended."""
-        missed = [set(record.missed or ()) for record in self.state.rounds]
-        return [edit for edit in self.state.edits if edit.id in missed[edit.round - 1]]
+    def missed_edits(self) -> list[TaughtEdit]:
+        """The edits that failed the final reliability check of their round."""
+        missed_ids = [set(record.missed or ()) for record in self.state.rounds]
+        return [edit for edit in self.state.edits if edit.id in missed_ids[edit.round - 1]]
 
 
 def inspect_adaptor(path: Path | str) -> Inspection:
@@ -63,26 +63,28 @@ def inspect_adaptor(path: Path | str) -> Inspection:
         sha256=hashlib.sha256(content).hexdigest(),
         tool=file.tool,
         state=state,
-        edits=sum(len(record.edits) for record in state.rounds),
-        replaced=tuple(state.replaced),
+        edit_count=sum(len(record.edits) for record in state.rounds),
+        superseded=tuple(state.superseded_edits),
     )
 
 
-def verify(found: Inspection, base: "BaseModel | None" = None) -> list[str]:
-    """What was checked, one line each.
+def verify_adaptor(found: Inspection, base: "BaseModel | None" = None) -> list[str]:
+    """Check a file's records, and with `base` whether it fits; the checks that passed, one line each.
 
     Raises:
         AdaptorError: listing the rounds whose records contradict themselves; or if `base` is not the adaptor's.
     """
     problems = []
     for number, record in enumerate(found.state.rounds, 1):
-        if digest_over(record.edits) != record.edits_sha256:
+        if combine_digests(record.edits) != record.edits_sha256:
             problems.append(f"round {number}: the digests of its edits do not give its hash")
         if len(record.ids) != len(record.edits):
             problems.append(f"round {number}: {len(record.ids)} names for {len(record.edits)} edits")
-    problems += [f"{edit.label}: its text is not what it teaches, by its digest" for edit in _untrue_texts(found.state)]
+    problems += [
+        f"{edit.label}: its text is not what it teaches, by its digest" for edit in _find_mismatched_texts(found.state)
+    ]
     if len({record.id for record in found.state.rounds}) < len(found.state.rounds):
-        problems.append("a round is there twice")
+        problems.append("a round is stored twice")
     if problems:
         raise AdaptorError("\n  ".join([f"{found.path}: its records contradict themselves:", *problems]))
     checked = [
@@ -97,16 +99,16 @@ def verify(found: Inspection, base: "BaseModel | None" = None) -> list[str]:
     return checked
 
 
-def _anchored(state: AdaptorState) -> list[tuple[Taught, Anchor]]:
-    """The edits with their anchors; none where edits have no anchors."""
+def _pair_with_anchors(state: AdaptorState) -> list[tuple[TaughtEdit, Anchor]]:
+    """Each edit with its anchor; empty if the method stores no anchors."""
     return list(zip(state.edits, state.router.anchors, strict=True)) if isinstance(state.router, Anchors) else []
 
 
-def _untrue_texts(state: AdaptorState) -> list[Taught]:
-    """The edits whose text has another digest than they have."""
+def _find_mismatched_texts(state: AdaptorState) -> list[TaughtEdit]:
+    """The edits whose text does not have their digest."""
     return [
         edit
-        for edit, anchor in _anchored(state)
+        for edit, anchor in _pair_with_anchors(state)
         if edit.prompt
         and edit.digest
         not in [Edit(edit.id, edit.prompt, edit.target, subject).digest for subject in (anchor.subject, "")]
@@ -114,35 +116,37 @@ def _untrue_texts(state: AdaptorState) -> list[Taught]:
 
 
 def _check_tokens(found: Inspection, base: "BaseModel") -> None:
-    """Refuse texts that are not those of the anchors, which are what acts."""
-    from lemoe.base.tokens import Passage, encode
+    """Refuse texts that differ from the anchors' tokens, by which the gate decides."""
+    from lemoe.base.tokens import Passage, encode_passage
 
     problems = []
-    for edit, anchor in _anchored(found.state):
+    for edit, anchor in _pair_with_anchors(found.state):
         if edit.prompt:
             passage = None
             with suppress(ValueError):
-                passage = encode(base, edit.prompt, edit.target)
+                passage = encode_passage(base, edit.prompt, edit.target)
             if passage != Passage(anchor.prompt, anchor.target):
                 problems.append(f"{edit.label}: its text is not what its anchor holds")
     if problems:
-        raise AdaptorError("\n  ".join([f"{found.path}: its records contradict its anchors:", *problems[:SHOWN]]))
+        raise AdaptorError("\n  ".join([f"{found.path}: its records contradict its anchors:", *problems[:MAX_LISTED]]))
 
 
 def decode_texts(found: Inspection, base: "BaseModel") -> Inspection:
     """The description with the edits' texts as the anchors' tokens give them, where the records have none."""
 
-    def text(tokens: tuple[int, ...]) -> str:
+    def decode_tokens(tokens: tuple[int, ...]) -> str:
         return str(base.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
 
-    anchors = [anchor for _, anchor in _anchored(found.state)]
+    anchors = [anchor for _, anchor in _pair_with_anchors(found.state)]
     rounds, start = [], 0
     for record in found.state.rounds:
         own = anchors[start : start + len(record.edits)]
         start += len(record.edits)
         if own and not record.prompts:
-            prompts, targets = tuple(text(each.prompt) for each in own), tuple(text(each.target) for each in own)
+            prompts, targets = (
+                tuple(map(decode_tokens, texts)) for texts in ([a.prompt for a in own], [a.target for a in own])
+            )
             record = replace(record, prompts=prompts, targets=targets)
         rounds.append(record)
     state = replace(found.state, rounds=tuple(rounds))
-    return replace(found, state=state, replaced=tuple(state.replaced))
+    return replace(found, state=state, superseded=tuple(state.superseded_edits))

@@ -1,4 +1,4 @@
-"""Stacking adaptors of one base into one, and taking out what shall not be there: nothing is trained again."""
+"""Merging adaptors of one base into one, and dropping rounds or edits from it: nothing is trained again."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,60 +9,60 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from lemoe.adaptor.checkpoint import MATRICES, AdaptorFile, matrices_of, write_adaptor
-from lemoe.adaptor.state import AdaptorState, RoundRecord, Taught, stack
-from lemoe.adaptor.tensor_file import PIECE, Entry
+from lemoe.adaptor.checkpoint import MATRICES, AdaptorFile, expert_matrices, write_adaptor
+from lemoe.adaptor.state import AdaptorState, RoundRecord, TaughtEdit, stack
+from lemoe.adaptor.tensor_file import CHUNK_BYTES, TensorEntry
 from lemoe.base.tensors import DTYPES
-from lemoe.data.files import check_free, remove_scratch
+from lemoe.data.files import check_overwrite, remove_scratch
 from lemoe.errors import AdaptorError, InputError
 
 OnConflict = Literal["latest", "error", "keep"]
-SHOWN = 20  # conflicts named in an error
-PREFIX = 6  # hexadecimal digits, at least, of a round's id or an edit's digest that name it
-DIGITS = 12  # of an edit's digest where a message names it so
+MAX_LISTED = 20  # conflicts named in an error
+MIN_PREFIX = 6  # hexadecimal digits of a round's id or an edit's digest that a name must have
+DIGEST_DIGITS = 12  # of an edit's digest in a message
 
 
-class Part(Protocol):
-    """What is stacked: a state whose experts may have shapes alone, and their values row by row."""
+class StackInput(Protocol):
+    """A state to be stacked; its experts may have shapes only (`to_meta`), and their values are read by rows."""
 
     state: AdaptorState
 
-    def rows(self, name: str, start: int, end: int) -> Tensor:
+    def read_rows(self, name: str, start: int, end: int) -> Tensor:
         """Rows `start` to `end` of one of the experts' matrices."""
         ...
 
 
-class _Held:
-    """A state that is in memory, as a part of a stack."""
+class _InMemoryInput:
+    """A state in memory, to be stacked."""
 
     def __init__(self, state: AdaptorState):
-        self.state = replace(state, experts=state.experts.outline())
-        self._matrices = matrices_of(state)
+        self.state = replace(state, experts=state.experts.to_meta())
+        self._matrices = expert_matrices(state)
 
-    def rows(self, name: str, start: int, end: int) -> Tensor:
+    def read_rows(self, name: str, start: int, end: int) -> Tensor:
         return self._matrices[name][start:end]
 
 
 @dataclass(frozen=True)
-class Merged:
-    """What a merge gives.
+class MergeResult:
+    """The outcome of a merge.
 
     Attributes:
-        state: the stacked adaptor; unless it was read, its experts have shapes, and their values are in the file.
-        repeated: rounds that came more than once, and count once.
-        dropped: edits that were taken out because they were named.
+        state: the stacked adaptor; after `merge_adaptors` its experts have shapes only, their values are in the file.
+        repeated_rounds: rounds that came more than once, and count once.
+        dropped: edits that were named in `drop`.
         kept_out: with `on_conflict` keep, edits that an earlier adaptor answers already, each with that one.
         size: of the file, bytes; 0 if none was written.
     """
 
     state: AdaptorState
-    repeated: int
-    dropped: tuple[Taught, ...]
-    kept_out: tuple[tuple[Taught, Taught], ...]
+    repeated_rounds: int
+    dropped: tuple[TaughtEdit, ...]
+    kept_out: tuple[tuple[TaughtEdit, TaughtEdit], ...]
     size: int
 
 
-def merge(
+def merge_adaptors(
     paths: Sequence[Path | str],
     output: Path | str | None,
     *,
@@ -70,16 +70,16 @@ def merge(
     drop: Sequence[str] = (),
     dtype: str | None = None,
     overwrite: bool = False,
-) -> Merged:
+) -> MergeResult:
     """Stack the adaptor files `paths`, in order, and write the result to `output`; equal rounds count once.
 
-    Experts are copied from file to file, so that memory holds the anchors of all and a piece of one expert.
+    Experts are copied from file to file, so that memory holds all anchors and one chunk of one expert.
 
     Args:
         output: None writes nothing.
         on_conflict: where edits of several adaptors answer the same question, let the `latest` answer (the others
-            stay in the file and are listed in `AdaptorState.replaced`), take it as an `error`, or `keep` the earliest
-            and leave the others out.
+            stay in the file and are listed in `AdaptorState.superseded_edits`), raise an `error`, or `keep` the
+            earliest and leave the others out.
         drop: rounds, by number in the stack or by the start of their id, and edits, by id or by the start of their
             digest, to take out; `round:` and `edit:` in front tell them apart, and `ROUND/` in front of an edit says
             of which round it is.
@@ -92,25 +92,25 @@ def merge(
         OutputError: if the output exists or cannot be written.
     """
     if output is not None:
-        check_free(Path(output), overwrite=overwrite)
-    files, merged = _merged(paths, on_conflict, drop, dtype)
+        check_overwrite(Path(output), overwrite=overwrite)
+    files, merged = _stack_and_drop(paths, on_conflict, drop, dtype)
     if output is None:
         return merged
     remove_scratch(Path(output).parent, Path(output).name)
-    write_adaptor(merged.state, _matrices(files, merged.state), output, overwrite=overwrite)
+    write_adaptor(merged.state, _matrix_entries(files, merged.state), output, overwrite=overwrite)
     return replace(merged, size=Path(output).stat().st_size)
 
 
-def read_merged(
+def merge_in_memory(
     paths: Sequence[Path | str],
     *,
     on_conflict: OnConflict = "latest",
     drop: Sequence[str] = (),
     dtype: str | None = None,
-) -> Merged:
-    """The stack that `merge` writes, read into memory; see there."""
-    files, merged = _merged(paths, on_conflict, drop, dtype)
-    read = {name: torch.cat(list(entry.parts())) for name, entry in _matrices(files, merged.state).items()}
+) -> MergeResult:
+    """The stack that `merge_adaptors` writes, in memory; arguments and errors are the same."""
+    files, merged = _stack_and_drop(paths, on_conflict, drop, dtype)
+    read = {name: torch.cat(list(entry.read_chunks())) for name, entry in _matrix_entries(files, merged.state).items()}
     up, down, gate = (read.get(name) for name in MATRICES)
     assert up is not None
     assert down is not None
@@ -121,10 +121,10 @@ def read_merged(
 def write_stack(
     parts: Sequence[AdaptorState | AdaptorFile], path: Path | str, *, overwrite: bool = False
 ) -> AdaptorState:
-    """Stack states and files, in order, into the file `path`; experts of files are copied piece by piece.
+    """Stack states and files, in order, into the file `path`; experts of files are copied chunk by chunk.
 
     Returns:
-        the stack; its experts have shapes, and their values are in the file.
+        the stack; its experts have shapes only, their values are in the file.
 
     Raises:
         AdaptorError: if the parts cannot be stacked, or a file is not as it was written.
@@ -132,51 +132,51 @@ def write_stack(
     """
     for part in parts:
         if isinstance(part, AdaptorFile):
-            part.check_whole()
-    there: list[Part] = [_Held(part) if isinstance(part, AdaptorState) else part for part in parts]
-    state = stack([part.state for part in there])
-    write_adaptor(state, _matrices(there, state), path, overwrite=overwrite)
+            part.check_hash()
+    inputs: list[StackInput] = [_InMemoryInput(part) if isinstance(part, AdaptorState) else part for part in parts]
+    state = stack([part.state for part in inputs])
+    write_adaptor(state, _matrix_entries(inputs, state), path, overwrite=overwrite)
     return state
 
 
-def _merged(
+def _stack_and_drop(
     paths: Sequence[Path | str], on_conflict: OnConflict, drop: Sequence[str], dtype: str | None
-) -> tuple[list[AdaptorFile], Merged]:
-    """The files, and their stack without its experts' values."""
+) -> tuple[list[AdaptorFile], MergeResult]:
+    """The files, and the stack of their rounds that are not dropped, without its experts' values."""
     files = [AdaptorFile(path) for path in paths]
     for file in files:
-        file.check_whole()
-    state, kept_out = _stacked(files, paths, on_conflict)
+        file.check_hash()
+    state, kept_out = _stack_files(files, paths, on_conflict)
     numbers = _numbers_by_id(state, drop)
-    named = sorted({expert for name in drop for expert in _named(state, name, numbers)})
-    dropped: tuple[Taught, ...] = ()
+    named = sorted({expert for name in drop for expert in _find_experts(state, name, numbers)})
+    dropped: tuple[TaughtEdit, ...] = ()
     if named:
-        taught = state.taught
-        dropped = tuple(edit for expert in named for edit in taught[expert])
-        state = state.without(named)
+        held = state.edits_by_expert
+        dropped = tuple(edit for expert in named for edit in held[expert])
+        state = state.drop_experts(named)
     if dtype:
-        state = replace(state, experts=state.experts.stored_as(DTYPES[dtype]))
+        state = replace(state, experts=state.experts.to_dtype(DTYPES[dtype]))
     rounds = [record.id for file in files for record in file.state.rounds]
-    return files, Merged(state, len(rounds) - len(set(rounds)), dropped, kept_out, 0)
+    return files, MergeResult(state, len(rounds) - len(set(rounds)), dropped, kept_out, 0)
 
 
-def _matrices(parts: Sequence[Part], state: AdaptorState) -> dict[str, Entry]:
-    """The experts' matrices of a stack, where they are."""
-    sources = list(_sources(parts, state))
-    return {name: _streamed(name, matrix, sources) for name, matrix in matrices_of(state).items()}
+def _matrix_entries(parts: Sequence[StackInput], state: AdaptorState) -> dict[str, TensorEntry]:
+    """The experts' matrices of a stack, to be read from its `parts`."""
+    sources = list(_locate_neurons(parts, state))
+    return {name: _stream_matrix(name, matrix, sources) for name, matrix in expert_matrices(state).items()}
 
 
-def _stacked(
+def _stack_files(
     files: Sequence[AdaptorFile], paths: Sequence[Path | str], on_conflict: OnConflict
-) -> tuple[AdaptorState, tuple[tuple[Taught, Taught], ...]]:
+) -> tuple[AdaptorState, tuple[tuple[TaughtEdit, TaughtEdit], ...]]:
     """The stack of all files, and what `keep` left out of it."""
     try:
         merged = stack([file.state for file in files])
         if on_conflict == "latest":
             return merged, ()
         merged = files[0].state
-        kept_out: list[tuple[Taught, Taught]] = []
-        conflicts: list[tuple[Taught, Taught]] = []
+        kept_out: list[tuple[TaughtEdit, TaughtEdit]] = []
+        conflicts: list[tuple[TaughtEdit, TaughtEdit]] = []
         for file in files[1:]:
             before = len(merged.edits)
             merged = stack([merged, file.state])
@@ -186,52 +186,52 @@ def _stacked(
                 kept_out += [(edits[new], edits[old]) for old, new in fresh]
                 if on_conflict == "error":
                     break
-                merged = merged.without(merged.holders([new for _, new in fresh]))
+                merged = merged.drop_experts(merged.experts_holding([new for _, new in fresh]))
     except AdaptorError as error:
         names = "".join(f"\n  adaptor {number} is {path}" for number, path in enumerate(paths, 1))
         raise AdaptorError(f"{error}{names}") from None
     if conflicts and on_conflict == "error":
-        pairs = [f"edit {earlier.label} asks what {later.label} answers anew" for earlier, later in conflicts]
-        raise AdaptorError("\n  ".join([f"{len(conflicts)} edit(s) would be superseded:", *pairs[:SHOWN]]))
+        pairs = [f"edit {earlier.label} is superseded by {later.label}" for earlier, later in conflicts]
+        raise AdaptorError("\n  ".join([f"{len(conflicts)} edit(s) would be superseded:", *pairs[:MAX_LISTED]]))
     return merged, tuple(kept_out)
 
 
-def _named(state: AdaptorState, name: str, numbers: Mapping[str, list[int]]) -> list[int]:
+def _find_experts(state: AdaptorState, name: str, numbers: Mapping[str, list[int]]) -> list[int]:
     """The experts of the round or of the edit that `name` means; `numbers` of the edits with each id."""
     kind, _, rest = name.partition(":")
-    rounds = _rounds_named(state, rest if kind == "round" else name) if kind != "edit" else []
-    edits = _edits_named(state, rest if kind == "edit" else name, numbers) if kind != "round" else []
+    rounds = _find_rounds(state, rest if kind == "round" else name) if kind != "edit" else []
+    edits = _find_edits(state, rest if kind == "edit" else name, numbers) if kind != "round" else []
     if rounds and edits:
         raise InputError(f"--drop {name}: a round and an edit have this name; write round:{name} or edit:{name}")
     if not rounds and not edits:
         raise InputError(
-            f"--drop {name}: no such round (1 to {len(state.rounds)}, or {PREFIX} digits of its id) and no such edit"
+            f"--drop {name}: no such round (1 to {len(state.rounds)}, or {MIN_PREFIX} digits of its id), no such edit"
         )
     if len(rounds) > 1:
         raise InputError(f"--drop {name}: {len(rounds)} rounds have ids that start like this; give more digits")
     _check_one_edit(state, name, edits)
-    return state.holders(edits) or list(state.spans[rounds[0]])
+    return state.experts_holding(edits) or list(state.expert_spans[rounds[0]])
 
 
-def _rounds_named(state: AdaptorState, name: str) -> list[int]:
+def _find_rounds(state: AdaptorState, name: str) -> list[int]:
     if name.isdecimal() and 1 <= int(name) <= len(state.rounds):
         return [int(name) - 1]
-    if len(name) < PREFIX:
+    if len(name) < MIN_PREFIX:
         return []
-    return [place for place, record in enumerate(state.rounds) if record.id.startswith(name)]
+    return [index for index, record in enumerate(state.rounds) if record.id.startswith(name)]
 
 
-def _edits_named(state: AdaptorState, name: str, numbers: Mapping[str, list[int]]) -> list[int]:
-    """The numbers of the edits of this id; if there are none, of those that `ROUND/ID` or a digest's start names."""
+def _find_edits(state: AdaptorState, name: str, numbers: Mapping[str, list[int]]) -> list[int]:
+    """The numbers of the edits with the id `name`; failing that, with that `ROUND/ID` or start of a digest."""
     if name in numbers:
         return numbers[name]
     edits = state.edits
     round_, slash, rest = name.partition("/")
-    rounds = [place + 1 for place in _rounds_named(state, round_)] if slash else []
+    rounds = [index + 1 for index in _find_rounds(state, round_)] if slash else []
     if named := [number for number in numbers.get(rest, ()) if edits[number].round in rounds]:
         return named
     digest = rest if slash else name
-    if len(digest) < PREFIX or (slash and not rounds):
+    if len(digest) < MIN_PREFIX or (slash and not rounds):
         return []
     return [
         number
@@ -249,9 +249,9 @@ def _check_one_edit(state: AdaptorState, name: str, numbers: Sequence[int]) -> N
     rounds = Counter((edit.round, edit.id) for edit in named)
     lines = []
     for edit in named:
-        own = edit.id if rounds[edit.round, edit.id] == 1 else edit.digest[:DIGITS]
+        own = edit.id if rounds[edit.round, edit.id] == 1 else edit.digest[:DIGEST_DIGITS]
         lines.append(f"edit:{edit.round}/{own} is {edit.label}")
-    raise InputError.listing(f"--drop {name}: {len(named)} edits have this name; say which, or name each:", lines)
+    raise InputError.from_problems(f"--drop {name}: {len(named)} edits have this name; say which, or name each:", lines)
 
 
 def _numbers_by_id(state: AdaptorState, drop: Sequence[str]) -> dict[str, list[int]]:
@@ -265,38 +265,38 @@ def _numbers_by_id(state: AdaptorState, drop: Sequence[str]) -> dict[str, list[i
     return numbers
 
 
-Source = tuple[Part, int, int]  # a part, and its rows from, to
+SourceRows = tuple[StackInput, int, int]  # an input, and the range of its rows
 
 
-def _streamed(name: str, matrix: Tensor, sources: Sequence[Source]) -> Entry:
-    """The matrix `name` of a stack, to be copied from its sources in pieces."""
-    rows = max(1, PIECE // max(1, matrix.shape[1] * matrix.dtype.itemsize))
+def _stream_matrix(name: str, matrix: Tensor, sources: Sequence[SourceRows]) -> TensorEntry:
+    """The matrix `name` of a stack, to be copied from its sources in chunks."""
+    rows = max(1, CHUNK_BYTES // max(1, matrix.shape[1] * matrix.dtype.itemsize))
 
-    def parts() -> Iterator[Tensor]:
+    def read_chunks() -> Iterator[Tensor]:
         for part, start, end in sources:
             for first in range(start, end, rows):
-                yield _finite(name, part.rows(name, first, min(end, first + rows)), matrix.dtype)
+                yield _cast_finite(name, part.read_rows(name, first, min(end, first + rows)), matrix.dtype)
 
-    return Entry(matrix.dtype, tuple(matrix.shape), parts)
+    return TensorEntry(matrix.dtype, tuple(matrix.shape), read_chunks)
 
 
-def _finite(name: str, part: Tensor, dtype: torch.dtype) -> Tensor:
+def _cast_finite(name: str, part: Tensor, dtype: torch.dtype) -> Tensor:
     stored = part.to(dtype)
     if not bool(stored.isfinite().all()):
         raise AdaptorError(f"{name}: holds values too large for {str(dtype).removeprefix('torch.')}")
     return stored
 
 
-def _sources(parts: Sequence[Part], state: AdaptorState) -> Iterator[Source]:
-    """Where the neurons of each expert of a stack are, neighbours together."""
-    homes: dict[str, tuple[Part, RoundRecord, range]] = {}
+def _locate_neurons(parts: Sequence[StackInput], state: AdaptorState) -> Iterator[SourceRows]:
+    """The rows of each expert of a stack in its `parts`; adjacent rows are one range."""
+    stored_rounds: dict[str, tuple[StackInput, RoundRecord, range]] = {}
     for part in parts:
-        for record, span in zip(part.state.rounds, part.state.spans, strict=True):
-            homes.setdefault(record.id, (part, record, span))
-    run: Source | None = None
+        for record, span in zip(part.state.rounds, part.state.expert_spans, strict=True):
+            stored_rounds.setdefault(record.id, (part, record, span))
+    run: SourceRows | None = None
     for record in state.rounds:
-        part, there, span = homes[record.id]
-        for expert in _experts_in(record, there, span):
+        part, stored, span = stored_rounds[record.id]
+        for expert in _match_experts(record, stored, span):
             start, end = (int(part.state.experts.offsets[index]) for index in (expert, expert + 1))
             if run and run[0] is part and run[2] == start:
                 run = (part, run[1], end)
@@ -308,13 +308,13 @@ def _sources(parts: Sequence[Part], state: AdaptorState) -> Iterator[Source]:
         yield run
 
 
-def _experts_in(record: RoundRecord, stored: RoundRecord, span: range) -> Iterator[int]:
-    """The record's experts, which are some of those `stored`, in the same order: each is known by its edits."""
-    numbers = iter(zip(_names_by_expert(stored), span, strict=True))
-    for edits in _names_by_expert(record):
-        yield next(expert for there, expert in numbers if there == edits)
+def _match_experts(record: RoundRecord, stored: RoundRecord, span: range) -> Iterator[int]:
+    """The record's experts, which are some of those `stored`, in the same order: each is recognised by its edits."""
+    candidates = iter(zip(_edit_keys_by_expert(stored), span, strict=True))
+    for edits in _edit_keys_by_expert(record):
+        yield next(expert for keys, expert in candidates if keys == edits)
 
 
-def _names_by_expert(record: RoundRecord) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
+def _edit_keys_by_expert(record: RoundRecord) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
     """Ids and digests of the edits that each expert of a round holds."""
-    return ((record.ids[part.start : part.stop], record.edits[part.start : part.stop]) for part in record.parts)
+    return ((record.ids[part.start : part.stop], record.edits[part.start : part.stop]) for part in record.edit_ranges)

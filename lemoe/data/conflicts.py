@@ -9,8 +9,8 @@ from typing import Literal
 
 from lemoe.data.edits import Edit
 
-NEAR_SAME = 0.6  # share of content words that two questions about one subject have in common
-COMPARED = 1000  # later edits about its subject among which an edit's contradiction is looked for
+SIMILARITY_THRESHOLD = 0.6  # Jaccard similarity of the content words from which two questions contradict
+COMPARED = 1000  # later edits about its subject that each edit is compared with
 
 _WORD = re.compile(r"\w+")
 _STOP_WORDS = frozenset(
@@ -69,7 +69,7 @@ class Conflict:
 
     `duplicate`: the same question with the same target; one is enough.
     `superseded`: the same question, another target; the later edit wins.
-    `contradiction`: near-same questions about one subject, other targets; both are trained, and should be looked at.
+    `contradiction`: similar questions about one subject, other targets; both are trained, and should be checked.
     """
 
     relation: Relation
@@ -78,73 +78,77 @@ class Conflict:
 
 
 def find_conflicts(edits: Sequence[Edit]) -> list[Conflict]:
-    """All conflicts among `edits`, each with its nearest later counterpart, in the file's order.
+    """All conflicts among `edits`, each with the nearest later edit, in the file's order.
 
-    Contradictions are looked for among the next `COMPARED` edits about a subject.
+    For contradictions, an edit is compared with the next `COMPARED` edits about its subject.
     """
     by_subject: dict[str, list[int]] = defaultdict(list)
     for index, edit in enumerate(edits):
-        by_subject[question(edit.subject or edit.prompt)].append(index)
+        by_subject[normalise_question(edit.subject or edit.prompt)].append(index)
     conflicts = []
     for members in by_subject.values():
         if len(members) > 1:
-            found = _conflicts_of([edits[index] for index in members])
-            conflicts += [(members[place], conflict) for place, conflict in found]
+            found = _find_subject_conflicts([edits[index] for index in members])
+            conflicts += [(members[position], conflict) for position, conflict in found]
     return [conflict for _, conflict in sorted(conflicts, key=lambda pair: pair[0])]
 
 
-def left_out(conflicts: Sequence[Conflict]) -> set[str]:
+def redundant_edit_ids(conflicts: Sequence[Conflict]) -> set[str]:
     """Ids of the edits that need no training: duplicates and superseded ones."""
     return {conflict.earlier for conflict in conflicts if conflict.relation != "contradiction"}
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """What of an edit is compared: the keys of its question and its target, and its content words."""
+class _ComparedEdit:
+    """What is compared of an edit: its normalised question and target, and the question's content words."""
 
     prompt: str
     target: str
     content: frozenset[str]
 
 
-def _conflicts_of(edits: Sequence[Edit]) -> Iterator[tuple[int, Conflict]]:
-    """The conflicts among edits about one subject, each with the place of the earlier edit.
+def _find_subject_conflicts(edits: Sequence[Edit]) -> Iterator[tuple[int, Conflict]]:
+    """The conflicts among edits about one subject, each with the index of the earlier edit.
 
-    The same question asked again settles it, whatever stands between.
+    A later edit with the same question takes precedence over contradictions between the two.
     """
-    asked = [_Asked(question(edit.prompt), question(edit.target), _content(edit)) for edit in edits]
-    again: dict[str, int] = {}
-    for place in reversed(range(len(edits))):
-        mine = asked[place]
-        later = again.get(mine.prompt)
+    compared = [
+        _ComparedEdit(normalise_question(edit.prompt), normalise_question(edit.target), _content_words(edit))
+        for edit in edits
+    ]
+    last_asked: dict[str, int] = {}
+    for index in reversed(range(len(edits))):
+        mine = compared[index]
+        later = last_asked.get(mine.prompt)
         relation: Relation = "contradiction"
         if later is not None:
-            relation = "duplicate" if asked[later].target == mine.target else "superseded"
+            relation = "duplicate" if compared[later].target == mine.target else "superseded"
         else:
-            near = range(place + 1, min(place + 1 + COMPARED, len(edits)))
-            later = next((other for other in near if _contradict(mine, asked[other])), None)
+            following = range(index + 1, min(index + 1 + COMPARED, len(edits)))
+            later = next((other for other in following if _is_contradiction(mine, compared[other])), None)
         if later is not None:
-            yield place, Conflict(relation, edits[place].id, edits[later].id)
-        again[mine.prompt] = place
+            yield index, Conflict(relation, edits[index].id, edits[later].id)
+        last_asked[mine.prompt] = index
 
 
-def _contradict(one: _Asked, other: _Asked) -> bool:
-    return one.target != other.target and _likeness(one.content, other.content) >= NEAR_SAME
+def _is_contradiction(one: _ComparedEdit, other: _ComparedEdit) -> bool:
+    return one.target != other.target and _jaccard_similarity(one.content, other.content) >= SIMILARITY_THRESHOLD
 
 
-def _likeness(one: frozenset[str], other: frozenset[str]) -> float:
-    """Jaccard likeness of the content words of two questions."""
+def _jaccard_similarity(one: frozenset[str], other: frozenset[str]) -> float:
+    """Jaccard similarity of the content words of two questions."""
     shared = len(one & other)
     union = len(one) + len(other) - shared
     return shared / union if union else 1.0
 
 
-def _content(edit: Edit) -> frozenset[str]:
-    subject = set(_WORD.findall(question(edit.subject or "")))
-    return frozenset(word for word in _WORD.findall(question(edit.prompt)) if word not in subject | _STOP_WORDS)
+def _content_words(edit: Edit) -> frozenset[str]:
+    subject = set(_WORD.findall(normalise_question(edit.subject or "")))
+    words = _WORD.findall(normalise_question(edit.prompt))
+    return frozenset(word for word in words if word not in subject | _STOP_WORDS)
 
 
-def question(text: str) -> str:
-    """`text` in one case, with spaces and the closing stop evened out; texts with one key ask the same."""
-    even = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return even.rstrip("?.! ") or even
+def normalise_question(text: str) -> str:
+    """`text` case-folded, with single spaces and no closing punctuation; equal results are the same question."""
+    folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return folded.rstrip("?.! ") or folded

@@ -1,4 +1,4 @@
-"""What a user wants changed: edits, and the probes that tell whether the change took and nothing else moved."""
+"""Edits, and the probes that measure whether they took effect and changed nothing else."""
 
 import hashlib
 import json
@@ -10,16 +10,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lemoe.data.file_shapes import Problem, canonical, unfolded
+from lemoe.data.dataset_formats import RecordError, canonicalise_record, extract_records
 from lemoe.errors import InputError
 
-BRIEF = 80  # characters of a prompt or a target in a message
-NAMED = 5  # edits in a message
+BRIEF_LENGTH = 80  # characters of a prompt or target in messages
+LABELS_SHOWN = 5  # edits listed in a message
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A prompt that measures an edit; `target` is the expected answer, or None where the base model says it."""
+    """A prompt that measures an edit; `target` is the expected answer, None for the base model's own."""
 
     prompt: str
     target: str | None
@@ -28,12 +28,11 @@ class Probe:
 
 @dataclass(frozen=True)
 class Edit:
-    """One fact: after `prompt` the model shall answer `target`.
+    """One fact: the edited model answers `prompt` with `target`.
 
-    `subject` is the entity the fact is about, None where the file does not say.
-    `rephrases` ask the same question in other words (generality), `locality` prompts must keep the base
-    model's answer, `portability` prompts need the fact for their answer. `generation` prompts are written on from, for
-    fluency.
+    `subject` is the entity the fact is about, None if the file has none. `rephrases` are paraphrases of the prompt
+    (generality), `locality` prompts must keep the base model's answer, `portability` prompts need the fact for their
+    answer, and `generation` prompts are continued to measure fluency.
     """
 
     id: str
@@ -48,60 +47,60 @@ class Edit:
 
     @property
     def fact(self) -> str:
-        """What it teaches, as plans write it."""
+        """The fact as plans write it: `prompt -> target`."""
         return f"{self.prompt} -> {self.target}"
 
     @property
     def label(self) -> str:
-        """Its id with what it teaches, for messages."""
+        """Its id and fact, for messages."""
         return edit_label(self.id, self.prompt, self.target)
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what the edit teaches: prompt, target and subject, not its probes."""
+        """SHA-256 of prompt, target and subject; the probes do not count."""
         text = json.dumps([self.prompt, self.target, self.subject], ensure_ascii=False)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @dataclass(frozen=True)
 class Round:
-    """Edits that are trained together: the round `number`, from 1, `of` all that the plan has."""
+    """Edits that are trained together: round `number`, counted from 1, of `total` rounds in the plan."""
 
     number: int
-    of: int
+    total: int
     edits: Sequence[Edit]
 
 
 def edit_label(name: str, prompt: str, target: str) -> str:
-    """An edit as messages name it: an id that was made from content says nothing by itself."""
+    """An edit as messages name it: id and fact, since generated ids alone say nothing."""
     return f"{name} ({brief_text(prompt)} -> {brief_text(target)})"
 
 
 def brief_text(text: str) -> str:
-    """`text` on one line, without its middle where it is longer than a line of a message."""
+    """`text` on one line of at most `BRIEF_LENGTH` characters, without its middle if longer."""
     line = " ".join(text.split())
-    half = BRIEF // 2 - 2
-    return line if len(line) <= BRIEF else f"{line[:half]} ... {line[-half:]}"
+    half = BRIEF_LENGTH // 2 - 2
+    return line if len(line) <= BRIEF_LENGTH else f"{line[:half]} ... {line[-half:]}"
 
 
-def labels_of(edits: Sequence[Edit]) -> str:
-    """The first edits by id and fact, and how many there are besides."""
-    more = f", and {len(edits) - NAMED} more" if len(edits) > NAMED else ""
-    return ", ".join(edit.label for edit in edits[:NAMED]) + more
+def join_labels(edits: Sequence[Edit]) -> str:
+    """The labels of the first `LABELS_SHOWN` edits, and how many more there are."""
+    more = f", and {len(edits) - LABELS_SHOWN} more" if len(edits) > LABELS_SHOWN else ""
+    return ", ".join(edit.label for edit in edits[:LABELS_SHOWN]) + more
 
 
-def digest_of(edits: Iterable[Edit]) -> str:
-    """SHA-256 over the digests of `edits`, in their order."""
-    return digest_over(edit.digest for edit in edits)
+def digest_edits(edits: Iterable[Edit]) -> str:
+    """SHA-256 over the digests of `edits`, in order."""
+    return combine_digests(edit.digest for edit in edits)
 
 
-def digest_over(digests: Iterable[str]) -> str:
-    """SHA-256 over the digests of edits, in their order."""
+def combine_digests(digests: Iterable[str]) -> str:
+    """SHA-256 over the digests of edits, in order."""
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def read_edits(path: Path | str) -> list[Edit]:
-    """Read a JSON Lines file or a JSON array of edits, in any of the shapes of `lemoe.data.file_shapes`.
+    """Read a JSON Lines file or a JSON array of edits, in any format of `lemoe.data.dataset_formats`.
 
     Raises:
         InputError: naming every bad record (the first 20) as `file:line: what was expected`.
@@ -109,35 +108,35 @@ def read_edits(path: Path | str) -> list[Edit]:
     path = Path(path)
     records, problems = read_records(path)
     edits: list[Edit] = []
-    for place, record in records:
+    for source, record in records:
         try:
-            edits.append(_edit(canonical(record)))
-        except Problem as problem:
-            problems.append(f"{place}: {problem}")
-    problems += _repeated_ids(edits, [place for place, _ in records]) if not problems else []
+            edits.append(_build_edit(canonicalise_record(record)))
+        except RecordError as problem:
+            problems.append(f"{source}: {problem}")
+    problems += _find_repeated_ids(edits, [source for source, _ in records]) if not problems else []
     if problems:
-        raise InputError.listing(f"{path}: {len(problems)} bad record(s), nothing was done", problems)
+        raise InputError.from_problems(f"{path}: {len(problems)} bad record(s), nothing was done", problems)
     if not edits:
         raise InputError(
-            f'{path}: no edits in it; expected one JSON object a line, such as {{"prompt": ..., "target": ...}}'
+            f'{path}: no edits in it; expected one JSON object per line, such as {{"prompt": ..., "target": ...}}'
         )
-    return _with_ids(edits)
+    return _assign_ids(edits)
 
 
 def sample_edits(edits: Sequence[Edit], limit: int | None, sample: int | None, seed: int) -> list[Edit]:
-    """The first `limit` edits, then `sample` of those drawn with `seed`, in the file's order."""
+    """Of the first `limit` edits, `sample` drawn with `seed`, in the file's order; None takes all."""
     chosen = list(edits if limit is None else edits[:limit])
     if sample is None or sample >= len(chosen):
         return chosen
-    kept = sorted(random.Random(seed).sample(range(len(chosen)), sample))
-    return [chosen[index] for index in kept]
+    drawn = sorted(random.Random(seed).sample(range(len(chosen)), sample))
+    return [chosen[index] for index in drawn]
 
 
 def read_records(path: Path) -> tuple[list[tuple[str, Any]], list[str]]:
-    """The records of a JSON Lines file or a JSON array, each with its place, and what is wrong with lines.
+    """The records of a JSON Lines file or a JSON array, each with its file and line, and the problems of invalid ones.
 
     Raises:
-        InputError: if the file cannot be read, or is no JSON array though it begins as one.
+        InputError: if the file cannot be read, or starts as a JSON array but is none.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -145,26 +144,26 @@ def read_records(path: Path) -> tuple[list[tuple[str, Any]], list[str]]:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    if text.lstrip().startswith("[") or _COLUMNS.match(text):
-        return _document(path, text)
-    return _lines(path, text)
+    if text.lstrip().startswith("[") or _DUNE_COLUMNS.match(text):
+        return _parse_json_array(path, text)
+    return _parse_json_lines(path, text)
 
 
-_COLUMNS = re.compile(r'\s*\{\s*"edits"\s*:')  # DUnE writes a whole file as one object of columns
+_DUNE_COLUMNS = re.compile(r'\s*\{\s*"edits"\s*:')  # a DUnE file is one object of columns
 
 
-def _document(path: Path, text: str) -> tuple[list[tuple[str, Any]], list[str]]:
+def _parse_json_array(path: Path, text: str) -> tuple[list[tuple[str, Any]], list[str]]:
     try:
-        records = unfolded(json.loads(text))
+        records = extract_records(json.loads(text))
     except (ValueError, RecursionError) as error:
-        place = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else str(path)
-        raise InputError(f"{place}: not a JSON array: {error}") from None
-    except Problem as problem:
+        source = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else str(path)
+        raise InputError(f"{source}: not a JSON array: {error}") from None
+    except RecordError as problem:
         raise InputError(f"{path}: {problem}") from None
     return [(f"{path}: record {number}", record) for number, record in enumerate(records, 1)], []
 
 
-def _lines(path: Path, text: str) -> tuple[list[tuple[str, Any]], list[str]]:
+def _parse_json_lines(path: Path, text: str) -> tuple[list[tuple[str, Any]], list[str]]:
     records: list[tuple[str, Any]] = []
     problems: list[str] = []
     for number, line in enumerate(text.split("\n"), 1):
@@ -173,33 +172,33 @@ def _lines(path: Path, text: str) -> tuple[list[tuple[str, Any]], list[str]]:
         try:
             records.append((f"{path}:{number}", json.loads(line)))
         except (ValueError, RecursionError) as error:
-            problems.append(f"{path}:{number}: expected one JSON object a line: {error}")
+            problems.append(f"{path}:{number}: expected one JSON object per line: {error}")
     return records, problems
 
 
-def _edit(record: Mapping[str, Any]) -> Edit:
+def _build_edit(record: Mapping[str, Any]) -> Edit:
     rephrases, locality, portability = (
         tuple(Probe(probe["prompt"], probe["target"] or None, probe["kind"]) for probe in record[name])
         for name in ("rephrases", "locality", "portability")
     )
-    plain = {name: record[name] for name in ("id", "prompt", "target", "subject", "extra")}
+    fields = {name: record[name] for name in ("id", "prompt", "target", "subject", "extra")}
     generation = tuple(record["generation"])
-    return Edit(**plain, rephrases=rephrases, locality=locality, portability=portability, generation=generation)
+    return Edit(**fields, rephrases=rephrases, locality=locality, portability=portability, generation=generation)
 
 
-def _repeated_ids(edits: Sequence[Edit], places: Sequence[str]) -> list[str]:
+def _find_repeated_ids(edits: Sequence[Edit], sources: Sequence[str]) -> list[str]:
     first: dict[str, str] = {}
     problems = []
-    for edit, place in zip(edits, places, strict=True):
+    for edit, source in zip(edits, sources, strict=True):
         if edit.id and edit.id in first:
-            problems.append(f"{place}: id {edit.id!r} is already used at {first[edit.id]}; ids must be unique")
-        first.setdefault(edit.id, place)
+            problems.append(f"{source}: id {edit.id!r} is already used at {first[edit.id]}; ids must be unique")
+        first.setdefault(edit.id, source)
     return problems
 
 
-def _with_ids(edits: Sequence[Edit]) -> list[Edit]:
-    """Edits without an id get one from their content, so that it is the same in every run."""
-    taken = {edit.id for edit in edits}
+def _assign_ids(edits: Sequence[Edit]) -> list[Edit]:
+    """Give edits without an id one from their content, so that it is the same in every run."""
+    used = {edit.id for edit in edits}
     seen: Counter[str] = Counter()
     named = []
     for edit in edits:
@@ -207,6 +206,6 @@ def _with_ids(edits: Sequence[Edit]) -> list[Edit]:
             stem = f"edit-{edit.digest[:10]}"
             seen[stem] += 1
             name = stem if seen[stem] == 1 else f"{stem}-{seen[stem]}"
-            edit = replace(edit, id=name if name not in taken else f"{name}-auto")
+            edit = replace(edit, id=name if name not in used else f"{name}-auto")
         named.append(edit)
     return named

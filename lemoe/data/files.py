@@ -1,7 +1,8 @@
-"""Files and folders that appear whole or not at all.
+"""Atomic writes: files and folders appear complete or not at all.
 
-Each is made under a temporary name beside its own, and locked for as long as its writer lives: what lies there without
-a lock was left by one that was killed.
+1. Each is made under a temporary name in the same folder, and locked as long as its writer lives.
+2. It is renamed when complete.
+3. A temporary name without a lock was left by a writer that was killed, and may be removed.
 """
 
 import glob
@@ -19,25 +20,25 @@ from lemoe.errors import OutputError
 if sys.platform != "win32":
     import fcntl
 
-SCRATCH = ".part"  # end of the names under which files are written
-REPLACED = ".old"  # end of the name of a folder that is being replaced
-RANDOM = "?" * 8  # what `tempfile` puts before these
+SCRATCH_SUFFIX = ".part"  # of files and folders that are being written
+REPLACED_SUFFIX = ".old"  # of a folder that is being replaced
+RANDOM_PATTERN = "?" * 8  # matches the random part of `tempfile` names
 
 
-def write_whole(path: Path, content: bytes | Iterable[bytes], *, overwrite: bool = False) -> None:
-    """Write through a temporary name in the same folder, fsync, and rename.
+def write_atomically(path: Path, content: bytes | Iterable[bytes], *, overwrite: bool = False) -> None:
+    """Write a file under a temporary name in the same folder, fsync it, and rename it.
 
     Raises:
         OutputError: if the file exists and `overwrite` is not given, or cannot be written.
     """
-    check_free(path, overwrite=overwrite)
+    check_overwrite(path, overwrite=overwrite)
     if path.exists() and not path.is_file():
-        raise OutputError(f"{path}: cannot be written: there is something that is no file")  # a device, a folder
+        raise OutputError(f"{path}: cannot be written: it exists and is not a file")  # a device, a folder
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _held_while_made(partial(_empty_file, path)) as scratch:
+        with _create_locked(partial(_make_empty_file, path)) as scratch:
             try:
-                _fill(scratch, content)
+                _write_and_sync(scratch, content)
                 os.replace(scratch, path)
             finally:
                 scratch.unlink(missing_ok=True)
@@ -46,73 +47,73 @@ def write_whole(path: Path, content: bytes | Iterable[bytes], *, overwrite: bool
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
-def _empty_file(path: Path) -> Path:
-    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", suffix=SCRATCH, dir=path.parent)
+def _make_empty_file(path: Path) -> Path:
+    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", suffix=SCRATCH_SUFFIX, dir=path.parent)
     os.close(handle)
     return Path(scratch)
 
 
-def _fill(scratch: Path, content: bytes | Iterable[bytes]) -> None:
+def _write_and_sync(scratch: Path, content: bytes | Iterable[bytes]) -> None:
     with scratch.open("wb") as file:
         file.writelines([content] if isinstance(content, bytes) else content)
         file.flush()
         os.fsync(file.fileno())
-    scratch.chmod(0o666 & ~_umask())
+    scratch.chmod(0o666 & ~_read_umask())
 
 
 @contextmanager
 def scratch_folder(folder: Path) -> Iterator[Path]:
-    """A new folder under a temporary name beside `folder`, kept from `remove_scratch` while open; then it goes.
+    """A new folder under a temporary name next to `folder`, locked against `remove_scratch` while open, then removed.
 
     Raises:
         OSError: if it cannot be made.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _held_while_made(partial(_empty_folder, folder)) as scratch:
+    with _create_locked(partial(_make_empty_folder, folder)) as scratch:
         try:
             yield scratch
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _empty_folder(folder: Path) -> Path:
-    return Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=SCRATCH, dir=folder.parent))
+def _make_empty_folder(folder: Path) -> Path:
+    return Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=SCRATCH_SUFFIX, dir=folder.parent))
 
 
 def replace_folder(folder: Path, scratch: Path) -> None:
-    """Give `scratch` the name of `folder`, whose content goes last.
+    """Rename `scratch` to `folder`; the old content is removed last.
 
     Raises:
         OSError: if it cannot be done.
     """
-    old = scratch.with_suffix(REPLACED)
-    with _held(folder):
+    old = scratch.with_suffix(REPLACED_SUFFIX)
+    with _lock_path(folder):
         folder.rename(old)
         scratch.rename(folder)
-        _remove(old)
+        _remove_path(old)
 
 
 def restore_replaced(folder: Path) -> None:
-    """Give a folder its name back that a writer was replacing when it was killed, if nothing has that name."""
-    for old in _left_behind(folder.parent, folder.name, REPLACED):
+    """Restore `folder` if a writer was killed while replacing it, and nothing has its name."""
+    for old in _find_stale(folder.parent, folder.name, REPLACED_SUFFIX):
         if not os.path.lexists(folder):
             with suppress(OSError):
                 old.rename(folder)
 
 
 def remove_scratch(folder: Path, name: str | None = None) -> None:
-    """Remove what writers that were killed left under temporary names in `folder`, or left there of its file `name`.
+    """Remove temporary files in `folder` (or only those of its file `name`) that killed writers left.
 
-    What a writer at work has there stays, and so does everything where the system cannot tell.
+    Files of running writers stay, as does everything on systems that cannot tell.
     """
-    for ending in (SCRATCH, REPLACED) if name else (SCRATCH,):
-        for path in _left_behind(folder, name, ending):
-            _remove(path)
+    for suffix in (SCRATCH_SUFFIX, REPLACED_SUFFIX) if name else (SCRATCH_SUFFIX,):
+        for path in _find_stale(folder, name, suffix):
+            _remove_path(path)
 
 
-def _left_behind(folder: Path, name: str | None, ending: str) -> Iterator[Path]:
-    """What has temporary names and no writer that lives."""
-    for path in sorted(folder.glob(f".{glob.escape(name)}.{RANDOM}{ending}" if name else f".*{ending}")):
+def _find_stale(folder: Path, name: str | None, suffix: str) -> Iterator[Path]:
+    """Temporary files and folders that no running writer has locked; they are locked here while yielded."""
+    for path in sorted(folder.glob(f".{glob.escape(name)}.{RANDOM_PATTERN}{suffix}" if name else f".*{suffix}")):
         if sys.platform == "win32":
             if path.is_file():  # which cannot be removed while a writer has it open
                 yield path
@@ -126,7 +127,7 @@ def _left_behind(folder: Path, name: str | None, ending: str) -> Iterator[Path]:
                 os.close(handle)
 
 
-def _remove(path: Path) -> None:
+def _remove_path(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -135,22 +136,22 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def _held_while_made(make: Callable[[], Path]) -> Iterator[Path]:
-    """What `make` makes under a new temporary name, locked while open."""
+def _create_locked(make: Callable[[], Path]) -> Iterator[Path]:
+    """The file or folder that `make` makes under a new temporary name, locked while open."""
     while True:
         made = make()
-        held = ExitStack()
+        lock = ExitStack()
         with suppress(FileNotFoundError):
-            held.enter_context(_held(made))
-        with held:
-            if made.exists():  # else it was taken for left behind before it was locked
+            lock.enter_context(_lock_path(made))
+        with lock:
+            if made.exists():  # else another process removed it as stale before it was locked
                 yield made
                 return
 
 
 @contextmanager
-def _held(path: Path) -> Iterator[None]:
-    """Keep a file or folder locked while open, or until this process ends; not every system can."""
+def _lock_path(path: Path) -> Iterator[None]:
+    """Lock a file or folder while open, at most until this process ends; not every system has locks."""
     if sys.platform == "win32":
         yield
         return
@@ -163,24 +164,24 @@ def _held(path: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def check_free(path: Path, *, overwrite: bool = False) -> None:
-    """Refuse, before anything is computed, an output that exists.
+def check_overwrite(path: Path, *, overwrite: bool = False) -> None:
+    """Refuse an output that exists, before anything is computed.
 
     Raises:
-        OutputError: saying how to go on.
+        OutputError: if it exists and `overwrite` is not given.
     """
     if os.path.lexists(path) and not overwrite:
         raise OutputError(f"{path} exists; give another path, or --force to replace it")
 
 
-def _umask() -> int:
+def _read_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable; not every system lets a folder be opened."""
+    """Make the rename itself durable; not every system can open a folder."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

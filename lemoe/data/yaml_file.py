@@ -1,4 +1,4 @@
-"""YAML that a user wrote: read in full or refused in one line, however odd it is."""
+"""YAML files of users: read completely, or refused with a one-line error."""
 
 from pathlib import Path
 from typing import Any
@@ -7,17 +7,17 @@ import yaml
 
 from lemoe.errors import InputError
 
-DEEPEST = 100  # levels; none of our files needs more than a few, and Python's stack takes some hundreds
+MAX_DEPTH = 100  # levels; our files need a few, and Python's stack holds some hundreds
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_NO_VALUE = (ValueError, LookupError, AttributeError, TypeError, OverflowError)  # what PyYAML makes of `!!int ""`
+_NO_VALUE = (ValueError, LookupError, AttributeError, TypeError, OverflowError)  # what PyYAML raises for `!!int ""`
 
 
 def read_yaml(path: Path) -> Any:
-    """The one document of a file; None if it is empty.
+    """The document of a file; None if it is empty.
 
     Raises:
-        InputError: if the file cannot be read, or is no YAML that makes plain values.
+        InputError: if the file cannot be read, or is not one valid YAML document.
     """
     try:
         return parse_yaml(path.read_text(encoding="utf-8"))
@@ -28,18 +28,18 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """The one document of a text.
+    """The document of a text.
 
     Raises:
-        ValueError: in one line, if it is no YAML that makes plain values, or nested more than `DEEPEST` levels deep,
-            which would take libyaml, and Python with it, off its feet.
+        ValueError: in one line, if it is not one valid YAML document, or is nested more than `MAX_DEPTH` levels deep,
+            which would crash libyaml and Python.
     """
     try:
         depth = 0
         for event in yaml.parse(text, Loader=_LOADER):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > DEEPEST:
-                raise ValueError(f"nested too deeply, more than {DEEPEST} levels")
+            if depth > MAX_DEPTH:
+                raise ValueError(f"nested too deeply, more than {MAX_DEPTH} levels")
         return yaml.load(text, Loader=_LOADER)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None

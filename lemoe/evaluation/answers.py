@@ -1,7 +1,7 @@
-"""What both models, the base and the edited one, give for passages: under teacher forcing, greedily, and for texts.
+"""Answers of both models, the base and the edited one: under teacher forcing, in greedy decoding, and on plain texts.
 
-No answer depends on what else runs beside it, to the bit on a CPU in float32: passages of one edit share their
-beginnings and no others, batches are laid out by `steady_width`, and experts run row by row.
+No answer depends on what else is in its batch, to the bit on a CPU in float32: passages share prefixes within an edit
+alone, batches are laid out by `batch_invariant_width`, and experts run row by row.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lemoe.base.frozen import Below, run_below
-from lemoe.base.frozen.replay import hidden_of
-from lemoe.base.hooks import released
+from lemoe.base.frozen import PrefixActivations, compute_prefix_activations
+from lemoe.base.frozen.replay import extract_hidden
+from lemoe.base.hooks import removed_on_exit
 from lemoe.base.loading import LOGIT_ROWS, BaseModel
-from lemoe.base.placement import taken
+from lemoe.base.placement import index_on_device
 from lemoe.base.structure import FFNSite
-from lemoe.base.tokens import Batch, Passage, steady_width
+from lemoe.base.tokens import Batch, Passage, batch_invariant_width
 from lemoe.evaluation.metrics import Decode
-from lemoe.evaluation.scoring import Answer, Item
+from lemoe.evaluation.scoring import Answer, EncodedProbe
 from lemoe.inference.generation import Tokens, generate_batch, prompt_batches
 from lemoe.inference.insertion import InsertedAdaptor
 from lemoe.routing.router import Explanation
@@ -28,35 +28,37 @@ from lemoe.training.weight_change import WeightChange
 
 UNROUTED = Explanation(-1, 0.0, scope="subject")
 
-Pair = tuple[Answer, Answer, Explanation]  # before, after, route
-Answered = Iterator[tuple[list[int], list[Pair]]]
+BeforeAfter = tuple[Answer, Answer, Explanation]  # before, after, route
+AnsweredRows = Iterator[tuple[list[int], list[BeforeAfter]]]
 
 
 @torch.no_grad()
-def teacher(base: BaseModel, adaptor: InsertedAdaptor | None, items: Sequence[Item], batch_tokens: int) -> Answered:
-    """Both stages from one frozen pass: the base's answers come with it, the edited ones from replaying its top."""
-    for rows in _edits_together(items, batch_tokens):
-        chosen = [items[row] for row in rows]
+def answer_teacher_forced(
+    base: BaseModel, adaptor: InsertedAdaptor | None, probes: Sequence[EncodedProbe], batch_tokens: int
+) -> AnsweredRows:
+    """Both stages from one pass of the base: it gives the answers before; those after come from replaying its top."""
+    for rows in _batch_whole_edits(probes, batch_tokens):
+        selected = [probes[row] for row in rows]
         if adaptor is None:
             top = len(base.layers) - 1
-            before = _before(base, base.site(top), top, chosen, batch_tokens)[1]
+            before = _answer_by_base(base, base.ffn_site(top), top, selected, batch_tokens)[1]
             yield rows, [(answer, answer, UNROUTED) for answer in before]
         else:
-            yield rows, _both(base, adaptor, chosen, batch_tokens)
+            yield rows, _answer_before_and_after(base, adaptor, selected, batch_tokens)
 
 
-def _edits_together(items: Sequence[Item], batch_tokens: int) -> Iterator[list[int]]:
-    """Rows of whole edits, those with the longest passages first; `batch_tokens` tokens, or the one edit that has more.
+def _batch_whole_edits(probes: Sequence[EncodedProbe], batch_tokens: int) -> Iterator[list[int]]:
+    """Batches of whole edits, of at most `batch_tokens` tokens unless one edit has more.
 
-    Running out of memory then happens at once.
+    The longest passages come first, so that running out of memory happens at once.
     """
     edits: dict[int, list[int]] = {}
-    for row, item in enumerate(items):
-        edits.setdefault(item.edit, []).append(row)
+    for row, probe in enumerate(probes):
+        edits.setdefault(probe.edit, []).append(row)
     waiting: list[int] = []
     tokens = 0
-    for rows in sorted(edits.values(), key=lambda rows: -max(len(items[row].passage.read) for row in rows)):
-        size = sum(len(items[row].passage.read) for row in rows)
+    for rows in sorted(edits.values(), key=lambda rows: -max(len(probes[row].passage.input_ids) for row in rows)):
+        size = sum(len(probes[row].passage.input_ids) for row in rows)
         if waiting and tokens + size > batch_tokens:
             yield waiting
             waiting, tokens = [], 0
@@ -65,64 +67,70 @@ def _edits_together(items: Sequence[Item], batch_tokens: int) -> Iterator[list[i
         yield waiting
 
 
-def _both(base: BaseModel, adaptor: InsertedAdaptor, items: Sequence[Item], batch_tokens: int) -> list[Pair]:
-    """Before and after for one batch; nothing is computed that is known.
+def _answer_before_and_after(
+    base: BaseModel, adaptor: InsertedAdaptor, probes: Sequence[EncodedProbe], batch_tokens: int
+) -> list[BeforeAfter]:
+    """Before and after for one batch, without passes whose result is known.
 
-    Where no expert acts, the edited model is the base model, bit for bit; and what the base model wrote itself, its
-    likeliest tokens are.
+    Where no expert acts, the edited model is the base model, bit for bit. A target that the base wrote itself consists
+    of its likeliest tokens.
     """
-    routes = [adaptor.routing_of(item.passage) for item in items]
+    routes = [adaptor.route_passage(probe.passage) for probe in probes]
     acting = [bool((route.experts >= 0).any()) for route in routes]
-    before = {row: Answer(item.passage.target) for row, item in enumerate(items) if item.open and not acting[row]}
-    asked = [row for row in range(len(items)) if row not in before]
+    before = {
+        row: Answer(probe.passage.target) for row, probe in enumerate(probes) if probe.base_written and not acting[row]
+    }
+    asked = [row for row in range(len(probes)) if row not in before]
     after: dict[int, Answer] = {}
     if asked:
         with adaptor.bypassed():
             layer = adaptor.state.base.layer
-            below, answers = _before(base, adaptor.site, layer, [items[row] for row in asked], batch_tokens)
+            prefix, answers = _answer_by_base(base, adaptor.site, layer, [probes[row] for row in asked], batch_tokens)
         before.update(zip(asked, answers, strict=True))
-        places = [place for place, row in enumerate(asked) if acting[row]]
-        passages = [items[row].passage for row in asked]
-        for few in _by_width(base, passages, places, batch_tokens):
+        indices = [index for index, row in enumerate(asked) if acting[row]]
+        passages = [probes[row].passage for row in asked]
+        for batch in _batch_by_width(base, passages, indices, batch_tokens):
             with adaptor.bypassed():
-                # No last FFN at target positions alone: a batch's last elements, which activations round in their own
-                # way, would then be a target's; so they are padding.
-                frozen = replace(below.freeze(few), top=None)
-            changed = [asked[place] for place in few.rows]
+                # Not the shortcut that runs the last FFN at target positions alone: activation functions round the
+                # last elements of a batch differently, and these must be padding, never a target.
+                frozen = replace(prefix.freeze_batch(batch), last_ffn=None)
+            changed = [asked[index] for index in batch.rows]
             hidden = adaptor.replay(frozen, [routes[row] for row in changed])
-            after.update(zip(changed, _answers(base, few, hidden), strict=True))
+            after.update(zip(changed, _read_answers(base, batch, hidden), strict=True))
     return [(before[row], after.get(row, before[row]), route.explained[0]) for row, route in enumerate(routes)]
 
 
-def _by_width(base: BaseModel, passages: Sequence[Passage], rows: Sequence[int], batch_tokens: int) -> Iterator[Batch]:
-    """The passages `rows` in batches of one steady width each."""
-    widths = {row: steady_width(len(passages[row].read), base.max_length) for row in rows}
+def _batch_by_width(
+    base: BaseModel, passages: Sequence[Passage], rows: Sequence[int], batch_tokens: int
+) -> Iterator[Batch]:
+    """The passages `rows` in batches of equal padded width."""
+    widths = {row: batch_invariant_width(len(passages[row].input_ids), base.max_length) for row in rows}
     for width in sorted(set(widths.values()), reverse=True):
-        alike = [row for row in rows if widths[row] == width]
+        same_width = [row for row in rows if widths[row] == width]
         size = max(1, batch_tokens // width)
-        for first in range(0, len(alike), size):
-            yield Batch.of(passages, alike[first : first + size], base.pad_token, base.device, width)
+        for first in range(0, len(same_width), size):
+            yield Batch.from_passages(passages, same_width[first : first + size], base.pad_token_id, base.device, width)
 
 
-def _before(
-    base: BaseModel, site: FFNSite, layer: int, items: Sequence[Item], batch_tokens: int
-) -> tuple[Below, list[Answer]]:
-    """The base model's answers, with what the layers up to `layer` give.
+def _answer_by_base(
+    base: BaseModel, site: FFNSite, layer: int, probes: Sequence[EncodedProbe], batch_tokens: int
+) -> tuple[PrefixActivations, list[Answer]]:
+    """The base model's answers, with the prefix activations up to `layer`.
 
-    Passages with an open target stay by themselves: whether they run at all depends on the adaptor.
+    Passages whose target the base wrote share no prefix: whether they run at all depends on the adaptor.
     """
-    passages = [item.passage for item in items]
-    groups = [-1 - row if item.open else item.edit for row, item in enumerate(items)]
-    below = run_below(base, site, layer, passages, batch_tokens, whole=True, groups=groups)
-    batch = Batch.of(passages, range(len(passages)), base.pad_token, base.device)
-    return below, _answers(base, batch, below.base_hidden(batch))
+    passages = [probe.passage for probe in probes]
+    groups = [-1 - row if probe.base_written else probe.edit for row, probe in enumerate(probes)]
+    prefix = compute_prefix_activations(base, site, layer, passages, batch_tokens, all_layers=True, groups=groups)
+    batch = Batch.from_passages(passages, range(len(passages)), base.pad_token_id, base.device)
+    return prefix, _read_answers(base, batch, prefix.base_hidden(batch))
 
 
-def _answers(base: BaseModel, batch: Batch, hidden: Tensor) -> list[Answer]:
+def _read_answers(base: BaseModel, batch: Batch, hidden: Tensor) -> list[Answer]:
     """The likeliest token at each target position and the target's loss, for last hidden states `[targets, hidden]`."""
     counts = torch.bincount(batch.target_rows, minlength=len(batch.rows)).tolist()
     written, losses = [], []
-    for logits, labels in zip(base.logits_in_parts(hidden), batch.labels.split(LOGIT_ROWS), strict=True):
+    for logits, labels in zip(base.logits_in_chunks(hidden), batch.labels.split(LOGIT_ROWS), strict=True):
         written.append(logits.argmax(-1))
         losses.append(functional.cross_entropy(logits.float(), labels, reduction="none"))
     pairs = zip(torch.cat(written).split(counts), torch.cat(losses).split(counts), strict=True)
@@ -130,12 +138,14 @@ def _answers(base: BaseModel, batch: Batch, hidden: Tensor) -> list[Answer]:
 
 
 @torch.no_grad()
-def greedy(base: BaseModel, adaptor: InsertedAdaptor | None, items: Sequence[Item], batch_tokens: int) -> Answered:
-    """What both models write; items with one prompt share its answer, so that each prompt is written on once."""
+def answer_greedily(
+    base: BaseModel, adaptor: InsertedAdaptor | None, probes: Sequence[EncodedProbe], batch_tokens: int
+) -> AnsweredRows:
+    """What both models generate; probes with the same prompt share its answer, so that each prompt is run once."""
     sharing: dict[Tokens, list[int]] = {}
-    for row, item in enumerate(items):
-        sharing.setdefault(item.passage.prompt, []).append(row)
-    wanted = {prompt: max(len(items[row].passage.target) for row in rows) + 1 for prompt, rows in sharing.items()}
+    for row, probe in enumerate(probes):
+        sharing.setdefault(probe.passage.prompt, []).append(row)
+    wanted = {prompt: max(len(probes[row].passage.target) for row in rows) + 1 for prompt, rows in sharing.items()}
     for prompts in prompt_batches(wanted, batch_tokens):
         count = max(wanted[prompt] for prompt in prompts)
         with adaptor.bypassed() if adaptor else nullcontext():
@@ -145,42 +155,44 @@ def greedy(base: BaseModel, adaptor: InsertedAdaptor | None, items: Sequence[Ite
         rows, pairs = [], []
         for prompt, one, other, route in zip(prompts, before, after, routes, strict=True):
             for row in sharing[prompt]:
-                target = items[row].passage.target
+                target = probes[row].passage.target
                 rows.append(row)
-                pairs.append((_written(base, one, target), _written(base, other, target), route))
+                pairs.append((_cut_written_answer(base, one, target), _cut_written_answer(base, other, target), route))
         yield rows, pairs
 
 
-RUNS = {"teacher": teacher, "greedy": greedy}
+ANSWER_BY_DECODE = {"teacher": answer_teacher_forced, "greedy": answer_greedily}
 
 
 @torch.no_grad()
-def changed(
-    base: BaseModel, change: WeightChange, items: Sequence[Item], decode: Decode, batch_tokens: int
-) -> Answered:
-    """The base's answers to everything, then those of the model with other weights."""
-    own = list(RUNS[decode](base, None, items, batch_tokens))  # the base's structure is known from now on
+def answer_changed_weights(
+    base: BaseModel, change: WeightChange, probes: Sequence[EncodedProbe], decode: Decode, batch_tokens: int
+) -> AnsweredRows:
+    """The base's answers to all probes, then those of the model with the changed weights."""
+    own = list(ANSWER_BY_DECODE[decode](base, None, probes, batch_tokens))  # the base's structure is known from now on
     with change.applied(base):
-        for (rows, before), (_, after) in zip(own, RUNS[decode](base, None, items, batch_tokens), strict=True):
+        for (rows, before), (_, after) in zip(
+            own, ANSWER_BY_DECODE[decode](base, None, probes, batch_tokens), strict=True
+        ):
             yield rows, [(one, other, UNROUTED) for (one, *_), (other, *_) in zip(before, after, strict=True)]
 
 
-def _written(base: BaseModel, tokens: Tokens, target: Tokens) -> Answer:
-    """What was written, as far as the target goes, and whether it then ends by itself or ends the line."""
+def _cut_written_answer(base: BaseModel, tokens: Tokens, target: Tokens) -> Answer:
+    """The generated text cut to the target's length, and whether the model then ends its answer or the line."""
     following = tokens[len(target) : len(target) + 1]
     line_end = base.tokenizer.decode(list(following)).startswith("\n")
-    return Answer(tokens[: len(target)], ended=following == (base.end_token,) or line_end)
+    return Answer(tokens[: len(target)], ended=following == (base.eos_token_id,) or line_end)
 
 
 @torch.no_grad()
-def read_through(base: BaseModel, passage: Passage) -> float:
-    """Mean loss (nats) of a passage's target in one plain forward pass, as anyone would run the model as it stands."""
-    batch = Batch.of([passage], [0], base.pad_token, base.device)
+def compute_plain_loss(base: BaseModel, passage: Passage) -> float:
+    """Mean loss (nats) of a passage's target in one plain forward pass of the model as it is, hooks included."""
+    batch = Batch.from_passages([passage], [0], base.pad_token_id, base.device)
     seen: list[Tensor] = []
-    handle = base.layers[-1].register_forward_hook(lambda module, args, output: seen.append(hidden_of(output)))
-    with released([handle]):
+    handle = base.layers[-1].register_forward_hook(lambda module, args, output: seen.append(extract_hidden(output)))
+    with removed_on_exit([handle]):
         base.decoder(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
-    hidden = taken(seen[0], batch.target_rows, batch.target_columns).to(base.device)
-    loss = _answers(base, batch, hidden)[0].loss
+    hidden = index_on_device(seen[0], batch.target_rows, batch.target_columns).to(base.device)
+    loss = _read_answers(base, batch, hidden)[0].loss
     assert loss is not None, "teacher forcing gives losses"
     return loss

@@ -10,17 +10,17 @@ from lemoe.base.loading import BaseModel
 from lemoe.data.edits import Edit
 from lemoe.evaluation.evaluate import Record, evaluate
 from lemoe.evaluation.metrics import Decode, Metric
-from lemoe.planning.plan import plan, rounds_of
+from lemoe.planning.plan import edits_by_round, plan
 from lemoe.settings import Settings
 from lemoe.training.methods import method_of
-from lemoe.training.rounds import bytes_kept, teach_rounds
+from lemoe.training.rounds import count_tensor_bytes, teach_rounds
 
 MEASURED = ("reliability", "generality", "locality")
 
 
 @dataclass(frozen=True)
-class Compared:
-    """One method's figures.
+class MethodResult:
+    """One method's metrics.
 
     Attributes:
         settings: all of its settings, the method among them.
@@ -39,20 +39,20 @@ class Compared:
     bytes_per_edit: float
 
     def value(self, name: str, measure: str = "token_accuracy") -> Metric | None:
-        """The figure of that name after the last round, over all kinds; None where the edits have no such probes."""
+        """The metric of that name after the last round, over all kinds; None where the edits have no such probes."""
         chosen = [m for m in self.metrics if (m.name, m.measure, m.kind) == (name, measure, "all")]
         return chosen[0] if chosen else None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Figures of several methods, and the ids of each round's edits."""
+    """Metrics of several methods, and the ids of each round's edits."""
 
     rounds: tuple[tuple[str, ...], ...]
-    methods: tuple[Compared, ...]
+    methods: tuple[MethodResult, ...]
 
     @property
-    def edits(self) -> int:
+    def edit_count(self) -> int:
         """How many were taught."""
         return sum(map(len, self.rounds))
 
@@ -75,19 +75,19 @@ def compare(
     for settings in methods:
         _ = method_of(settings).train_round  # refused at once if its package is missing
     notify("planning")
-    rounds = rounds_of(plan(base, edits, methods[0]), edits)
-    compared = tuple(_compared(base, rounds, settings, decode, batch_tokens, notify) for settings in methods)
+    rounds = edits_by_round(plan(base, edits, methods[0]), edits)
+    compared = tuple(_compare_method(base, rounds, settings, decode, batch_tokens, notify) for settings in methods)
     return Comparison(tuple(tuple(edit.id for edit in members) for members in rounds), compared)
 
 
-def _compared(
+def _compare_method(
     base: BaseModel,
     rounds: Sequence[Sequence[Edit]],
     settings: Settings,
     decode: Decode,
     batch_tokens: int,
     notify: Notify,
-) -> Compared:
+) -> MethodResult:
     learned: list[Record] = []
     seconds, began = 0.0, time.monotonic()
     for number, edited in enumerate(teach_rounds(base, rounds, settings), 1):
@@ -100,11 +100,11 @@ def _compared(
         began = time.monotonic()
     taught = [edit for members in rounds for edit in members]
     last = evaluate(base, edited, taught, decode=decode, only=MEASURED, batch_tokens=batch_tokens)
-    return Compared(
+    return MethodResult(
         settings=settings,
         learned=fmean(record.token_accuracy_after for record in learned),
         learned_exact=fmean(record.token_accuracy_after == 1.0 for record in learned),
         metrics=tuple(metric for metric in last.metrics if metric.stage == "after"),
         seconds_per_edit=seconds / len(taught),
-        bytes_per_edit=bytes_kept(edited) / len(taught),
+        bytes_per_edit=count_tensor_bytes(edited) / len(taught),
     )

@@ -1,8 +1,8 @@
 """Measuring an edited model against its base, on the probes of edits.
 
-`lemoe.evaluation.metrics` says what each figure means. Every figure is over probes, before and after. Teacher forcing
-compares the most likely token at each target position; greedy lets the model write. Locality is agreement with the
-base model's own predictions, never with a gold answer.
+`lemoe.evaluation.metrics` says what each metric means. Every metric is a mean over probes, before and after editing.
+Teacher forcing compares the most likely token at each target position; greedy decoding lets the model generate.
+Locality is agreement with the base model's own predictions, never with a gold answer.
 """
 
 import math
@@ -13,13 +13,22 @@ from dataclasses import dataclass
 from lemoe.adaptor.checkpoint import AdaptorFile
 from lemoe.adaptor.state import AdaptorState
 from lemoe.base.loading import BaseModel
-from lemoe.base.matmul import fast_products
-from lemoe.base.tokens import Passage, encode_all
+from lemoe.base.matmul import use_onednn
+from lemoe.base.tokens import Passage, encode_passages
 from lemoe.data.edits import Edit, Probe
 from lemoe.errors import InputError
 from lemoe.evaluation import answers
-from lemoe.evaluation.metrics import Decode, Metric, mean
-from lemoe.evaluation.scoring import Home, Item, Measured, losses, ngram_entropy, routing, summarise, token_accuracy
+from lemoe.evaluation.metrics import Decode, Metric, mean_metric
+from lemoe.evaluation.scoring import (
+    EncodedProbe,
+    FindOwnExperts,
+    MeasuredProbe,
+    ngram_entropy,
+    score_losses,
+    score_routing,
+    summarise_probes,
+    token_accuracy,
+)
 from lemoe.inference.generation import generate_answers
 from lemoe.inference.insertion import InsertedAdaptor, insert
 from lemoe.routing.router import Explanation
@@ -55,13 +64,13 @@ class Record:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """All figures, and one record for each probe."""
+    """All metrics, and one record for each probe."""
 
     metrics: tuple[Metric, ...]
     records: tuple[Record, ...]
 
     def value(self, name: str, measure: str = "token_accuracy", kind: str = "all", stage: str = "after") -> float:
-        """The figure of that name; NaN if there is none."""
+        """The value of the metric of that name; NaN if there is none."""
         chosen = [m for m in self.metrics if (m.name, m.measure, m.kind, m.stage) == (name, measure, kind, stage)]
         return chosen[0].value if chosen else math.nan
 
@@ -92,7 +101,7 @@ def evaluate(
         fluency: let the model write on from each edit's generation prompts, else from its own; slow.
         batch_tokens: padded tokens that run through the model at once.
         expert_cache: bytes of experts that are kept in memory of an adaptor that is given as its file; see `insert`.
-        allow_base_mismatch: measure it on a base that it was not made for, if only it has a place there.
+        allow_base_mismatch: measure it on a base that it was not made for, if its shapes fit.
         on_progress: called with texts done and their number: probes, texts, and what is written for fluency.
 
     Raises:
@@ -101,91 +110,98 @@ def evaluate(
     """
     if isinstance(edited, WeightChange) and (texts or fluency):
         raise InputError("metrics collapse and fluency are measured on adaptors, not on baselines that change weights")
-    untouched = _untouched(base, texts)
-    prompts = _generation_prompts(base, edits) if fluency else []
-    with fast_products(base.model):
-        items = _items(base, edits, only, batch_tokens)
-    total = sum(item.rival_of is None for item in items) + len(untouched) + len(prompts)
-    places: dict[int, Measured] = {}
+    untouched = _encode_texts(base, texts)
+    prompts = _encode_generation_prompts(base, edits) if fluency else []
+    with use_onednn(base.model):
+        probes = _encode_probes(base, edits, only, batch_tokens)
+    total = sum(probe.overfit_of is None for probe in probes) + len(untouched) + len(prompts)
+    by_index: dict[int, MeasuredProbe] = {}
     done = 0
     adaptor = None
     if isinstance(edited, AdaptorState | AdaptorFile):
         adaptor = insert(base, edited, expert_cache=expert_cache, allow_base_mismatch=allow_base_mismatch)
     state = adaptor.state if adaptor else None
-    with fast_products(base.model), adaptor or nullcontext():
+    with use_onednn(base.model), adaptor or nullcontext():
         if isinstance(edited, WeightChange):
-            answered = answers.changed(base, edited, items, decode, batch_tokens)
+            answered = answers.answer_changed_weights(base, edited, probes, decode, batch_tokens)
         else:
-            answered = answers.RUNS[decode](base, adaptor, items, batch_tokens)
+            answered = answers.ANSWER_BY_DECODE[decode](base, adaptor, probes, batch_tokens)
         for rows, given in answered:
             for row, (before, after, route) in zip(rows, given, strict=True):
-                places[row] = Measured(items[row], before, after, route)
-            done += sum(items[row].rival_of is None for row in rows)
+                by_index[row] = MeasuredProbe(probes[row], before, after, route)
+            done += sum(probes[row].overfit_of is None for row in rows)
             on_progress(done, total)
-        written = _fluency(base, adaptor, prompts, batch_tokens) if prompts else []
+        written = _measure_fluency(base, adaptor, prompts, batch_tokens) if prompts else []
         if prompts:
             on_progress(total - len(untouched), total)
-        read = _collapse(base, adaptor, untouched) if untouched else []
+        read = _measure_collapse(base, adaptor, untouched) if untouched else []
         if untouched:
             on_progress(total, total)
-    measured = [places[row] for row in range(len(items))]
-    metrics = summarise(measured, decode, edited=edited is not None)
+    measured = [by_index[row] for row in range(len(probes))]
+    metrics = summarise_probes(measured, decode, edited=edited is not None)
     if state is not None and (only is None or "routing" in only):
-        metrics += routing(measured, _home(state, edits))
-    return EvalResult((*metrics, *written, *read), tuple(_records(base, state, edits, measured)))
+        metrics += score_routing(measured, _make_expert_finder(state, edits))
+    return EvalResult((*metrics, *written, *read), tuple(_make_records(base, state, edits, measured)))
 
 
-def _home(state: AdaptorState, edits: Sequence[Edit]) -> Home:
-    homes = state.homes
-    rounds = {digest: place for place, record in enumerate(state.rounds, 1) for digest in record.edits}
+def _make_expert_finder(state: AdaptorState, edits: Sequence[Edit]) -> FindOwnExperts:
+    experts = state.experts_by_edit
+    rounds = {digest: number for number, record in enumerate(state.rounds, 1) for digest in record.edits}
 
-    def home(item: Item) -> tuple[int, frozenset[int]] | None:
-        digest = edits[item.edit].digest
-        return (rounds[digest], homes[digest]) if digest in homes else None
+    def find_own_experts(probe: EncodedProbe) -> tuple[int, frozenset[int]] | None:
+        digest = edits[probe.edit].digest
+        return (rounds[digest], experts[digest]) if digest in experts else None
 
-    return home
+    return find_own_experts
 
 
-def nearest_in(state: AdaptorState) -> Callable[[Explanation], str | None]:
-    """The id of the edit that a route acted on or came nearest to; of those that a router does not tell apart, one."""
-    named, taught = state.edits, state.taught
+def make_nearest_lookup(state: AdaptorState) -> Callable[[Explanation], str | None]:
+    """A function that gives the id of the edit that a route reached or came nearest to.
 
-    def nearest(route: Explanation) -> str | None:
+    Where a router does not tell the edits of an expert apart, it is the first of them.
+    """
+    named, taught = state.edits, state.edits_by_expert
+
+    def find_nearest(route: Explanation) -> str | None:
         if route.edit >= 0:
             return named[route.edit].id
         return taught[route.nearest][0].id if route.nearest >= 0 else None
 
-    return nearest
+    return find_nearest
 
 
-def _items(base: BaseModel, edits: Sequence[Edit], only: Sequence[str] | None, batch_tokens: int) -> list[Item]:
+def _encode_probes(
+    base: BaseModel, edits: Sequence[Edit], only: Sequence[str] | None, batch_tokens: int
+) -> list[EncodedProbe]:
     probes = [
         (index, name, probe)
         for index, edit in enumerate(edits)
-        for name, probe in probes_of(edit)
+        for name, probe in list_probes(edit)
         if only is None or name in only
     ]
-    rivals = [
+    overfit = [
         (row, Probe(probe.prompt, edits[index].target, probe.kind))
         for row, (index, name, probe) in enumerate(probes)
-        if (only is None or "overfit" in only) and tempts(edits[index], name, probe)
+        if (only is None or "overfit" in only) and is_overfit_probe(edits[index], name, probe)
     ]
-    asked = [*probes, *((probes[row][0], "overfit", rival) for row, rival in rivals)]
+    asked = [*probes, *((probes[row][0], "overfit", tempting) for row, tempting in overfit)]
     texts = [(f"{name} of edit {edits[index].id}", probe.prompt, probe.target) for index, name, probe in asked]
-    passages = encode_all(base, texts)
+    passages = encode_passages(base, texts)
     free = [row for row, passage in enumerate(passages) if not passage.target]
     prompts = [passages[row].prompt for row in free]
     for row, answer in zip(free, generate_answers(base, prompts, OPEN_ANSWER_TOKENS, batch_tokens), strict=True):
         passages[row] = Passage(passages[row].prompt, answer)
-    rival_of = [None] * len(probes) + [row for row, _ in rivals]
-    open_rows = frozenset(free)
+    overfit_of = [None] * len(probes) + [row for row, _ in overfit]
+    base_written = frozenset(free)
     return [
-        Item(index, name, probe.kind, probe.prompt, passage, open=row in open_rows, rival_of=rival_of[row])
+        EncodedProbe(
+            index, name, probe.kind, probe.prompt, passage, base_written=row in base_written, overfit_of=overfit_of[row]
+        )
         for row, ((index, name, probe), passage) in enumerate(zip(asked, passages, strict=True))
     ]
 
 
-def probes_of(edit: Edit) -> Iterator[tuple[str, Probe]]:
+def list_probes(edit: Edit) -> Iterator[tuple[str, Probe]]:
     """Every probe of an edit with the metric that it belongs to."""
     yield "reliability", Probe(edit.prompt, edit.target, "edit")
     for name, probes in (
@@ -197,39 +213,39 @@ def probes_of(edit: Edit) -> Iterator[tuple[str, Probe]]:
             yield name, probe
 
 
-def tempts(edit: Edit, name: str, probe: Probe) -> bool:
+def is_overfit_probe(edit: Edit, name: str, probe: Probe) -> bool:
     """Whether a probe belongs to metric `overfit` too: it is about the edit's subject, with another right answer."""
-    if name not in ("locality", "portability") or _same(probe.target or "", edit.target):
+    if name not in ("locality", "portability") or _is_same_answer(probe.target or "", edit.target):
         return False
     mentioned = bool(edit.subject) and (edit.subject or "").casefold() in probe.prompt.casefold()
     return name == "portability" or probe.kind == "same_subject" or mentioned
 
 
-def _same(one: str, other: str) -> bool:
+def _is_same_answer(one: str, other: str) -> bool:
     return one.strip().casefold() == other.strip().casefold()
 
 
-def _generation_prompts(base: BaseModel, edits: Sequence[Edit]) -> list[tuple[int, ...]]:
-    """Tokens of the distinct prompts to write on from, cut on the left where the context would be too short."""
+def _encode_generation_prompts(base: BaseModel, edits: Sequence[Edit]) -> list[tuple[int, ...]]:
+    """Tokens of the distinct prompts to write on from, cut on the left to leave room for the text."""
     asked = [(edit, prompt) for edit in edits for prompt in edit.generation or (edit.prompt,)]
-    passages = encode_all(base, [(f"generation prompt of edit {edit.id}", prompt, None) for edit, prompt in asked])
+    passages = encode_passages(base, [(f"generation prompt of edit {edit.id}", prompt, None) for edit, prompt in asked])
     room = None if base.max_length is None else max(1, base.max_length - FLUENCY_TOKENS)
     return sorted({passage.prompt[-room:] if room else passage.prompt for passage in passages})
 
 
-def _fluency(
+def _measure_fluency(
     base: BaseModel, adaptor: InsertedAdaptor | None, prompts: Sequence[tuple[int, ...]], batch_tokens: int
 ) -> list[Metric]:
-    figures = []
+    metrics = []
     for stage in ("before", "after") if adaptor else ("before",):
         with adaptor.bypassed() if adaptor and stage == "before" else nullcontext():
-            written = generate_answers(base, prompts, FLUENCY_TOKENS, batch_tokens, hold_end=True)
+            written = generate_answers(base, prompts, FLUENCY_TOKENS, batch_tokens, suppress_end=True)
         scores = [ngram_entropy(base.tokenizer.decode(list(tokens))) for tokens in written]
-        figures.append(mean("fluency", "all", "ngram_entropy", "greedy", stage, scores))
-    return figures
+        metrics.append(mean_metric("fluency", "all", "ngram_entropy", "greedy", stage, scores))
+    return metrics
 
 
-def _untouched(base: BaseModel, texts: Iterable[str]) -> list[Passage]:
+def _encode_texts(base: BaseModel, texts: Iterable[str]) -> list[Passage]:
     """Texts as passages: all tokens but the first are to be predicted."""
     passages, problems = [], []
     for number, text in enumerate(texts, 1):
@@ -238,45 +254,45 @@ def _untouched(base: BaseModel, texts: Iterable[str]) -> list[Passage]:
         if len(tokens) < 2:
             problems.append(f"text {number}: {text[:60]!r} has {len(tokens)} token(s); at least 2 are needed")
     if problems:
-        raise InputError.listing(f"{len(problems)} text(s) cannot be used with this model", problems)
+        raise InputError.from_problems(f"{len(problems)} text(s) cannot be used with this model", problems)
     return passages
 
 
-def _collapse(base: BaseModel, adaptor: InsertedAdaptor | None, passages: Sequence[Passage]) -> list[Metric]:
-    """Each text alone in a plain pass of each model, nothing being inferred from the gate."""
+def _measure_collapse(base: BaseModel, adaptor: InsertedAdaptor | None, passages: Sequence[Passage]) -> list[Metric]:
+    """Each text by itself in a plain pass of each model; nothing is inferred from the gate."""
     with adaptor.bypassed() if adaptor else nullcontext():
-        before = [answers.read_through(base, passage) for passage in passages]
-    figures = losses("collapse", "all", "before", before)
+        before = [answers.compute_plain_loss(base, passage) for passage in passages]
+    metrics = score_losses("collapse", "all", "before", before)
     if adaptor is None:
-        return figures
-    after = [answers.read_through(base, passage) for passage in passages]
+        return metrics
+    after = [answers.compute_plain_loss(base, passage) for passage in passages]
     same = [float(one == other) for one, other in zip(before, after, strict=True)]
-    unchanged = mean("collapse", "all", "unchanged", "teacher", "after", same)
-    return [*figures, *losses("collapse", "all", "after", after), unchanged]
+    unchanged = mean_metric("collapse", "all", "unchanged", "teacher", "after", same)
+    return [*metrics, *score_losses("collapse", "all", "after", after), unchanged]
 
 
-def _records(
-    base: BaseModel, state: AdaptorState | None, edits: Sequence[Edit], measured: Sequence[Measured]
+def _make_records(
+    base: BaseModel, state: AdaptorState | None, edits: Sequence[Edit], measured: Sequence[MeasuredProbe]
 ) -> Iterator[Record]:
-    nearest = nearest_in(state) if state else None
+    find_nearest = make_nearest_lookup(state) if state else None
     decode = base.tokenizer.decode
-    rivals = {each.item.rival_of: each for each in measured if each.item.rival_of is not None}
+    overfit = {each.probe.overfit_of: each for each in measured if each.probe.overfit_of is not None}
     for row, each in enumerate(measured):
-        if each.item.rival_of is not None:
+        if each.probe.overfit_of is not None:
             continue
-        rival = rivals.get(row)
+        tempting = overfit.get(row)
         yield Record(
-            edit=edits[each.item.edit].id,
-            name=each.item.name,
-            kind=each.item.kind,
-            prompt=each.item.prompt,
+            edit=edits[each.probe.edit].id,
+            name=each.probe.name,
+            kind=each.probe.kind,
+            prompt=each.probe.prompt,
             expected=decode(list(each.expected)),
             before=decode(list(each.before.tokens)),
             after=decode(list(each.after.tokens)),
             token_accuracy_before=token_accuracy(each.before.tokens, each.expected),
             token_accuracy_after=token_accuracy(each.after.tokens, each.expected),
-            overfit_before=rival.target_given(rival.before) if rival else None,
-            overfit_after=rival.target_given(rival.after) if rival else None,
-            nearest=nearest(each.route) if nearest else None,
+            overfit_before=tempting.target_probability(tempting.before) if tempting else None,
+            overfit_after=tempting.target_probability(tempting.after) if tempting else None,
+            nearest=find_nearest(each.route) if find_nearest else None,
             route=each.route,
         )

@@ -15,7 +15,7 @@ from lemoe.base.loading import BaseModel
 from lemoe.data.edits import Edit
 from lemoe.evaluation.evaluate import Record, evaluate
 from lemoe.evaluation.metrics import Decode, Metric
-from lemoe.planning.plan import plan, rounds_of
+from lemoe.planning.plan import edits_by_round, plan
 from lemoe.settings import Settings
 from lemoe.training.methods import method_of
 from lemoe.training.rounds import Edited, teach_rounds
@@ -38,7 +38,7 @@ class OrderScore:
     metrics: tuple[Metric, ...]
 
     def value(self, name: str, measure: str = "token_accuracy") -> float | None:
-        """The figure of that name, over all kinds; None where the edits have no such probes."""
+        """The metric of that name, over all kinds; None where the edits have no such probes."""
         chosen = [m.value for m in self.metrics if (m.name, m.measure, m.kind) == (name, measure, "all")]
         return chosen[0] if chosen else None
 
@@ -47,8 +47,8 @@ class OrderScore:
 class Factors:
     """The three factors of one method on one set of edits.
 
-    Rows of a matrix are rounds, columns are moments: entry `[i][j]` is of round `i` after round `j` was taught, None
-    before it was.
+    Rows of a matrix are rounds, columns are points in time: entry `[i][j]` is of round `i` after round `j` was taught,
+    None before round `i` was.
 
     Attributes:
         settings: all of the method's settings.
@@ -73,7 +73,7 @@ class Factors:
         return fmean(lost) if lost else 0.0
 
     def spread(self, name: str, measure: str = "token_accuracy") -> float | None:
-        """Largest less smallest figure of that name over all orders; None where the edits have no such probes."""
+        """Range (largest less smallest) of that metric over all orders; None where the edits have no such probes."""
         values = [value for order in self.orders if (value := order.value(name, measure)) is not None]
         return max(values) - min(values) if values else None
 
@@ -96,62 +96,64 @@ def measure_factors(
     """
     _ = method_of(settings).train_round  # refused at once if its package is missing
     notify("planning")
-    planned = _rounds(base, edits, replace(settings, order="planned"))
-    columns: list[list[_Moment]] = []
+    planned = _plan_rounds(base, edits, replace(settings, order="planned"))
+    columns: list[list[_RoundScore]] = []
     for number, edited in enumerate(teach_rounds(base, planned, settings), 1):
         notify(f"planned order: round {number} of {len(planned)} taught")
-        columns.append(_column(base, edited, planned[:number], decode, batch_tokens))
-    scores = [_score(base, edited, planned, "planned", None, decode, batch_tokens)]
+        columns.append(_score_rounds(base, edited, planned[:number], decode, batch_tokens))
+    scores = [_score_order(base, edited, planned, "planned", None, decode, batch_tokens)]
     for seed in range(1, orders + 1):
         notify(f"random order {seed} of {orders}")
-        rounds = _rounds(base, edits, replace(settings, order="random", seed=seed))
+        rounds = _plan_rounds(base, edits, replace(settings, order="random", seed=seed))
         last = deque(teach_rounds(base, rounds, settings), maxlen=1).pop()
-        scores.append(_score(base, last, rounds, "random", seed, decode, batch_tokens))
-    routes = [[moment.routed for moment in column] for column in columns]
+        scores.append(_score_order(base, last, rounds, "random", seed, decode, batch_tokens))
+    routes = [[score.routed for score in column] for column in columns]
     return Factors(
         settings=settings,
         rounds=tuple(tuple(edit.id for edit in members) for members in planned),
-        forgetting=_matrix([[moment.tokens for moment in column] for column in columns]),
-        forgetting_exact=_matrix([[moment.exact for moment in column] for column in columns]),
-        routing=None if routes[0][0] is None else _matrix(routes),
+        forgetting=_transpose_columns([[score.tokens for score in column] for column in columns]),
+        forgetting_exact=_transpose_columns([[score.exact for score in column] for column in columns]),
+        routing=None if routes[0][0] is None else _transpose_columns(routes),
         orders=tuple(scores),
     )
 
 
-def _rounds(base: BaseModel, edits: Sequence[Edit], settings: Settings) -> list[list[Edit]]:
-    return rounds_of(plan(base, edits, settings), edits)
+def _plan_rounds(base: BaseModel, edits: Sequence[Edit], settings: Settings) -> list[list[Edit]]:
+    return edits_by_round(plan(base, edits, settings), edits)
 
 
 @dataclass(frozen=True)
-class _Moment:
-    """One round's figures at one moment; see `Factors`."""
+class _RoundScore:
+    """One round's reliability and routing at one point in time; see `Factors`."""
 
     tokens: float
     exact: float
     routed: float | None
 
 
-def _column(
+def _score_rounds(
     base: BaseModel, edited: Edited, rounds: Sequence[Sequence[Edit]], decode: Decode, batch_tokens: int
-) -> list[_Moment]:
-    """Figures of all rounds taught so far."""
+) -> list[_RoundScore]:
+    """The scores of all rounds taught so far."""
     taught = [edit for members in rounds for edit in members]
     result = evaluate(base, edited, taught, decode=decode, only=("reliability",), batch_tokens=batch_tokens)
     records = iter(result.records)
-    homes = edited.homes if isinstance(edited, AdaptorState) and not edited.router.shared else None
-    return [_moment(homes, [(edit, next(records)) for edit in members]) for members in rounds]
+    own_experts = edited.experts_by_edit if isinstance(edited, AdaptorState) and not edited.router.shared else None
+    return [_score_round(own_experts, [(edit, next(records)) for edit in members]) for members in rounds]
 
 
-def _moment(homes: Mapping[str, frozenset[int]] | None, answered: Sequence[tuple[Edit, Record]]) -> _Moment:
-    """One round's, with the experts that each edit was taught to, where routes are told apart."""
+def _score_round(
+    own_experts: Mapping[str, frozenset[int]] | None, answered: Sequence[tuple[Edit, Record]]
+) -> _RoundScore:
+    """One round's scores; `own_experts` are those that each edit was taught to, None where experts are shared."""
     routed = None
-    if homes is not None:
-        routed = fmean(record.route.expert in homes[edit.digest] for edit, record in answered)
+    if own_experts is not None:
+        routed = fmean(record.route.expert in own_experts[edit.digest] for edit, record in answered)
     scores = [record.token_accuracy_after for _, record in answered]
-    return _Moment(fmean(scores), fmean(score == 1.0 for score in scores), routed)
+    return _RoundScore(fmean(scores), fmean(score == 1.0 for score in scores), routed)
 
 
-def _score(
+def _score_order(
     base: BaseModel,
     edited: Edited,
     rounds: Sequence[Sequence[Edit]],
@@ -167,9 +169,9 @@ def _score(
     return OrderScore(order, seed, tuple(metric for metric in result.metrics if metric.stage == "after"))
 
 
-def _matrix(columns: Sequence[Sequence[float | None]]) -> Matrix:
-    """Rows of columns that grow by one entry each."""
+def _transpose_columns(columns: Sequence[Sequence[float | None]]) -> Matrix:
+    """The matrix of columns that grow by one entry each, row by row."""
     size = len(columns)
     return tuple(
-        tuple(columns[moment][number] if number <= moment else None for moment in range(size)) for number in range(size)
+        tuple(columns[column][row] if row <= column else None for column in range(size)) for row in range(size)
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lemoe.adaptor.checkpoint import AdaptorFile
 from lemoe.adaptor.state import AdaptorState
 from lemoe.base.loading import BaseModel
-from lemoe.base.matmul import fast_products
+from lemoe.base.matmul import use_onednn
 from lemoe.base.placement import is_offloaded
 from lemoe.errors import InputError
 from lemoe.inference.insertion import insert
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TaskFigure:
-    """One figure of one task.
+class TaskMetric:
+    """One metric of one task.
 
     Attributes:
         task: its name, or that of a group of tasks.
@@ -53,7 +53,7 @@ def evaluate_tasks(
     batch_size: int = 16,
     expert_cache: int | None = None,
     allow_base_mismatch: bool = False,
-) -> list[TaskFigure]:
+) -> list[TaskMetric]:
     """Measure `adaptor` on tasks of lm-evaluation-harness; without one, the base model alone.
 
     Data sets are fetched as the tasks say. The harness does not tell where a prompt ends, so that preset `paper`
@@ -65,27 +65,27 @@ def evaluate_tasks(
         limit: only the first documents of each task.
         batch_size: texts that run through the model at once.
         expert_cache: bytes of experts that are kept in memory of an adaptor that is given as its file; see `insert`.
-        allow_base_mismatch: measure it on a base that it was not made for, if only it has a place there.
+        allow_base_mismatch: measure it on a base that it was not made for, if its shapes fit.
 
     Raises:
         InputError: if the extra is not installed, or a task cannot be had.
         AdaptorError: if the adaptor belongs to another base model.
     """
-    with _quiet_harness():
-        manager = _task_manager(tasks, tasks_path)
+    with _silence_harness():
+        manager = _load_task_manager(tasks, tasks_path)
         edited = None
         if adaptor is not None:
             edited = insert(base, adaptor, expert_cache=expert_cache, allow_base_mismatch=allow_base_mismatch)
-        with fast_products(base.model), edited or nullcontext():
-            model = _harness_model(base, 1 if edited and edited.state.router.by_prompt else batch_size)
+        with use_onednn(base.model), edited or nullcontext():
+            model = _wrap_model(base, 1 if edited and edited.state.router.by_prompt else batch_size)
             with edited.bypassed() if edited else nullcontext():
-                before = _run(model, tasks, manager, limit)
-            after = _run(model, tasks, manager, limit) if edited else None
-    return list(_figures(before, after))
+                before = _run_tasks(model, tasks, manager, limit)
+            after = _run_tasks(model, tasks, manager, limit) if edited else None
+    return list(_pair_results(before, after))
 
 
 @contextmanager
-def _quiet_harness() -> Iterator[None]:
+def _silence_harness() -> Iterator[None]:
     """While open, the harness logs errors alone."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
@@ -96,7 +96,7 @@ def _quiet_harness() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _task_manager(tasks: Sequence[str], tasks_path: Path | None) -> "TaskManager":
+def _load_task_manager(tasks: Sequence[str], tasks_path: Path | None) -> "TaskManager":
     """What knows `tasks`: the folder's own if they suffice, for the harness has thousands to read through."""
     try:
         from lm_eval.tasks import TaskManager
@@ -110,7 +110,7 @@ def _task_manager(tasks: Sequence[str], tasks_path: Path | None) -> "TaskManager
         manager = TaskManager(include_path=path)
     unknown = [name for name in tasks if name not in manager.all_tasks]
     if unknown:
-        raise InputError.listing("tasks that lm-evaluation-harness does not know:", unknown)
+        raise InputError.from_problems("tasks that lm-evaluation-harness does not know:", unknown)
     for name in tasks:
         try:
             manager.load([name])
@@ -119,7 +119,7 @@ def _task_manager(tasks: Sequence[str], tasks_path: Path | None) -> "TaskManager
     return manager
 
 
-def _harness_model(base: BaseModel, batch_size: int) -> "HFLM":
+def _wrap_model(base: BaseModel, batch_size: int) -> "HFLM":
     from lm_eval.models.huggingface import HFLM
 
     if is_offloaded(base.embedding):
@@ -128,19 +128,19 @@ def _harness_model(base: BaseModel, batch_size: int) -> "HFLM":
     return HFLM(pretrained=base.model, tokenizer=tokenizer, batch_size=batch_size)
 
 
-Results = dict[str, Any]
+HarnessResults = dict[str, Any]
 
 
-def _run(model: "HFLM", tasks: Sequence[str], manager: "TaskManager", limit: int | None) -> Results:
+def _run_tasks(model: "HFLM", tasks: Sequence[str], manager: "TaskManager", limit: int | None) -> HarnessResults:
     from lm_eval import simple_evaluate
 
-    results: Results = simple_evaluate(
+    results: HarnessResults = simple_evaluate(
         model=model, tasks=list(tasks), task_manager=manager, limit=limit, log_samples=False
     )
     return results
 
 
-def _figures(before: Results, after: Results | None) -> Iterator[TaskFigure]:
+def _pair_results(before: HarnessResults, after: HarnessResults | None) -> Iterator[TaskMetric]:
     last = after or before
     for task, values in before["results"].items():
         for key, value in values.items():
@@ -148,7 +148,7 @@ def _figures(before: Results, after: Results | None) -> Iterator[TaskFigure]:
             if not how or name.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             stderr = last["results"][task].get(f"{name}_stderr,{how}")
-            yield TaskFigure(
+            yield TaskMetric(
                 task=task,
                 metric=name if how == "none" else key,
                 higher_is_better=before["higher_is_better"].get(task, {}).get(name),

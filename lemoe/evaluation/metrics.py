@@ -1,7 +1,7 @@
 """What is measured: every metric and every measure by name, with its version, direction, definition and source.
 
-A figure is one metric (`reliability`) of one kind of probe (`paraphrase`) put into a number by one measure
-(`exact_match`), under one way of decoding, before or after editing.
+A value is of one metric (`reliability`), one kind of probe (`paraphrase`) and one measure (`exact_match`), under one
+way of decoding, before or after editing.
 """
 
 import math
@@ -32,11 +32,11 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Definition:
+class MetricDefinition:
     """What a metric asks.
 
     Attributes:
-        version: raised whenever the same predictions would give another figure.
+        version: raised whenever the same predictions would give another value.
         measures: names of its measures; the first that a run has is the one that is meant where none is named.
         source: where the definition comes from.
         needs: the option of `lemoe eval` without which it is not measured; empty for none.
@@ -54,21 +54,21 @@ class Definition:
         """The direction of its first measure."""
         return MEASURES[self.measures[0]].better
 
-    def gives(self, measure: str, decode: Decode) -> bool:
+    def has_measure(self, measure: str, decode: Decode) -> bool:
         """Whether a run has that measure; what needs an option is measured in its own way, however the run decodes."""
         return bool(self.needs) or decode in MEASURES[measure].decode
 
-    def default(self, decode: Decode) -> Measure:
+    def default_measure(self, decode: Decode) -> Measure:
         """The measure that is meant where none is named."""
-        return next(MEASURES[name] for name in self.measures if self.gives(name, decode))
+        return next(MEASURES[name] for name in self.measures if self.has_measure(name, decode))
 
 
-def _by_name(*measures: Measure) -> dict[str, Measure]:
+def _index_by_name(*measures: Measure) -> dict[str, Measure]:
     return {measure.name: measure for measure in measures}
 
 
-MEASURES = _by_name(
-    Measure("token_accuracy", "higher", "share of the expected tokens that stand at their place"),
+MEASURES = _index_by_name(
+    Measure("token_accuracy", "higher", "share of the expected tokens that are given at their position"),
     Measure("exact_match", "higher", "1 if all do, else 0"),
     Measure("complete_match", "higher", "1 if the model writes the target and then ends, else 0", ("greedy",)),
     Measure("loss", "lower", "mean negative log-likelihood of the target's tokens, nats", ("teacher",)),
@@ -86,37 +86,41 @@ MEASURES = _by_name(
 _ANSWERS = ("token_accuracy", "exact_match", "complete_match", "loss", "perplexity")
 
 METRICS = (
-    Definition("reliability", 1, _ANSWERS, "the edit's own prompt gives its target", "MEND (Mitchell et al., 2022)"),
-    Definition("generality", 1, _ANSWERS, "the question in other words, or behind a distracting text, gives it", ROME),
-    Definition(
+    MetricDefinition(
+        "reliability", 1, _ANSWERS, "the edit's own prompt gives its target", "MEND (Mitchell et al., 2022)"
+    ),
+    MetricDefinition(
+        "generality", 1, _ANSWERS, "the question in other words, or behind a distracting text, gives it", ROME
+    ),
+    MetricDefinition(
         "locality",
         1,
         ("token_accuracy", "exact_match"),
         "on other prompts, the edited model predicts what the base model does; never compared with a gold answer",
         "MEND (Mitchell et al., 2022)",
     ),
-    Definition(
+    MetricDefinition(
         "portability",
         1,
         _ANSWERS,
         "questions that need the new fact, and other names of its subject, give their answer",
         "EasyEdit (Yao et al., 2023)",
     ),
-    Definition(
+    MetricDefinition(
         "routing",
         1,
         ("agreement", "recall", "precision", "false_alarm"),
         "prompts reach the expert of their edit, and others reach none",
         "LEMoE (Wang and Li, 2024), 4.3",
     ),
-    Definition(
+    MetricDefinition(
         "overfit",
         1,
         ("target_probability", "target_written"),
         "the edit's target is given where another answer is right: locality and portability prompts about its subject",
         "EVOKE (Zhang et al., 2024), direct probability",
     ),
-    Definition(
+    MetricDefinition(
         "fluency",
         1,
         ("ngram_entropy",),
@@ -124,7 +128,7 @@ METRICS = (
         f"{ROME}, generation entropy",
         needs="--fluency",
     ),
-    Definition(
+    MetricDefinition(
         "collapse",
         1,
         ("perplexity", "loss", "unchanged"),
@@ -139,7 +143,7 @@ DEFINITIONS = {definition.name: definition for definition in METRICS}
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure: the mean over `n` probes with its standard error (None for fewer than two)."""
+    """One measured value: the mean over `n` probes with its standard error (None for fewer than two)."""
 
     name: str
     kind: str
@@ -160,7 +164,7 @@ class Metric:
         return MEASURES[self.measure].better
 
 
-def mean(name: str, kind: str, measure: str, decode: str, stage: str, scores: Sequence[float]) -> Metric:
+def mean_metric(name: str, kind: str, measure: str, decode: str, stage: str, scores: Sequence[float]) -> Metric:
     """The mean of `scores` with its standard error; summed exactly, so that their order changes no digit."""
     n = len(scores)
     value = math.fsum(scores) / n

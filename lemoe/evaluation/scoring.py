@@ -1,4 +1,4 @@
-"""Figures from answers and routes: the means that `lemoe.evaluation.metrics` defines."""
+"""Scoring of answers and routes: the means that `lemoe.evaluation.metrics` defines."""
 
 import math
 import re
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from lemoe.base.tokens import Passage
-from lemoe.evaluation.metrics import Decode, Metric, mean
+from lemoe.evaluation.metrics import Decode, Metric, mean_metric
 from lemoe.routing.router import Explanation
 
 
@@ -27,13 +27,13 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Item:
+class EncodedProbe:
     """One probe of one edit, with its tokens.
 
     Attributes:
-        edit: the edit's place.
-        open: whether its target is what the base itself writes.
-        rival_of: for an `overfit` item, the place of the item whose prompt it puts before the edit's own target.
+        edit: the edit's index.
+        base_written: whether its target is what the base itself generates.
+        overfit_of: for an `overfit` probe, the index of the probe whose prompt it puts before the edit's own target.
     """
 
     edit: int
@@ -41,15 +41,15 @@ class Item:
     kind: str
     prompt: str
     passage: Passage
-    open: bool = False
-    rival_of: int | None = None
+    base_written: bool = False
+    overfit_of: int | None = None
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredProbe:
     """A probe with the answers of both models, and the route of its prompt in the edited one."""
 
-    item: Item
+    probe: EncodedProbe
     before: Answer
     after: Answer
     route: Explanation
@@ -57,107 +57,109 @@ class Measured:
     @property
     def expected(self) -> tuple[int, ...]:
         """Locality expects the base model's own tokens, everything else the target's."""
-        return self.before.tokens if self.item.name == "locality" else self.item.passage.target
+        return self.before.tokens if self.probe.name == "locality" else self.probe.passage.target
 
-    def target_given(self, answer: Answer) -> float:
+    def target_probability(self, answer: Answer) -> float:
         """The probability of the whole target (teacher), or whether it was written (greedy)."""
         if answer.loss is None:
-            return float(answer.tokens == self.item.passage.target)
-        return math.exp(-answer.loss * len(self.item.passage.target))
+            return float(answer.tokens == self.probe.passage.target)
+        return math.exp(-answer.loss * len(self.probe.passage.target))
 
 
 def token_accuracy(given: Sequence[int], expected: Sequence[int]) -> float:
-    """Share of the expected tokens that stand at their place in what was given."""
+    """Share of the expected tokens that are given at their position."""
     return sum(g == e for g, e in zip(given, expected, strict=False)) / len(expected)
 
 
-def summarise(measured: Sequence[Measured], decode: Decode, *, edited: bool) -> list[Metric]:
+def summarise_probes(measured: Sequence[MeasuredProbe], decode: Decode, *, edited: bool) -> list[Metric]:
     """Each name over all its probes, and by kind, before and (if `edited`) after."""
     metrics = []
-    for name in dict.fromkeys(each.item.name for each in measured):
-        chosen = [each for each in measured if each.item.name == name]
-        kinds = sorted({each.item.kind for each in chosen})
+    for name in dict.fromkeys(each.probe.name for each in measured):
+        chosen = [each for each in measured if each.probe.name == name]
+        kinds = sorted({each.probe.kind for each in chosen})
         for kind in ["all", *kinds]:
-            group = [each for each in chosen if kind in ("all", each.item.kind)]
+            group = [each for each in chosen if kind in ("all", each.probe.kind)]
             for stage in ("before", "after") if edited else ("before",):
-                figures = _overfit if name == "overfit" else _figures
-                metrics += figures(group, name, kind, decode, stage)
+                score = _score_overfit if name == "overfit" else _score_answers
+                metrics += score(group, name, kind, decode, stage)
     return metrics
 
 
-def _answers(group: Sequence[Measured], stage: str) -> list[Answer]:
+def _select_answers(group: Sequence[MeasuredProbe], stage: str) -> list[Answer]:
     return [each.before if stage == "before" else each.after for each in group]
 
 
-def _figures(group: Sequence[Measured], name: str, kind: str, decode: Decode, stage: str) -> list[Metric]:
-    answers = _answers(group, stage)
+def _score_answers(group: Sequence[MeasuredProbe], name: str, kind: str, decode: Decode, stage: str) -> list[Metric]:
+    answers = _select_answers(group, stage)
     scores = [token_accuracy(answer.tokens, each.expected) for answer, each in zip(answers, group, strict=True)]
     exact = [float(score == 1.0) for score in scores]
-    figures = [
-        mean(name, kind, "token_accuracy", decode, stage, scores),
-        mean(name, kind, "exact_match", decode, stage, exact),
+    metrics = [
+        mean_metric(name, kind, "token_accuracy", decode, stage, scores),
+        mean_metric(name, kind, "exact_match", decode, stage, exact),
     ]
     if name == "locality":
-        return figures
+        return metrics
     if decode == "greedy":
         complete = [float(score == 1.0 and answer.ended) for score, answer in zip(scores, answers, strict=True)]
-        return [*figures, mean(name, kind, "complete_match", decode, stage, complete)]
-    return [*figures, *losses(name, kind, stage, [answer.loss for answer in answers if answer.loss is not None])]
+        return [*metrics, mean_metric(name, kind, "complete_match", decode, stage, complete)]
+    return [*metrics, *score_losses(name, kind, stage, [answer.loss for answer in answers if answer.loss is not None])]
 
 
-def _overfit(group: Sequence[Measured], name: str, kind: str, decode: Decode, stage: str) -> list[Metric]:
+def _score_overfit(group: Sequence[MeasuredProbe], name: str, kind: str, decode: Decode, stage: str) -> list[Metric]:
     measure = "target_probability" if decode == "teacher" else "target_written"
-    given = [each.target_given(answer) for each, answer in zip(group, _answers(group, stage), strict=True)]
-    return [mean(name, kind, measure, decode, stage, given)]
+    given = [each.target_probability(answer) for each, answer in zip(group, _select_answers(group, stage), strict=True)]
+    return [mean_metric(name, kind, measure, decode, stage, given)]
 
 
-def losses(name: str, kind: str, stage: str, values: Sequence[float]) -> list[Metric]:
+def score_losses(name: str, kind: str, stage: str, values: Sequence[float]) -> list[Metric]:
     """Mean loss and perplexity."""
-    loss = mean(name, kind, "loss", "teacher", stage, values)
+    loss = mean_metric(name, kind, "loss", "teacher", stage, values)
     return [loss, replace(loss, measure="perplexity", value=math.exp(min(loss.value, 700.0)), stderr=None)]
 
 
-Home = Callable[[Item], tuple[int, frozenset[int]] | None]
+FindOwnExperts = Callable[[EncodedProbe], tuple[int, frozenset[int]] | None]
 
 
-def routing(measured: Sequence[Measured], home: Home) -> list[Metric]:
+def score_routing(measured: Sequence[MeasuredProbe], find_own_experts: FindOwnExperts) -> list[Metric]:
     """Whether prompts reach the expert of their edit, and others none.
 
-    `home` gives the round of an item's edit and the experts that hold it, or None for an edit that is not held.
+    `find_own_experts` gives the round of a probe's edit and the experts that were taught it, None for one that was not.
     """
     hits: dict[tuple[str, str], list[float]] = {}
     opened: list[float] = []
     for each in measured:
-        item, open_ = each.item, each.route.expert >= 0
-        found = home(item)
-        if item.name == "locality":
-            _count(hits, "false_alarm", item.kind, open_)
+        probe, open_ = each.probe, each.route.expert >= 0
+        found = find_own_experts(probe)
+        if probe.name == "locality":
+            _count_hit(hits, "false_alarm", probe.kind, open_)
             opened += [0.0] if open_ else []
-        elif found is not None and item.name in ("reliability", "generality"):
+        elif found is not None and probe.name in ("reliability", "generality"):
             hit = each.route.expert in found[1]
-            _count(hits, "recall", item.kind, hit)
+            _count_hit(hits, "recall", probe.kind, hit)
             opened += [float(hit)] if open_ else []
-            if item.name == "reliability":
-                _count(hits, "agreement", f"round {found[0]}", hit)
+            if probe.name == "reliability":
+                _count_hit(hits, "agreement", f"round {found[0]}", hit)
     if opened:
         hits["precision", "all"] = opened
-    return [mean("routing", kind, measure, "route", "after", scores) for (measure, kind), scores in _in_order(hits)]
+    return [
+        mean_metric("routing", kind, measure, "route", "after", scores) for (measure, kind), scores in _sort_hits(hits)
+    ]
 
 
-def _count(hits: dict[tuple[str, str], list[float]], measure: str, kind: str, hit: bool) -> None:
-    for place in (measure, "all"), (measure, kind):
-        hits.setdefault(place, []).append(float(hit))
+def _count_hit(hits: dict[tuple[str, str], list[float]], measure: str, kind: str, hit: bool) -> None:
+    for key in (measure, "all"), (measure, kind):
+        hits.setdefault(key, []).append(float(hit))
 
 
-def _in_order(hits: dict[tuple[str, str], list[float]]) -> list[tuple[tuple[str, str], list[float]]]:
+def _sort_hits(hits: dict[tuple[str, str], list[float]]) -> list[tuple[tuple[str, str], list[float]]]:
     """By measure, over all probes first, then by kind; rounds by number."""
     order = ("agreement", "recall", "precision", "false_alarm")
 
-    def rank(entry: tuple[tuple[str, str], list[float]]) -> tuple[int, bool, int, str]:
+    def sort_key(entry: tuple[tuple[str, str], list[float]]) -> tuple[int, bool, int, str]:
         (measure, kind), _ = entry
         return order.index(measure), kind != "all", len(kind), kind
 
-    return sorted(hits.items(), key=rank)
+    return sorted(hits.items(), key=sort_key)
 
 
 _WORDS = re.compile(r"\w+|[^\w\s]+")
@@ -169,10 +171,10 @@ def ngram_entropy(text: str) -> float:
     Low where a text repeats itself; 0 for a text too short to have any.
     """
     words = _WORDS.findall(text)
-    return (2 / 3 * _entropy(words, 2) + 4 / 3 * _entropy(words, 3)) / 2
+    return (2 / 3 * _entropy_of_ngrams(words, 2) + 4 / 3 * _entropy_of_ngrams(words, 3)) / 2
 
 
-def _entropy(words: Sequence[str], n: int) -> float:
+def _entropy_of_ngrams(words: Sequence[str], n: int) -> float:
     counts = Counter(zip(*(words[start:] for start in range(n)), strict=False))
     total = counts.total()
     return -math.fsum(count / total * math.log2(count / total) for count in counts.values())

@@ -1,4 +1,4 @@
-"""Bars that figures must meet, so that a pipeline can stop on them: `reliability=0.99`, `locality/same_subject=0.8`."""
+"""Thresholds on metrics, at which a pipeline can stop: `reliability=0.99`, `locality/same_subject=0.8`."""
 
 import difflib
 import math
@@ -13,8 +13,8 @@ GRAMMAR = "METRIC[/KIND][:MEASURE]=NUMBER"
 
 
 @dataclass(frozen=True)
-class Bar:
-    """What a figure must reach: at least `limit` where more is better, at most where less is."""
+class Threshold:
+    """What a metric must reach: at least `limit` where higher is better, at most where lower is."""
 
     name: str
     kind: str
@@ -30,77 +30,79 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """A bar, the figure that it was held against (None if there was none), and whether it is met."""
+class ThresholdCheck:
+    """A threshold, the metric that it is about (None if it was not measured), and whether it is met."""
 
-    bar: Bar
-    figure: Metric | None
+    threshold: Threshold
+    metric: Metric | None
 
     @property
     def met(self) -> bool:
-        if self.figure is None or math.isnan(self.figure.value):
+        if self.metric is None or math.isnan(self.metric.value):
             return False
-        if self.bar.better == "higher":
-            return self.figure.value >= self.bar.limit
-        return self.figure.value <= self.bar.limit
+        if self.threshold.better == "higher":
+            return self.metric.value >= self.threshold.limit
+        return self.metric.value <= self.threshold.limit
 
 
-def read_bars(
+def read_thresholds(
     least: Iterable[str], most: Iterable[str], decode: Decode, *, edited: bool, given: Sequence[str] = ()
-) -> tuple[Bar, ...]:
-    """The bars of `--min` (`least`) and `--max` (`most`).
+) -> tuple[Threshold, ...]:
+    """The thresholds of `--min` (`least`) and `--max` (`most`).
 
     Args:
-        decode: how the run decodes; a measure that it does not give cannot be a bar.
+        decode: how the run decodes; a measure that it does not give can have no threshold.
         edited: whether there is an adaptor to measure.
         given: options among `--fluency` and `--texts` that are given.
 
     Raises:
-        InputError: listing every bar that cannot be held: names that are not known (with the nearest right ones),
+        InputError: listing every threshold that cannot be checked: unknown names (with the nearest right ones),
             numbers that are none, measures that the run does not give or that get better in the other direction.
     """
-    bars: list[Bar] = []
+    thresholds: list[Threshold] = []
     problems = []
     for option, texts in (("--min", least), ("--max", most)):
         for text in texts:
             try:
-                bars.append(_bar(text, option, decode, edited, given))
+                thresholds.append(_parse_threshold(text, option, decode, edited, given))
             except ValueError as problem:
                 problems.append(f"{option} {text}: {problem}")
     if problems:
-        raise InputError.listing(f"{len(problems)} bar(s) cannot be held, nothing was measured", problems)
-    return tuple(bars)
+        raise InputError.from_problems(
+            f"{len(problems)} threshold(s) cannot be checked, nothing was measured", problems
+        )
+    return tuple(thresholds)
 
 
-def _bar(text: str, option: str, decode: Decode, edited: bool, given: Sequence[str]) -> Bar:
-    place, equals, number = text.partition("=")
-    place, colon, measure = place.partition(":")
-    name, slash, kind = place.partition("/")
+def _parse_threshold(text: str, option: str, decode: Decode, edited: bool, given: Sequence[str]) -> Threshold:
+    what, equals, number = text.partition("=")
+    what, colon, measure = what.partition(":")
+    name, slash, kind = what.partition("/")
     if not equals or (colon and not measure) or (slash and not kind):
         raise ValueError(f"expected {GRAMMAR}")
-    limit = _number(number)
+    limit = _parse_number(number)
     definition = DEFINITIONS.get(name)
     if definition is None:
-        raise ValueError(_unknown("metric", name, list(DEFINITIONS)))
+        raise ValueError(_describe_unknown("metric", name, list(DEFINITIONS)))
     if measure and measure not in definition.measures:
-        raise ValueError(_unknown(f"measure of {name}", measure, definition.measures))
-    chosen = MEASURES[measure] if measure else definition.default(decode)
-    if not definition.gives(chosen.name, decode):
+        raise ValueError(_describe_unknown(f"measure of {name}", measure, definition.measures))
+    chosen = MEASURES[measure] if measure else definition.default_measure(decode)
+    if not definition.has_measure(chosen.name, decode):
         raise ValueError(f"{chosen.name} is measured under --decode {chosen.decode[0]}")
     if definition.needs and definition.needs not in given:
         raise ValueError(f"{name} is measured with {definition.needs}")
     if not edited and (name == "routing" or chosen.name == "unchanged"):
-        raise ValueError("the base model alone has no such figure; give an --adaptor")
+        raise ValueError("the base model alone has no such metric; give an --adaptor")
     if (option == "--min") != (chosen.better == "higher"):
-        raise ValueError(f"{chosen.name} is better {chosen.better}; give it by {_option(chosen.better)}")
-    return Bar(name, kind or "all", chosen.name, limit)
+        raise ValueError(f"{chosen.name} is better {chosen.better}; give it by {_option_for(chosen.better)}")
+    return Threshold(name, kind or "all", chosen.name, limit)
 
 
-def _option(better: Direction) -> str:
+def _option_for(better: Direction) -> str:
     return "--min" if better == "higher" else "--max"
 
 
-def _number(text: str) -> float:
+def _parse_number(text: str) -> float:
     try:
         number = float(text)
     except ValueError:
@@ -110,14 +112,14 @@ def _number(text: str) -> float:
     return number
 
 
-def _unknown(what: str, name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1, cutoff=0.4)
-    hint = f"did you mean {near[0]}?" if near else f"there is: {', '.join(known)}"
+def _describe_unknown(what: str, name: str, known: Sequence[str]) -> str:
+    closest = difflib.get_close_matches(name, known, 1, cutoff=0.4)
+    hint = f"did you mean {closest[0]}?" if closest else f"there is: {', '.join(known)}"
     return f"{name!r} is no {what}; {hint}"
 
 
-def check_kinds(bars: Iterable[Bar], edits: Sequence[Edit], rounds: int = 0) -> None:
-    """Refuse bars on kinds of probes that `edits` do not have, before anything is measured.
+def check_kinds(thresholds: Iterable[Threshold], edits: Sequence[Edit], rounds: int = 0) -> None:
+    """Refuse thresholds on kinds of probes that `edits` do not have, before anything is measured.
 
     Args:
         rounds: of the adaptor, each of which is a kind of routing's agreement.
@@ -125,32 +127,45 @@ def check_kinds(bars: Iterable[Bar], edits: Sequence[Edit], rounds: int = 0) -> 
     Raises:
         InputError: listing them, with the nearest kinds that are there.
     """
-    there = _kinds(edits)
-    there["routing"] = there["reliability"] | there["generality"] | there["locality"]
-    there["routing"] |= {f"round {number}" for number in range(1, rounds + 1)}
+    kinds = _list_kinds(edits)
+    kinds["routing"] = kinds["reliability"] | kinds["generality"] | kinds["locality"]
+    kinds["routing"] |= {f"round {number}" for number in range(1, rounds + 1)}
     problems = [
-        f"{bar}: " + _unknown(f"kind of {bar.name} in these edits", bar.kind, ["all", *sorted(there[bar.name])])
-        for bar in bars
-        if bar.kind not in there[bar.name] and (bar.kind != "all" or not there[bar.name])
+        f"{threshold}: "
+        + _describe_unknown(
+            f"kind of {threshold.name} in these edits", threshold.kind, ["all", *sorted(kinds[threshold.name])]
+        )
+        for threshold in thresholds
+        if threshold.kind not in kinds[threshold.name] and (threshold.kind != "all" or not kinds[threshold.name])
     ]
     if problems:
-        raise InputError.listing(f"{len(problems)} bar(s) cannot be held, nothing was measured", problems)
+        raise InputError.from_problems(
+            f"{len(problems)} threshold(s) cannot be checked, nothing was measured", problems
+        )
 
 
-def _kinds(edits: Sequence[Edit]) -> dict[str, set[str]]:
-    from lemoe.evaluation.evaluate import probes_of, tempts  # loads torch, which reading bars does not need
+def _list_kinds(edits: Sequence[Edit]) -> dict[str, set[str]]:
+    from lemoe.evaluation.evaluate import (  # loads torch, which reading thresholds does not need
+        is_overfit_probe,
+        list_probes,
+    )
 
     kinds: dict[str, set[str]] = {name: set() for name in DEFINITIONS}
     kinds["fluency"], kinds["collapse"] = {"all"}, {"all"}
     for edit in edits:
-        for name, probe in probes_of(edit):
+        for name, probe in list_probes(edit):
             kinds[name].add(probe.kind)
-            if tempts(edit, name, probe):
+            if is_overfit_probe(edit, name, probe):
                 kinds["overfit"].add(probe.kind)
     return kinds
 
 
-def hold(bars: Iterable[Bar], metrics: Sequence[Metric], stage: str) -> tuple[Verdict, ...]:
-    """Each bar against its figure at `stage`."""
-    figures = {(m.name, m.kind, m.measure): m for m in metrics if m.stage == stage}
-    return tuple(Verdict(bar, figures.get((bar.name, bar.kind, bar.measure))) for bar in bars)
+def check_thresholds(
+    thresholds: Iterable[Threshold], metrics: Sequence[Metric], stage: str
+) -> tuple[ThresholdCheck, ...]:
+    """Each threshold with its metric at `stage`."""
+    measured = {(m.name, m.kind, m.measure): m for m in metrics if m.stage == stage}
+    return tuple(
+        ThresholdCheck(threshold, measured.get((threshold.name, threshold.kind, threshold.measure)))
+        for threshold in thresholds
+    )

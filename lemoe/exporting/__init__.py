@@ -1,1 +1,1 @@
-"""A whole model folder that transformers loads by itself: the base's files, an adaptor, and code that joins them."""
+"""Exporting a complete model folder for transformers: the base's files, an adaptor, and code that applies it."""

@@ -1,6 +1,6 @@
-"""What a model answers, to the last bit: the same code for a base with its adaptor and for an exported folder.
+"""A model's exact answers, computed by the same code for a base with its adaptor and for an exported folder.
 
-Run as a script it loads a folder in a Python that cannot import lemoe, as its users will.
+As a script it loads a folder in a Python that cannot import lemoe, as the folder's users will.
 """
 
 import hashlib
@@ -13,8 +13,8 @@ import torch
 
 
 @torch.no_grad()
-def answers(model: Any, tokenizer: Any, texts: Sequence[str], length: int) -> list[dict[str, Any]]:
-    """For each text its tokens, the hash of the last one's logits, and the `length` tokens that the model writes."""
+def compute_answers(model: Any, tokenizer: Any, texts: Sequence[str], length: int) -> list[dict[str, Any]]:
+    """For each text its tokens, the hash of the last one's logits, and the `length` tokens that the model generates."""
     found = []
     for text in texts:
         inputs = tokenizer(text, return_tensors="pt").to(model.device)
@@ -25,16 +25,18 @@ def answers(model: Any, tokenizer: Any, texts: Sequence[str], length: int) -> li
     return found
 
 
-def _main() -> None:
+def _answer_from_stdin() -> None:
     sys.modules["lemoe"] = None  # type: ignore[assignment]  # any import of it fails
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    asked = json.load(sys.stdin)
-    dtype = getattr(torch, asked["dtype"])
-    model = AutoModelForCausalLM.from_pretrained(asked["folder"], dtype=dtype, trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained(asked["folder"], trust_remote_code=True)
-    json.dump(answers(model.to(asked["device"]).eval(), tokenizer, asked["texts"], asked["length"]), sys.stdout)
+    request = json.load(sys.stdin)
+    dtype = getattr(torch, request["dtype"])
+    model = AutoModelForCausalLM.from_pretrained(request["folder"], dtype=dtype, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(request["folder"], trust_remote_code=True)
+    json.dump(
+        compute_answers(model.to(request["device"]).eval(), tokenizer, request["texts"], request["length"]), sys.stdout
+    )
 
 
 if __name__ == "__main__":
-    _main()
+    _answer_from_stdin()

@@ -1,4 +1,4 @@
-"""The code of an exported folder: lemoe's own modules as they run here, side by side, importing each other."""
+"""The code of an exported folder: lemoe's own modules in one folder, with relative imports."""
 
 import re
 from importlib import resources
@@ -12,34 +12,34 @@ _IMPORT = re.compile(r"^from lemoe\.([\w.]+) import", re.MULTILINE)
 
 
 def exported_code(config: str, model: str, method: str) -> dict[str, str]:
-    """The files, by name, with which a folder needs no lemoe.
+    """The files, by name, that let a folder be loaded without lemoe.
 
     Args:
         config, model: names of the base's classes in transformers.
         method: of the adaptor.
     """
     router = ROUTERS[method]
-    text = _source(f"exporting.{MODELING}").replace("LlamaConfig as", f"{config} as")
+    text = _read_module_source(f"exporting.{MODELING}").replace("LlamaConfig as", f"{config} as")
     text = text.replace("LlamaForCausalLM as", f"{model} as")
     text = _ROUTER.sub(f"from {router.__module__} import {router.__name__} as StoredRouter", text)
     files, waiting = {f"{MODELING}.py": text}, _IMPORT.findall(text)
     while waiting:
         module = waiting.pop()
-        if _file(module) not in files:
-            files[_file(module)] = _source(module)
-            waiting += _IMPORT.findall(files[_file(module)])
+        if _module_file_name(module) not in files:
+            files[_module_file_name(module)] = _read_module_source(module)
+            waiting += _IMPORT.findall(files[_module_file_name(module)])
     note = f"# From lemoe {__version__}. SPDX-License-Identifier: Apache-2.0\n"
-    return {name: note + _IMPORT.sub(_beside, text) for name, text in files.items()}
+    return {name: note + _IMPORT.sub(_make_import_relative, text) for name, text in files.items()}
 
 
-def _source(module: str) -> str:
+def _read_module_source(module: str) -> str:
     return resources.files("lemoe").joinpath(f"{module.replace('.', '/')}.py").read_text("utf-8")
 
 
-def _file(module: str) -> str:
+def _module_file_name(module: str) -> str:
     return f"{module.replace('.', '_')}.py"
 
 
-def _beside(found: re.Match[str]) -> str:
-    """The import of a module that stands in the same folder."""
+def _make_import_relative(found: re.Match[str]) -> str:
+    """The import of a module in the same folder."""
     return f"from .{found[1].replace('.', '_')} import"

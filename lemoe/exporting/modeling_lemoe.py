@@ -1,7 +1,7 @@
-"""A language model with edits: beside one frozen FFN of the base model stand the experts of `adaptor.safetensors`.
+"""A language model with edits: the experts of `adaptor.safetensors` act beside one frozen FFN of the base model.
 
-Made by lemoe (https://pypi.org/project/lemoe), which is not needed to run it. The base's weights are as they were; this
-file puts the experts to work in them, and the modules that it imports read the adaptor and decide which expert acts.
+Made by lemoe (https://pypi.org/project/lemoe), which is not needed to run it. The base's weights are unchanged; this
+file attaches the experts to the base, and the modules that it imports decide which expert acts.
 """
 
 import json
@@ -30,13 +30,13 @@ ADAPTOR = "adaptor.safetensors"
 
 
 class LemoeConfig(BaseConfig):
-    """The base model's, and in `lemoe` the names of the modules that the experts stand beside."""
+    """The base model's configuration, and in `lemoe` the paths of the modules that the experts are attached to."""
 
     model_type = "lemoe"
 
 
 class LemoeForCausalLM(BaseModel):
-    """The base model; its edits come to work with the first forward pass, and move with it from device to device."""
+    """The base model; its edits are attached at the first forward pass, and follow it from device to device."""
 
     config_class = LemoeConfig
 
@@ -44,24 +44,24 @@ class LemoeForCausalLM(BaseModel):
         super().__init__(config, *args, **kwargs)
         self._edits = Edits(config)
         self._live: LiveAdaptor | None = None
-        self.register_forward_pre_hook(lambda module, args: module._edited() and None)
+        self.register_forward_pre_hook(lambda module, args: module._attach_edits() and None)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        return self._edited().generate(super().generate, *args, **kwargs)
+        return self._attach_edits().generate(super().generate, *args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         result = super().save_pretrained(save_directory, *args, **kwargs)
         shutil.copyfile(self._edits.path, Path(save_directory) / ADAPTOR)
         return result
 
-    def _edited(self) -> LiveAdaptor:
-        """The experts at work, on the device of the embeddings."""
+    def _attach_edits(self) -> LiveAdaptor:
+        """The attached experts, on the device of the embeddings."""
         embedding = self.get_input_embeddings()
         if self._live is None or self._live.router.device != device_of(embedding):
             if self._live is not None:
                 self._live.remove()
-            places = {name: self.get_submodule(path) for name, path in self.config.lemoe.items()}
-            self._live = self._edits.beside(places, embedding)
+            modules = {name: self.get_submodule(path) for name, path in self.config.lemoe.items()}
+            self._live = self._edits.attach(modules, embedding)
         return self._live
 
 
@@ -75,7 +75,7 @@ class Host:
 
 
 class Edits:
-    """The adaptor's file, read."""
+    """The contents of the adaptor's file."""
 
     def __init__(self, config: LemoeConfig):
         self._revision = getattr(config, "_commit_hash", None)
@@ -93,24 +93,24 @@ class Edits:
             tensors["experts.scale"],
         )
         self._settings = SimpleNamespace(**header["settings"])
-        self._router = StoredRouter.from_tensors(self._settings, _lineages(header["rounds"]), tensors)
+        self._router = StoredRouter.from_tensors(self._settings, _read_lineages(header["rounds"]), tensors)
 
-    def beside(self, places: dict[str, nn.Module], embedding: nn.Embedding) -> LiveAdaptor:
-        """Put the experts to work in the decoder, at the FFN and on the device of the embeddings."""
+    def attach(self, modules: dict[str, nn.Module], embedding: nn.Embedding) -> LiveAdaptor:
+        """Attach the experts to the decoder's FFN, on the device of the embeddings."""
         device = device_of(embedding)
         tokenizer = AutoTokenizer.from_pretrained(self._home, revision=self._revision, trust_remote_code=True)
         self._host = Host(embedding, tokenizer, device)
-        router = self._router.live(self._host, self._settings)
-        site = Site(places["entry"], places["exit"], places["activation"])
+        router = self._router.to_live(self._host, self._settings)
+        site = Site(modules["entry"], modules["exit"], modules["activation"])
         with torch.device("cpu"):
-            return LiveAdaptor(places["decoder"], site, router, self._experts.to(device))
+            return LiveAdaptor(modules["decoder"], site, router, self._experts.to(device))
 
 
-def _lineages(rounds: list[dict[str, Any]]) -> list[Lineage]:
+def _read_lineages(rounds: list[dict[str, Any]]) -> list[Lineage]:
     return [
         lineage
         for record in rounds
-        for lineage in Lineage.of_round(
+        for lineage in Lineage.from_round(
             record["id"], record["parent"], record["depth"], record["experts"], len(record["edits"])
         )
     ]

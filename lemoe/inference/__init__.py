@@ -1,1 +1,1 @@
-"""The edited model at work: an adaptor in a base, what it writes, and what people ask of it."""
+"""The edited model at work: an adaptor inserted into a base, generation, and prompts with their answers."""

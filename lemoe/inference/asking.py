@@ -1,14 +1,14 @@
-"""Asking a model: what it answers before and after, and which edit, if any, acted."""
+"""Prompts to a model: its answers before and after editing, and which edit, if any, acted."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from lemoe.adaptor.state import AdaptorState
-from lemoe.base.chat import encode_turn
+from lemoe.base.chat import encode_chat_turn
 from lemoe.base.loading import BaseModel
-from lemoe.base.matmul import fast_products
-from lemoe.base.tokens import Passage, encode, length_buckets
+from lemoe.base.matmul import use_onednn
+from lemoe.base.tokens import Passage, encode_passage, length_buckets
 from lemoe.errors import InputError
 from lemoe.inference.generation import generate_batch
 from lemoe.inference.insertion import InsertedAdaptor
@@ -23,8 +23,8 @@ class Reply:
         before: the base model's.
         after: the edited model's, None where no adaptor was inserted.
         edit: id of the edit that acted, or `round N` of an expert that holds a whole round; None if none acted.
-        nearest: the same of the one that acted or came nearest, None if no edit's subject was mentioned.
-        route: why, None where no adaptor was inserted.
+        nearest: the same for the one that acted or was nearest, None if no edit's subject was mentioned.
+        route: why that edit acted or none did, None where no adaptor was inserted.
     """
 
     prompt: str
@@ -49,25 +49,25 @@ def ask(
     Args:
         edited: the adaptor inserted into `base`; without one, the base alone answers.
         chat: put each prompt into the tokenizer's chat template, as what the user says.
-        max_new_tokens: of an answer, unless the model ends it before.
+        max_new_tokens: of an answer, unless the model ends it earlier.
         batch_tokens: padded tokens that run through the model at once.
 
     Raises:
         InputError: listing the prompts that cannot be used with this model, or if it has no chat template.
     """
-    passages = _encoded(base, prompts, chat, max_new_tokens)
+    passages = _encode_prompts(base, prompts, chat, max_new_tokens)
     replies: dict[int, Reply] = {}
-    with fast_products(base.model):
+    with use_onednn(base.model):
         for rows in length_buckets([len(passage) + max_new_tokens for passage in passages], batch_tokens):
             asked, chosen = [prompts[row] for row in rows], [passages[row] for row in rows]
-            answered = _before(base, asked, chosen, edited, max_new_tokens)
+            answered = _answer_before(base, asked, chosen, edited, max_new_tokens)
             if edited is not None:
-                answered = _after(base, answered, chosen, edited, max_new_tokens)
+                answered = _answer_after(base, answered, chosen, edited, max_new_tokens)
             replies |= zip(rows, answered, strict=True)
     return [replies[row] for row in range(len(prompts))]
 
 
-def _before(
+def _answer_before(
     base: BaseModel,
     prompts: Sequence[str],
     passages: Sequence[Passage],
@@ -75,22 +75,26 @@ def _before(
     tokens: int,
 ) -> list[Reply]:
     with nullcontext() if edited is None else edited.bypassed():
-        return [Reply(prompt, text) for prompt, text in zip(prompts, _texts(base, passages, tokens), strict=True)]
+        return [
+            Reply(prompt, text) for prompt, text in zip(prompts, _generate_texts(base, passages, tokens), strict=True)
+        ]
 
 
-def _after(
+def _answer_after(
     base: BaseModel, replies: Sequence[Reply], passages: Sequence[Passage], edited: InsertedAdaptor, tokens: int
 ) -> list[Reply]:
     routes = edited.router.explain([passage.prompt for passage in passages])
-    names = _names(edited.state, routes)
+    names = _name_nearest(edited.state, routes)
     return [
         replace(reply, after=text, edit=name if route.expert >= 0 else None, nearest=name, route=route)
-        for reply, text, route, name in zip(replies, _texts(base, passages, tokens), routes, names, strict=True)
+        for reply, text, route, name in zip(
+            replies, _generate_texts(base, passages, tokens), routes, names, strict=True
+        )
     ]
 
 
-def _names(state: AdaptorState, routes: Sequence[Explanation]) -> list[str | None]:
-    """What acted or came nearest on each route: the edit, or the round where no edit can be told from the others."""
+def _name_nearest(state: AdaptorState, routes: Sequence[Explanation]) -> list[str | None]:
+    """What acted or was nearest on each route: the edit, or the round where an expert holds several edits."""
     edits = state.edits
     rounds = [number for number, record in enumerate(state.rounds, 1) for _ in range(record.experts)]
     return [
@@ -99,26 +103,26 @@ def _names(state: AdaptorState, routes: Sequence[Explanation]) -> list[str | Non
     ]
 
 
-def _texts(base: BaseModel, passages: Sequence[Passage], tokens: int) -> list[str]:
+def _generate_texts(base: BaseModel, passages: Sequence[Passage], tokens: int) -> list[str]:
     written = generate_batch(base, [passage.prompt for passage in passages], tokens)
     return [base.tokenizer.decode(list(ids), skip_special_tokens=True).strip() for ids in written]
 
 
-def _encoded(base: BaseModel, prompts: Sequence[str], chat: bool, room: int) -> list[Passage]:
-    """The prompts as tokens that leave `room` for an answer."""
+def _encode_prompts(base: BaseModel, prompts: Sequence[str], chat: bool, answer_tokens: int) -> list[Passage]:
+    """The prompts as tokens that leave room for `answer_tokens` in the context."""
     if chat and not base.tokenizer.chat_template:
         raise InputError(f"the tokenizer of {base.source.name} has no chat template; ask without it")
     passages, problems = [], []
     for prompt in prompts:
         try:
-            passages.append(encode_turn(base, prompt) if chat else encode(base, prompt))
-            if base.max_length and len(passages[-1]) + room > base.max_length:
+            passages.append(encode_chat_turn(base, prompt) if chat else encode_passage(base, prompt))
+            if base.max_length and len(passages[-1]) + answer_tokens > base.max_length:
                 raise ValueError(
-                    f"{len(passages[-1]):,} tokens and {room:,} of the answer are more than "
+                    f"{len(passages[-1]):,} tokens and {answer_tokens:,} of the answer are more than "
                     f"the model's context of {base.max_length:,}"
                 )
         except ValueError as problem:
             problems.append(f"{prompt[:60]!r}: {problem}")
     if problems:
-        raise InputError.listing(f"{len(problems)} prompt(s) cannot be used with this model", problems)
+        raise InputError.from_problems(f"{len(problems)} prompt(s) cannot be used with this model", problems)
     return passages

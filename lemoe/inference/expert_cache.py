@@ -1,7 +1,7 @@
 """Experts that stay in their file until a sequence is routed to them, so that an adaptor may be larger than memory.
 
-A few are kept, those that acted least recently leave first. Reading starts when the route is decided, while the layers
-below the edited one still run.
+The least recently used leave memory first. Reading starts when the route is decided, while the layers before the edited
+one still run.
 """
 
 from collections import OrderedDict
@@ -16,13 +16,13 @@ from lemoe.adaptor.checkpoint import AdaptorFile
 from lemoe.adaptor.experts import Activation, Experts
 from lemoe.routing.router import Routing
 
-READERS = 2  # threads
+READER_THREADS = 2  # threads
 
 
 class ExpertCache:
-    """The experts of a file, of which some are in memory, on `device`.
+    """An LRU cache of a file's experts, on `device`.
 
-    A batch may be routed to more experts than are kept: all of them are there while it runs.
+    A batch may be routed to more experts than fit: all of them are in memory while it runs.
     """
 
     def __init__(self, file: AdaptorFile, device: torch.device, size: int):
@@ -35,7 +35,7 @@ class ExpertCache:
         self._bytes = 0
         self._acting: list[int] = []
         self._coming: dict[int, Future[Experts]] = {}
-        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="lemoe-experts")
+        self._readers = ThreadPoolExecutor(READER_THREADS, thread_name_prefix="lemoe-experts")
         self.reads = 0
 
     def __len__(self) -> int:
@@ -43,51 +43,51 @@ class ExpertCache:
 
     def prefetch(self, routing: Routing) -> None:
         """Start reading the experts that a routing needs."""
-        for index in _acting(routing.experts):
+        for index in _acting_experts(routing.experts):
             if index not in self._kept and index not in self._coming:
-                self._coming[index] = self._readers.submit(self._read, index)
+                self._coming[index] = self._readers.submit(self._read_expert, index)
 
     def delta(self, inputs: Tensor, routing: Routing, activation: Activation) -> Tensor | None:
         """What the routed experts add to the FFN's output; see `Experts.delta`."""
-        acting = _acting(routing.experts)
+        acting = _acting_experts(routing.experts)
         if not acting:
             return None
-        few = self._together(acting)
-        places = torch.searchsorted(torch.tensor(acting, device=routing.experts.device), routing.experts.contiguous())
-        return few.delta(inputs, replace(routing, experts=places.where(routing.experts >= 0, -1)), activation)
+        stacked = self._stack_experts(acting)
+        indices = torch.searchsorted(torch.tensor(acting, device=routing.experts.device), routing.experts.contiguous())
+        return stacked.delta(inputs, replace(routing, experts=indices.where(routing.experts >= 0, -1)), activation)
 
-    def _together(self, acting: list[int]) -> Experts:
-        """These experts as one stack; a sequence that goes on needs the same again and again."""
+    def _stack_experts(self, acting: list[int]) -> Experts:
+        """These experts as one stack, which is reused while a sequence goes on with the same ones."""
         if acting != self._acting:
-            self._stack = Experts.stack(self._take(acting))
+            self._stack = Experts.stack(self._get_experts(acting))
             self._acting = acting
-            self._forget()
+            self._evict_oldest()
         return self._stack
 
-    def _take(self, wanted: Iterable[int]) -> list[Experts]:
-        taken = []
+    def _get_experts(self, wanted: Iterable[int]) -> list[Experts]:
+        experts = []
         for index in wanted:
             if index not in self._kept:
                 coming = self._coming.pop(index, None)
-                self._kept[index] = coming.result() if coming else self._read(index)
-                self._bytes += self._kept[index].size
+                self._kept[index] = coming.result() if coming else self._read_expert(index)
+                self._bytes += self._kept[index].nbytes
                 self.reads += 1
             self._kept.move_to_end(index)
-            taken.append(self._kept[index])
-        return taken
+            experts.append(self._kept[index])
+        return experts
 
-    def _forget(self) -> None:
+    def _evict_oldest(self) -> None:
         while self._bytes > self._size and len(self._kept) > 1:
-            self._bytes -= self._kept.popitem(last=False)[1].size
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes
 
-    def _read(self, index: int) -> Experts:
+    def _read_expert(self, index: int) -> Experts:
         start, end = int(self._shapes.offsets[index]), int(self._shapes.offsets[index + 1])
-        gate = None if self._shapes.gate is None else self._file.rows("experts.gate", start, end)
-        up, down = (self._file.rows(name, start, end) for name in ("experts.up", "experts.down"))
+        gate = None if self._shapes.gate is None else self._file.read_rows("experts.gate", start, end)
+        up, down = (self._file.read_rows(name, start, end) for name in ("experts.up", "experts.down"))
         offsets = torch.tensor([0, end - start])
         return Experts(up, down, gate, offsets, self._shapes.scale[index : index + 1]).to(self._device)
 
 
-def _acting(experts: Tensor) -> list[int]:
+def _acting_experts(experts: Tensor) -> list[int]:
     acting: list[int] = experts[experts >= 0].unique().tolist()
     return acting

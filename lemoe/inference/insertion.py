@@ -25,11 +25,11 @@ class InsertedAdaptor(LiveAdaptor):
     """An adaptor state at work in a base model.
 
     `generate` marks the prompt itself, for preset `paper`, which needs to know it; for a forward pass over prompt and
-    answer together, say where the prompt ends with `prompts`.
+    answer together, say where the prompt ends with `mark_prompts`.
 
     Attributes:
         state: the adaptor.
-        site: the FFN that it stands beside.
+        site: the edited FFN, whose output the experts add to.
         router: its router at work; `router.explain` tells why a prompt takes its route.
     """
 
@@ -47,7 +47,7 @@ class InsertedAdaptor(LiveAdaptor):
 
         Args:
             experts: the state's experts, where they are not in the state itself.
-            allow_base_mismatch: insert it into a base that it was not made for, if only it has a place there.
+            allow_base_mismatch: insert it into a base that it was not made for, as long as the shapes fit.
 
         Raises:
             AdaptorError: if the state was made for another base model, listing the differences, or if another
@@ -58,8 +58,8 @@ class InsertedAdaptor(LiveAdaptor):
             raise AdaptorError("an adaptor is inserted already; remove it first, or stack the two and insert the stack")
         self.base = base
         self.state = state
-        site = base.site(state.base.layer, state.settings.layer_path)
-        router = state.router.live(base, state.settings)
+        site = base.ffn_site(state.base.layer, state.settings.layer_path)
+        router = state.router.to_live(base, state.settings)
         super().__init__(base.decoder, site, router, experts or state.experts.to(base.device))
         self._inserted.enter_context(_wrapped_generate(base.model, self.generate))
 
@@ -69,13 +69,13 @@ class InsertedAdaptor(LiveAdaptor):
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
-    def routing_of(self, passage: Passage) -> Routing:
+    def route_passage(self, passage: Passage) -> Routing:
         """The route that a passage takes, explained."""
-        ids = torch.tensor([passage.read], device=self.base.device)
+        ids = torch.tensor([passage.input_ids], device=self.base.device)
         prompt = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0) < len(passage.prompt)
         return self.router.route(Sequences(ids, None, torch.ones_like(prompt), prompt))[0]
 
-    def opens(self, ids: Sequence[int]) -> bool:
+    def acts_on(self, ids: Sequence[int]) -> bool:
         """Whether any expert acts anywhere on a text (token ids)."""
         tokens = torch.tensor([list(ids)], device=self.base.device)
         everywhere = torch.ones_like(tokens, dtype=torch.bool)
@@ -108,9 +108,9 @@ def insert(
     """Insert an adaptor, given as a state or as its file, into `base`.
 
     Args:
-        expert_cache: bytes of experts that are kept in memory; the others stay in the file until they are needed. All
-            are read at once if None.
-        allow_base_mismatch: insert it into a base that it was not made for, if only it has a place there.
+        expert_cache: bytes of experts to cache in memory; the others stay in the file until they are needed. If
+            None, all are read at once.
+        allow_base_mismatch: insert it into a base that it was not made for, as long as the shapes fit.
 
     Raises:
         AdaptorError: if the file is not a valid adaptor, or was made for another base model.
@@ -120,14 +120,14 @@ def insert(
     file = adaptor if isinstance(adaptor, AdaptorFile) else AdaptorFile(adaptor)
     if expert_cache is None:
         return InsertedAdaptor(base, file.load(), allow_base_mismatch=allow_base_mismatch)
-    file.check_whole()
+    file.check_hash()
     experts = ExpertCache(file, base.device, expert_cache)
     return InsertedAdaptor(base, file.state, experts=experts, allow_base_mismatch=allow_base_mismatch)
 
 
 @contextmanager
 def _wrapped_generate(model: nn.Module, wrapper: Callable[..., Any]) -> Iterator[None]:
-    """Let `wrapper` stand around `model.generate` while open."""
+    """While open, calls of `model.generate` go through `wrapper`."""
     model.__dict__["generate"] = functools.partial(wrapper, model.generate)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Experts at work in a live decoder: hooks beside one frozen FFN, and nothing of the model touched.
+"""Experts at work in a live decoder: hooks at one frozen FFN; the model itself is not changed.
 
 The route of a sequence travels in the model's own key/value cache, as one more cache layer, so that whatever
 `generate` does to the cache (reorder beams, repeat rows, crop) it does to the routes as well.
@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from lemoe.adaptor.experts import Activation
-from lemoe.base.hooks import Site, beside
+from lemoe.base.hooks import Site, added_to_residual
 from lemoe.errors import AdaptorError
 from lemoe.routing.router import LiveRouter, Routing, Sequences
 
 
 class ExpertSource(Protocol):
-    """Experts, wherever they are."""
+    """Experts in memory or in a file."""
 
     def prefetch(self, routing: Routing) -> None:
-        """Told as soon as a routing is known."""
+        """Called as soon as a routing is known."""
 
     def delta(self, inputs: Tensor, routing: Routing, activation: Activation) -> Tensor | None:
         """What the routed experts add; see `Experts.delta`."""
@@ -33,15 +33,15 @@ class RouteMemory(DynamicLayer):
     """What the router remembers of each position so far, `[batch, 1, seq, k]`, as one more layer of the KV cache."""
 
     @classmethod
-    def of(cls, cache: Cache | None) -> "RouteMemory | None":
+    def from_cache(cls, cache: Cache | None) -> "RouteMemory | None":
         return next((layer for layer in cache.layers if isinstance(layer, cls)), None) if cache is not None else None
 
 
 class LiveAdaptor:
-    """Experts beside the FFN at `site` of `decoder`, routed by `router`, until `remove`.
+    """Experts that add to the output of the FFN at `site` of `decoder`, routed by `router`, until `remove`.
 
     Preset `anchor` reads tokens as they come and needs no prompt boundary. Preset `paper` routes a sequence once, by
-    its prompt: the tokens of the forward pass that starts it, or, with `prompts`, the first of them.
+    its prompt: the tokens of the forward pass that starts it, or, with `mark_prompts`, the first of them.
     """
 
     def __init__(self, decoder: nn.Module, site: Site, router: LiveRouter, experts: ExpertSource):
@@ -55,19 +55,19 @@ class LiveAdaptor:
         self._bypass = False
         self._inserted = ExitStack()
         hooks = (
-            decoder.register_forward_pre_hook(self._before, with_kwargs=True),
-            decoder.register_forward_hook(self._after),
+            decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            decoder.register_forward_hook(self._after_forward),
         )
         for hook in hooks:
             self._inserted.callback(hook.remove)
-        self._inserted.enter_context(beside(site, self._beside_ffn))
+        self._inserted.enter_context(added_to_residual(site, self._expert_delta))
 
     def remove(self) -> None:
         """Take the experts out; the model then gives bit-identical logits to before. Harmless if repeated."""
         self._inserted.close()
 
     @contextmanager
-    def prompts(self, columns: Tensor | int) -> Iterator[None]:
+    def mark_prompts(self, columns: Tensor | int) -> Iterator[None]:
         """While open, forward passes that start a sequence take their first `columns` columns as its prompt.
 
         Args:
@@ -93,7 +93,7 @@ class LiveAdaptor:
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         if ids is None:
             return generate(*args, **kwargs)
-        with self.prompts(ids.shape[1]):
+        with self.mark_prompts(ids.shape[1]):
             return generate(*args, **kwargs)
 
     def delta(self, inputs: Tensor, routing: Routing) -> Tensor | None:
@@ -103,12 +103,12 @@ class LiveAdaptor:
         """
         return self._experts.delta(inputs.to(self.router.device), routing, self.site.activation)
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._bypass:
             return
         call = self._signature.bind_partial(*args, **kwargs).arguments
         cache = call.get("past_key_values")
-        stored = RouteMemory.of(cache)
+        stored = RouteMemory.from_cache(cache)
         if stored is None and cache is not None and cache.get_seq_length():
             raise AdaptorError("this KV cache was filled without the adaptor; start it anew with the adaptor inserted")
         memory = stored.keys if stored is not None and stored.get_seq_length() else None
@@ -121,18 +121,18 @@ class LiveAdaptor:
         self._routing, self._memory = self.router.route(sequences)
         self._experts.prefetch(self._routing)
 
-    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._routing = None
         cache = getattr(output, "past_key_values", None)
         if self._bypass or not isinstance(cache, Cache) or self._memory is None:
             return
-        stored = RouteMemory.of(cache)
+        stored = RouteMemory.from_cache(cache)
         if stored is None:
             stored = RouteMemory()
             cache.layers.append(stored)
         stored.update(self._memory, self._memory[..., :0])
 
-    def _beside_ffn(self, inputs: Tensor) -> Tensor | None:
+    def _expert_delta(self, inputs: Tensor) -> Tensor | None:
         if self._bypass:
             return None
         if self._routing is None:
@@ -152,7 +152,7 @@ def _token_mask(given: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 def _prompt_columns(given: Tensor, columns: Tensor | int | None) -> Tensor:
     """`[batch or 1, seq]`: which of the new positions are the prompt's."""
-    places = torch.arange(given.shape[1], device=given.device).unsqueeze(0)
+    positions = torch.arange(given.shape[1], device=given.device).unsqueeze(0)
     if columns is None:
-        return places >= 0
-    return places < torch.as_tensor(columns, device=given.device).reshape(-1, 1)
+        return positions >= 0
+    return positions < torch.as_tensor(columns, device=given.device).reshape(-1, 1)

@@ -1,7 +1,7 @@
-"""Rounds of edits that are alike: none larger than asked, every subject in one, neighbours that differ (paper, 3.3).
+"""Rounds of similar edits: none above the round size, each subject in one, neighbours that differ (paper, 3.3).
 
 A set of up to `BALANCED_LIMIT` edits is clustered as a whole. A larger one is cut in two, again and again, until its
-parts are small; all that costs more than in proportion to the number of edits then stays inside a part.
+parts are small, so that every step of more than linear cost stays inside a part.
 """
 
 from collections import Counter, defaultdict
@@ -13,30 +13,30 @@ from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 
 BALANCED_LIMIT = 1000  # edits that are clustered as a whole, and rounds that are ordered as a whole
-PART_ROUNDS = 50  # in a part of a larger set, at most; the cost of clustering grows with edits times rounds
-LEAST = 8  # the smaller side of a cut has a share of one in so many at least, so that there are few cuts
-SAMPLE = 10_000  # edits that tell where to cut
-GATHERED = 8192  # rows that are copied at a time
+PART_ROUNDS = 50  # at most in a part of a larger set; clustering costs edits times rounds
+MIN_SIDE_DIVISOR = 8  # the smaller side of a cut has at least 1/8 of the edits, so that there are few cuts
+CUT_SAMPLE = 10_000  # edits by which a cut is found
+COPIED_ROWS = 8192  # rows that are copied at a time
 
 Vectors = NDArray[numpy.float32]
 Indices = NDArray[numpy.intp]
 
 
-def clustered(vectors: Vectors, subjects: Sequence[str], round_size: int, seed: int) -> list[list[int]]:
+def cluster_rounds(vectors: Vectors, subjects: Sequence[str], round_size: int, seed: int) -> list[list[int]]:
     """Rounds of rows of `vectors` `[edits, hidden]`, in training order; `subjects` names each row's subject.
 
     Time and memory grow with the number of edits, not with its square.
     """
-    together = _Together(vectors, subjects)
-    parts = [_balanced(together, part, round_size, seed) for part in _parts(together, round_size, seed)]
-    del together
-    parts = _one_round_a_subject(parts, subjects)
-    rounds = [members for part in parts for members in _levelled(part, subjects, vectors, round_size)]
-    return _apart([sorted(members) for members in rounds], vectors)
+    means = _SubjectMeans(vectors, subjects)
+    parts = [_cluster_balanced(means, part, round_size, seed) for part in _split_parts(means, round_size, seed)]
+    del means
+    parts = _gather_subjects(parts, subjects)
+    rounds = [members for part in parts for members in _enforce_round_size(part, subjects, vectors, round_size)]
+    return _order_rounds([sorted(members) for members in rounds], vectors)
 
 
-class _Together:
-    """Vectors of edits, each at the mean of its subject's edits, so that clustering tends to keep those together."""
+class _SubjectMeans:
+    """Vectors of edits, each replaced by its subject's mean, so that clustering tends to keep a subject together."""
 
     def __init__(self, vectors: Vectors, subjects: Sequence[str]):
         groups: dict[str, list[int]] = defaultdict(list)
@@ -59,41 +59,41 @@ class _Together:
         return found
 
 
-def _parts(vectors: _Together, round_size: int, seed: int) -> Iterator[Indices]:
-    """Sets small enough for size-constrained k-means."""
-    whole, part = (max(round_size, limit) for limit in (BALANCED_LIMIT, min(BALANCED_LIMIT, PART_ROUNDS * round_size)))
-    most = whole if len(vectors) <= whole else part
+def _split_parts(vectors: _SubjectMeans, round_size: int, seed: int) -> Iterator[Indices]:
+    """Split the edits into sets small enough for size-constrained k-means."""
+    whole, part = (max(round_size, edits) for edits in (BALANCED_LIMIT, min(BALANCED_LIMIT, PART_ROUNDS * round_size)))
+    limit = whole if len(vectors) <= whole else part
     pending = [numpy.arange(len(vectors))]
     while pending:
         members = pending.pop()
-        if len(members) <= most:
+        if len(members) <= limit:
             yield members
         else:
-            pending += _halves(vectors, members, seed)
+            pending += _split_in_two(vectors, members, seed)
 
 
-def _halves(vectors: _Together, members: Indices, seed: int) -> tuple[Indices, Indices]:
-    """The members on either side of the plane between two clusters, each an eighth of them at least."""
-    sample = vectors[members[:: -(-len(members) // SAMPLE)]]
+def _split_in_two(vectors: _SubjectMeans, members: Indices, seed: int) -> tuple[Indices, Indices]:
+    """The members on either side of the plane between two clusters, each at least an eighth of them."""
+    sample = vectors[members[:: -(-len(members) // CUT_SAMPLE)]]
     if (sample == sample[0]).all():
         return members[: len(members) // 2], members[len(members) // 2 :]
     one, other = KMeans(2, n_init=1, random_state=seed).fit(sample).cluster_centers_
-    heights = _heights(vectors, members, other - one)
-    near = int((heights < (other @ other - one @ one) / 2).sum())
-    least = len(members) // LEAST
-    order = heights.argsort(kind="stable")
-    cut = min(max(near, least), len(members) - least)
+    projections = _project_members(vectors, members, other - one)
+    nearer_one = int((projections < (other @ other - one @ one) / 2).sum())
+    smallest = len(members) // MIN_SIDE_DIVISOR
+    order = projections.argsort(kind="stable")
+    cut = min(max(nearer_one, smallest), len(members) - smallest)
     return members[numpy.sort(order[cut:])], members[numpy.sort(order[:cut])]
 
 
-def _heights(vectors: _Together, members: Indices, direction: Vectors) -> Vectors:
-    """How far each member lies in a direction, without a copy of them all."""
-    starts = range(0, len(members), GATHERED)
-    return numpy.concatenate([vectors[members[start : start + GATHERED]] @ direction for start in starts])
+def _project_members(vectors: _SubjectMeans, members: Indices, direction: Vectors) -> Vectors:
+    """The projection of each member onto `direction`, without a copy of them all."""
+    starts = range(0, len(members), COPIED_ROWS)
+    return numpy.concatenate([vectors[members[start : start + COPIED_ROWS]] @ direction for start in starts])
 
 
-def _balanced(vectors: _Together, part: Indices, round_size: int, seed: int) -> list[list[int]]:
-    """The part in as few rounds as hold it, whose sizes differ by one at most."""
+def _cluster_balanced(vectors: _SubjectMeans, part: Indices, round_size: int, seed: int) -> list[list[int]]:
+    """The part in as few rounds as possible, whose sizes differ by at most one."""
     count = -(-len(part) // round_size)
     if count == 1:
         return [part.tolist()]
@@ -110,33 +110,35 @@ def _balanced(vectors: _Together, part: Indices, round_size: int, seed: int) -> 
     return [part[labels == label].tolist() for label in range(count)]
 
 
-def _one_round_a_subject(parts: list[list[list[int]]], subjects: Sequence[str]) -> list[list[list[int]]]:
+def _gather_subjects(parts: list[list[list[int]]], subjects: Sequence[str]) -> list[list[list[int]]]:
     """Bring a subject's scattered edits into the round that has most of them."""
     rounds = [members for part in parts for members in part]
-    home: dict[str, int] = {}
+    round_of: dict[str, int] = {}
     counts = Counter((subjects[index], number) for number, members in enumerate(rounds) for index in members)
     for (subject, number), _ in sorted(counts.items(), key=lambda item: (-item[1], item[0][1])):
-        home.setdefault(subject, number)
+        round_of.setdefault(subject, number)
     gathered: list[list[int]] = [[] for _ in rounds]
     for index, subject in enumerate(subjects):
-        gathered[home[subject]].append(index)
-    left = iter(gathered)
-    return [[next(left) for _ in part] for part in parts]
+        gathered[round_of[subject]].append(index)
+    remaining = iter(gathered)
+    return [[next(remaining) for _ in part] for part in parts]
 
 
-def _levelled(rounds: list[list[int]], subjects: Sequence[str], vectors: Vectors, round_size: int) -> list[list[int]]:
-    """Move a part's loosely held subjects out of rounds that are too large, into others of the part or new ones."""
+def _enforce_round_size(
+    rounds: list[list[int]], subjects: Sequence[str], vectors: Vectors, round_size: int
+) -> list[list[int]]:
+    """Move the least typical subjects out of rounds that are too large, into others of the part or new ones."""
     sizes = Counter(subjects[index] for members in rounds for index in members)
     number = 0
     while number < len(rounds):
         while len(members := rounds[number]) > round_size:
-            if len(members) <= sizes[subjects[members[0]]]:  # nothing but one subject
+            if len(members) <= sizes[subjects[members[0]]]:  # a single subject
                 rounds[number], moving = members[:round_size], members[round_size:]
             else:
-                loosest = _loosest(members, subjects, vectors, sizes)
-                rounds[number] = [index for index in members if subjects[index] != loosest]
-                moving = [index for index in members if subjects[index] == loosest]
-            target = _room_for(rounds, moving, vectors, round_size)
+                farthest = _farthest_subject(members, subjects, vectors, sizes)
+                rounds[number] = [index for index in members if subjects[index] != farthest]
+                moving = [index for index in members if subjects[index] == farthest]
+            target = _find_room(rounds, moving, vectors, round_size)
             if target is None:
                 rounds.append(moving)
             else:
@@ -145,7 +147,7 @@ def _levelled(rounds: list[list[int]], subjects: Sequence[str], vectors: Vectors
     return [members for members in rounds if members]
 
 
-def _loosest(members: Sequence[int], subjects: Sequence[str], vectors: Vectors, sizes: Counter[str]) -> str:
+def _farthest_subject(members: Sequence[int], subjects: Sequence[str], vectors: Vectors, sizes: Counter[str]) -> str:
     """Of the round's subjects with the fewest edits, the one farthest from its centre."""
     centre = vectors[members].mean(0)
     groups: dict[str, list[int]] = defaultdict(list)
@@ -156,7 +158,8 @@ def _loosest(members: Sequence[int], subjects: Sequence[str], vectors: Vectors, 
     return min(smallest, key=lambda name: float(vectors[groups[name]].mean(0) @ centre))
 
 
-def _room_for(rounds: Sequence[Sequence[int]], moving: Sequence[int], vectors: Vectors, round_size: int) -> int | None:
+def _find_room(rounds: Sequence[Sequence[int]], moving: Sequence[int], vectors: Vectors, round_size: int) -> int | None:
+    """The most similar round with room for the `moving` edits, None if there is none."""
     if len(moving) > round_size:
         return None
     centre = vectors[moving].mean(0)
@@ -164,28 +167,28 @@ def _room_for(rounds: Sequence[Sequence[int]], moving: Sequence[int], vectors: V
     return max(open_, key=lambda number: float(vectors[rounds[number]].mean(0) @ centre), default=None)
 
 
-def _apart(rounds: list[list[int]], vectors: Vectors) -> list[list[int]]:
-    """Order rounds so that neighbours differ: from the most typical round, always to the least alike one.
+def _order_rounds(rounds: list[list[int]], vectors: Vectors) -> list[list[int]]:
+    """Order rounds so that neighbours differ: from the most typical round, always to the least similar one.
 
-    Where there are many, the least alike one is looked for among every so-many-th round.
+    Above `BALANCED_LIMIT` rounds, each is compared with every second (third, ...) round only.
     """
     centres = numpy.stack([vectors[members].mean(0) for members in rounds])
     strides = -(-len(rounds) // BALANCED_LIMIT)
     order: list[int] = []
     for first in range(strides):
-        order += _chain(centres, numpy.arange(first, len(rounds), strides), order[-1] if order else None)
+        order += _chain_dissimilar(centres, numpy.arange(first, len(rounds), strides), order[-1] if order else None)
     return [rounds[number] for number in order]
 
 
-def _chain(centres: Vectors, numbers: Indices, previous: int | None) -> list[int]:
-    """The rounds `numbers`, each the least alike to the one before of those that are left."""
-    mine = centres[numbers]
-    alike = mine @ mine.T
-    place = int(alike.sum(1).argmax() if previous is None else (mine @ centres[previous]).argmin())
-    order = [place]
+def _chain_dissimilar(centres: Vectors, numbers: Indices, previous: int | None) -> list[int]:
+    """The rounds `numbers`, each followed by the least similar of the remaining ones."""
+    chosen = centres[numbers]
+    similarity = chosen @ chosen.T
+    index = int(similarity.sum(1).argmax() if previous is None else (chosen @ centres[previous]).argmin())
+    order = [index]
     while len(order) < len(numbers):
-        alike[:, place] = numpy.inf
-        place = int(alike[place].argmin())
-        order.append(place)
+        similarity[:, index] = numpy.inf
+        index = int(similarity[index].argmin())
+        order.append(index)
     chained: list[int] = numbers[order].tolist()
     return chained

@@ -13,7 +13,7 @@ from lemoe.errors import InputError
 
 @dataclass(frozen=True)
 class PlanFile:
-    """What a plan file says of edits.
+    """The rounds of a plan file, and the edits that it leaves out.
 
     Attributes:
         rounds: the edits of each round, in training order.
@@ -28,8 +28,8 @@ class PlanFile:
         """Whether the plan leaves this edit out because a later one repeats or supersedes it."""
         return self.repeated.get(edit.id) == edit.fact
 
-    def not_named(self, edits: Sequence[Edit]) -> list[Edit]:
-        """Those of `edits` of which the plan says nothing."""
+    def unnamed_edits(self, edits: Sequence[Edit]) -> list[Edit]:
+        """Those of `edits` that the plan does not mention."""
         named = {edit.id for members in self.rounds for edit in members}
         return [edit for edit in edits if edit.id not in named and not self.is_repeated(edit)]
 
@@ -38,10 +38,10 @@ def read_plan(path: Path | str, edits: Sequence[Edit]) -> PlanFile:
     """A plan file of `edits`.
 
     Raises:
-        InputError: if the file is no plan, or names edits that are not there or names one twice; all are listed.
+        InputError: if the file is no plan, or names unknown edits or one edit twice; all are listed.
     """
     document = read_yaml(Path(path))
-    return PlanFile(_rounds(Path(path), document, edits), _repeated(document))
+    return PlanFile(_parse_rounds(Path(path), document, edits), _parse_repeated(document))
 
 
 def load_plan(path: Path | str, edits: Sequence[Edit]) -> list[list[Edit]]:
@@ -49,7 +49,7 @@ def load_plan(path: Path | str, edits: Sequence[Edit]) -> list[list[Edit]]:
     return read_plan(path, edits).rounds
 
 
-def _rounds(path: Path, document: Any, edits: Sequence[Edit]) -> list[list[Edit]]:
+def _parse_rounds(path: Path, document: Any, edits: Sequence[Edit]) -> list[list[Edit]]:
     rounds = document.get("rounds") if isinstance(document, dict) else None
     if not isinstance(rounds, list) or not all(isinstance(members, (dict, list)) for members in rounds):
         raise InputError(f"{path}: not a plan; expected `rounds:` with a list of edit ids in each")
@@ -57,14 +57,14 @@ def _rounds(path: Path, document: Any, edits: Sequence[Edit]) -> list[list[Edit]
     by_id = {edit.id: edit for edit in edits}
     counts = Counter(name for members in named for name in members)
     problems = [f"edit {name!r} is not among the edits read" for name in counts if name not in by_id]
-    problems += [f"edit {name!r} is in {count} places" for name, count in counts.items() if count > 1]
+    problems += [f"edit {name!r} is named {count} times" for name, count in counts.items() if count > 1]
     if problems or not named:
-        raise InputError.listing(f"{path}: the plan does not fit the edits", problems or ["it has no rounds"])
+        raise InputError.from_problems(f"{path}: the plan does not fit the edits", problems or ["it has no rounds"])
     return [[by_id[name] for name in members] for members in named]
 
 
-def _repeated(document: Any) -> dict[str, str]:
-    """What its conflicts leave out; a contradiction leaves out nothing, and what is written otherwise says nothing."""
+def _parse_repeated(document: Any) -> dict[str, str]:
+    """The edits that its conflicts leave out; contradictions leave out none, and malformed entries are ignored."""
     conflicts = document.get("conflicts")
     found: dict[str, str] = {}
     for conflict in conflicts if isinstance(conflicts, list) else ():

@@ -3,19 +3,19 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from lemoe.data.files import check_free, write_whole
+from lemoe.data.files import check_overwrite, write_atomically
 from lemoe.errors import InputError
-from lemoe.report.content import Report, report_of
-from lemoe.report.html import as_html
-from lemoe.report.markdown import as_markdown
+from lemoe.report.content import Report, build_report
+from lemoe.report.html import render_html
+from lemoe.report.markdown import render_markdown
 
-__all__ = ["FORMATS", "Report", "as_html", "as_markdown", "check_reports", "report_of", "write_reports"]
+__all__ = ["FORMATS", "Report", "build_report", "check_reports", "render_html", "render_markdown", "write_reports"]
 
-FORMATS = {".html": as_html, ".md": as_markdown}
+FORMATS = {".html": render_html, ".md": render_markdown}
 
 
 def check_reports(paths: Iterable[Path], *, overwrite: bool = False) -> None:
-    """Refuse, before anything is computed, places that no report can be written to.
+    """Refuse, before anything is computed, paths that no report can be written to.
 
     Raises:
         InputError: for a suffix that names no format.
@@ -24,7 +24,7 @@ def check_reports(paths: Iterable[Path], *, overwrite: bool = False) -> None:
     for path in paths:
         if path.suffix not in FORMATS:
             raise InputError(f"{path}: a report's name ends in {' or '.join(FORMATS)}")
-        check_free(path, overwrite=overwrite)
+        check_overwrite(path, overwrite=overwrite)
 
 
 def write_reports(report: Report, paths: Iterable[Path], *, overwrite: bool = False) -> None:
@@ -34,7 +34,7 @@ def write_reports(report: Report, paths: Iterable[Path], *, overwrite: bool = Fa
         InputError: for a suffix that names none.
         OutputError: if a file exists and `overwrite` is not given, or cannot be written.
     """
-    places = list(dict.fromkeys(paths))
-    check_reports(places, overwrite=overwrite)
-    for path in places:
-        write_whole(path, FORMATS[path.suffix](report).encode(), overwrite=overwrite)
+    targets = list(dict.fromkeys(paths))
+    check_reports(targets, overwrite=overwrite)
+    for path in targets:
+        write_atomically(path, FORMATS[path.suffix](report).encode(), overwrite=overwrite)

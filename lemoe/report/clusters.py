@@ -10,8 +10,8 @@ from sklearn.decomposition import PCA
 
 from lemoe.base.loading import BaseModel
 from lemoe.data.edits import Edit
-from lemoe.planning.plan import Similarity, cohesion_of, embed_prompts, similarity_of
-from lemoe.report.rounds import spread
+from lemoe.planning.plan import Similarity, embed_prompts, mean_pair_similarity, measure_similarity
+from lemoe.report.rounds import pick_evenly
 
 ROUNDS_DRAWN = 12  # more cannot be told apart
 POINTS_DRAWN = 600
@@ -39,7 +39,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Clusters:
-    """The rounds that are drawn, and how alike prompts are within and between all of them.
+    """The rounds that are drawn, and the similarity of prompts within and between all of them.
 
     Attributes:
         drawn: all, or evenly spread ones.
@@ -55,10 +55,10 @@ class Clusters:
     variance: float
 
 
-def clusters_of(base: BaseModel, rounds: Sequence[tuple[int, Sequence[Edit]]]) -> Clusters | None:
+def build_clusters(base: BaseModel, rounds: Sequence[tuple[int, Sequence[Edit]]]) -> Clusters | None:
     """The rounds, each with its number; None for fewer than three prompts, or if all are the same.
 
-    The plane is that of the first two principal components, in which nothing is random.
+    The plane is that of the first two principal components, computed without randomness.
     """
     vectors = embed_prompts(base, [edit for _, members in rounds for edit in members])
     if len(vectors) < 3 or numpy.allclose(vectors, vectors[0]):
@@ -66,27 +66,27 @@ def clusters_of(base: BaseModel, rounds: Sequence[tuple[int, Sequence[Edit]]]) -
     model = PCA(n_components=2, svd_solver="full")
     plane = model.fit_transform(vectors.astype(numpy.float64))
     bounds = numpy.cumsum([0, *(len(members) for _, members in rounds)])
-    places = [list(range(first, last)) for first, last in pairwise(bounds.tolist())]
-    chosen = spread(range(len(rounds)), ROUNDS_DRAWN)
+    rows_by_round = [list(range(first, last)) for first, last in pairwise(bounds.tolist())]
+    chosen = pick_evenly(range(len(rounds)), ROUNDS_DRAWN)
     most = max(2, POINTS_DRAWN // len(chosen))
-    rest = [row for place, members in enumerate(places) if place not in chosen for row in members]
+    rest = [row for index, members in enumerate(rows_by_round) if index not in chosen for row in members]
     return Clusters(
         drawn=tuple(
             Cluster(
-                number=rounds[place][0],
-                edits=len(places[place]),
-                cohesion=cohesion_of(vectors[places[place]]),
-                points=_points(plane[spread(places[place], most)]),
-                centre=_points(plane[places[place]].mean(0, keepdims=True))[0],
+                number=rounds[index][0],
+                edits=len(rows_by_round[index]),
+                cohesion=mean_pair_similarity(vectors[rows_by_round[index]]),
+                points=_make_points(plane[pick_evenly(rows_by_round[index], most)]),
+                centre=_make_points(plane[rows_by_round[index]].mean(0, keepdims=True))[0],
             )
-            for place in chosen
+            for index in chosen
         ),
-        others=_points(plane[spread(rest, POINTS_DRAWN)]),
+        others=_make_points(plane[pick_evenly(rest, POINTS_DRAWN)]),
         rounds=len(rounds),
-        similarity=similarity_of(vectors, places),
+        similarity=measure_similarity(vectors, rows_by_round),
         variance=float(model.explained_variance_ratio_.sum()),
     )
 
 
-def _points(rows: NDArray[numpy.float64]) -> tuple[Point, ...]:
+def _make_points(rows: NDArray[numpy.float64]) -> tuple[Point, ...]:
     return tuple((float(x), float(y)) for x, y in rows)

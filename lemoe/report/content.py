@@ -1,4 +1,4 @@
-"""Everything that a report shows, worked out of what was measured; how it looks is decided elsewhere."""
+"""Everything that a report shows, computed from what was measured; how it looks is decided elsewhere."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from lemoe import __version__
 from lemoe.adaptor.state import AdaptorState
 from lemoe.base.loading import BaseModel
-from lemoe.data.edits import Edit, digest_of
+from lemoe.data.edits import Edit, digest_edits
 from lemoe.evaluation.comparison import Comparison
 from lemoe.evaluation.evaluate import EvalResult
 from lemoe.evaluation.factors import Factors
 from lemoe.evaluation.metrics import Decode
-from lemoe.report.clusters import Clusters, clusters_of
-from lemoe.report.failures import Failures, failures
-from lemoe.report.rounds import Forgetting, RoundQuality, forgetting_of, qualities, round_numbers
-from lemoe.report.routes import Destinations, Gate, Homes, destinations, gate_of
-from lemoe.report.scores import MetricScores, scores_of
-from lemoe.report.studies import MethodRow, OrderTable, method_rows, order_table
-from lemoe.report.text import counted, shown
+from lemoe.report.clusters import Clusters, build_clusters
+from lemoe.report.failures import Failures, find_failures
+from lemoe.report.rounds import Forgetting, RoundQuality, build_forgetting, round_numbers, score_rounds
+from lemoe.report.routes import Destinations, Gate, OwnExperts, build_gate, count_destinations
+from lemoe.report.scores import MetricScores, group_scores
+from lemoe.report.studies import MethodRow, OrderTable, make_method_rows, make_order_table
+from lemoe.report.text import clean_text, format_count
 
 DECODING = {
     "teacher": "teacher forcing: the likeliest token at each position of the target",
@@ -39,7 +39,7 @@ class Report:
 
     Attributes:
         source: name of the edits.
-        edited: whether there is an adaptor; else all figures are of the base alone.
+        edited: whether there is an adaptor; else all metrics are of the base alone.
         rounds: those that have measured edits.
         forgetting, routed: reliability, and share of prompts that reach their edit's expert, round by round.
     """
@@ -60,7 +60,7 @@ class Report:
     methods: tuple[MethodRow, ...]
 
 
-def report_of(
+def build_report(
     base: BaseModel,
     state: AdaptorState | None,
     edits: Sequence[Edit],
@@ -79,53 +79,56 @@ def report_of(
         comparison: of methods on them, where it was made.
     """
     numbers = round_numbers(state, edits)
-    homes = Homes(state, edits)
+    own_experts = OwnExperts(state, edits)
     threshold = state.settings.gate_conflict if state and state.router.gated else None
     return Report(
-        source=shown(source),
+        source=clean_text(source),
         edited=state is not None,
-        facts=_facts(base, state, edits, decode),
-        settings=_settings(state),
-        metrics=scores_of(result.metrics),
-        rounds=qualities(result, numbers, decode),
-        routes=destinations(result.records, homes) if state else (),
-        gate=None if threshold is None else gate_of(result.records, threshold),
-        clusters=_clusters(base, edits, numbers),
-        failures=failures(result.records, edits, homes, numbers, threshold) if state else (),
-        forgetting=forgetting_of(factors.forgetting) if factors else None,
-        routed=forgetting_of(factors.routing) if factors and factors.routing else None,
-        orders=order_table(factors) if factors and factors.orders else None,
-        methods=method_rows(comparison) if comparison else (),
+        facts=_list_facts(base, state, edits, decode),
+        settings=_list_settings(state),
+        metrics=group_scores(result.metrics),
+        rounds=score_rounds(result, numbers, decode),
+        routes=count_destinations(result.records, own_experts) if state else (),
+        gate=None if threshold is None else build_gate(result.records, threshold),
+        clusters=_cluster_rounds(base, edits, numbers),
+        failures=find_failures(result.records, edits, own_experts, numbers, threshold) if state else (),
+        forgetting=build_forgetting(factors.forgetting) if factors else None,
+        routed=build_forgetting(factors.routing) if factors and factors.routing else None,
+        orders=make_order_table(factors) if factors and factors.orders else None,
+        methods=make_method_rows(comparison) if comparison else (),
     )
 
 
-def _facts(base: BaseModel, state: AdaptorState | None, edits: Sequence[Edit], decode: Decode) -> tuple[Fact, ...]:
+def _list_facts(base: BaseModel, state: AdaptorState | None, edits: Sequence[Edit], decode: Decode) -> tuple[Fact, ...]:
     facts = [
         Fact(
-            "model", f"{shown(base.source.hub_id or base.source.shared_name)}, {str(base.dtype).removeprefix('torch.')}"
+            "model",
+            f"{clean_text(base.source.hub_id or base.source.shared_name)}, {str(base.dtype).removeprefix('torch.')}",
         )
     ]
     if state:
         taught = sum(len(record.edits) for record in state.rounds)
         facts += [
-            Fact("adaptor", f"{counted(taught, 'edit')} in {counted(len(state.rounds), 'round')}"),
+            Fact("adaptor", f"{format_count(taught, 'edit')} in {format_count(len(state.rounds), 'round')}"),
             Fact("method", f"{state.settings.method}, beside the FFN of layer {state.base.layer}"),
         ]
     facts += [
-        Fact("measured", f"{counted(len(edits), 'edit')}, SHA-256 {digest_of(edits)[:12]}"),
+        Fact("measured", f"{format_count(len(edits), 'edit')}, SHA-256 {digest_edits(edits)[:12]}"),
         Fact("decoding", DECODING[decode]),
         Fact("written by", f"lemoe {__version__}"),
     ]
     return tuple(facts)
 
 
-def _settings(state: AdaptorState | None) -> tuple[Fact, ...]:
-    return tuple(Fact(name, shown(str(value))) for name, value in state.settings.as_dict().items()) if state else ()
+def _list_settings(state: AdaptorState | None) -> tuple[Fact, ...]:
+    return (
+        tuple(Fact(name, clean_text(str(value))) for name, value in state.settings.as_dict().items()) if state else ()
+    )
 
 
-def _clusters(base: BaseModel, edits: Sequence[Edit], numbers: Mapping[str, int]) -> Clusters | None:
+def _cluster_rounds(base: BaseModel, edits: Sequence[Edit], numbers: Mapping[str, int]) -> Clusters | None:
     members: dict[int, list[Edit]] = {number: [] for number in sorted(set(numbers.values()))}
     for edit in edits:
         if edit.id in numbers:
             members[numbers[edit.id]].append(edit)
-    return clusters_of(base, list(members.items())) if members else None
+    return build_clusters(base, list(members.items())) if members else None

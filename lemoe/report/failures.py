@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from lemoe.data.edits import Edit
 from lemoe.evaluation.evaluate import Record
-from lemoe.report.routes import Destination, Homes
-from lemoe.report.text import shown
+from lemoe.report.routes import Destination, OwnExperts
+from lemoe.report.text import clean_text
 
 FAILURES_SHOWN = 10  # of each metric
 ID_SHOWN = 60  # characters of an edit's name
@@ -43,10 +43,10 @@ class Failures:
     probes: int
 
 
-def failures(
+def find_failures(
     records: Sequence[Record],
     edits: Sequence[Edit],
-    homes: Homes,
+    own_experts: OwnExperts,
     numbers: Mapping[str, int],
     threshold: float | None,
 ) -> tuple[Failures, ...]:
@@ -59,50 +59,53 @@ def failures(
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(record.name, []).append(record)
-    named = {edit.id: _named(edit, numbers) for edit in edits}
+    named = {edit.id: _describe_edit(edit, numbers) for edit in edits}
     found = []
     for name, group in groups.items():
         failed = [record for record in group if record.token_accuracy_after < 1.0]
         failed.sort(key=lambda record: (record.token_accuracy_after, -record.token_accuracy_before))
-        worst = [_failure(record, homes.destination(record), named, threshold) for record in failed[:FAILURES_SHOWN]]
+        worst = [
+            _describe_failure(record, own_experts.find_destination(record), named, threshold)
+            for record in failed[:FAILURES_SHOWN]
+        ]
         found.append(Failures(name, tuple(worst), len(failed), len(group)))
     return tuple(found)
 
 
-def _failure(record: Record, went: Destination, named: Mapping[str, str], threshold: float | None) -> Failure:
+def _describe_failure(record: Record, went: Destination, named: Mapping[str, str], threshold: float | None) -> Failure:
     return Failure(
-        edit=shown(record.edit, ID_SHOWN),
-        kind=shown(record.kind, ID_SHOWN),
-        prompt=shown(record.prompt),
-        expected=shown(record.expected),
-        before=shown(record.before),
-        after=shown(record.after),
+        edit=clean_text(record.edit, ID_SHOWN),
+        kind=clean_text(record.kind, ID_SHOWN),
+        prompt=clean_text(record.prompt),
+        expected=clean_text(record.expected),
+        before=clean_text(record.before),
+        after=clean_text(record.after),
         accuracy=record.token_accuracy_after,
-        why=_why(record, went, named),
-        scores="" if threshold is None or record.nearest is None else _scores(record, threshold),
+        why=_explain_route(record, went, named),
+        scores="" if threshold is None or record.nearest is None else _describe_scores(record, threshold),
     )
 
 
-def _named(edit: Edit, numbers: Mapping[str, int]) -> str:
+def _describe_edit(edit: Edit, numbers: Mapping[str, int]) -> str:
     """An edit by its name, its round and what it teaches."""
-    place = f"round {numbers[edit.id]}, " if edit.id in numbers else ""
-    return f"{shown(edit.id, ID_SHOWN)} ({place}target “{shown(edit.target, ID_SHOWN)}”)"
+    where = f"round {numbers[edit.id]}, " if edit.id in numbers else ""
+    return f"{clean_text(edit.id, ID_SHOWN)} ({where}target “{clean_text(edit.target, ID_SHOWN)}”)"
 
 
-def _why(record: Record, went: Destination, named: Mapping[str, str]) -> str:
+def _explain_route(record: Record, went: Destination, named: Mapping[str, str]) -> str:
     if went == "own":
         return "reached the edit’s own expert"
     if went == "subject":
         return "no expert, mentions no edit’s subject"
     nearest = record.nearest or ""
-    other = named.get(nearest, shown(nearest, ID_SHOWN))
+    other = named.get(nearest, clean_text(nearest, ID_SHOWN))
     if went == "other":
         return f"reached the expert of {other}"
     of = "the edit’s subject" if nearest == record.edit else f"the subject of {other}"
     return f"no expert, mentions {of} but is read as another question"
 
 
-def _scores(record: Record, threshold: float) -> str:
+def _describe_scores(record: Record, threshold: float) -> str:
     route = record.route
     sign = "≤" if route.conflict <= threshold else ">"
     return f"conflict {route.conflict:.2f} {sign} {threshold:.2f}, coverage {route.coverage:.2f}, fit {route.fit:.2f}"

@@ -1,6 +1,6 @@
 """Geometry of the plots, in units of which a drawing is `WIDTH` wide; the page's template draws it.
 
-Values become places here and nowhere else, rounded to a tenth, so that equal results give equal drawings.
+Values become coordinates here and nowhere else, rounded to a tenth, so that drawings are deterministic.
 """
 
 import math
@@ -11,9 +11,9 @@ import numpy
 
 from lemoe.evaluation.metrics import Metric
 from lemoe.report.clusters import Cluster, Clusters
-from lemoe.report.rounds import ROUNDS_SHOWN, Forgetting, RoundQuality, spread
+from lemoe.report.rounds import ROUNDS_SHOWN, Forgetting, RoundQuality, pick_evenly
 from lemoe.report.routes import Gate, GateScores
-from lemoe.report.text import figure, percent
+from lemoe.report.text import format_number, format_percent
 
 WIDTH = 420.0
 LEFT, RIGHT = 46.0, 410.0  # of what is plotted
@@ -25,9 +25,9 @@ Scale = Callable[[float], float]
 
 @dataclass(frozen=True)
 class Tick:
-    """A place on an axis, and what stands there."""
+    """A position on an axis, and its label."""
 
-    at: float
+    position: float
     label: str
 
 
@@ -75,7 +75,7 @@ class Square:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Rounds down, moments across; squares hold their numbers where there is room."""
+    """Rounds down, time across; squares hold their numbers where there is room."""
 
     size: float
     height: float
@@ -114,7 +114,7 @@ class Histograms:
 
     Attributes:
         end: of the axis.
-        beyond, absent: where the bars stand of scores beyond it, and of prompts that have none.
+        beyond, absent: positions of the bars for scores beyond it and for prompts that have none.
     """
 
     height: float
@@ -147,35 +147,39 @@ class Scatter:
 
 def quality_plot(rounds: Sequence[RoundQuality]) -> Lines:
     """Reliability and generality of each round after the last one, with standard errors."""
-    shown = spread(rounds, ROUNDS_SHOWN)
-    across = _scale(1, max(2, len(shown)), LEFT + 14, RIGHT - 14)
+    shown = pick_evenly(rounds, ROUNDS_SHOWN)
+    across = _make_scale(1, max(2, len(shown)), LEFT + 14, RIGHT - 14)
     found = {
-        "reliability": [(across(place), of.reliability, of.number) for place, of in enumerate(shown, 1)],
-        "generality": [(across(place), of.generality, of.number) for place, of in enumerate(shown, 1)],
+        "reliability": [(across(index), score.reliability, score.number) for index, score in enumerate(shown, 1)],
+        "generality": [(across(index), score.generality, score.number) for index, score in enumerate(shown, 1)],
     }
     series = [
-        Series(name, tuple(_mark(x, metric, f"round {number}") for x, metric, number in points if metric))
+        Series(name, tuple(_mark_metric(x, metric, f"round {number}") for x, metric, number in points if metric))
         for name, points in found.items()
     ]
-    ticks = _ticks([of.number for of in shown], across, first=1)
-    return _lines("round", ticks, [one for one in series if one.marks])
+    ticks = _pick_ticks([score.number for score in shown], across, first=1)
+    return _build_lines("round", ticks, [one for one in series if one.marks])
 
 
 def course_plot(forgetting: Forgetting) -> Lines:
     """Reliability as rounds go by: of the round just taught, and of all taught so far."""
     values = forgetting.values
-    across = _scale(1, max(2, len(values)), LEFT + 14, RIGHT - 14)
+    across = _make_scale(1, max(2, len(values)), LEFT + 14, RIGHT - 14)
     fresh, all_ = [], []
-    for place, number in enumerate(forgetting.numbers):
-        taught = [value for row in values if (value := row[place]) is not None]
-        fresh.append(_point(across(place + 1), values[place][place] or 0.0, f"round {number}, just taught"))
-        all_.append(_point(across(place + 1), sum(taught) / len(taught), f"after round {number}, all rounds so far"))
-    ticks = _ticks(forgetting.numbers, across, first=1)
-    return _lines("after round", ticks, [Series("round just taught", tuple(fresh)), Series("all so far", tuple(all_))])
+    for index, number in enumerate(forgetting.numbers):
+        taught = [value for row in values if (value := row[index]) is not None]
+        fresh.append(_mark_value(across(index + 1), values[index][index] or 0.0, f"round {number}, just taught"))
+        all_.append(
+            _mark_value(across(index + 1), sum(taught) / len(taught), f"after round {number}, all rounds so far")
+        )
+    ticks = _pick_ticks(forgetting.numbers, across, first=1)
+    return _build_lines(
+        "after round", ticks, [Series("round just taught", tuple(fresh)), Series("all so far", tuple(all_))]
+    )
 
 
-def _lines(x_label: str, ticks: Sequence[Tick], series: Sequence[Series]) -> Lines:
-    y_ticks = tuple(Tick(_share_height(share), percent(share)) for share in (0, 0.25, 0.5, 0.75, 1))
+def _build_lines(x_label: str, ticks: Sequence[Tick], series: Sequence[Series]) -> Lines:
+    y_ticks = tuple(Tick(_share_height(share), format_percent(share)) for share in (0, 0.25, 0.5, 0.75, 1))
     return Lines(14.0, 200.0, 240.0, x_label, tuple(ticks), y_ticks, tuple(series))
 
 
@@ -183,15 +187,15 @@ def _share_height(share: float) -> float:
     return round(200.0 - 186.0 * min(1.0, max(0.0, share)), 1)
 
 
-def _mark(x: float, metric: Metric, what: str) -> Mark:
+def _mark_metric(x: float, metric: Metric, what: str) -> Mark:
     error = metric.stderr or 0.0
     low, high = _share_height(metric.value - error), _share_height(metric.value + error)
-    return Mark(x, _share_height(metric.value), low, high, f"{what}: {metric.name} {figure(metric.value)}")
+    return Mark(x, _share_height(metric.value), low, high, f"{what}: {metric.name} {format_number(metric.value)}")
 
 
-def _point(x: float, value: float, what: str) -> Mark:
+def _mark_value(x: float, value: float, what: str) -> Mark:
     y = _share_height(value)
-    return Mark(x, y, y, y, f"{what}: {figure(value)}")
+    return Mark(x, y, y, y, f"{what}: {format_number(value)}")
 
 
 def heat_map(forgetting: Forgetting) -> HeatMap:
@@ -211,16 +215,16 @@ def heat_map(forgetting: Forgetting) -> HeatMap:
         for column, value in enumerate(entries)
         if value is not None
     ]
-    across = _scale(0, count, LEFT + size / 2, LEFT + size / 2 + count * size)
-    down = _scale(0, count, top + size / 2, top + size / 2 + count * size)
+    across = _make_scale(0, count, LEFT + size / 2, LEFT + size / 2 + count * size)
+    down = _make_scale(0, count, top + size / 2, top + size / 2 + count * size)
     numbers = forgetting.numbers
     return HeatMap(
         size=round(size, 1),
         height=round(top + count * size + 40, 1),
         numbered=numbered,
         squares=tuple(squares),
-        x_ticks=_ticks(numbers, across, first=0),
-        y_ticks=_ticks(numbers, down, first=0),
+        x_ticks=_pick_ticks(numbers, across, first=0),
+        y_ticks=_pick_ticks(numbers, down, first=0),
     )
 
 
@@ -228,11 +232,12 @@ def gate_plot(gate: Gate) -> Histograms:
     """How far prompts ask something else than the edit whose subject they mention, by metric."""
     usual = 0 < gate.threshold <= 100
     step = gate.threshold / 7 if usual else 0.5
-    edges = [step * place for place in range(22)]  # three times the threshold
+    edges = [step * index for index in range(22)]  # three times the threshold
     end, beyond, absent = RIGHT - 112.0, RIGHT - 72.0, RIGHT - 19.0
-    across = _scale(0, edges[-1], LEFT, end)
+    across = _make_scale(0, edges[-1], LEFT, end)
     panels = tuple(
-        _panel(scores, edges, across, 26.0 + 92.0 * place, beyond, absent) for place, scores in enumerate(gate.scores)
+        _build_panel(scores, edges, across, 26.0 + 92.0 * index, beyond, absent)
+        for index, scores in enumerate(gate.scores)
     )
     inside = 0 <= gate.threshold <= edges[-1]
     return Histograms(
@@ -246,32 +251,32 @@ def gate_plot(gate: Gate) -> Histograms:
     )
 
 
-def _panel(
+def _build_panel(
     scores: GateScores, edges: Sequence[float], across: Scale, top: float, beyond: float, absent: float
 ) -> Panel:
-    """The last two bars stand apart: scores beyond the axis, and prompts that have none."""
+    """A histogram; two separate bars follow it, for scores beyond the axis and for prompts without one."""
     bottom = top + 58.0
-    # A score at an edge belongs below it, as the gate opens up to its threshold.
+    # A score at an edge belongs to the bin on its left, as the gate opens up to and including its threshold.
     bins = numpy.clip(numpy.searchsorted(edges, numpy.asarray(scores.conflicts), side="left") - 1, 0, len(edges) - 1)
     counts = numpy.bincount(bins, minlength=len(edges)).tolist()
     most = max(1, *counts, scores.unmentioned)
 
-    def bar(x: float, width: float, count: int, what: str) -> Bar:
+    def draw_bar(x: float, width: float, count: int, what: str) -> Bar:
         height = round(58.0 * count / most, 1)
         return Bar(round(x, 1), round(bottom - height, 1), round(width, 1), height, f"{what}: {count:,}")
 
     bars = [
-        bar(across(low) + 0.5, across(high) - across(low) - 1, count, f"{low:.1f} to {high:.1f}")
+        draw_bar(across(low) + 0.5, across(high) - across(low) - 1, count, f"{low:.1f} to {high:.1f}")
         for low, high, count in zip(edges[:-1], edges[1:], counts[:-1], strict=True)
         if count
     ]
     if counts[-1]:
-        bars.append(bar(beyond - 15, 30.0, counts[-1], f"above {edges[-1]:.1f}"))
-    nothing = bar(absent - 15, 30.0, scores.unmentioned, "no subject mentioned")
+        bars.append(draw_bar(beyond - 15, 30.0, counts[-1], f"above {edges[-1]:.1f}"))
+    nothing = draw_bar(absent - 15, 30.0, scores.unmentioned, "no subject mentioned")
     return Panel(scores, top, bottom, f"{most:,}", tuple(bars), nothing)
 
 
-def scatter(clusters: Clusters) -> Scatter:
+def scatter_plot(clusters: Clusters) -> Scatter:
     """Each round's prompts around their centre, one unit being as long across as down."""
     drawn = [point for cluster in clusters.drawn for point in (*cluster.points, cluster.centre)]
     points = numpy.array([*drawn, *clusters.others])
@@ -280,7 +285,7 @@ def scatter(clusters: Clusters) -> Scatter:
     height = round(float(high[1] - low[1]) * unit + 32, 1)
     margin = (WIDTH - float(high[0] - low[0]) * unit) / 2
 
-    def place(point: tuple[float, float]) -> tuple[float, float]:
+    def project_point(point: tuple[float, float]) -> tuple[float, float]:
         x, y = (point[0] - low[0]) * unit, (high[1] - point[1]) * unit
         return round(margin + float(x), 1), round(16 + float(y), 1)
 
@@ -288,20 +293,20 @@ def scatter(clusters: Clusters) -> Scatter:
         Group(
             cluster=cluster,
             hue=round(number * 137.508) % 360,  # the golden angle keeps neighbours apart
-            centre=place(cluster.centre),
-            dots=tuple(map(place, cluster.points)),
+            centre=project_point(cluster.centre),
+            dots=tuple(map(project_point, cluster.points)),
         )
         for number, cluster in enumerate(clusters.drawn)
     ]
-    return Scatter(height, tuple(map(place, clusters.others)), tuple(groups))
+    return Scatter(height, tuple(map(project_point, clusters.others)), tuple(groups))
 
 
-def _ticks(numbers: Sequence[int], scale: Scale, *, first: int) -> tuple[Tick, ...]:
+def _pick_ticks(numbers: Sequence[int], scale: Scale, *, first: int) -> tuple[Tick, ...]:
     """At most `TICKS` of the rounds, at regular steps."""
     step = math.ceil(len(numbers) / TICKS)
-    return tuple(Tick(scale(place + first), f"{number:,}") for place, number in enumerate(numbers) if place % step == 0)
+    return tuple(Tick(scale(index + first), f"{number:,}") for index, number in enumerate(numbers) if index % step == 0)
 
 
-def _scale(low: float, high: float, start: float, end: float) -> Scale:
+def _make_scale(low: float, high: float, start: float, end: float) -> Scale:
     """Linear, from `low` to `high` onto `start` to `end`."""
     return lambda value: round(start + (value - low) / (high - low) * (end - start), 1)

@@ -1,4 +1,4 @@
-"""Quality round by round: what each round's edits came to after the last one."""
+"""Quality round by round: how each round's edits are answered after the last one."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import TypeVar
 from lemoe.adaptor.state import AdaptorState
 from lemoe.data.edits import Edit
 from lemoe.evaluation.evaluate import EvalResult, Record
-from lemoe.evaluation.metrics import Decode, Metric, mean
+from lemoe.evaluation.metrics import Decode, Metric, mean_metric
 from lemoe.report.studies import Matrix
 
 ROUNDS_SHOWN = 40  # beyond which a plot holds evenly spread ones
@@ -17,7 +17,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class RoundQuality:
-    """One round: how many of its edits were measured, and their figures (token accuracy) after the last round."""
+    """One round: how many of its edits were measured, and their metrics (token accuracy) after the last round."""
 
     number: int
     edits: int
@@ -28,7 +28,7 @@ class RoundQuality:
 
 @dataclass(frozen=True)
 class Forgetting:
-    """Figures of each round (row) after each round (column), None before it was taught.
+    """A metric of each round (row) after each round (column), None before it was taught.
 
     Attributes:
         numbers: of the rounds that are shown.
@@ -47,8 +47,8 @@ def round_numbers(state: AdaptorState | None, edits: Sequence[Edit]) -> dict[str
     return {edit.id: held[edit.digest] for edit in edits if edit.digest in held}
 
 
-def qualities(result: EvalResult, numbers: Mapping[str, int], decode: Decode) -> tuple[RoundQuality, ...]:
-    """The figures of every round that has measured edits."""
+def score_rounds(result: EvalResult, numbers: Mapping[str, int], decode: Decode) -> tuple[RoundQuality, ...]:
+    """The metrics of every round that has measured edits."""
     agreement = {m.kind: m for m in result.metrics if (m.name, m.measure) == ("routing", "agreement")}
     records: dict[int, list[Record]] = {number: [] for number in sorted(set(numbers.values()))}
     for record in result.records:
@@ -57,29 +57,29 @@ def qualities(result: EvalResult, numbers: Mapping[str, int], decode: Decode) ->
     return tuple(
         RoundQuality(
             number=number,
-            edits=sum(place == number for place in numbers.values()),
-            reliability=_accuracy("reliability", number, of_round, decode),
-            generality=_accuracy("generality", number, of_round, decode),
+            edits=sum(other == number for other in numbers.values()),
+            reliability=_mean_accuracy("reliability", number, of_round, decode),
+            generality=_mean_accuracy("generality", number, of_round, decode),
             agreement=agreement.get(f"round {number}"),
         )
         for number, of_round in records.items()
     )
 
 
-def _accuracy(name: str, number: int, records: Sequence[Record], decode: Decode) -> Metric | None:
+def _mean_accuracy(name: str, number: int, records: Sequence[Record], decode: Decode) -> Metric | None:
     scores = [record.token_accuracy_after for record in records if record.name == name]
-    return mean(name, f"round {number}", "token_accuracy", decode, "after", scores) if scores else None
+    return mean_metric(name, f"round {number}", "token_accuracy", decode, "after", scores) if scores else None
 
 
-def forgetting_of(matrix: Matrix) -> Forgetting:
+def build_forgetting(matrix: Matrix) -> Forgetting:
     """The matrix, of evenly spread rounds where it has too many."""
-    places = spread(range(len(matrix)), ROUNDS_SHOWN)
-    values = tuple(tuple(matrix[row][column] for column in places) for row in places)
-    return Forgetting(values, tuple(place + 1 for place in places), len(matrix))
+    indices = pick_evenly(range(len(matrix)), ROUNDS_SHOWN)
+    values = tuple(tuple(matrix[row][column] for column in indices) for row in indices)
+    return Forgetting(values, tuple(index + 1 for index in indices), len(matrix))
 
 
-def spread(items: Sequence[Item], most: int) -> list[Item]:
+def pick_evenly(items: Sequence[Item], most: int) -> list[Item]:
     """All items, or `most` evenly spread ones, the first and the last among them."""
     if len(items) <= most:
         return list(items)
-    return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
+    return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]

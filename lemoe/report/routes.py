@@ -9,7 +9,7 @@ from lemoe.data.edits import Edit
 from lemoe.evaluation.evaluate import Record
 from lemoe.evaluation.metrics import DEFINITIONS
 from lemoe.report.scores import KIND_SHOWN
-from lemoe.report.text import shown
+from lemoe.report.text import clean_text
 
 Destination = Literal["own", "other", "relation", "subject"]
 METRIC_NAMES = list(DEFINITIONS)
@@ -65,15 +65,15 @@ class Gate:
     scores: tuple[GateScores, ...]
 
 
-class Homes:
+class OwnExperts:
     """Which experts each measured edit was taught to."""
 
     def __init__(self, state: AdaptorState | None, edits: Sequence[Edit]):
         """Of `edits` in `state`; without a state, none."""
-        held = state.homes if state else {}
+        held = state.experts_by_edit if state else {}
         self._experts: Mapping[str, frozenset[int]] = {edit.id: held.get(edit.digest, frozenset()) for edit in edits}
 
-    def destination(self, record: Record) -> Destination:
+    def find_destination(self, record: Record) -> Destination:
         """Where the prompt of a probe went."""
         if record.route.expert in self._experts.get(record.edit, frozenset()):
             return "own"
@@ -82,18 +82,18 @@ class Homes:
         return "relation" if record.route.scope == "relation" else "subject"
 
 
-def destinations(records: Sequence[Record], homes: Homes) -> tuple[Destinations, ...]:
+def count_destinations(records: Sequence[Record], own_experts: OwnExperts) -> tuple[Destinations, ...]:
     """Where the probes of each metric and kind went."""
     found: dict[tuple[str, str], list[Destination]] = {}
     for record in sorted(records, key=lambda record: METRIC_NAMES.index(record.name)):
-        found.setdefault((record.name, record.kind), []).append(homes.destination(record))
+        found.setdefault((record.name, record.kind), []).append(own_experts.find_destination(record))
     return tuple(
-        Destinations(name, shown(kind, KIND_SHOWN), tuple(map(went.count, DESTINATIONS)))
+        Destinations(name, clean_text(kind, KIND_SHOWN), tuple(map(went.count, DESTINATIONS)))
         for (name, kind), went in found.items()
     )
 
 
-def gate_of(records: Sequence[Record], threshold: float) -> Gate:
+def build_gate(records: Sequence[Record], threshold: float) -> Gate:
     """The gate's scores of the probes of each metric."""
     groups: dict[str, list[Record]] = {}
     for record in records:

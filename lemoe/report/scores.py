@@ -1,10 +1,10 @@
-"""The figures of a report: the headline of each metric, and all of them, before and after."""
+"""The scores of a report: the headline of each metric, and all of its measures, before and after."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lemoe.evaluation.metrics import DEFINITIONS, MEASURES, Definition, Measure, Metric
-from lemoe.report.text import shown
+from lemoe.evaluation.metrics import DEFINITIONS, MEASURES, Measure, Metric, MetricDefinition
+from lemoe.report.text import clean_text
 
 KIND_SHOWN = 60  # characters
 UNBOUNDED = ("loss", "perplexity", "ngram_entropy")  # measures that are no share
@@ -22,9 +22,9 @@ class Score:
 
     @property
     def last(self) -> Metric:
-        """The figure after editing, or of the base alone where nothing was edited."""
+        """The value after editing, or of the base alone where nothing was edited."""
         chosen = self.after or self.before
-        assert chosen is not None, "a score has a figure"
+        assert chosen is not None, "a score has a value"
         return chosen
 
     @property
@@ -43,9 +43,9 @@ class Score:
 
 @dataclass(frozen=True)
 class MetricScores:
-    """All figures of one metric, its headline first among those over all kinds."""
+    """All scores of one metric, its headline first among those over all kinds."""
 
-    definition: Definition
+    definition: MetricDefinition
     scores: tuple[Score, ...]
 
     @property
@@ -59,18 +59,18 @@ class MetricScores:
         return found[0] if found else None
 
 
-def scores_of(metrics: Sequence[Metric]) -> tuple[MetricScores, ...]:
-    """The figures by metric. A kind that is the only one of its metric is left out, as are single rounds."""
+def group_scores(metrics: Sequence[Metric]) -> tuple[MetricScores, ...]:
+    """The scores by metric. A kind that is the only one of its metric is left out, as are single rounds."""
     stages: dict[tuple[str, str, str], dict[str, Metric]] = {}
     for metric in metrics:
         if not is_round(metric):
             stages.setdefault((metric.name, metric.kind, metric.measure), {})[metric.stage] = metric
     scores = [
-        Score(name, shown(kind, KIND_SHOWN), measure, found.get("before"), found.get("after"))
+        Score(name, clean_text(kind, KIND_SHOWN), measure, found.get("before"), found.get("after"))
         for (name, kind, measure), found in stages.items()
     ]
     return tuple(
-        MetricScores(definition, tuple(_without_only_kinds([score for score in scores if score.name == name])))
+        MetricScores(definition, tuple(_drop_only_kinds([score for score in scores if score.name == name])))
         for name, definition in DEFINITIONS.items()
         if any(score.name == name for score in scores)
     )
@@ -81,7 +81,7 @@ def is_round(metric: Metric) -> bool:
     return metric.kind.startswith("round ")
 
 
-def _without_only_kinds(scores: Sequence[Score]) -> list[Score]:
+def _drop_only_kinds(scores: Sequence[Score]) -> list[Score]:
     kinds: dict[str, set[str]] = {}
     for score in scores:
         kinds.setdefault(score.measure, set()).add(score.kind)

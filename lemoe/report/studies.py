@@ -12,7 +12,7 @@ Matrix = Sequence[Sequence[float | None]]
 
 @dataclass(frozen=True)
 class OrderRow:
-    """An order by name, and its figures (token accuracy); None where the edits have no such probes."""
+    """An order by name, and its metrics (token accuracy); None where the edits have no such probes."""
 
     name: str
     reliability: float | None
@@ -21,7 +21,7 @@ class OrderRow:
 
 @dataclass(frozen=True)
 class OrderTable:
-    """What each order came to, and the largest difference between any two."""
+    """The metrics of each order, and the largest difference between any two."""
 
     method: str
     rows: tuple[OrderRow, ...]
@@ -31,7 +31,7 @@ class OrderTable:
 
 @dataclass(frozen=True)
 class MethodRow:
-    """A method's figures (token accuracy), its seconds of training and its bytes kept, both an edit."""
+    """A method's metrics (token accuracy), its seconds of training and its bytes kept, both per edit."""
 
     method: str
     learned: float
@@ -42,29 +42,29 @@ class MethodRow:
     bytes: float
 
 
-def order_table(factors: Factors) -> OrderTable:
+def make_order_table(factors: Factors) -> OrderTable:
     """The orders as a table."""
     rows = tuple(
-        OrderRow(_order_name(order), order.value("reliability"), order.value("generality")) for order in factors.orders
+        OrderRow(_name_order(order), order.value("reliability"), order.value("generality")) for order in factors.orders
     )
     return OrderTable(
         factors.settings.method,
         rows,
-        _spread([row.reliability for row in rows]),
-        _spread([row.generality for row in rows]),
+        _value_range([row.reliability for row in rows]),
+        _value_range([row.generality for row in rows]),
     )
 
 
-def _order_name(order: OrderScore) -> str:
+def _name_order(order: OrderScore) -> str:
     return order.order if order.seed is None else f"{order.order}, seed {order.seed}"
 
 
-def _spread(values: Sequence[float | None]) -> float | None:
+def _value_range(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return max(known) - min(known) if known else None
 
 
-def method_rows(comparison: Comparison) -> tuple[MethodRow, ...]:
+def make_method_rows(comparison: Comparison) -> tuple[MethodRow, ...]:
     """The methods as rows of a table."""
     return tuple(
         MethodRow(

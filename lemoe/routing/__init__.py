@@ -1,1 +1,1 @@
-"""Which expert acts, and where: the interface of routers, and one router for each method."""
+"""Routers, which decide the expert that acts at each token: their interface, and one router for each method."""

@@ -1,8 +1,8 @@
-"""KV anchor routing: which expert acts on a sequence, by the same rule in training and in use (paper, 3.2).
+"""KV anchor routing (the paper's term, section 3.2): one decision per sequence, by one rule in training and in use.
 
-The value of a sequence is the mean of the embedding layer's output over its prompt, sent through a trained
-projection; each expert has a key, and the gate is the softmax over the products of keys and value, of which the
-top k act. One decision holds for the whole sequence.
+The value of a sequence is the mean of the embedding layer's output over its prompt, through a trained projection. Each
+expert has a key; the gate is the softmax of the products of keys and value, and the top k experts act on the whole
+sequence.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,8 +25,8 @@ class Projection(TensorEquality):
     up: Tensor
 
     @classmethod
-    def new(cls, hidden: int, width: int, generator: torch.Generator) -> "Projection":
-        """A random projection that keeps the scale of its input."""
+    def from_generator(cls, hidden: int, width: int, generator: torch.Generator) -> "Projection":
+        """A random projection that preserves the scale of its input."""
         down = torch.randn(width, hidden, generator=generator) / hidden**0.5
         up = torch.randn(width, width, generator=generator) / (width / 2) ** 0.5
         return cls(down, up)
@@ -41,12 +41,12 @@ class Projection(TensorEquality):
 
 @dataclass(frozen=True, eq=False)
 class KeyRouter(TensorEquality, Router):
-    """Keys of all experts, and the projection under which each key was trained.
+    """The keys of all experts, and the projection with which each key was trained.
 
     Attributes:
         keys: `[experts, width]`.
         projections: one for each line of rounds (a run and its continuations); adaptors merged from several runs
-            keep one each, since a key means something under its own projection only.
+            keep one each, since a key is only valid with its own projection.
         lineage: `[experts]`, int64, index into `projections`.
         top_k: experts that act on one sequence.
     """
@@ -63,11 +63,11 @@ class KeyRouter(TensorEquality, Router):
         moved = tuple(projection.to(device) for projection in self.projections)
         return replace(self, keys=self.keys.to(device), projections=moved, lineage=self.lineage.to(device))
 
-    def gate(self, pooled: Tensor) -> Tensor:
+    def gate_weights(self, pooled: Tensor) -> Tensor:
         """The softmax gate `[batch, experts]` of pooled prompts `[batch, hidden]`.
 
-        Values and keys are compared by direction: prompts pool to vectors so alike that otherwise the longest key
-        would win them all.
+        Values and keys are normalised first: pooled prompts are so similar that otherwise the longest key would win
+        them all.
         """
         values = torch.stack([rms_normalise(projection(pooled)) for projection in self.projections])
         scores = torch.einsum("ebk,ek->be", values[self.lineage], rms_normalise(self.keys)) / self.keys.shape[1] ** 0.5
@@ -75,7 +75,7 @@ class KeyRouter(TensorEquality, Router):
 
     def route(self, pooled: Tensor, length: int) -> Routing:
         """The route of each sequence, the same at each of its `length` positions."""
-        weights, experts = self.gate(pooled).topk(min(self.top_k, len(self.keys)))
+        weights, experts = self.gate_weights(pooled).topk(min(self.top_k, len(self.keys)))
         shape = (len(pooled), length, experts.shape[-1])
         return Routing(experts.unsqueeze(1).expand(shape), weights.unsqueeze(1).expand(shape))
 
@@ -88,7 +88,7 @@ class KeyRouter(TensorEquality, Router):
         }
 
     @classmethod
-    def expected(
+    def expected_tensors(
         cls, settings: RouterSettings, hidden: int, lineages: Sequence[Lineage], tensors: Mapping[str, Tensor]
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         width = settings.router_width
@@ -127,7 +127,7 @@ class KeyRouter(TensorEquality, Router):
 
     @classmethod
     def stack(cls, parts: "Sequence[tuple[KeyRouter, Sequence[Lineage]]]") -> "KeyRouter":
-        """Each key under the newest projection that its line of rounds has trained; branches keep one each."""
+        """All keys, each with the newest projection of its line of rounds; branches keep one each."""
         lineages = {lineage.round: lineage for _, own in parts for lineage in own}
         tips: dict[str, Projection] = {}
         fallback: dict[str, str] = {}
@@ -139,7 +139,7 @@ class KeyRouter(TensorEquality, Router):
                 tips.setdefault(tip, projection)
                 for lineage in served:
                     fallback.setdefault(lineage.round, tip)
-        serving = fallback | _newest_tips(lineages, tips)
+        serving = fallback | _newest_projections(lineages, tips)
         chosen = [serving[lineage.round] for _, own in parts for lineage in own]
         used = list(dict.fromkeys(chosen))
         return cls(
@@ -149,12 +149,12 @@ class KeyRouter(TensorEquality, Router):
             parts[0][0].top_k,
         )
 
-    def live(self, base: Host, settings: RouterSettings) -> "LiveKeyRouter":
+    def to_live(self, base: Host, settings: RouterSettings) -> "LiveKeyRouter":
         return LiveKeyRouter(base, self.to(base.device))
 
 
-def _newest_tips(lineages: Mapping[str, Lineage], tips: Mapping[str, Projection]) -> dict[str, str]:
-    """For each round, the deepest round after it in its line whose projection is there."""
+def _newest_projections(lineages: Mapping[str, Lineage], tips: Mapping[str, Projection]) -> dict[str, str]:
+    """For each round, the deepest round of its line, itself included, whose projection is in `tips`."""
     newest: dict[str, str] = {}
     for tip in tips:
         current: str | None = tip
@@ -166,7 +166,7 @@ def _newest_tips(lineages: Mapping[str, Lineage], tips: Mapping[str, Projection]
 
 
 class LiveKeyRouter(LiveRouter):
-    """Decides once, at a sequence's first tokens; its memory is the decision, which later tokens inherit."""
+    """Routes a sequence once, by its prompt; its memory is the decision, which later tokens reuse."""
 
     def __init__(self, base: Host, router: KeyRouter):
         self.device = base.device
@@ -178,21 +178,21 @@ class LiveKeyRouter(LiveRouter):
         if sequences.memory is not None:
             memory = sequences.memory[:, :, -1:].expand(-1, -1, length, -1)
             experts, weights = memory.squeeze(1).chunk(2, dim=-1)
-            return _explained(Routing(experts.long(), weights)), memory
+            return _add_explanations(Routing(experts.long(), weights)), memory
         embeddings = sequences.embeddings
         if embeddings is None:
             embeddings = self._base.embedding(sequences.ids)
-        routing = self._router.route(pool(embeddings, sequences.prompt), length)
+        routing = self._router.route(pool_prompt(embeddings, sequences.prompt), length)
         memory = torch.cat([routing.experts.float(), routing.weights], dim=-1).unsqueeze(1)
-        return _explained(routing), memory
+        return _add_explanations(routing), memory
 
 
-def _explained(routing: Routing) -> Routing:
+def _add_explanations(routing: Routing) -> Routing:
     pairs = zip(routing.experts[:, 0, 0].tolist(), routing.weights[:, 0, 0].tolist(), strict=True)
     return replace(routing, explained=tuple(Explanation(int(e), w, nearest=int(e)) for e, w in pairs))
 
 
-def pool(embeddings: Tensor, mask: Tensor) -> Tensor:
+def pool_prompt(embeddings: Tensor, mask: Tensor) -> Tensor:
     """Mean of `embeddings` `[batch, seq, hidden]` over the prompt (`mask` `[batch, seq]`), divided by its RMS.
 
     The paper pools without normalising; embeddings differ in size by an order of magnitude between families, and

@@ -1,4 +1,4 @@
-"""What every way of routing has in common: a stored part that stacks and saves, and a live part that decides."""
+"""The interface of routers: a stored part, which is saved and stacks, and a live part, which routes tokens."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ Self = TypeVar("Self", bound="Router")
 
 
 class Host(Protocol):
-    """What a router reads of the model that it works in."""
+    """What a router needs of the model that it is used in."""
 
     embedding: nn.Embedding
     tokenizer: Any
@@ -27,7 +27,7 @@ class Host(Protocol):
 
 
 class RouterSettings(Protocol):
-    """The settings that routers know; see `lemoe.Settings`."""
+    """The settings that routers use; see `lemoe.Settings`."""
 
     @property
     def top_k(self) -> int: ...
@@ -47,11 +47,11 @@ class Explanation:
         expert: the expert that acts, -1 for none.
         weight: its weight.
         scope: `in`; or why no expert acts: no edit's `subject` was mentioned, or another `relation` is asked of one.
-        nearest: the expert that acts or came nearest, -1 if none did.
+        nearest: the expert that acts or came nearest, -1 for none.
         coverage: share of the nearest edit's subject that was read, 0 to 1.
-        conflict: how far what is asked differs from what the nearest edit asks; 0 is not at all.
-        fit: how much of what is asked the two share, 0 to 2.
-        edit: number of the nearest edit, -1 where none was near or the router does not tell edits apart.
+        conflict: how far the question read differs from the nearest edit's; 0 is not at all.
+        fit: matched share of the two questions, 0 to 2.
+        edit: number of the nearest edit, -1 if there is none or the router does not tell edits apart.
     """
 
     expert: int
@@ -66,12 +66,12 @@ class Explanation:
 
 @dataclass(frozen=True, eq=False)
 class Routing(TensorEquality):
-    """Which experts act where.
+    """The experts that act at each token.
 
     Attributes:
         experts: `[batch, seq, k]`, -1 for none.
-        weights: `[batch, seq, k]`, theirs.
-        explained: why each row's prompt takes its route; empty if it was not asked.
+        weights: `[batch, seq, k]`, of these experts.
+        explained: why each row's prompt takes its route; empty if the router does not tell.
     """
 
     experts: Tensor
@@ -81,9 +81,9 @@ class Routing(TensorEquality):
 
 @dataclass(frozen=True)
 class Lineage:
-    """Where an expert's round stands among the rounds that went on training one router; see `RoundRecord`.
+    """The position of an expert's round in a line of rounds that trained one router in turn; see `RoundRecord`.
 
-    `edits`: how many edits the expert holds.
+    `edits`: how many edits the expert has.
     """
 
     round: str
@@ -92,15 +92,15 @@ class Lineage:
     edits: int
 
     @classmethod
-    def of_round(cls, name: str, parent: str | None, depth: int, experts: int, edits: int) -> "list[Lineage]":
-        """Of each of a round's experts; those that hold as many edits share one."""
-        sizes = [len(part) for part in equal_parts(edits, experts)]
+    def from_round(cls, name: str, parent: str | None, depth: int, experts: int, edits: int) -> "list[Lineage]":
+        """One for each of a round's experts; those with the same number of edits share one object."""
+        sizes = [len(part) for part in split_evenly(edits, experts)]
         shared = {size: cls(name, parent, depth, size) for size in set(sizes)}
         return [shared[size] for size in sizes]
 
 
-def equal_parts(edits: int, experts: int) -> list[range]:
-    """The places of the edits that each expert of a round holds: equal parts in order, the first larger by one."""
+def split_evenly(edits: int, experts: int) -> list[range]:
+    """The indices of the edits of each expert of a round: parts in order, of equal size but for one edit."""
     size, larger = divmod(edits, experts)
     starts = [size * part + min(part, larger) for part in range(experts + 1)]
     return [range(start, end) for start, end in pairwise(starts)]
@@ -108,14 +108,14 @@ def equal_parts(edits: int, experts: int) -> list[range]:
 
 @dataclass(frozen=True, eq=False)
 class Sequences(TensorEquality):
-    """What a router may look at.
+    """The input of a router.
 
     Attributes:
         ids: `[batch, seq]`, or None if the model was called with embeddings.
         embeddings: `[batch, seq, hidden]`, or None if the model was called with ids.
         mask: `[batch, seq]`, bool; False on padding.
-        prompt: `[batch, seq]`, bool; tokens of the prompt, where its end is known, else all tokens.
-        memory: `[batch, 1, past, k]`, what the router returned for the tokens before these, or None at the start.
+        prompt: `[batch, seq]`, bool; tokens of the prompt, if its end is known, else all tokens.
+        memory: `[batch, 1, past, k]`, the router's memory of the tokens before these, or None at the start.
     """
 
     ids: Tensor | None
@@ -137,43 +137,43 @@ class LiveRouter(ABC):
 
     @abstractmethod
     def route(self, sequences: Sequences) -> tuple[Routing, Tensor]:
-        """The routes of new tokens, and their memory `[batch, 1, seq, k]`, which travels in the KV cache."""
+        """The routes of new tokens, and their memory `[batch, 1, seq, k]`, which is kept in the KV cache."""
 
     def explain(self, prompts: Sequence[Sequence[int]]) -> list[Explanation]:
         """Why each prompt (token ids) takes its route."""
-        return [self._routed(prompt).explained[0] for prompt in prompts]
+        return [self._route_prompt(prompt).explained[0] for prompt in prompts]
 
-    def _routed(self, prompt: Sequence[int]) -> Routing:
+    def _route_prompt(self, prompt: Sequence[int]) -> Routing:
         ids = torch.tensor([list(prompt)], device=self.device)
-        everything = torch.ones_like(ids, dtype=torch.bool)
-        return self.route(Sequences(ids, None, everything, everything))[0]
+        all_tokens = torch.ones_like(ids, dtype=torch.bool)
+        return self.route(Sequences(ids, None, all_tokens, all_tokens))[0]
 
 
 class Router(ABC):
-    """The stored part: whatever decides routes, as tensors. Entry `i` belongs to expert `i`."""
+    """The stored part: all that decides routes, as tensors. Entry `i` belongs to expert `i`."""
 
     method: ClassVar[str]
-    shared: ClassVar[bool] = False  # whether each expert holds all edits
+    shared: ClassVar[bool] = False  # whether each expert is trained on all edits
     gated: ClassVar[bool] = False  # whether a prompt may reach no expert, by a threshold on `Explanation.conflict`
     by_prompt: ClassVar[bool] = False  # whether a sequence is routed once, by its prompt, whose end must be known
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that a file must hold, by name."""
+        """All tensors of the router that a file must have, by name."""
 
     @classmethod
     @abstractmethod
-    def expected(
+    def expected_tensors(
         cls, settings: RouterSettings, hidden: int, lineages: Sequence[Lineage], tensors: Mapping[str, Tensor]
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
-        """Shape and type (None: floating point) of each tensor of a file, one `lineages` entry for each expert."""
+        """Shape and type (None: floating point) of each tensor that a file must have; `lineages`: of each expert."""
 
     @classmethod
     @abstractmethod
     def from_tensors(
         cls: type[Self], settings: RouterSettings, lineages: Sequence[Lineage], tensors: Mapping[str, Tensor]
     ) -> Self:
-        """The router of a file whose shapes hold.
+        """The router of a file whose tensors have the expected shapes.
 
         Raises:
             ValueError: if indices are out of order or range.
@@ -186,18 +186,18 @@ class Router(ABC):
     @classmethod
     @abstractmethod
     def stack(cls: type[Self], parts: "Sequence[tuple[Self, Sequence[Lineage]]]") -> Self:
-        """One router for the experts of all parts, in order; each part with the lineage of each of its experts."""
+        """One router for the experts of all parts, in order; a part comes with the lineage of each of its experts."""
 
     def superseded(self) -> dict[int, int]:
-        """Edits, by number, whose question a later edit answers anew: earlier to latest. None by default."""
+        """Edits whose prompt a later edit has too, by number: earlier to latest. None by default."""
         return {}
 
     @abstractmethod
-    def live(self, base: Host, settings: RouterSettings) -> LiveRouter:
-        """The router at work in `base`."""
+    def to_live(self, base: Host, settings: RouterSettings) -> LiveRouter:
+        """The live router for `base`."""
 
 
-def offsets_hold(offsets: Tensor, total: int) -> bool:
+def are_valid_offsets(offsets: Tensor, total: int) -> bool:
     """Whether `offsets` starts at 0, never falls, and ends at `total`."""
     return (
         bool(len(offsets)) and int(offsets[0]) == 0 and int(offsets[-1]) == total and bool((offsets.diff() >= 0).all())

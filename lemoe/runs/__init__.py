@@ -1,1 +1,1 @@
-"""Whole jobs: teaching an edit file to an adaptor, choosing a layer, making an adaptor smaller."""
+"""Complete runs: training an adaptor on an edit file, choosing a layer, compacting an adaptor."""

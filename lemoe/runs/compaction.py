@@ -1,12 +1,12 @@
-"""Fewer and smaller experts for edits that are trained already: those of a round are taught anew to shared ones.
+"""Fewer and smaller experts for edits that are trained already: the edits of a round are trained again on shared ones.
 
-Texts are made from the anchors, so that no edits file is needed, and from more rewordings than an expert of one edit is
-trained on. What is kept is measured before and after on the edited model itself: own prompts, rewordings that were not
-trained on, own prompts behind sentences that were not, and other questions about the subjects.
+Training texts are made from the anchors, so that no edits file is needed, with more synthetic paraphrases than an
+expert of one edit is trained on. Quality is measured before and after on the edited model itself: on own prompts,
+paraphrases that were not trained on, own prompts behind sentences that were not, and negative prompts.
 
-What is left of the reliability of 100 or 200 ZsRE edits at two neurons an edit: .56 with the strongest neurons of the
-old experts, .61 with what those write fitted anew by least squares, .70 trained towards the old experts' outputs, 1.00
-trained on the texts. Starting that from the old neurons makes no difference that could not be chance.
+Measured: the reliability that is left of 100 or 200 ZsRE edits at two neurons per edit is .56 with the strongest
+neurons of the old experts, .61 with their down projections fitted again by least squares, .70 trained towards the old
+experts' outputs, 1.00 trained on the texts. Starting from the old neurons made no significant difference.
 """
 
 import hashlib
@@ -22,27 +22,27 @@ import torch
 
 from lemoe.adaptor.state import AdaptorState, RoundRecord, check_base, stack
 from lemoe.base.loading import BaseModel
-from lemoe.base.matmul import fast_products
-from lemoe.base.tokens import Passage, encode
+from lemoe.base.matmul import use_onednn
+from lemoe.base.tokens import Passage, encode_passage
 from lemoe.data.edits import Edit, Probe
 from lemoe.errors import AdaptorError
 from lemoe.evaluation.evaluate import evaluate
 from lemoe.routing.anchor.anchors import Anchors, build_gate
 from lemoe.routing.anchor.gate import Anchor
 from lemoe.settings import Settings
-from lemoe.training.anchor.batches import LessonMaker
-from lemoe.training.anchor.examples import other_questions, rewordings
-from lemoe.training.anchor.round import Blocks, teach, training_seed
+from lemoe.training.anchor.batches import TrainingBatchBuilder
+from lemoe.training.anchor.examples import make_negative_prompts, make_paraphrases
+from lemoe.training.anchor.round import TrainableExperts, train_experts, training_seed
 
-EDITS = 10  # of a shared expert, at most
-NEURONS = (2.0, 1.0, 0.5, 0.25)  # an edit, tried in turn
-STEPS = 4  # times as many as a round was trained for
-REWORDINGS = 4  # times as many as a round was trained on
-ROUNDING = 1e-9  # of the difference of two shares
-PROBES = 3  # of each kind that are measured of each edit
-PROBED = ("reliability", "generality", "locality")
+EDITS_PER_EXPERT = 10  # at most
+NEURONS_PER_EDIT = (2.0, 1.0, 0.5, 0.25)  # tried in turn
+STEPS_FACTOR = 4  # times the steps of the original round
+PARAPHRASES_FACTOR = 4  # times the paraphrases of the original round
+ROUNDING_TOLERANCE = 1e-9  # of the difference of two shares
+PROBES_PER_KIND = 3  # for each edit
+PROBED_METRICS = ("reliability", "generality", "locality")
 
-_UNSEEN = (  # sentences that stand in front of no text that experts are trained on
+_UNSEEN_SENTENCES = (  # in front of no text that experts are trained on
     "Rain is expected over the weekend.",
     "The committee met again on Tuesday.",
     "Tickets sold out within an hour.",
@@ -56,13 +56,13 @@ _UNSEEN = (  # sentences that stand in front of no text that experts are trained
 
 @dataclass(frozen=True)
 class Quality:
-    """Shares of whole answers that an edited model gives.
+    """Shares of prompts whose whole answer is right.
 
     Attributes:
-        reliability: own prompts that give their target.
-        generality: rewordings not trained on that give it.
-        distracted: own prompts behind sentences not trained on that give it.
-        locality: other questions about the subjects that keep the base's answer.
+        reliability: own prompts answered with their target.
+        generality: paraphrases not trained on that are answered with it.
+        distracted: own prompts behind sentences not trained on that are answered with it.
+        locality: negative prompts that keep the base's answer.
     """
 
     reliability: float
@@ -70,15 +70,15 @@ class Quality:
     distracted: float
     locality: float
 
-    def loss(self, after: "Quality") -> float:
-        """The largest fall of any of them; one that cannot be measured, since it has no probes, falls by nothing."""
-        falls = [one - other for one, other in zip(astuple(self), astuple(after), strict=True)]
-        return max(0.0 if math.isnan(fall) else fall for fall in falls)
+    def largest_drop(self, after: "Quality") -> float:
+        """The largest drop of any share; a share without probes, which is NaN, counts as no drop."""
+        drops = [one - other for one, other in zip(astuple(self), astuple(after), strict=True)]
+        return max(0.0 if math.isnan(drop) else drop for drop in drops)
 
 
 @dataclass(frozen=True)
-class Trial:
-    """A size that was tried: neurons an edit, bytes of all experts, and the quality that they have."""
+class CompactionTrial:
+    """A size that was tried: neurons per edit, bytes of all experts, and their quality."""
 
     neurons: float
     size: int
@@ -86,40 +86,40 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Compacted:
-    """What a compaction gives.
+class CompactionResult:
+    """The outcome of a compaction.
 
     Attributes:
         state: the smallest adaptor within the tolerance; None if there is none.
-        size: bytes of the experts as they were.
-        before: their quality.
-        trials: the sizes tried, the largest first; the last but one, or the last, is the one kept.
+        size: bytes of the original experts.
+        before: quality of the original experts.
+        trials: the sizes tried, the largest first; the last but one, or the last, is the one in `state`.
         left_out: how many superseded edits are left out.
     """
 
     state: AdaptorState | None
     size: int
     before: Quality
-    trials: tuple[Trial, ...]
+    trials: tuple[CompactionTrial, ...]
     left_out: int
 
 
-def compact(
+def compact_adaptor(
     base: BaseModel,
     state: AdaptorState,
     *,
     tolerance: float = 0.01,
     notify: Callable[[str], None] = lambda text: None,
-) -> Compacted:
-    """Teach the edits of each round to fewer, smaller experts, as few bytes as lose no more than `tolerance`.
+) -> CompactionResult:
+    """Train the edits of each round again on fewer, smaller experts, as small as lose no more than `tolerance`.
 
-    Sizes are tried from the largest down until one loses more. Superseded edits are left out, since they answer
-    nothing; rounds whose edits share experts already stay as they are. Rounds of the result remember the round that
-    they come from, and are not stacked with it.
+    Sizes are tried from the largest down until one loses more. Superseded edits are left out, since nothing is routed
+    to them; rounds whose edits share experts already stay as they are. Rounds of the result record the round that they
+    come from, and are not stacked with it.
 
     Args:
-        tolerance: how far each share of `Quality` may fall.
-        notify: told what is being done.
+        tolerance: how far each share of `Quality` may drop.
+        notify: called with one line for each stage.
 
     Raises:
         AdaptorError: if the state was made for another base model or by another method, or has nothing to compact.
@@ -128,145 +128,158 @@ def compact(
         raise AdaptorError(f"only experts of method `{Anchors.method}` can be compacted, not `{state.settings.method}`")
     check_base(base, state)
     superseded = state.router.superseded()
-    gone = [expert for expert, edits in enumerate(_numbers(state)) if superseded.keys() >= set(edits)]
-    state = state.without(gone) if gone else state
-    if not any(_shareable(record) for record in state.rounds):
+    unused = [expert for expert, edits in enumerate(_edit_indices(state)) if superseded.keys() >= set(edits)]
+    state = state.drop_experts(unused) if unused else state
+    if not any(_has_own_experts(record) for record in state.rounds):
         raise AdaptorError("nothing to compact: no round has several edits with experts of their own")
-    probes = [probe for part in _rounds(state) for probe in _probes(base, part)]
+    probes = [probe for part in _split_rounds(state) for probe in _make_probes(base, part)]
     if not probes:
         raise AdaptorError("nothing can be measured: no anchor's prompt and target are a text of this model")
     notify("measuring the adaptor as it is")
-    before = _quality(base, state, probes)
+    before = _measure_quality(base, state, probes)
     best, trials = None, []
-    for neurons in NEURONS:
-        notify(f"teaching shared experts of {neurons:g} neurons an edit")
-        smaller = _smaller(base, state, neurons)
-        trials.append(Trial(neurons, smaller.experts.size, _quality(base, smaller, probes)))
-        if before.loss(trials[-1].quality) > tolerance + ROUNDING:
+    for neurons in NEURONS_PER_EDIT:
+        notify(f"training shared experts of {neurons:g} neurons per edit")
+        smaller = _compact_state(base, state, neurons)
+        trials.append(CompactionTrial(neurons, smaller.experts.nbytes, _measure_quality(base, smaller, probes)))
+        if before.largest_drop(trials[-1].quality) > tolerance + ROUNDING_TOLERANCE:
             break
         best = smaller
-    return Compacted(best, state.experts.size, before, tuple(trials), len(gone))
+    return CompactionResult(best, state.experts.nbytes, before, tuple(trials), len(unused))
 
 
-def _numbers(state: AdaptorState) -> list[range]:
-    """The numbers of the edits that each expert holds."""
+def _edit_indices(state: AdaptorState) -> list[range]:
+    """The indices of the edits that each expert holds."""
     ends = list(accumulate(lineage.edits for lineage in state.lineages))
     return [range(end - lineage.edits, end) for end, lineage in zip(ends, state.lineages, strict=True)]
 
 
-def _shareable(record: RoundRecord) -> bool:
-    return record.of_each and len(record.edits) > 1
+def _has_own_experts(record: RoundRecord) -> bool:
+    return record.one_expert_per_edit and len(record.edits) > 1
 
 
-def _rounds(state: AdaptorState) -> list[AdaptorState]:
+def _split_rounds(state: AdaptorState) -> list[AdaptorState]:
     """Each round as a state of its own."""
-    return [state.only([place]) for place in range(len(state.rounds))]
+    return [state.select_rounds([index]) for index in range(len(state.rounds))]
 
 
-def _smaller(base: BaseModel, state: AdaptorState, neurons: float) -> AdaptorState:
-    """The state with shared experts of so many neurons an edit."""
-    parts = [_shared(base, part, neurons) if _shareable(part.rounds[0]) else part for part in _rounds(state)]
+def _compact_state(base: BaseModel, state: AdaptorState, neurons: float) -> AdaptorState:
+    """The state with shared experts of so many neurons per edit."""
+    parts = [
+        _compact_round(base, part, neurons) if _has_own_experts(part.rounds[0]) else part
+        for part in _split_rounds(state)
+    ]
     return stack(parts)
 
 
-def _shared(base: BaseModel, part: AdaptorState, neurons: float) -> AdaptorState:
-    """A round taught anew to shared experts of so many neurons an edit."""
-    record, settings, layer = part.rounds[0], _recipe(part.settings), part.base.layer
-    anchors, edits = _anchors(part), _edits(base, part)
-    smaller = replace(record, experts=-(-len(edits) // EDITS), compacted_from=record.id)
-    owners = [expert for expert, places in enumerate(smaller.parts) for _ in places]
-    width = max(1, round(neurons * len(smaller.parts[0])))
-    site = base.site(layer, settings.layer_path)
+def _compact_round(base: BaseModel, part: AdaptorState, neurons: float) -> AdaptorState:
+    """A round, trained again on shared experts of so many neurons per edit."""
+    record, settings, layer = part.rounds[0], _compaction_settings(part.settings), part.base.layer
+    anchors, edits = _state_anchors(part), _decode_edits(base, part)
+    smaller = replace(record, experts=-(-len(edits) // EDITS_PER_EXPERT), compacted_from=record.id)
+    owners = [expert for expert, edit_range in enumerate(smaller.edit_ranges) for _ in edit_range]
+    width = max(1, round(neurons * len(smaller.edit_ranges[0])))
+    site = base.ffn_site(layer, settings.layer_path)
     passages = [Passage(anchor.prompt, anchor.target) for anchor in anchors]
-    rng, generator = random.Random(_seed(record)), torch.Generator(base.device).manual_seed(_seed(record))
-    maker = LessonMaker(base, site, layer, settings, edits, passages, anchors, rng, owners)
-    blocks = Blocks(smaller.experts, site, width, float(part.experts.scale[0]), settings.seed).to(base.device)
-    with fast_products(base.model):
-        outcome = teach(base, blocks, maker, settings, generator, lambda step: None)
+    seed = _compaction_seed(record)
+    rng, generator = random.Random(seed), torch.Generator(base.device).manual_seed(seed)
+    builder = TrainingBatchBuilder(base, site, layer, settings, edits, passages, anchors, rng, owners)
+    trainable = TrainableExperts(smaller.experts, site, width, float(part.experts.scale[0]), settings.seed).to(
+        base.device
+    )
+    with use_onednn(base.model):
+        outcome = train_experts(base, trainable, builder, settings, generator, lambda step: None)
     smaller = replace(
         smaller,
-        id=_id(record, smaller.experts, width, settings),
+        id=_compacted_id(record, smaller.experts, width, settings),
         loss=outcome.loss,
         end_loss=outcome.end_loss,
         steps=outcome.steps,
         retried=0,
         missed=None,
     )
-    groups = tuple(tuple(anchors[place] for place in places) for places in smaller.parts)
-    experts = blocks.experts().stored_as(part.experts.up.dtype)
+    groups = tuple(tuple(anchors[index] for index in edit_range) for edit_range in smaller.edit_ranges)
+    experts = trainable.to_experts().to_dtype(part.experts.up.dtype)
     return replace(part, rounds=(smaller,), experts=experts, router=Anchors(groups))
 
 
-def _recipe(settings: Settings) -> Settings:
-    """How shared experts are taught: longer, on more rewordings, and again only where an answer is wrong."""
+def _compaction_settings(settings: Settings) -> Settings:
+    """How shared experts are trained: longer, on more paraphrases, and retried only where an answer is wrong."""
     return replace(
         settings,
-        steps=STEPS * settings.steps,
-        variants=REWORDINGS * settings.variants,
+        steps=STEPS_FACTOR * settings.steps,
+        variants=PARAPHRASES_FACTOR * settings.variants,
         loss_target=math.inf,
     )
 
 
-def _id(record: RoundRecord, experts: int, width: int, settings: Settings) -> str:
+def _compacted_id(record: RoundRecord, experts: int, width: int, settings: Settings) -> str:
     """Hash of all that decides a compacted round's tensors."""
     made_of = ["compacted", record.id, record.dropped, experts, width, settings.steps, settings.variants]
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 
-def _seed(record: RoundRecord) -> int:
+def _compaction_seed(record: RoundRecord) -> int:
     return int(record.edits_sha256[:15], 16)
 
 
-def _anchors(part: AdaptorState) -> tuple[Anchor, ...]:
+def _state_anchors(part: AdaptorState) -> tuple[Anchor, ...]:
     assert isinstance(part.router, Anchors)
     return part.router.anchors
 
 
-def _edits(base: BaseModel, part: AdaptorState) -> list[Edit]:
-    """The edits of a state, as its anchors tell them."""
+def _decode_edits(base: BaseModel, part: AdaptorState) -> list[Edit]:
+    """The edits of a state, decoded from its anchors."""
 
-    def text(tokens: Sequence[int]) -> str:
+    def decode_text(tokens: Sequence[int]) -> str:
         return str(base.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
 
-    pairs = zip(part.edits, _anchors(part), strict=True)
-    return [Edit(edit.id, text(anchor.prompt), text(anchor.target), anchor.subject) for edit, anchor in pairs]
+    pairs = zip(part.edits, _state_anchors(part), strict=True)
+    return [
+        Edit(edit.id, decode_text(anchor.prompt), decode_text(anchor.target), anchor.subject) for edit, anchor in pairs
+    ]
 
 
-def _probes(base: BaseModel, part: AdaptorState) -> list[Edit]:
-    """The edits of a round with rewordings that it neither is nor was taught, and other questions on their subjects."""
-    record, settings, edits = part.rounds[0], _recipe(part.settings), _edits(base, part)
-    rng = random.Random(_seed(record) + 1)
-    was_taught = rewordings(edits, part.settings.variants, random.Random(training_seed(record.id)))
-    is_taught = rewordings(edits, settings.variants, random.Random(_seed(record)))
-    fresh = rewordings(edits, settings.variants, rng)
-    gate = build_gate(base, _anchors(part), settings)
+def _make_probes(base: BaseModel, part: AdaptorState) -> list[Edit]:
+    """The edits of a round with paraphrases that no expert of it, old or new, is trained on, and negative prompts."""
+    record, settings, edits = part.rounds[0], _compaction_settings(part.settings), _decode_edits(base, part)
+    rng = random.Random(_compaction_seed(record) + 1)
+    trained_before = make_paraphrases(edits, part.settings.variants, random.Random(training_seed(record.id)))
+    trained_now = make_paraphrases(edits, settings.variants, random.Random(_compaction_seed(record)))
+    fresh = make_paraphrases(edits, settings.variants, rng)
+    gate = build_gate(base, _state_anchors(part), settings)
     probed = []
-    for place, edit in enumerate(edits):
-        unseen = [text for text in dict.fromkeys(fresh[place]) if text not in was_taught[place] + is_taught[place]]
-        distracted = [" ".join([*rng.sample(_UNSEEN, 2), edit.prompt]) for _ in range(PROBES)]
-        others = other_questions(gate, edits, place, PROBES, rng)
-        rephrases = [Probe(text, edit.target, "reworded") for text in rng.sample(unseen, min(PROBES, len(unseen)))]
+    for index, edit in enumerate(edits):
+        trained_on = trained_before[index] + trained_now[index]
+        unseen = [text for text in dict.fromkeys(fresh[index]) if text not in trained_on]
+        distracted = [" ".join([*rng.sample(_UNSEEN_SENTENCES, 2), edit.prompt]) for _ in range(PROBES_PER_KIND)]
+        negatives = make_negative_prompts(gate, edits, index, PROBES_PER_KIND, rng)
+        rephrases = [
+            Probe(text, edit.target, "paraphrase") for text in rng.sample(unseen, min(PROBES_PER_KIND, len(unseen)))
+        ]
         rephrases += [Probe(text, edit.target, "distracted") for text in distracted]
-        locality = [Probe(text, edit.target, "other question") for text in others]
-        if _usable(base, Probe(edit.prompt, edit.target, "edit")):
-            fine, other = (tuple(probe for probe in group if _usable(base, probe)) for group in (rephrases, locality))
-            probed.append(replace(edit, rephrases=fine, locality=other))
+        locality = [Probe(text, edit.target, "negative") for text in negatives]
+        if _is_encodable(base, Probe(edit.prompt, edit.target, "edit")):
+            usable_rephrases, usable_locality = (
+                tuple(probe for probe in group if _is_encodable(base, probe)) for group in (rephrases, locality)
+            )
+            probed.append(replace(edit, rephrases=usable_rephrases, locality=usable_locality))
     return probed
 
 
-def _usable(base: BaseModel, probe: Probe) -> bool:
-    """Whether this tokenizer and context can take it."""
+def _is_encodable(base: BaseModel, probe: Probe) -> bool:
+    """Whether the tokenizer and the context length allow it."""
     with suppress(ValueError):
-        encode(base, probe.prompt, probe.target)
+        encode_passage(base, probe.prompt, probe.target)
         return True
     return False
 
 
-def _quality(base: BaseModel, state: AdaptorState, probes: Sequence[Edit]) -> Quality:
-    found = evaluate(base, state, probes, only=PROBED)
+def _measure_quality(base: BaseModel, state: AdaptorState, probes: Sequence[Edit]) -> Quality:
+    found = evaluate(base, state, probes, only=PROBED_METRICS)
     return Quality(
         reliability=found.value("reliability", "exact_match"),
-        generality=found.value("generality", "exact_match", "reworded"),
+        generality=found.value("generality", "exact_match", "paraphrase"),
         distracted=found.value("generality", "exact_match", "distracted"),
         locality=found.value("locality", "exact_match"),
     )

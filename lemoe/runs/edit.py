@@ -1,8 +1,8 @@
-"""The main job: plan, train one expert a round, and leave files that people can keep.
+"""A run of `lemoe edit`: plan, train round by round, and write files that people can keep.
 
-A run's folder holds what it was started for, `run.yaml`, its plan, `plan.yaml`, one state a round under `rounds/`, each
-written as soon as the round is done, `adaptor.safetensors`, the stack of all rounds and of the adaptor that the run
-started from, and its card, `README.md`.
+A run's folder holds `run.yaml` (what the run was started for), `plan.yaml`, one adaptor state per round under
+`rounds/`, each written as soon as its round is trained, `adaptor.safetensors` (the stack of all rounds and of the
+adaptor that the run continues), and its card, `README.md`.
 """
 
 import math
@@ -20,7 +20,7 @@ from lemoe.adaptor.header import ADAPTOR_NAME
 from lemoe.adaptor.merging import write_stack
 from lemoe.adaptor.state import AdaptorState, RoundRecord, check_base, check_settings, round_id, stack, superseded_note
 from lemoe.base.loading import BaseModel
-from lemoe.base.memory import fitting_tokens, free_memory
+from lemoe.base.memory import fit_batch_tokens, free_memory
 from lemoe.base.structure import FFNSite
 from lemoe.base.tokens import encode_edits
 from lemoe.data.edits import Edit, Round
@@ -30,16 +30,24 @@ from lemoe.evaluation.evaluate import evaluate
 from lemoe.report.card import write_card
 from lemoe.runs.engines import Engine
 from lemoe.runs.engines.local import LocalEngine
-from lemoe.runs.folder import ROUNDS_NAME, check_places, resumed_places
-from lemoe.runs.plan import BegunRun, RunPlan, begun_run, followed_plan, fresh_plan, new_edits, write_beginning
-from lemoe.runs.progress import Listener, Silent
+from lemoe.runs.folder import ROUNDS_NAME, check_round_range, resumed_round_range
+from lemoe.runs.plan import (
+    InterruptedRun,
+    RunPlan,
+    follow_plan,
+    make_plan,
+    read_interrupted_run,
+    select_new_edits,
+    write_run_files,
+)
+from lemoe.runs.progress import NullProgress, ProgressCallback
 from lemoe.runs.resuming import check_finished_rounds
 from lemoe.settings import Settings
 from lemoe.training.methods import check_adds_experts, method_of, parent_round
 
 LOCK_NAME = ".lock"
-DIGITS = 4  # of a round's number in its file's name, unless the plan has more rounds
-EXPERT_CACHE = 256 << 20  # bytes of experts that are kept in memory while a run's edits are asked in the end
+ROUND_DIGITS = 4  # of a round's number in its file's name, unless the plan has more rounds
+EXPERT_CACHE_BYTES = 256 << 20  # of experts kept in memory during the final reliability check
 
 
 @dataclass(frozen=True)
@@ -50,9 +58,9 @@ class EditReport:
         path, size: of the stacked adaptor's file, bytes.
         rounds: how many it holds.
         taught: the edits that are in the new rounds.
-        known: how many edits were left out because the adaptor to continue holds them already.
-        repeated: how many, because a later one repeats or supersedes them.
-        unplanned: names of those that were, because the plan does not name them.
+        already_taught: how many edits were left out because the adaptor to continue holds them already.
+        repeated: how many were left out because a later one repeats or supersedes them.
+        unplanned: names of those left out because the plan does not name them.
         reliability_before, reliability_after: share of their target tokens that the model predicts.
         exact_before, exact_after: share of them whose whole target it predicts.
         seconds: for training.
@@ -64,7 +72,7 @@ class EditReport:
     size: int
     rounds: int
     taught: int
-    known: int
+    already_taught: int
     repeated: int
     unplanned: tuple[str, ...]
     reliability_before: float
@@ -77,7 +85,7 @@ class EditReport:
 
     @cached_property
     def state(self) -> AdaptorState:
-        """The stacked adaptor, read from its file when it is first asked for."""
+        """The stacked adaptor, read from its file on first use."""
         return load_adaptor(self.path)
 
 
@@ -89,70 +97,71 @@ def edit(
     *,
     source: str = "",
     plan_file: Path | str | None = None,
-    places: range | None = None,
+    round_range: range | None = None,
     start: AdaptorState | None = None,
     force: bool = False,
     resume: bool = False,
     allow_base_mismatch: bool = False,
     engine: Engine | None = None,
-    listener: Listener | None = None,
+    progress: ProgressCallback | None = None,
 ) -> EditReport:
     """Teach `edits` to an adaptor of `base` and write it under `folder`.
 
     Args:
         source: name of the edits file, for the plan.
         plan_file: rounds to follow; planned afresh if None. Edits that it does not name are left out and counted.
-        places: train only the rounds at these places of the plan file, from 0; the adaptors of all places, stacked in
-            their order, are the adaptor of one run.
+        round_range: train only the plan file's rounds with these indices, from 0; the adaptors of all rounds, stacked
+            in the plan's order, are the adaptor of one run.
         start: an earlier adaptor to continue; its experts stay as they are, and edits it holds are left out.
         force: write into a folder that holds an earlier run, replacing its files.
         resume: keep the rounds that an unfinished run of the same edits and settings left in `folder`, and go on with
-            its plan and its places unless they are given; edits that came since are refused unless `plan_file` is.
+            its plan and its rounds unless they are given; edits added since are refused unless `plan_file` is given.
         allow_base_mismatch: continue `start` on a base that it was not made for; the new rounds record how it differs.
         engine: what trains the rounds; this process if None.
+        progress: called as the run goes on.
 
     Raises:
-        InputError: for edits or a plan that cannot be used, or places that cannot be trained by themselves; or if the
-            run to resume was started for other edits, places or another adaptor.
+        InputError: for edits or a plan that cannot be used, or rounds that cannot be trained by themselves; or if the
+            run to resume was started for other edits, other rounds or another adaptor.
         AdaptorError: if `start` belongs to another base model.
-        OutputError: if the folder holds an earlier run, or another is at work in it, or it cannot be written; or if
-            finished rounds of the run to resume are of other settings or another base.
+        OutputError: if the folder holds an earlier run, is in use by another run or cannot be written; or if finished
+            rounds of the run to resume were trained with other settings or another base.
     """
     check_adds_experts(settings)
-    engine, listener = engine or LocalEngine(), listener or Silent()
+    engine, progress = engine or LocalEngine(), progress or NullProgress()
     check_engine(engine, settings)
     folder = Path(folder)
     if start:
         for difference in check_base(base, start, allow=allow_base_mismatch):
-            listener.note(f"another base than the adaptor was made for: {difference}")
+            progress.note(f"another base than the adaptor was made for: {difference}")
         check_settings(start, settings)
-    layer = start.base.layer if start else settings.layer_of(len(base.layers), base.source.layers)
-    site = base.site(layer, settings.layer_path)
-    with _locked(folder):
+    layer = start.base.layer if start else settings.resolve_layer(len(base.layers), base.source.layers)
+    site = base.ffn_site(layer, settings.layer_path)
+    with _lock_folder(folder):
         encode_edits(base, edits)
-        begun = begun_run(folder, start) if resume else BegunRun(None, None)
-        places = resumed_places(folder, begun.run, places)
-        check_places(places, settings, planned=plan_file is not None or begun.plan is not None)
-        new = new_edits(edits, start, listener)
-        if plan_file is not None or begun.plan is not None:
-            chosen = followed_plan(plan_file, begun, places, edits, new, start, listener)
+        interrupted = read_interrupted_run(folder, start) if resume else InterruptedRun(None, None)
+        round_range = resumed_round_range(folder, interrupted.run, round_range)
+        check_round_range(round_range, settings, planned=plan_file is not None or interrupted.plan is not None)
+        new = select_new_edits(edits, start, progress)
+        if plan_file is not None or interrupted.plan is not None:
+            chosen = follow_plan(plan_file, interrupted, round_range, edits, new, start, progress)
         else:
-            chosen = fresh_plan(base, new, settings, source, start, listener)
+            chosen = make_plan(base, new, settings, source, start, progress)
         rounds = chosen.rounds
         if resume:
-            finished = [(_file_of(folder, round_), round_.edits) for round_ in rounds]
+            finished = [(_round_path(folder, round_), round_.edits) for round_ in rounds]
             check_finished_rounds(base, finished, settings, layer, start)
-        write_beginning(folder, chosen, overwrite=force or resume)
-        listener.planned(len(rounds), sum(len(round_.edits) for round_ in rounds))
-        settings = _fitting(base, site, settings, listener)
+        write_run_files(folder, chosen, overwrite=force or resume)
+        progress.planned(len(rounds), sum(len(round_.edits) for round_ in rounds))
+        settings = _shrink_batches(base, site, settings, progress)
         began = time.monotonic()
-        records = _train_rounds(base, rounds, settings, folder, start, engine, listener, force=force, resume=resume)
+        records = _train_rounds(base, rounds, settings, folder, start, engine, progress, force=force, resume=resume)
         seconds = time.monotonic() - began
-        _write_adaptor(base, rounds, folder, start, listener, overwrite=force or resume)
+        _write_adaptor(base, rounds, folder, start, progress, overwrite=force or resume)
         if force:
             _remove_leftovers(folder, rounds)
-        known = len(edits) - len(new)
-        return _report(base, folder / ADAPTOR_NAME, chosen, known, records, settings, seconds, listener)
+        already_taught = len(edits) - len(new)
+        return _build_report(base, folder / ADAPTOR_NAME, chosen, already_taught, records, settings, seconds, progress)
 
 
 def _write_adaptor(
@@ -160,29 +169,29 @@ def _write_adaptor(
     rounds: Sequence[Round],
     folder: Path,
     start: AdaptorState | None,
-    listener: Listener,
+    progress: ProgressCallback,
     *,
     overwrite: bool,
 ) -> None:
     """Stack what the run started from and the files of its rounds, with a card beside."""
-    files = [AdaptorFile(_file_of(folder, round_)) for round_ in rounds]
+    files = [AdaptorFile(_round_path(folder, round_)) for round_ in rounds]
     state = write_stack([start, *files] if start else files, folder / ADAPTOR_NAME, overwrite=overwrite)
-    for earlier, later in state.replaced:
-        listener.note(superseded_note(earlier, later))
+    for earlier, later in state.superseded_edits:
+        progress.note(superseded_note(earlier, later))
     write_card(folder, base, state)
 
 
-def _report(
+def _build_report(
     base: BaseModel,
     path: Path,
     chosen: RunPlan,
-    known: int,
+    already_taught: int,
     records: Sequence[RoundRecord],
     settings: Settings,
     seconds: float,
-    listener: Listener,
+    progress: ProgressCallback,
 ) -> EditReport:
-    """What the rounds, with their `records`, have taught the adaptor at `path`."""
+    """The final reliability check of the adaptor at `path`, and what the rounds with these `records` did."""
     taught = [edit for round_ in chosen.rounds for edit in round_.edits]
     adaptor = AdaptorFile(path)
     measured = evaluate(
@@ -191,16 +200,16 @@ def _report(
         taught,
         only=("reliability",),
         batch_tokens=settings.batch_tokens,
-        expert_cache=EXPERT_CACHE,
+        expert_cache=EXPERT_CACHE_BYTES,
         allow_base_mismatch=True,  # which `edit` has refused unless it was asked for
-        on_progress=listener.asked,
+        on_progress=progress.edits_checked,
     )
     return EditReport(
         path=path,
         size=path.stat().st_size,
         rounds=len(adaptor.state.rounds),
         taught=len(taught),
-        known=known,
+        already_taught=already_taught,
         repeated=chosen.repeated,
         unplanned=tuple(edit.id for edit in chosen.unplanned),
         reliability_before=measured.value("reliability", stage="before"),
@@ -218,8 +227,8 @@ def _report(
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other runs out of `folder`; a run that dies lets go of it."""
+def _lock_folder(folder: Path) -> Iterator[None]:
+    """Keep other runs out of `folder`; the lock of a run that dies is released."""
     lock = FileLock(folder / LOCK_NAME, timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -229,8 +238,8 @@ def _locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written: {error.strerror or error}") from None
     try:
-        for place in (folder, folder / ROUNDS_NAME):
-            remove_scratch(place)
+        for written_folder in (folder, folder / ROUNDS_NAME):
+            remove_scratch(written_folder)
         yield
     finally:
         with suppress(OSError):
@@ -240,17 +249,17 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _fitting(base: BaseModel, site: FFNSite, settings: Settings, listener: Listener) -> Settings:
+def _shrink_batches(base: BaseModel, site: FFNSite, settings: Settings, progress: ProgressCallback) -> Settings:
     """The settings with batches that fit into the free memory."""
-    tokens = fitting_tokens(base, site, settings.batch_tokens)
+    tokens = fit_batch_tokens(base, site, settings.batch_tokens)
     if tokens < settings.batch_tokens:
         free = free_memory(base.devices) >> 20
-        listener.note(f"{free:,} MiB of memory are free: batches of {tokens} tokens, not {settings.batch_tokens}")
+        progress.note(f"{free:,} MiB of memory are free: batches of {tokens} tokens, not {settings.batch_tokens}")
     return replace(settings, batch_tokens=tokens)
 
 
 def check_engine(engine: Engine, settings: Settings) -> None:
-    """Refuse early to train rounds at once that depend on each other.
+    """Refuse early to train dependent rounds in parallel.
 
     Raises:
         InputError: saying which engine trains them.
@@ -274,35 +283,39 @@ def _train_rounds(
     folder: Path,
     start: AdaptorState | None,
     engine: Engine,
-    listener: Listener,
+    progress: ProgressCallback,
     *,
     force: bool,
     resume: bool,
 ) -> list[RoundRecord]:
-    """The records of all rounds, in order; each state is written as soon as it is there, and let go."""
+    """The records of all rounds, in order; each state is written as soon as it is trained, and its tensors freed."""
     before = start
     depend = method_of(settings).rounds_depend
     records: dict[int, RoundRecord] = {}
 
-    def done(round_: Round, state: AdaptorState, *, kept: bool) -> None:
+    def finish_round(round_: Round, state: AdaptorState, *, kept: bool) -> None:
         nonlocal before
         records[round_.number] = state.rounds[0]
-        listener.round_done(round_.number, round_.of, state.rounds[0], kept=kept)
+        progress.round_done(round_.number, round_.total, state.rounds[0], kept=kept)
         if depend:
             before = stack([before, state] if before else [state])
 
     for group in [[round_] for round_ in rounds] if depend else [rounds]:
         missing = []
         for round_ in group:
-            state = _finished(base, _file_of(folder, round_), round_.edits, settings, before) if resume else None
+            state = (
+                _load_finished_round(base, _round_path(folder, round_), round_.edits, settings, before)
+                if resume
+                else None
+            )
             if state is None:
                 missing.append(round_)
             else:
-                done(round_, state, kept=True)
-        for round_, state in engine.train(base, missing, settings, before, listener):
+                finish_round(round_, state, kept=True)
+        for round_, state in engine.train(base, missing, settings, before, progress):
             _check_converged(round_, state)
-            save_adaptor(state, _file_of(folder, round_), overwrite=force or resume)
-            done(round_, state, kept=False)
+            save_adaptor(state, _round_path(folder, round_), overwrite=force or resume)
+            finish_round(round_, state, kept=False)
     return [records[round_.number] for round_ in rounds]
 
 
@@ -312,13 +325,13 @@ def _check_converged(round_: Round, state: AdaptorState) -> None:
         raise LemoeError(f"round {round_.number} diverged (loss {loss}); lower --learning-rate")
 
 
-def _file_of(folder: Path, round_: Round) -> Path:
-    """Where a round is written; names sort as the numbers do."""
-    digits = max(DIGITS, len(str(round_.of)))
+def _round_path(folder: Path, round_: Round) -> Path:
+    """The file of a round; names sort as the numbers do."""
+    digits = max(ROUND_DIGITS, len(str(round_.total)))
     return folder / ROUNDS_NAME / f"{round_.number:0{digits}d}.safetensors"
 
 
-def _finished(
+def _load_finished_round(
     base: BaseModel, path: Path, members: Sequence[Edit], settings: Settings, before: AdaptorState | None
 ) -> AdaptorState | None:
     """The round's state from an interrupted run; None if it is not there, or damaged.
@@ -333,8 +346,8 @@ def _finished(
     except AdaptorError:
         return None
     resolved = replace(settings, layer=state.base.layer)
-    there = base.fingerprint(state.base.layer, settings.layer_path)
-    expected = round_id(there, base.tokenizer.chat_template, resolved, members, parent_round(settings, before))
+    fingerprint = base.fingerprint(state.base.layer, settings.layer_path)
+    expected = round_id(fingerprint, base.tokenizer.chat_template, resolved, members, parent_round(settings, before))
     if [record.id for record in state.rounds] != [expected]:
         raise OutputError(f"{path} was trained on other edits or with other settings; --force starts anew")
     return state

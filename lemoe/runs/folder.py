@@ -1,7 +1,7 @@
-"""A run's folder: whether it holds a run, and what that was started for, so that it can go on with the same.
+"""A run's folder: whether it holds a run, and what that run was started for, so that it can be resumed.
 
-`run.yaml` is written before anything else. An unfinished run knows from it which rounds of its plan it is for, which
-edits it leaves out because its plan does not name them, and which adaptor it continues.
+`run.yaml` is written before anything else. It tells which rounds of the plan an unfinished run trains, which edits it
+leaves out because the plan does not name them, and which adaptor it continues.
 """
 
 import os
@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from lemoe.adaptor.header import ADAPTOR_NAME
-from lemoe.data.files import write_whole
+from lemoe.data.files import write_atomically
 from lemoe.errors import InputError, OutputError
 from lemoe.settings import Settings
 from lemoe.training.methods import method_of
@@ -23,7 +23,7 @@ PLAN_NAME = "plan.yaml"
 ROUNDS_NAME = "rounds"
 RUN_NAME = "run.yaml"
 
-_HEAD = "# What this run was started for; `lemoe edit --resume` goes on with it.\n"
+_RUN_HEADER = "# What this run was started for; `lemoe edit --resume` goes on with it.\n"
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class RunStart:
     """What a run was started for.
 
     Attributes:
-        places: the rounds of its plan, from 0; None for all.
+        round_range: indices of the rounds of its plan, from 0; None for all.
         left_out: the edits that its plan does not name: prompt and target by id.
         start: hash of the adaptor that it continues, if there is one.
     """
 
-    places: range | None
+    round_range: range | None
     left_out: Mapping[str, str]
     start: str | None
 
@@ -47,12 +47,12 @@ def write_start(folder: Path, start: RunStart, *, overwrite: bool) -> None:
     Raises:
         OutputError: if the file exists and `overwrite` is not given, or cannot be written.
     """
-    named = None if start.places is None else f"{start.places.start}-{start.places.stop - 1}"
+    named = None if start.round_range is None else f"{start.round_range.start}-{start.round_range.stop - 1}"
     document = {"rounds": named, "left_out": dict(start.left_out), "continues": start.start}
-    content = (_HEAD + yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=10_000)).encode()
+    content = (_RUN_HEADER + yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=10_000)).encode()
     path = folder / RUN_NAME
     if not path.exists() or path.read_bytes() != content:
-        write_whole(path, content, overwrite=overwrite)
+        write_atomically(path, content, overwrite=overwrite)
 
 
 def read_start(folder: Path) -> RunStart | None:
@@ -69,12 +69,14 @@ def read_start(folder: Path) -> RunStart | None:
         left_out, start = document["left_out"], document["continues"]
         if not isinstance(left_out, dict) or not isinstance(start, str | None):
             raise TypeError
-        return RunStart(_places(document["rounds"]), {str(key): str(fact) for key, fact in left_out.items()}, start)
+        return RunStart(
+            _parse_round_range(document["rounds"]), {str(key): str(fact) for key, fact in left_out.items()}, start
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
         raise InputError(f"{path}: damaged, or changed by hand; --force starts anew") from None
 
 
-def _places(named: Any) -> range | None:
+def _parse_round_range(named: Any) -> range | None:
     if named is None:
         return None
     found = re.fullmatch(r"(\d+)-(\d+)", named)
@@ -83,24 +85,25 @@ def _places(named: Any) -> range | None:
     return range(int(found[1]), int(found[2]) + 1)
 
 
-def resumed_places(folder: Path, started: RunStart | None, places: range | None) -> range | None:
-    """The rounds with which the run in `folder` goes on, when `places` are asked for.
+def resumed_round_range(folder: Path, started: RunStart | None, round_range: range | None) -> range | None:
+    """The indices of the rounds with which the run in `folder` goes on, when `round_range` is given.
 
     Raises:
         InputError: if it was started for others.
     """
-    if started is None or started.places == places:
-        return places
-    if places is None:
-        return started.places
+    if started is None or started.round_range == round_range:
+        return round_range
+    if round_range is None:
+        return started.round_range
+    then, now = _describe_round_range(started.round_range), _describe_round_range(round_range)
     raise InputError(
-        f"{folder} was started for {_named(started.places)}, not for {_named(places)}: leave --rounds out to go on "
-        "with the former, or give another folder with -o"
+        f"{folder} was started for {then}, not for {now}: leave --rounds out to go on with the former, or give another "
+        "folder with -o"
     )
 
 
-def _named(places: range | None) -> str:
-    return "all rounds of its plan" if places is None else f"--rounds {places.start}-{places.stop - 1}"
+def _describe_round_range(round_range: range | None) -> str:
+    return "all rounds of its plan" if round_range is None else f"--rounds {round_range.start}-{round_range.stop - 1}"
 
 
 def check_resumed_start(folder: Path, started: RunStart | None, start: str | None) -> None:
@@ -113,8 +116,8 @@ def check_resumed_start(folder: Path, started: RunStart | None, start: str | Non
         return
     if start is None:
         raise InputError(f"the run in {folder} continues an adaptor with --from; give the same to resume it")
-    known = "continues another adaptor" if started.start else "continues no adaptor"
-    raise InputError(f"the run in {folder} {known}; resume it with what it was started with, or give another -o")
+    continued = "continues another adaptor" if started.start else "continues no adaptor"
+    raise InputError(f"the run in {folder} {continued}; resume it with what it was started with, or give another -o")
 
 
 def check_folder(folder: Path, *, force: bool = False, resume: bool = False) -> None:
@@ -135,20 +138,20 @@ def check_folder(folder: Path, *, force: bool = False, resume: bool = False) -> 
         )
 
 
-def check_places(places: range | None, settings: Settings, *, planned: bool) -> None:
+def check_round_range(round_range: range | None, settings: Settings, *, planned: bool) -> None:
     """Refuse early, before anything is computed, rounds that cannot be trained by themselves.
 
     Args:
-        planned: whether there is a plan file, which says what each place holds.
+        planned: whether there is a plan file, which says what each round holds.
 
     Raises:
         InputError: saying what can be.
     """
-    if places is None:
+    if round_range is None:
         return
     if not planned:
         raise InputError("--rounds needs --plan, so that each part follows the same plan; lemoe plan writes one")
-    if places.start and method_of(settings).rounds_depend:
+    if round_range.start and method_of(settings).rounds_depend:
         raise InputError(
             f"--rounds must start at 0 with preset {settings.method}: each of its rounds is trained beside those "
             "before it; rounds that --from holds already are left out"

@@ -1,4 +1,4 @@
-"""Choosing the layer to edit by a short measurement on the user's own first edits."""
+"""`--layer auto`: choosing the layer to edit by a short measurement on the user's own first edits."""
 
 import hashlib
 import json
@@ -11,22 +11,22 @@ from pathlib import Path
 
 from lemoe.base.embedded import Notify, cache_root
 from lemoe.base.loading import BaseModel
-from lemoe.data.edits import Edit, Probe, digest_of
-from lemoe.data.files import write_whole
+from lemoe.data.edits import Edit, Probe, digest_edits
+from lemoe.data.files import write_atomically
 from lemoe.errors import OutputError
 from lemoe.evaluation.evaluate import evaluate
 from lemoe.settings import Settings
-from lemoe.training.anchor.examples import rewordings
+from lemoe.training.anchor.examples import make_paraphrases
 from lemoe.training.rounds import train_round
 
-DEPTHS = (0.7, 0.8, 0.87, 0.94)  # of the layers that are tried
-EDITS = 8
-REWORDINGS = 3  # of each edit, none of them trained on
+CANDIDATE_DEPTHS = (0.7, 0.8, 0.87, 0.94)  # of the layers that are measured, as shares of all layers
+MEASURED_EDITS = 8
+PARAPHRASES_PER_EDIT = 3  # of each edit, none of them trained on
 
 
 @dataclass(frozen=True)
 class LayerScore:
-    """How well a layer took the edits: perplexity of their targets after prompts and after unseen rewordings."""
+    """How well a layer learned the edits: perplexity of their targets after prompts and after unseen paraphrases."""
 
     layer: int
     reliability: float
@@ -35,59 +35,59 @@ class LayerScore:
 
 @dataclass(frozen=True)
 class MeasuredLayers:
-    """The layers that were tried; `unsaved`: why they are not remembered for the next time, empty if they are."""
+    """The layers that were measured; `unsaved`: why the scores could not be cached, empty if they could."""
 
     scores: tuple[LayerScore, ...]
     unsaved: str = field(default="", compare=False)
 
     @property
-    def layer(self) -> int:
-        """The best: by generality, then by reliability."""
+    def best_layer(self) -> int:
+        """By generality, then by reliability."""
         return min(self.scores, key=lambda score: (score.generality, score.reliability)).layer
 
 
 def choose_layer(
     base: BaseModel, edits: Sequence[Edit], settings: Settings, notify: Notify = lambda stage: None
 ) -> MeasuredLayers:
-    """The layer whose expert answers unseen rewordings of the first edits best; measured once, then remembered.
+    """Measure which layer's experts answer unseen paraphrases of the first edits best; measured once, then cached.
 
-    The edits' own rephrases take no part, so that their generality stays a measurement.
+    The edits' own rephrases are not used, so that generality can still be measured on them.
 
     Raises:
         InputError: listing the edits that cannot be used with this model.
     """
-    first = list(edits[:EDITS])
+    first = list(edits[:MEASURED_EDITS])
     cache = _cache_file(base, first, settings)
-    layers = _candidates(len(base.layers))
-    known = _remembered(cache)
-    if known is not None and [score.layer for score in known] == layers:
-        return MeasuredLayers(known)
-    scores = tuple(_score(base, first, settings, layer, notify) for layer in layers)
+    layers = _candidate_layers(len(base.layers))
+    cached = _read_cached_scores(cache)
+    if cached is not None and [score.layer for score in cached] == layers:
+        return MeasuredLayers(cached)
+    scores = tuple(_score_layer(base, first, settings, layer, notify) for layer in layers)
     try:
-        write_whole(cache, json.dumps([vars(score) for score in scores], indent=1).encode(), overwrite=True)
+        write_atomically(cache, json.dumps([vars(score) for score in scores], indent=1).encode(), overwrite=True)
     except OutputError as error:
         return MeasuredLayers(scores, str(error))
     return MeasuredLayers(scores)
 
 
-def _remembered(cache: Path) -> tuple[LayerScore, ...] | None:
-    """What was measured before; None if it is not there, or damaged."""
+def _read_cached_scores(cache: Path) -> tuple[LayerScore, ...] | None:
+    """What was measured before; None if the file is missing or damaged."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         return tuple(LayerScore(**score) for score in json.loads(cache.read_text()))
     return None
 
 
-def _candidates(layers: int) -> list[int]:
-    return sorted({min(layers - 1, round(depth * layers)) for depth in DEPTHS})
+def _candidate_layers(layers: int) -> list[int]:
+    return sorted({min(layers - 1, round(depth * layers)) for depth in CANDIDATE_DEPTHS})
 
 
-def _score(base: BaseModel, edits: Sequence[Edit], settings: Settings, layer: int, notify: Notify) -> LayerScore:
+def _score_layer(base: BaseModel, edits: Sequence[Edit], settings: Settings, layer: int, notify: Notify) -> LayerScore:
     notify(f"choosing the layer: trying {layer} of {len(base.layers)}")
     state = train_round(base, edits, replace(settings, layer=layer, retries=0))
     rng = random.Random(settings.seed + 1)
     probed = [
-        replace(edit, rephrases=tuple(Probe(text, edit.target, "reworded") for text in texts))
-        for edit, texts in zip(edits, rewordings(edits, REWORDINGS, rng), strict=True)
+        replace(edit, rephrases=tuple(Probe(text, edit.target, "paraphrase") for text in texts))
+        for edit, texts in zip(edits, make_paraphrases(edits, PARAPHRASES_PER_EDIT, rng), strict=True)
     ]
     result = evaluate(base, state, probed, only=("reliability", "generality"))
     reliability, generality = (result.value(name, "perplexity") for name in ("reliability", "generality"))
@@ -96,6 +96,6 @@ def _score(base: BaseModel, edits: Sequence[Edit], settings: Settings, layer: in
 
 def _cache_file(base: BaseModel, edits: Sequence[Edit], settings: Settings) -> Path:
     fingerprint = base.fingerprint(len(base.layers) - 1, settings.layer_path)
-    made_of = [fingerprint.as_dict(), replace(settings, layer=None).as_dict(), digest_of(edits)]
+    made_of = [fingerprint.as_dict(), replace(settings, layer=None).as_dict(), digest_edits(edits)]
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     return cache_root() / "layers" / f"{key[:32]}.json"

@@ -1,4 +1,4 @@
-"""Finished rounds of an interrupted run: kept if they are what would be trained now, else refused with the reasons."""
+"""Finished rounds of an interrupted run: kept if the same would be trained now, else refused with the reasons."""
 
 from collections.abc import Sequence
 from dataclasses import fields
@@ -8,12 +8,12 @@ from lemoe.adaptor.checkpoint import AdaptorFile
 from lemoe.adaptor.state import AdaptorState
 from lemoe.base.fingerprint import Fingerprint
 from lemoe.base.loading import BaseModel
-from lemoe.data.edits import Edit, labels_of
+from lemoe.data.edits import Edit, join_labels
 from lemoe.errors import AdaptorError, OutputError
 from lemoe.settings import Settings
 
-OF_THE_MACHINE = ("batch_tokens",)  # settings that decide nothing about a round
-OF_ITS_OWN = ("method", "layer")  # told apart from the others
+MACHINE_SETTINGS = ("batch_tokens",)  # settings that do not change what a round learns
+SEPARATELY_COMPARED = ("method", "layer")  # settings that are compared before all others
 
 
 def check_finished_rounds(
@@ -26,8 +26,8 @@ def check_finished_rounds(
     """Refuse, before anything is trained, to go on from rounds of another run.
 
     Args:
-        finished: where each round is written, if it is there, with the edits that it would be trained on now.
-        layer: beside which rounds would be trained now.
+        finished: each round's file, which may not exist, and the edits that it would be trained on now.
+        layer: the layer at which rounds would be trained now.
         start: the adaptor that the run continues.
 
     Raises:
@@ -38,13 +38,13 @@ def check_finished_rounds(
             state = AdaptorFile(path).state if path.exists() else None
         except AdaptorError:
             continue  # damaged, so that it is trained again
-        if state and (differences := _differences(base, state, members, settings, layer, start)):
+        if state and (differences := _list_differences(base, state, members, settings, layer, start)):
             heading = f"{path} was trained on other edits or with other settings than are given now:"
             advice = "give the same to resume, another folder with -o, or --force to start anew"
             raise OutputError("\n  ".join([heading, *differences, advice]))
 
 
-def _differences(
+def _list_differences(
     base: BaseModel,
     state: AdaptorState,
     members: Sequence[Edit],
@@ -52,30 +52,32 @@ def _differences(
     layer: int,
     start: AdaptorState | None,
 ) -> list[str]:
-    """One line for each thing in which a finished round is not what would be trained now."""
-    found = _changed([("preset", state.settings.method, settings.method), ("layer", state.base.layer, layer)])
+    """One line for each difference between a finished round and what would be trained now."""
+    found = _describe_changes([("preset", state.settings.method, settings.method), ("layer", state.base.layer, layer)])
     if not found:
-        compared = [field.name for field in fields(Settings) if field.name not in (*OF_THE_MACHINE, *OF_ITS_OWN)]
-        found = _changed([(name, getattr(state.settings, name), getattr(settings, name)) for name in compared])
+        compared = [
+            field.name for field in fields(Settings) if field.name not in (*MACHINE_SETTINGS, *SEPARATELY_COMPARED)
+        ]
+        found = _describe_changes([(name, getattr(state.settings, name), getattr(settings, name)) for name in compared])
     if state.base.layer == layer:
         found += _base_differences(state, base.fingerprint(layer, settings.layer_path), start)
     held = {digest for record in state.rounds for digest in record.edits}
     if changed := [edit for edit in members if edit.digest not in held]:
-        found.append(f"edits: {labels_of(changed)}: not among those it was trained on")
+        found.append(f"edits: {join_labels(changed)}: not among those it was trained on")
     return found
 
 
-def _base_differences(state: AdaptorState, there: Fingerprint, start: AdaptorState | None) -> list[str]:
-    """Between the base that a round was trained on and the one of now.
+def _base_differences(state: AdaptorState, current: Fingerprint, start: AdaptorState | None) -> list[str]:
+    """Differences between the base that a round was trained on and the current one.
 
-    A round that continues an adaptor has that one's fingerprint, and records how its own base differed.
+    A round that continues an adaptor has that adaptor's fingerprint, and records how its own base differed from it.
     """
-    given = start.base if start else there
-    if names := state.base.differing(given):
-        return _changed([(name, getattr(state.base, name), getattr(given, name)) for name in names])
-    then, now = state.rounds[0].base_differences, tuple(given.differences(there))
+    given = start.base if start else current
+    if names := state.base.differing_fields(given):
+        return _describe_changes([(name, getattr(state.base, name), getattr(given, name)) for name in names])
+    then, now = state.rounds[0].base_differences, tuple(given.describe_differences(current))
     return [] if then == now else [f"base: differed in {'; '.join(then) or 'nothing'}, now in {'; '.join(now)}"]
 
 
-def _changed(values: Sequence[tuple[str, object, object]]) -> list[str]:
+def _describe_changes(values: Sequence[tuple[str, object, object]]) -> list[str]:
     return [f"{name}: {then}, now {now}" for name, then, now in values if then != now]

@@ -1,1 +1,1 @@
-"""How a round is taught: one record for each method, and what training has in common."""
+"""Training: one record for each method, the training of a round by each, and what they have in common."""

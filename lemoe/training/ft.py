@@ -1,7 +1,7 @@
-"""Baseline `ft`: one layer's FFN fine-tuned, no weight further than a bound from where it was.
+"""Baseline `ft`: one layer's FFN fine-tuned, with a bound on the change of each weight.
 
 Zhu et al. 2020 (arXiv 2012.00363), eq. 3: the loss is minimised under a bound on the largest change of any weight (the
-FT-L baseline of ROME). Rounds go on from each other; the bound is on the change since the base model.
+FT-L baseline of ROME). Each round continues from the one before; the bound is on the change since the base model.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,13 +17,13 @@ from lemoe.base.tokens import encode_edits
 from lemoe.data.edits import Edit
 from lemoe.settings import Settings
 from lemoe.training.live_batches import live_batches, live_losses
-from lemoe.training.steps import OnStep, fit
-from lemoe.training.weight_change import WeightChange, check_resident, swapped, trainable
+from lemoe.training.steps import OnStep, fit_round
+from lemoe.training.weight_change import WeightChange, check_resident, require_gradients, swap_values
 
 
 @dataclass(frozen=True, eq=False)
 class TunedFFN(TensorEquality, WeightChange):
-    """Other weights of one layer's FFN, in the order of `FFNSite.tensors`."""
+    """New weights of one layer's FFN, in the order of `FFNSite.named_tensors`."""
 
     layer: int
     layer_path: str | None
@@ -33,33 +33,33 @@ class TunedFFN(TensorEquality, WeightChange):
         return self.values
 
     def applied(self, base: BaseModel) -> AbstractContextManager[None]:
-        return swapped(_weights(base, self.layer, self.layer_path), self.values)
+        return swap_values(_ffn_weights(base, self.layer, self.layer_path), self.values)
 
 
 def train_round(
     base: BaseModel, edits: Sequence[Edit], settings: Settings, before: TunedFFN | None, on_step: OnStep
 ) -> TunedFFN:
-    """Fine-tune the FFN on `edits`, from `before` on."""
-    layer = settings.layer_of(len(base.layers), base.source.layers)
-    weights = _weights(base, layer, settings.layer_path)
+    """Fine-tune the FFN on `edits`, starting from `before`."""
+    layer = settings.resolve_layer(len(base.layers), base.source.layers)
+    weights = _ffn_weights(base, layer, settings.layer_path)
     bounds = [(weight - settings.norm_limit, weight + settings.norm_limit) for weight in weights]
     values = tuple(value.clone() for value in (before.values if before else weights))
     batches = live_batches(base, layer, encode_edits(base, edits), settings.batch_tokens)
 
     @torch.no_grad()
-    def constrain() -> None:
+    def clamp_weights() -> None:
         for weight, (low, high) in zip(weights, bounds, strict=True):
             weight.clamp_(low, high)
 
-    def losses() -> Iterator[Tensor]:
+    def iterate_losses() -> Iterator[Tensor]:
         return live_losses(base, batches)
 
-    with swapped(weights, values), trainable(weights):
+    with swap_values(weights, values), require_gradients(weights):
         optimiser = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-        fit(optimiser, losses, settings, on_step, constrain)
+        fit_round(optimiser, iterate_losses, settings, on_step, clamp_weights)
     return TunedFFN(layer, settings.layer_path, values)
 
 
-def _weights(base: BaseModel, layer: int, layer_path: str | None) -> list[Tensor]:
+def _ffn_weights(base: BaseModel, layer: int, layer_path: str | None) -> list[Tensor]:
     check_resident(base)
-    return [weight for _, weight in base.site(layer, layer_path).tensors()]
+    return [weight for _, weight in base.ffn_site(layer, layer_path).named_tensors()]

@@ -1,6 +1,6 @@
-"""Baseline `lora`: low-rank matrices beside every linear map of the upper layers, through peft (`lemoe[lora]`).
+"""Baseline `lora`: low-rank matrices added to every linear layer of the upper decoder layers, by peft (`lemoe[lora]`).
 
-Hu et al. 2021 (arXiv 2106.09685). One set of matrices, trained on from round to round.
+Hu et al. 2021 (arXiv 2106.09685). One set of matrices, which each round trains further.
 """
 
 import warnings
@@ -19,7 +19,7 @@ from lemoe.data.edits import Edit
 from lemoe.errors import LemoeError
 from lemoe.settings import Settings
 from lemoe.training.live_batches import live_batches, live_losses
-from lemoe.training.steps import OnStep, fit
+from lemoe.training.steps import OnStep, fit_round
 from lemoe.training.weight_change import WeightChange, check_resident
 
 try:
@@ -32,7 +32,7 @@ DEFAULT_RANK = 8
 
 @dataclass(frozen=True, eq=False)
 class LowRank(TensorEquality, WeightChange):
-    """Low-rank matrices beside the linear maps of `layers`, as peft puts them there."""
+    """Low-rank matrices of the linear modules of `layers`, in peft's order."""
 
     layers: range
     rank: int
@@ -43,7 +43,7 @@ class LowRank(TensorEquality, WeightChange):
 
     @contextmanager
     def applied(self, base: BaseModel) -> Iterator[None]:
-        with _inserted(base, self.layers, self.rank) as matrices, torch.no_grad():
+        with _insert_matrices(base, self.layers, self.rank) as matrices, torch.no_grad():
             for matrix, value in zip(matrices, self.values, strict=True):
                 matrix.copy_(value).requires_grad_(False)
             yield
@@ -52,27 +52,27 @@ class LowRank(TensorEquality, WeightChange):
 def train_round(
     base: BaseModel, edits: Sequence[Edit], settings: Settings, before: LowRank | None, on_step: OnStep
 ) -> LowRank:
-    """Train the matrices on `edits`, from `before` on."""
-    first = settings.layer_of(len(base.layers), base.source.layers)
+    """Train the matrices on `edits`, starting from `before`."""
+    first = settings.resolve_layer(len(base.layers), base.source.layers)
     layers, rank = range(first, len(base.layers)), settings.width or DEFAULT_RANK
     batches = live_batches(base, first, encode_edits(base, edits), settings.batch_tokens)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        with _inserted(base, layers, rank) as matrices:
+        with _insert_matrices(base, layers, rank) as matrices:
             if before:
                 with torch.no_grad():
                     for matrix, value in zip(matrices, before.values, strict=True):
                         matrix.copy_(value)
             optimiser = torch.optim.AdamW(matrices, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-            fit(optimiser, lambda: live_losses(base, batches), settings, on_step)
+            fit_round(optimiser, lambda: live_losses(base, batches), settings, on_step)
             return LowRank(layers, rank, tuple(matrix.detach().cpu() for matrix in matrices))
 
 
 @contextmanager
-def _inserted(base: BaseModel, layers: range, rank: int) -> Iterator[list[Tensor]]:
-    """While open, fresh matrices stand beside the linear maps of `layers`; yields them."""
+def _insert_matrices(base: BaseModel, layers: range, rank: int) -> Iterator[list[Tensor]]:
+    """While open, new matrices are added to the linear modules of `layers`; yields them."""
     check_resident(base)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_linear_maps(base, layers))
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_linear_module_paths(base, layers))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tuner = LoraModel(base.model, config, "lemoe")
@@ -82,8 +82,8 @@ def _inserted(base: BaseModel, layers: range, rank: int) -> Iterator[list[Tensor
         tuner.unload()
 
 
-def _linear_maps(base: BaseModel, layers: range) -> list[str]:
-    """The paths of all linear maps of `layers`."""
+def _linear_module_paths(base: BaseModel, layers: range) -> list[str]:
+    """The paths of all linear modules of `layers`."""
     return [
         f"{base.layers_path}.{layer}.{path}"
         for layer in layers

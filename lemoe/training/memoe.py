@@ -1,7 +1,7 @@
-"""Baseline `memoe`: a mixture of a fixed number of experts, all trained on in every round (MEMoE, arXiv 2405.19086).
+"""Baseline `memoe`: a mixture of a fixed number of experts, all trained further in every round (arXiv 2405.19086).
 
-Experts and scales are those of preset `paper`; what differs is that nothing is added and nothing is frozen, so that a
-round writes over what earlier ones have learned.
+Experts and scales are those of preset `paper`; the difference is that no expert is added and none is frozen, so that a
+round overwrites what earlier ones have learned.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,34 +13,37 @@ from torch.nn import functional
 
 from lemoe.adaptor.experts import Experts
 from lemoe.adaptor.state import AdaptorState, RoundRecord, round_id
-from lemoe.base.frozen import FrozenBatch, residual_scale, run_below
+from lemoe.base.frozen import FrozenBatch, compute_prefix_activations, residual_scale
 from lemoe.base.loading import BaseModel
 from lemoe.base.structure import FFNSite
 from lemoe.base.tokens import Batch, encode_edits, length_buckets
-from lemoe.data.edits import Edit, digest_over
+from lemoe.data.edits import Edit, combine_digests
 from lemoe.errors import AdaptorError
-from lemoe.routing.anchored_gate import AnchoredGate
+from lemoe.routing.mixture_gate import MixtureGate
 from lemoe.routing.router import Routing
 from lemoe.settings import Settings
-from lemoe.training.paper import REFERENCE_WIDTH, pooled_prompts
-from lemoe.training.steps import OnStep, fit
+from lemoe.training.paper import REFERENCE_WIDTH, pooled_prompts, random_matrix
+from lemoe.training.steps import OnStep, fit_round
 
 
 def train_round(
     base: BaseModel, edits: Sequence[Edit], settings: Settings, before: AdaptorState | None, on_step: OnStep
 ) -> AdaptorState:
-    """Train all experts and their gate on `edits`, from `before` on.
+    """Train all experts and their gate on `edits`, starting from `before`.
 
     Returns:
-        a state of the same size as `before`, in its place.
+        a state of the same size as `before`, which replaces it.
     """
-    layer = settings.layer_of(len(base.layers), base.source.layers)
+    layer = settings.resolve_layer(len(base.layers), base.source.layers)
     settings = replace(settings, layer=layer)
-    site = base.site(layer, settings.layer_path)
+    site = base.ffn_site(layer, settings.layer_path)
     passages = encode_edits(base, edits)
-    buckets = length_buckets([len(passage.read) for passage in passages], settings.batch_tokens)
-    below = run_below(base, site, layer, passages, settings.batch_tokens)
-    batches = [below.freeze(Batch.of(passages, rows, base.pad_token, base.device)) for rows in buckets]
+    buckets = length_buckets([len(passage.input_ids) for passage in passages], settings.batch_tokens)
+    prefix_activations = compute_prefix_activations(base, site, layer, passages, settings.batch_tokens)
+    batches = [
+        prefix_activations.freeze_batch(Batch.from_passages(passages, rows, base.pad_token_id, base.device))
+        for rows in buckets
+    ]
     fingerprint = base.fingerprint(layer, settings.layer_path)
     parent = before.rounds[-1] if before else None
     identity = round_id(fingerprint, base.tokenizer.chat_template, settings, edits, parent.id if parent else None)
@@ -48,7 +51,7 @@ def train_round(
     scale = residual_scale(base, layer)
     width = batches[0].embeddings.shape[-1]
     mixture = Mixture(site, settings, scale, width, before, generator).to(base.device)
-    loss, steps = _optimise(base, mixture, batches, settings, on_step)
+    loss, steps = _optimise_mixture(base, mixture, batches, settings, on_step)
     digests = (*(parent.edits if parent else ()), *(edit.digest for edit in edits))
     ids = (*(parent.ids if parent else ()), *(edit.id for edit in edits))
     record = RoundRecord(
@@ -58,7 +61,7 @@ def train_round(
         experts=settings.experts,
         ids=ids,
         edits=digests,
-        edits_sha256=digest_over(digests),
+        edits_sha256=combine_digests(digests),
         seed=settings.seed,
         loss=loss,
         end_loss=None,
@@ -67,11 +70,11 @@ def train_round(
         missed=None,
         routed=len(digests),
     )
-    return AdaptorState(fingerprint, settings, (record,), *mixture.result())
+    return AdaptorState(fingerprint, settings, (record,), *mixture.trained_parts())
 
 
 class Mixture(nn.Module):
-    """All experts end to end, and their gate; new ones start as those of preset `paper`."""
+    """All experts, concatenated, and their gate; they start like those of preset `paper`."""
 
     def __init__(
         self,
@@ -90,50 +93,46 @@ class Mixture(nn.Module):
         self.offsets = torch.arange(0, neurons + 1, width)
         self.scale = nn.Buffer(torch.full((settings.experts,), scale * REFERENCE_WIDTH / width))
         if before:
-            self._go_on(before)
+            self._continue_from(before)
             return
-        self.up = _random(neurons, site.hidden, generator)
-        self.gate = _random(neurons, site.hidden, generator) if site.gated else None
+        self.up = random_matrix(neurons, site.hidden, generator)
+        self.gate = random_matrix(neurons, site.hidden, generator) if site.gated else None
         self.down = nn.Parameter(torch.zeros(neurons, site.hidden))
         self.route = nn.Parameter(torch.randn(settings.experts, 2 * embedded, generator=generator))
 
-    def _go_on(self, before: AdaptorState) -> None:
+    def _continue_from(self, before: AdaptorState) -> None:
         experts, router = before.experts, before.router
-        if not isinstance(router, AnchoredGate):
+        if not isinstance(router, MixtureGate):
             raise AdaptorError(f"this adaptor routes by method {router.method!r}; continue it with that method")
         self.up, self.down = nn.Parameter(experts.up.clone()), nn.Parameter(experts.down.clone())
         self.gate = None if experts.gate is None else nn.Parameter(experts.gate.clone())
         self.route = nn.Parameter(router.weight.clone())
 
-    def delta(self, frozen: FrozenBatch, anchor: Tensor) -> Tensor | None:
-        """What the experts add to the FFN's output, `[batch, seq, hidden]`; padding bypasses."""
-        routing = AnchoredGate(self.route, self.top_k).route(frozen.embeddings, anchor)
+    def delta(self, frozen: FrozenBatch, pooled: Tensor) -> Tensor | None:
+        """What the experts add to the FFN's output, `[batch, seq, hidden]`; padding is not routed."""
+        routing = MixtureGate(self.route, self.top_k).route(frozen.embeddings, pooled)
         padding = (frozen.batch.mask == 0).unsqueeze(-1)
         routing = Routing(routing.experts.masked_fill(padding, -1), routing.weights)
         experts = Experts(self.up, self.down, self.gate, self.offsets, self.scale)
         return experts.delta(frozen.inputs, routing, self.activation)
 
     @torch.no_grad()
-    def result(self) -> tuple[Experts, AnchoredGate]:
+    def trained_parts(self) -> tuple[Experts, MixtureGate]:
         gate = None if self.gate is None else self.gate.detach().cpu()
         experts = Experts(self.up.detach().cpu(), self.down.detach().cpu(), gate, self.offsets, self.scale.cpu())
-        return experts, AnchoredGate(self.route.detach().cpu(), self.top_k)
+        return experts, MixtureGate(self.route.detach().cpu(), self.top_k)
 
 
-def _random(rows: int, columns: int, generator: torch.Generator) -> nn.Parameter:
-    return nn.Parameter(torch.randn(rows, columns, generator=generator) / columns**0.5)
-
-
-def _optimise(
+def _optimise_mixture(
     base: BaseModel, mixture: Mixture, batches: Sequence[FrozenBatch], settings: Settings, on_step: OnStep
 ) -> tuple[float, int]:
     optimiser = torch.optim.AdamW(mixture.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     targets = sum(len(frozen.batch.labels) for frozen in batches)
-    anchors = [pooled_prompts(frozen) for frozen in batches]
+    pooled = [pooled_prompts(frozen) for frozen in batches]
 
-    def losses() -> Iterator[Tensor]:
-        for frozen, anchor in zip(batches, anchors, strict=True):
-            logits = base.logits(frozen.replay(mixture.delta(frozen, anchor))).float()
+    def iterate_losses() -> Iterator[Tensor]:
+        for frozen, prompts in zip(batches, pooled, strict=True):
+            logits = base.logits(frozen.replay(mixture.delta(frozen, prompts))).float()
             yield functional.cross_entropy(logits, frozen.batch.labels, reduction="sum") / targets
 
-    return fit(optimiser, losses, settings, on_step)
+    return fit_round(optimiser, iterate_losses, settings, on_step)

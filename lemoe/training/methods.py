@@ -1,6 +1,6 @@
-"""The methods that presets name: one record tells the rest of the code what it needs to know of each.
+"""The methods that presets name: one record holds what the rest of the code needs to know of each.
 
-Nothing here loads torch, so that a command can refuse what a method cannot do before anything heavy is read.
+Nothing here imports torch, so that a command can refuse early what a method cannot do.
 """
 
 import importlib
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class RoundTrainer(Protocol):
-    """Teaches one round after what earlier rounds have made of the model (`before`, None for the first)."""
+    """Trains one round; `before` is the result of the earlier rounds, None for the first."""
 
     def __call__(
         self, base: "BaseModel", edits: "Sequence[Edit]", settings: Settings, before: Any, on_step: "OnStep"
@@ -30,14 +30,14 @@ class RoundTrainer(Protocol):
 
 @dataclass(frozen=True)
 class Method:
-    """A way to teach edits.
+    """A way to train edits.
 
     Attributes:
         name: of the method, of its preset and, where it adds experts, of its router.
-        module: below `lemoe.training`; its `train_round` is a `RoundTrainer`.
-        rounds_depend: whether a round is trained beside those before it.
-        baseline: whether a round rewrites what earlier ones taught, so that rounds can neither be kept apart nor
-            stacked. Then `train_round` gives all that has been taught so far, else the new round alone.
+        module: in `lemoe.training`; its `train_round` is a `RoundTrainer`.
+        rounds_depend: whether the training of a round depends on the rounds before it.
+        baseline: whether a round changes what earlier ones learned, so that rounds can neither be separated nor
+            stacked. Then `train_round` returns the result of all rounds so far, else the new round alone.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Method:
 
     @property
     def train_round(self) -> RoundTrainer:
-        """What trains a round.
+        """The function that trains a round.
 
         Raises:
             LemoeError: if it needs a package that is not installed.
@@ -57,7 +57,7 @@ class Method:
 
     @property
     def router(self) -> "type[Router] | None":
-        """How its adaptors route; None where it changes weights."""
+        """The router class of its adaptors; None for a method that changes weights."""
         from lemoe.routing.registry import ROUTERS
 
         return ROUTERS.get(self.name)
@@ -81,7 +81,7 @@ def method_of(settings: Settings) -> Method:
 
 
 def check_adds_experts(settings: Settings) -> None:
-    """Refuse a method whose rounds can neither be kept apart nor stacked.
+    """Refuse a method whose rounds can neither be separated nor stacked.
 
     Raises:
         InputError: saying what it is for.

@@ -9,17 +9,17 @@ from torch.nn import functional
 
 from lemoe.adaptor.experts import Experts
 from lemoe.adaptor.state import AdaptorState, RoundRecord, round_id
-from lemoe.base.frozen import FrozenBatch, residual_scale, run_below
+from lemoe.base.frozen import FrozenBatch, compute_prefix_activations, residual_scale
 from lemoe.base.loading import BaseModel
 from lemoe.base.structure import FFNSite
 from lemoe.base.tensors import rms_normalise
 from lemoe.base.tokens import Batch, encode_edits, length_buckets
-from lemoe.data.edits import Edit, digest_of
+from lemoe.data.edits import Edit, digest_edits
 from lemoe.errors import AdaptorError
-from lemoe.routing.key_router import KeyRouter, Projection, pool
+from lemoe.routing.key_router import KeyRouter, Projection, pool_prompt
 from lemoe.routing.router import Routing
 from lemoe.settings import Settings
-from lemoe.training.steps import OnStep, fit
+from lemoe.training.steps import OnStep, fit_round
 
 REFERENCE_WIDTH = 32
 
@@ -31,25 +31,30 @@ def train_round(
     before: AdaptorState | None = None,
     on_step: OnStep = lambda step: None,
 ) -> AdaptorState:
-    """Teach `edits` to one new expert beside the frozen ones of `before`.
+    """Train one new expert on `edits`, beside the frozen ones of `before`.
 
     Returns:
         a state with this round alone; stack it onto `before`.
     """
-    layer = before.base.layer if before else settings.layer_of(len(base.layers), base.source.layers)
+    layer = before.base.layer if before else settings.resolve_layer(len(base.layers), base.source.layers)
     passages = encode_edits(base, edits)
-    site = base.site(layer, settings.layer_path)
-    buckets = length_buckets([len(passage.read) for passage in passages], settings.batch_tokens)
-    below = run_below(base, site, layer, passages, settings.batch_tokens)
-    batches = [below.freeze(Batch.of(passages, rows, base.pad_token, base.device)) for rows in buckets]
-    there = base.fingerprint(layer, settings.layer_path)
-    fingerprint = before.base if before else there
+    site = base.ffn_site(layer, settings.layer_path)
+    buckets = length_buckets([len(passage.input_ids) for passage in passages], settings.batch_tokens)
+    prefix_activations = compute_prefix_activations(base, site, layer, passages, settings.batch_tokens)
+    batches = [
+        prefix_activations.freeze_batch(Batch.from_passages(passages, rows, base.pad_token_id, base.device))
+        for rows in buckets
+    ]
+    own_fingerprint = base.fingerprint(layer, settings.layer_path)
+    fingerprint = before.base if before else own_fingerprint
     settings = replace(settings, layer=layer)
-    identity = round_id(there, base.tokenizer.chat_template, settings, edits, before.rounds[-1].id if before else None)
+    identity = round_id(
+        own_fingerprint, base.tokenizer.chat_template, settings, edits, before.rounds[-1].id if before else None
+    )
     generator = torch.Generator().manual_seed(int(identity[:15], 16) ^ settings.seed)
-    trainee = Trainee(site, settings, residual_scale(base, layer), batches, before, generator).to(base.device)
-    loss, steps = _optimise(base, trainee, batches, settings, on_step)
-    experts, router, routed = trainee.result(batches)
+    trainable = TrainableRound(site, settings, residual_scale(base, layer), batches, before, generator).to(base.device)
+    loss, steps = _optimise_trainable(base, trainable, batches, settings, on_step)
+    experts, router, routed = trainable.trained_parts(batches)
     record = RoundRecord(
         id=identity,
         depth=before.rounds[-1].depth + 1 if before else 1,
@@ -57,21 +62,21 @@ def train_round(
         experts=1,
         ids=tuple(edit.id for edit in edits),
         edits=tuple(edit.digest for edit in edits),
-        edits_sha256=digest_of(edits),
+        edits_sha256=digest_edits(edits),
         seed=settings.seed,
         loss=loss,
         end_loss=None,
         steps=steps,
         retried=0,
         missed=None,
-        base_differences=tuple(fingerprint.differences(there)),
+        base_differences=tuple(fingerprint.describe_differences(own_fingerprint)),
         routed=routed,
     )
     return AdaptorState(fingerprint, settings, (record,), experts, router)
 
 
-class Trainee(nn.Module):
-    """The trainable part of a round, over the frozen part that came before.
+class TrainableRound(nn.Module):
+    """The trainable part of a round, and the frozen experts and router of earlier rounds.
 
     The expert reads RMS-normalised input and its output is scaled to the residual stream; the last matrix starts at
     zero, so that training starts from the base model's own answers. The factor `REFERENCE_WIDTH / width` keeps one
@@ -90,8 +95,8 @@ class Trainee(nn.Module):
         super().__init__()
         width = settings.width or site.intermediate
         device = batches[0].output.device
-        self.up = _matrix(width, site.hidden, generator)
-        self.gate = _matrix(width, site.hidden, generator) if site.gated else None
+        self.up = random_matrix(width, site.hidden, generator)
+        self.gate = random_matrix(width, site.hidden, generator) if site.gated else None
         self.down = nn.Parameter(torch.zeros(width, site.hidden))
         self.scale = torch.tensor([scale * REFERENCE_WIDTH / width])
         self.activation = site.activation
@@ -102,11 +107,11 @@ class Trainee(nn.Module):
         self._start_router(settings, batches, generator)
 
     def _start_router(self, settings: Settings, batches: Sequence[FrozenBatch], generator: torch.Generator) -> None:
-        """The projection goes on from the round before; the key starts at the mean value of the round's prompts."""
+        """The projection starts from the round before; the key starts at the mean of the round's projected prompts."""
         if self.frozen_router:
             projection = self.frozen_router.projections[int(self.frozen_router.lineage[-1])]
         else:
-            projection = Projection.new(batches[0].embeddings.shape[-1], settings.router_width, generator)
+            projection = Projection.from_generator(batches[0].embeddings.shape[-1], settings.router_width, generator)
         self.project_down = nn.Parameter(projection.down.detach().cpu().clone())
         self.project_up = nn.Parameter(projection.up.detach().cpu().clone())
         pooled = torch.cat([pooled_prompts(frozen) for frozen in batches]).cpu()
@@ -149,14 +154,14 @@ class Trainee(nn.Module):
         return torch.stack(parts).sum(0) if parts else None
 
     def route(self, frozen: FrozenBatch, pooled: Tensor) -> Routing:
-        """The route of each sequence of a batch, as it would be taken in use; padding bypasses."""
+        """The routing of each sequence of a batch, as at inference; padding is not routed."""
         routing = self.router().route(pooled, frozen.output.shape[1])
         padding = (frozen.batch.mask == 0).unsqueeze(-1)
         return Routing(routing.experts.masked_fill(padding, -1), routing.weights)
 
     @torch.no_grad()
-    def result(self, batches: Sequence[FrozenBatch]) -> tuple[Experts, KeyRouter, int]:
-        """The new expert, the router for it alone, and how many sequences take the route to it."""
+    def trained_parts(self, batches: Sequence[FrozenBatch]) -> tuple[Experts, KeyRouter, int]:
+        """The new expert, the router for it alone, and how many sequences are routed to it."""
         routes = [self.route(frozen, pooled_prompts(frozen)).experts[:, 0] for frozen in batches]
         routed = sum(int((route == self.index).any(-1).sum()) for route in routes)
         gate = None if self.gate is None else self.gate.detach().cpu()
@@ -176,40 +181,40 @@ def _key_router(state: AdaptorState) -> KeyRouter:
 def pooled_prompts(frozen: FrozenBatch) -> Tensor:
     """Pooled prompt `[batch, hidden]` of each sequence of a batch."""
     columns = torch.arange(frozen.output.shape[1], device=frozen.output.device)
-    return pool(frozen.embeddings, columns < frozen.batch.prompt_lengths.unsqueeze(1))
+    return pool_prompt(frozen.embeddings, columns < frozen.batch.prompt_lengths.unsqueeze(1))
 
 
-def _matrix(rows: int, columns: int, generator: torch.Generator) -> nn.Parameter:
+def random_matrix(rows: int, columns: int, generator: torch.Generator) -> nn.Parameter:
     return nn.Parameter(torch.randn(rows, columns, generator=generator) / columns**0.5)
 
 
-def _optimise(
+def _optimise_trainable(
     base: BaseModel,
-    trainee: Trainee,
+    trainable: TrainableRound,
     batches: Sequence[FrozenBatch],
     settings: Settings,
     on_step: OnStep,
 ) -> tuple[float, int]:
-    """AdamW, experts and router each at their own rate."""
+    """AdamW; expert and router each have their own learning rate."""
     optimiser = torch.optim.AdamW(
         [
-            {"params": trainee.expert_parameters(), "lr": settings.learning_rate},
-            {"params": trainee.router_parameters(), "lr": settings.router_learning_rate},
+            {"params": trainable.expert_parameters(), "lr": settings.learning_rate},
+            {"params": trainable.router_parameters(), "lr": settings.router_learning_rate},
         ],
         weight_decay=settings.weight_decay,
     )
     targets = sum(len(frozen.batch.labels) for frozen in batches)
     pooled = [pooled_prompts(frozen) for frozen in batches]
 
-    def losses() -> Iterator[Tensor]:
+    def iterate_losses() -> Iterator[Tensor]:
         for frozen, summary in zip(batches, pooled, strict=True):
-            yield _loss(base, trainee, frozen, summary) / targets
+            yield _compute_loss(base, trainable, frozen, summary) / targets
 
-    return fit(optimiser, losses, settings, on_step)
+    return fit_round(optimiser, iterate_losses, settings, on_step)
 
 
-def _loss(base: BaseModel, trainee: Trainee, frozen: FrozenBatch, pooled: Tensor) -> Tensor:
+def _compute_loss(base: BaseModel, trainable: TrainableRound, frozen: FrozenBatch, pooled: Tensor) -> Tensor:
     """Summed cross entropy of the target tokens of one batch."""
-    delta = trainee.delta(frozen.inputs, trainee.route(frozen, pooled))
+    delta = trainable.delta(frozen.inputs, trainable.route(frozen, pooled))
     logits = base.logits(frozen.replay(delta))
     return functional.cross_entropy(logits.float(), frozen.batch.labels, reduction="sum")

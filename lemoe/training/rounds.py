@@ -1,12 +1,12 @@
-"""Teaching rounds by any method, baselines included: what a model has become after each."""
+"""Training rounds by any method, baselines included."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lemoe.adaptor.checkpoint import tensors_of
+from lemoe.adaptor.checkpoint import state_tensors
 from lemoe.adaptor.state import AdaptorState, stack
 from lemoe.base.loading import BaseModel
-from lemoe.base.matmul import fast_products
+from lemoe.base.matmul import use_onednn
 from lemoe.data.edits import Edit
 from lemoe.errors import InputError
 from lemoe.settings import Settings
@@ -24,9 +24,9 @@ def train_round(
     before: AdaptorState | None = None,
     on_step: OnStep = lambda step: None,
 ) -> AdaptorState:
-    """Teach `edits` as one round, by the method of `settings`, beside the frozen experts of `before`.
+    """Train one round on `edits`, by the method of `settings`, beside the frozen experts of `before`.
 
-    With method `anchor` a round does not depend on those before it; `before` only says the layer.
+    With method `anchor` a round does not depend on those before it; `before` only decides the layer.
 
     Returns:
         a state with this round alone; stack it onto `before`.
@@ -37,7 +37,7 @@ def train_round(
     check_adds_experts(settings)
     if not edits:
         raise InputError("a round needs at least one edit")
-    with fast_products(base.model):
+    with use_onednn(base.model):
         state: AdaptorState = method_of(settings).train_round(base, edits, settings, before, on_step)
         return state
 
@@ -48,7 +48,7 @@ def teach_rounds(
     settings: Settings,
     on_step: OnStep = lambda step: None,
 ) -> Iterator[Edited]:
-    """Teach `rounds` one after the other by the method of `settings`; yields what the model is after each.
+    """Train `rounds` one after the other by the method of `settings`; yields the adaptor or weights after each.
 
     Raises:
         InputError: listing the edits of a round that cannot be used with this model.
@@ -59,13 +59,13 @@ def teach_rounds(
     train = method.train_round
     edited: Any = None
     for members in rounds:
-        with fast_products(base.model):
+        with use_onednn(base.model):
             taught = train(base, members, settings, edited, on_step)
         edited = taught if method.baseline or edited is None else stack([edited, taught])
         yield edited
 
 
-def bytes_kept(edited: Edited) -> int:
-    """Bytes of all tensors that a file of it holds or would hold."""
-    tensors = tensors_of(edited).values() if isinstance(edited, AdaptorState) else edited.tensors()
+def count_tensor_bytes(edited: Edited) -> int:
+    """Bytes of all tensors that its file holds, or would hold."""
+    tensors = state_tensors(edited).values() if isinstance(edited, AdaptorState) else edited.tensors()
     return sum(tensor.nbytes for tensor in tensors)

@@ -1,4 +1,4 @@
-"""What training a round has in common, whatever the method."""
+"""The training loop that methods share."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,24 +14,24 @@ class Step:
     """Progress inside a round: `loss` is the mean cross entropy of target tokens (nats) before step `number`."""
 
     number: int
-    of: int
+    total: int
     loss: float
 
 
 OnStep = Callable[[Step], None]
 
 
-def fit(
+def fit_round(
     optimiser: Optimizer,
     losses: Callable[[], Iterable[Tensor]],
     settings: Settings,
     on_step: OnStep,
     constrain: Callable[[], None] = lambda: None,
 ) -> tuple[float, int]:
-    """Take all batches of a round at each step, until the loss is reached or the steps are used up.
+    """Take all batches of a round at each step, until the loss target is reached or the steps are used up.
 
     Args:
-        losses: gives the parts, one a batch, of the mean cross entropy of the round's target tokens.
+        losses: gives the parts, one per batch, of the mean cross entropy of the round's target tokens.
         constrain: called after each step.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Editing by other weights: what a model has become, apart from the model, to be put in and taken out again."""
+"""Editing by changed weights, which are stored apart from the base model, and applied to it and removed again."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -12,19 +12,19 @@ from lemoe.errors import ModelError
 
 
 class WeightChange(ABC):
-    """Weights that a base model answers with instead of its own, or beside them."""
+    """Weights that replace a base model's own, or are added to them."""
 
     @abstractmethod
     def tensors(self) -> Sequence[Tensor]:
-        """Everything that a file would have to hold."""
+        """All tensors that a file would have to hold."""
 
     @abstractmethod
     def applied(self, base: BaseModel) -> AbstractContextManager[None]:
-        """While open, `base` is the changed model; afterwards it is what it was, bit for bit."""
+        """While open, `base` is the changed model; afterwards it is as before, bit for bit."""
 
 
 def check_resident(base: BaseModel) -> None:
-    """Refuse a base of which some weights are brought in anew whenever they are needed: no change would last.
+    """Refuse a base with offloaded weights, which are loaded anew for each use: a change of them would be lost.
 
     Raises:
         ModelError: saying what to do.
@@ -37,8 +37,8 @@ def check_resident(base: BaseModel) -> None:
 
 
 @contextmanager
-def swapped(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
-    """While open, `parameters` are `values`, the very tensors; their own are neither copied nor changed."""
+def swap_values(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
+    """While open, `parameters` hold `values`, not copies of them; their own data is neither copied nor changed."""
     own = [parameter.data for parameter in parameters]
     try:
         for parameter, value in zip(parameters, values, strict=True):
@@ -50,8 +50,8 @@ def swapped(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[
 
 
 @contextmanager
-def trainable(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """While open, gradients reach `parameters`; afterwards none are left."""
+def require_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """While open, `parameters` require gradients; afterwards they do not, and their gradients are freed."""
     try:
         for parameter in parameters:
             parameter.requires_grad_(True)

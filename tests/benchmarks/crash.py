@@ -2,7 +2,7 @@
 
     python tests/benchmarks/crash.py --kills 50
 
-A tiny random Llama is taught 20 rounds in a child process for every life of a run. Ends non-zero if a file differs, or
+A tiny random Llama is trained on 20 rounds, each start of a run in a child process. Ends non-zero if a file differs, or
 if a finished round was trained again.
 """
 
@@ -22,32 +22,32 @@ from conftest import build_model
 
 import lemoe
 
-ROUNDS, EACH = 20, 2
+ROUNDS, ROUND_SIZE = 20, 2
 NAMES = ("Ada", "Ben", "Cleo", "Dora", "Emil", "Fay", "Gus", "Hana", "Ivo", "Jan")
 CITIES = ("Rome", "Oslo", "Lima", "Kyoto", "Quito")
 
 
-def edits() -> list[lemoe.Edit]:
+def make_edits() -> list[lemoe.Edit]:
     people = [f"{first} {last}stone" for last in NAMES[:4] for first in NAMES]
     return [
         lemoe.Edit(f"edit-{number}", f"The city where {person} lives is", CITIES[number % len(CITIES)], person)
-        for number, person in enumerate(people[: ROUNDS * EACH])
+        for number, person in enumerate(people[: ROUNDS * ROUND_SIZE])
     ]
 
 
-def run(base: lemoe.BaseModel, folder: Path, *, resume: bool) -> None:
+def run_edit(base: lemoe.BaseModel, folder: Path, *, resume: bool) -> None:
     settings = lemoe.resolve_settings(
-        "anchor", None, {"layer": 1, "steps": 6, "round_size": EACH, "variants": 2, "negatives": 2}
+        "anchor", None, {"layer": 1, "steps": 6, "round_size": ROUND_SIZE, "variants": 2, "negatives": 2}
     )
-    lemoe.edit(base, edits(), settings, folder, resume=resume)
+    lemoe.edit(base, make_edits(), settings, folder, resume=resume)
 
 
-def life(base: lemoe.BaseModel, folder: Path, seconds: float | None) -> bool:
-    """Run on in a child process, for so many seconds at most; whether it came to its end."""
+def run_child(base: lemoe.BaseModel, folder: Path, seconds: float | None) -> bool:
+    """Resume the run in a child process, killed after so many seconds; whether it ended by itself."""
     child = os.fork()
     if child == 0:
         try:
-            run(base, folder, resume=True)
+            run_edit(base, folder, resume=True)
             os._exit(0)
         except BaseException as error:  # a forked child must not return into its parent's code
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -61,11 +61,11 @@ def life(base: lemoe.BaseModel, folder: Path, seconds: float | None) -> bool:
     return os.WIFEXITED(status)
 
 
-def files(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def finished(folder: Path) -> dict[Path, int]:
+def list_finished_rounds(folder: Path) -> dict[Path, int]:
     """The finished rounds, and when each was written."""
     return {path: path.stat().st_mtime_ns for path in folder.glob("rounds/[0-9]*")}
 
@@ -80,18 +80,18 @@ def main() -> None:
         root = Path(scratch)
         base = lemoe.load_base(str(build_model(root / "model", "llama")), device="cpu")
         started = time.monotonic()
-        life(base, root / "whole", None)
+        run_child(base, root / "whole", None)
         seconds = time.monotonic() - started
-        expected = files(root / "whole")
+        expected = read_files(root / "whole")
         at: list[int] = []
         for number in range(given.kills):
             folder = root / f"run-{number}"
-            life(base, folder, rng.uniform(0, seconds))
-            before = finished(folder)
+            run_child(base, folder, rng.uniform(0, seconds))
+            before = list_finished_rounds(folder)
             at.append(len(before))
-            life(base, folder, None)
+            run_child(base, folder, None)
             lost = [path.name for path, written in before.items() if path.stat().st_mtime_ns != written]
-            if files(folder) != expected or lost:
+            if read_files(folder) != expected or lost:
                 raise SystemExit(f"run {number}, killed after {len(before)} rounds, differs; trained again: {lost}")
         print(f"{given.kills} of {given.kills} runs of {ROUNDS} rounds end bit-identical, 0 rounds lost")
         print(f"killed after {min(at)} to {max(at)} rounds")

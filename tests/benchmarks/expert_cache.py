@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from speed import random_adaptor, real_edits, synthetic_anchors
+from speed import random_adaptor, read_real_edits, synthetic_anchors
 
 import lemoe
 
@@ -22,17 +22,17 @@ TOKENS = 24
 LENGTH = 10  # tokens of a prompt
 
 
-def seconds(base: lemoe.BaseModel, prompts: list[torch.Tensor]) -> list[float]:
-    """Of prefill and decode for each batch of prompts."""
-    options = {"do_sample": False, "pad_token_id": base.pad_token, "eos_token_id": None}
-    taken = []
+def time_batches(base: lemoe.BaseModel, prompts: list[torch.Tensor]) -> list[float]:
+    """Seconds of prefill and decode for each batch of prompts."""
+    options = {"do_sample": False, "pad_token_id": base.pad_token_id, "eos_token_id": None}
+    seconds = []
     for ids in prompts:
         started = time.perf_counter()
         base.model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, min_new_tokens=TOKENS, **options
         )
-        taken.append(time.perf_counter() - started)
-    return taken
+        seconds.append(time.perf_counter() - started)
+    return seconds
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
     given = parser.parse_args()
     base = lemoe.load_base("llama")
     settings = lemoe.resolve_settings("anchor", None, {"variants": 0, "negatives": 0, "steps": 2, "retries": 0})
-    edits = real_edits(2000)
+    edits = read_real_edits(2000)
     taught = lemoe.train_round(base, edits[:20], settings)
     anchors, _ = synthetic_anchors(base, edits, given.edits)
     own = [anchor.prompt[-LENGTH:] for anchor in anchors.anchors if len(anchor.prompt) >= LENGTH]
@@ -51,8 +51,8 @@ def main() -> None:
         path = Path(folder) / "adaptor.safetensors"
         lemoe.save_adaptor(random_adaptor(base, taught, anchors), path)
         whole = lemoe.load_adaptor(path)
-        budget = int(given.share * whole.experts.size)
-        print(f"{given.edits:,} experts, {whole.experts.size >> 20} MiB; {budget >> 20} MiB of them are kept\n")
+        budget = int(given.share * whole.experts.nbytes)
+        print(f"{given.edits:,} experts, {whole.experts.nbytes >> 20} MiB; {budget >> 20} MiB of them are cached\n")
         print("| batch | in memory | on demand | ratio |\n|---|---|---|---|")
         for size in (1, 32):
             rng = random.Random(size)
@@ -60,9 +60,9 @@ def main() -> None:
             times: dict[str, list[float]] = {"memory": [], "file": []}
             for half in (prompts[: given.batches // 2], prompts[given.batches // 2 :]):
                 with lemoe.insert(base, whole):
-                    times["memory"] += seconds(base, half)
+                    times["memory"] += time_batches(base, half)
                 with lemoe.insert(base, path, expert_cache=budget):
-                    times["file"] += seconds(base, half)
+                    times["file"] += time_batches(base, half)
             memory, file = (statistics.median(each) for each in times.values())
             print(f"| {size} | {1e3 * memory:.0f} ms | {1e3 * file:.0f} ms | {file / memory:.2f} |", flush=True)
 

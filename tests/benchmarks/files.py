@@ -1,10 +1,10 @@
-"""What files cost: bytes an edit, and the memory in which many of them are merged.
+"""What files cost: bytes per edit, and the memory in which many of them are merged.
 
     python tests/benchmarks/files.py [--files 500] [--edits 20] [--hidden 4096]
 
 Round files of random experts are written at the given shape (4096 is a 7B model's width), then merged by a process of
 its own, whose peak resident memory is reported above what it held once it had merged one file, beside the size of one
-expert and of all anchors and records as they stand in memory.
+expert and of all anchors and records in memory.
 """
 
 import argparse
@@ -18,14 +18,14 @@ from pathlib import Path
 
 import psutil
 import torch
-from speed import Peak
+from speed import PeakMemory
 
 from lemoe.adaptor.checkpoint import AdaptorFile, save_adaptor
 from lemoe.adaptor.experts import Experts
-from lemoe.adaptor.merging import merge
+from lemoe.adaptor.merging import merge_adaptors
 from lemoe.adaptor.state import AdaptorState, RoundRecord
 from lemoe.base.fingerprint import Fingerprint
-from lemoe.data.edits import digest_over
+from lemoe.data.edits import combine_digests
 from lemoe.routing.anchor.anchors import Anchors
 from lemoe.routing.anchor.gate import Anchor
 from lemoe.settings import resolve_settings
@@ -35,7 +35,7 @@ SHAPES = {"embedded model": 576, "7B": 4096}
 KIB, MIB = 1 << 10, 1 << 20
 
 
-def synthetic(number: int, edits: int, hidden: int) -> AdaptorState:
+def synthetic_state(number: int, edits: int, hidden: int) -> AdaptorState:
     """A round of random experts, with anchors as long as ZsRE's."""
     rng = random.Random(number)
     generator = torch.Generator().manual_seed(number)
@@ -45,7 +45,7 @@ def synthetic(number: int, edits: int, hidden: int) -> AdaptorState:
         "m", None, "LlamaForCausalLM", 28, "model.layers.28.mlp", hidden, 4 * hidden, True, 49152, **hashes
     )
     digests = tuple(f"{rng.getrandbits(256):064x}" for _ in range(edits))
-    names = tuple(f"edit-{number}-{place}" for place in range(edits))
+    names = tuple(f"edit-{number}-{index}" for index in range(edits))
     record = RoundRecord(
         f"{rng.getrandbits(256):064x}",
         None,
@@ -53,7 +53,7 @@ def synthetic(number: int, edits: int, hidden: int) -> AdaptorState:
         edits,
         names,
         digests,
-        digest_over(digests),
+        combine_digests(digests),
         0,
         0.0,
         0.0,
@@ -70,33 +70,33 @@ def synthetic(number: int, edits: int, hidden: int) -> AdaptorState:
     )
     offsets = torch.arange(edits + 1) * WIDTH
     experts = Experts(up, down, gate, offsets, torch.ones(edits))
-    return AdaptorState(base, replace(resolve_settings(), layer=28), (record,), experts, Anchors.of_each(anchors))
+    return AdaptorState(base, replace(resolve_settings(), layer=28), (record,), experts, Anchors.from_anchors(anchors))
 
 
-def sizes(folder: Path, edits: int) -> None:
-    """Print bytes an edit at each shape and type."""
+def print_sizes(folder: Path, edits: int) -> None:
+    """Print bytes per edit at each shape and type."""
     print("| shape | float32 | bfloat16 |\n|---|---|---|")
     for name, hidden in SHAPES.items():
-        state = synthetic(0, edits, hidden)
+        state = synthetic_state(0, edits, hidden)
         cells = []
         for dtype in (torch.float32, torch.bfloat16):
             path = folder / f"{hidden}-{dtype}.safetensors"
-            save_adaptor(replace(state, experts=state.experts.stored_as(dtype)), path)
+            save_adaptor(replace(state, experts=state.experts.to_dtype(dtype)), path)
             cells.append(f"{path.stat().st_size / edits / KIB:.2f} KiB")
         print(f"| {name}, width {hidden} | {' | '.join(cells)} |")
 
 
 def measure_merge(folder: Path, output: Path) -> None:
-    """Merge what is in `folder`; print what this takes above merging one, at the peak and for opening alone, bytes."""
+    """Merge the files in `folder`; print the bytes above merging one: at the peak, and for opening them."""
     paths = sorted(folder.glob("*.safetensors"))
-    merge(paths[:1], output)
+    merge_adaptors(paths[:1], output)
     process = psutil.Process()
     before = process.memory_info().rss
     opened = [AdaptorFile(path) for path in paths]
     anchors = process.memory_info().rss - before
     del opened
-    with Peak(process) as peak:
-        merge(paths, output, overwrite=True)
+    with PeakMemory(process) as peak:
+        merge_adaptors(paths, output, overwrite=True)
     print(json.dumps({"anchors": anchors, "peak": peak.bytes - before, "file": output.stat().st_size}))
 
 
@@ -111,10 +111,10 @@ def main() -> None:
         measure_merge(given.merge, given.merge / "merged" / "adaptor.safetensors")
         return
     with tempfile.TemporaryDirectory() as scratch:
-        sizes(Path(scratch), given.edits)
+        print_sizes(Path(scratch), given.edits)
         rounds = Path(scratch) / "rounds"
         for number in range(given.files):
-            save_adaptor(synthetic(number, given.edits, given.hidden), rounds / f"{number:05d}.safetensors")
+            save_adaptor(synthetic_state(number, given.edits, given.hidden), rounds / f"{number:05d}.safetensors")
         command = [sys.executable, __file__, "--merge", str(rounds)]
         run = subprocess.run(command, capture_output=True, text=True, check=True)
         found = json.loads(run.stdout)

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import FACTS, build_model
 
 import lemoe
-from lemoe.base.tokens import encode
+from lemoe.base.tokens import encode_passage
 from lemoe.planning.plan_file import load_plan
 from lemoe.routing.anchor.anchors import Anchors, build_gate
 from lemoe.routing.anchor.gate import Anchor
@@ -37,7 +37,7 @@ STRANGE: tuple[Any, ...] = (
 )
 
 
-def adaptor_of(folder: Path) -> Path:
+def save_small_adaptor(folder: Path) -> Path:
     """An adaptor of a tiny random model."""
     base = lemoe.load_base(str(build_model(folder / "model", "llama")), device="cpu")
     edits = [lemoe.Edit(f"e{n}", prompt, target, subject) for n, (subject, prompt, target) in enumerate(FACTS[:3])]
@@ -47,7 +47,7 @@ def adaptor_of(folder: Path) -> Path:
     return path
 
 
-def shared_of(state: lemoe.AdaptorState, path: Path) -> Path:
+def save_shared_adaptor(state: lemoe.AdaptorState, path: Path) -> Path:
     """The same with two of the three edits on one expert, as in a compacted round."""
     one, other, last = state.router.anchors  # type: ignore[attr-defined]
     record = replace(state.rounds[0], experts=2, compacted_from=state.rounds[0].id)
@@ -56,17 +56,17 @@ def shared_of(state: lemoe.AdaptorState, path: Path) -> Path:
     return path
 
 
-def damaged(content: bytes, rng: random.Random) -> bytes:
+def damage_content(content: bytes, rng: random.Random) -> bytes:
     """An adaptor file with something changed."""
     kind = rng.randrange(4)
     if kind == 0:
-        return _changed_bytes(content, rng)
+        return _change_bytes(content, rng)
     size = int.from_bytes(content[:8], "little")
     table = json.loads(content[8 : 8 + size])
     if kind == 1:
-        table = _changed_value(table, rng)
+        table = _change_value(table, rng)
     elif kind == 2:
-        metadata = _changed_value(json.loads(table["__metadata__"]["lemoe"]), rng)
+        metadata = _change_value(json.loads(table["__metadata__"]["lemoe"]), rng)
         table["__metadata__"]["lemoe"] = json.dumps(metadata)
     else:
         one, other = rng.sample([name for name in table if name != "__metadata__"], 2)
@@ -75,24 +75,24 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
     return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
-def _changed_bytes(content: bytes, rng: random.Random) -> bytes:
+def _change_bytes(content: bytes, rng: random.Random) -> bytes:
     """Bits flipped, a piece cut out or put in, or the end cut off."""
     changed = bytearray(content)
     kind = rng.randrange(4)
-    place = rng.randrange(len(changed))
+    position = rng.randrange(len(changed))
     if kind == 0:
         for _ in range(rng.choice((1, 1, 2, 20))):
             changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
     elif kind == 1:
-        del changed[place : place + rng.choice((1, 8, 1000))]
+        del changed[position : position + rng.choice((1, 8, 1000))]
     elif kind == 2:
-        changed[place:place] = rng.randbytes(rng.choice((1, 8, 1000)))
+        changed[position:position] = rng.randbytes(rng.choice((1, 8, 1000)))
     else:
-        del changed[place:]
+        del changed[position:]
     return bytes(changed)
 
 
-def _changed_value(value: Any, rng: random.Random) -> Any:
+def _change_value(value: Any, rng: random.Random) -> Any:
     """The value with something inside it missing, strange or renamed."""
     if isinstance(value, dict) and value and rng.random() < 0.9:
         key = rng.choice(list(value))
@@ -101,10 +101,10 @@ def _changed_value(value: Any, rng: random.Random) -> Any:
             return {name: inner for name, inner in value.items() if name != key}
         if kind == 1:
             return {**value, str(rng.choice(STRANGE))[:50]: rng.choice(STRANGE)}
-        return {**value, key: _changed_value(value[key], rng)}
+        return {**value, key: _change_value(value[key], rng)}
     if isinstance(value, list) and value and rng.random() < 0.8:
-        place = rng.randrange(len(value))
-        return [*value[:place], _changed_value(value[place], rng), *value[place + 1 :]]
+        index = rng.randrange(len(value))
+        return [*value[:index], _change_value(value[index], rng), *value[index + 1 :]]
     if isinstance(value, int) and rng.random() < 0.5:
         return value + rng.choice((-1, 1, 8, -value, 2**40))
     return rng.choice(STRANGE)
@@ -122,26 +122,26 @@ SHAPES: tuple[dict[str, Any], ...] = (
 )
 
 
-def edits_file(rng: random.Random) -> bytes:
+def random_edits_file(rng: random.Random) -> bytes:
     """An edit file of some shape, with something wrong."""
-    records = [_changed_value(rng.choice(SHAPES), rng) for _ in range(rng.randrange(1, 4))]
+    records = [_change_value(rng.choice(SHAPES), rng) for _ in range(rng.randrange(1, 4))]
     text = json.dumps(records) if rng.random() < 0.5 else "\n".join(map(json.dumps, records))
     content = text.encode("utf-8", "surrogatepass")
-    return _changed_bytes(content, rng) if content and rng.random() < 0.3 else content
+    return _change_bytes(content, rng) if content and rng.random() < 0.3 else content
 
 
-def fuzz(folder: Path, cases: int, seed: int) -> dict[str, int]:
+def fuzz_files(folder: Path, cases: int, seed: int) -> dict[str, int]:
     """How many cases were refused and how many read; raises AssertionError at the first that fails."""
     rng = random.Random(seed)
-    ordinary = adaptor_of(folder)
-    shared = shared_of(lemoe.load_adaptor(ordinary), folder / "shared.safetensors")
+    ordinary = save_small_adaptor(folder)
+    shared = save_shared_adaptor(lemoe.load_adaptor(ordinary), folder / "shared.safetensors")
     originals = [(path.read_bytes(), lemoe.load_adaptor(path)) for path in (ordinary, shared)]
     counts = {"adaptors refused": 0, "adaptors read": 0, "edits refused": 0, "edits read": 0}
     for number in range(cases):
         adaptor = number % 2 == 0
         content, state = originals[number // 2 % 2]
         path = folder / ("case.safetensors" if adaptor else "case.json")
-        path.write_bytes(damaged(content, rng) if adaptor else edits_file(rng))
+        path.write_bytes(damage_content(content, rng) if adaptor else random_edits_file(rng))
         read: Callable[[Path], Any] = lemoe.load_adaptor if adaptor else lemoe.read_edits
         started = time.monotonic()
         try:
@@ -192,14 +192,18 @@ PIECES += (
 )
 
 
-def yaml_file(rng: random.Random) -> bytes:
+def random_yaml_file(rng: random.Random) -> bytes:
     """Settings or a plan, with pieces put in and taken out."""
     text = rng.choice(YAMLS)
     for _ in range(rng.choice((0, 1, 1, 2, 5))):
-        place = rng.randrange(len(text) + 1)
-        text = text[:place] + rng.choice((*PIECES, str(rng.choice(STRANGE)))) + text[place + rng.choice((0, 0, 1, 6)) :]
+        position = rng.randrange(len(text) + 1)
+        text = (
+            text[:position]
+            + rng.choice((*PIECES, str(rng.choice(STRANGE))))
+            + text[position + rng.choice((0, 0, 1, 6)) :]
+        )
     content = text.encode("utf-8", "surrogatepass")
-    return _changed_bytes(content, rng) if rng.random() < 0.2 else content
+    return _change_bytes(content, rng) if rng.random() < 0.2 else content
 
 
 def fuzz_yaml(folder: Path, cases: int, seed: int) -> dict[str, int]:
@@ -209,7 +213,7 @@ def fuzz_yaml(folder: Path, cases: int, seed: int) -> dict[str, int]:
     path = folder / "case.yaml"
     counts = {f"{kind} {outcome}": 0 for kind in ("settings", "plans") for outcome in ("refused", "read")}
     for number in range(cases):
-        path.write_bytes(yaml_file(rng))
+        path.write_bytes(random_yaml_file(rng))
         kind = ("settings", "plans")[number % 2]
         started = time.monotonic()
         try:
@@ -243,7 +247,7 @@ def fuzz_gate(base: lemoe.BaseModel, cases: int, seed: int) -> dict[str, int]:
     for number in range(cases):
         facts = [(rng.choice((None, odd_text(rng))), odd_text(rng), odd_text(rng)) for _ in range(rng.randrange(1, 5))]
         try:
-            passages = [encode(base, prompt, target) for _, prompt, target in facts]
+            passages = [encode_passage(base, prompt, target) for _, prompt, target in facts]
         except ValueError:
             counts["edits that the tokenizer refuses"] += 1
             continue
@@ -266,7 +270,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        counts = fuzz(Path(folder), given.cases, given.seed)
+        counts = fuzz_files(Path(folder), given.cases, given.seed)
         counts |= fuzz_yaml(Path(folder), given.cases, given.seed)
         base = lemoe.load_base(str(Path(folder) / "model"), device="cpu")
         counts |= fuzz_gate(base, given.cases // 10, given.seed)

@@ -1,4 +1,4 @@
-"""A long life of one adaptor: plan, edit, eval and merge of many ZsRE-size edits, as a user runs them.
+"""A long run with one adaptor: plan, edit, eval and merge of many ZsRE-size edits, as a user runs them.
 
     python tests/benchmarks/long_run.py --edits 17000 --folder long
 
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from synthetic import made_up
+from synthetic import make_renamed_edits
 
 import lemoe
 from lemoe.adaptor.checkpoint import AdaptorFile
@@ -33,22 +33,22 @@ class Phase:
     memory: int
 
 
-def zsre(count: int) -> list[lemoe.Edit]:
+def make_zsre_edits(count: int) -> list[lemoe.Edit]:
     real = [*lemoe.read_edits(DATA / "zsre_mend_edit.json"), *lemoe.read_edits(DATA / "zsre_dev.json")]
-    return [*real[:count], *made_up(real, max(0, count - len(real)))]
+    return [*real[:count], *make_renamed_edits(real, max(0, count - len(real)))]
 
 
 def write_edits(edits: Iterable[lemoe.Edit], path: Path) -> None:
-    """The keys that the format names, one object a line."""
+    """Write the documented keys, one object per line."""
     with path.open("w", encoding="utf-8") as file:
         for edit in edits:
-            known = {"id": edit.id, "prompt": edit.prompt, "target": edit.target, "subject": edit.subject}
+            fields = {"id": edit.id, "prompt": edit.prompt, "target": edit.target, "subject": edit.subject}
             probes = {"rephrases": edit.rephrases, "locality": edit.locality}
-            record = {**known, **{name: [asdict(probe) for probe in each] for name, each in probes.items()}}
+            record = {**fields, **{name: [asdict(probe) for probe in each] for name, each in probes.items()}}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def run(arguments: Sequence[object], output: Path) -> Phase:
+def run_command(arguments: Sequence[object], output: Path) -> Phase:
     """One `lemoe` command in a process of its own, its stdout in `output`."""
     words = [sys.executable, "-m", "lemoe_cli.main", *map(str, arguments)]
     started = time.monotonic()
@@ -62,7 +62,7 @@ def run(arguments: Sequence[object], output: Path) -> Phase:
     return Phase(time.monotonic() - started, used.ru_maxrss << 10)
 
 
-def phases(folder: Path) -> dict[str, list[object]]:
+def phase_commands(folder: Path) -> dict[str, list[object]]:
     """The commands, in order."""
     edits, plan, run_folder = folder / "edits.jsonl", folder / "plan.yaml", folder / "run"
     model = ("--model", "llama", "--quiet")
@@ -77,8 +77,8 @@ def phases(folder: Path) -> dict[str, list[object]]:
     }
 
 
-def flatness(folder: Path) -> tuple[float, float]:
-    """Seconds an edit in the first and in the last rounds, from the times at which their files appeared."""
+def seconds_per_edit(folder: Path) -> tuple[float, float]:
+    """Seconds per edit in the first and in the last rounds, from the modification times of their files."""
     files = sorted((folder / "run" / "rounds").glob("*.safetensors"))
     times = [file.stat().st_mtime for file in files]
     sizes = [len(AdaptorFile(file).state.rounds[0].edits) for file in files]
@@ -96,20 +96,20 @@ def main() -> None:
     folder: Path = given.folder
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "edits.jsonl").exists():
-        write_edits(zsre(given.edits), folder / "edits.jsonl")
+        write_edits(make_zsre_edits(given.edits), folder / "edits.jsonl")
     notes = folder / "phases.json"
     done: dict[str, Phase] = {}
     if notes.exists():
         done = {name: Phase(**phase) for name, phase in json.loads(notes.read_text()).items()}
     for name in given.phases.split(","):
         if name not in done:
-            done[name] = run(phases(folder)[name], folder / f"{name}.out")
+            done[name] = run_command(phase_commands(folder)[name], folder / f"{name}.out")
             notes.write_text(json.dumps({name: asdict(phase) for name, phase in done.items()}))
     print("| phase | seconds | ms an edit | peak memory |\n|---|---|---|---|")
     for name, phase in done.items():
         each = 1e3 * phase.seconds / given.edits
         print(f"| {name} | {phase.seconds:.0f} | {each:.1f} | {phase.memory / (1 << 30):.2f} GiB |")
-    first, last = flatness(folder)
+    first, last = seconds_per_edit(folder)
     print(f"\ntraining: {1e3 * first:.0f} ms an edit in the first tenth of the rounds, {1e3 * last:.0f} in the last")
 
 

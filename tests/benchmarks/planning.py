@@ -12,19 +12,19 @@ import argparse
 import time
 
 import psutil
-from speed import Peak, real_edits
-from synthetic import made_up
+from speed import PeakMemory, read_real_edits
+from synthetic import make_renamed_edits
 
 import lemoe
 
 AGAIN = 0.25  # share of edits about a name that has one already
 
 
-def row(base: lemoe.BaseModel, edits: list[lemoe.Edit], settings: lemoe.Settings) -> str:
+def measure_plan(base: lemoe.BaseModel, edits: list[lemoe.Edit], settings: lemoe.Settings) -> str:
     process = psutil.Process()
     resident = process.memory_info().rss
     started = time.perf_counter()
-    with Peak(process) as peak:
+    with PeakMemory(process) as peak:
         planned = lemoe.plan(base, edits, settings)
     seconds = time.perf_counter() - started
     chosen, drawn = planned.similarity["planned"], planned.similarity["random"]
@@ -43,12 +43,12 @@ def main() -> None:
     base = lemoe.load_base("llama")
     asked = {} if given.round_size is None else {"round_size": given.round_size}
     settings = lemoe.resolve_settings("anchor", None, asked)
-    made = list(made_up(real_edits(3000), max(given.edits), crowded=True, again=AGAIN))
+    made = list(make_renamed_edits(read_real_edits(3000), max(given.edits), crowded=True, again=AGAIN))
     lemoe.plan(base, made[:200], settings)
-    print("| edits | rounds | s | ms an edit | peak, MiB | planned: within / between | random |")
+    print("| edits | rounds | s | ms per edit | peak, MiB | planned: within / between | random |")
     print("|---|---|---|---|---|---|---|")
     for count in given.edits:
-        print(row(base, made[:count], settings), flush=True)
+        print(measure_plan(base, made[:count], settings), flush=True)
 
 
 if __name__ == "__main__":

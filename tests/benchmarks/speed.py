@@ -1,4 +1,4 @@
-"""Speed of the default preset: operations and bytes first, then timings, as ratios against references of the same run.
+"""Speed of the default preset: counted operations and bytes, and timings as ratios to references of the same run.
 
     python tests/benchmarks/speed.py count            # what an edit costs on paper
     python tests/benchmarks/speed.py training         # against a plain full-model loop over the same texts
@@ -30,7 +30,7 @@ from unittest.mock import patch
 
 import psutil
 import torch
-from synthetic import made_up, of_one_subject
+from synthetic import make_crowded_edits, make_renamed_edits
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
@@ -39,19 +39,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lemoe
 from lemoe.adaptor.state import AdaptorState
 from lemoe.base.frozen import residual_scale
-from lemoe.base.hooks import beside
-from lemoe.base.matmul import fast_products
+from lemoe.base.hooks import added_to_residual
+from lemoe.base.matmul import use_onednn
 from lemoe.base.sources import ModelSource
 from lemoe.base.structure import FFNSite
 from lemoe.base.tensors import rms_normalise
 from lemoe.base.tokens import Batch, Passage, encode_edits, length_buckets
-from lemoe.data.edits import digest_over
+from lemoe.data.edits import combine_digests
 from lemoe.routing.anchor.anchors import Anchors, LiveAnchors
 from lemoe.routing.anchor.gate import Anchor
-from lemoe.routing.anchor.route import Reading, Route
+from lemoe.routing.anchor.route import GateState, Route
 from lemoe.routing.router import Sequences
-from lemoe.training.anchor.batches import LessonMaker, Lessons, Teaching
-from lemoe.training.anchor.round import DEFAULT_WIDTH, Blocks
+from lemoe.training.anchor.batches import PositiveBatch, TrainingBatchBuilder, TrainingBatches
+from lemoe.training.anchor.round import DEFAULT_WIDTH, TrainableExperts
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DATA = REPOSITORY / ".." / "shared" / "data"
@@ -59,7 +59,7 @@ LOSS_WORDS = 8192  # token ids that take part in the loss, about
 TOKENISED = 10_000  # texts that are tokenised together
 
 
-def real_edits(count: int) -> list[lemoe.Edit]:
+def read_real_edits(count: int) -> list[lemoe.Edit]:
     """ZsRE edits, the first of each subject; the examples where the data is not there."""
     source = DATA / "zsre_dev.json"
     edits = lemoe.read_edits(source if source.exists() else REPOSITORY / "examples" / "edits.jsonl")
@@ -67,13 +67,13 @@ def real_edits(count: int) -> list[lemoe.Edit]:
     return list(reversed(first.values()))[:count]
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
-    """Operations a second of a large matrix product."""
+def measure_matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
+    """Operations per second of a large matrix product."""
     one, other = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / timed(lambda: one @ other, repeats=5)
+    return 2 * size**3 / median_seconds(lambda: one @ other, repeats=5)
 
 
-def timed(work: Callable[[], object], repeats: int = 3) -> float:
+def median_seconds(work: Callable[[], object], repeats: int = 3) -> float:
     """Median seconds, after one run to warm up."""
     work()
     seconds = []
@@ -107,7 +107,7 @@ class Shape:
         return 2 * tokens * (self.layers * self.layer_parameters + self.hidden * self.vocabulary)
 
     def editing(self, frozen: float, replayed: float, targets: float, steps: int, layer: int, words: int) -> float:
-        """Operations an edit: the frozen pass up to `layer`, then forward and backward above it at each step."""
+        """Operations per edit: the frozen pass up to `layer`, then forward and backward above it at each step."""
         above = self.layers - 1 - layer
         step = replayed * above * self.layer_parameters + targets * words * self.hidden
         return 2 * frozen * (layer + 1) * self.layer_parameters + steps * 2 * 2 * step
@@ -119,20 +119,20 @@ SHAPES = {
 }
 
 
-def count() -> None:
+def count_operations() -> None:
     """Operations and bytes of an edit, from the texts of one round of real edits."""
     base = lemoe.load_base("llama")
     settings = lemoe.resolve_settings("anchor")
-    edits = real_edits(settings.round_size)
-    with counted(base) as columns:
-        lessons = make_lessons(base, edits, settings)
+    edits = read_real_edits(settings.round_size)
+    with count_columns(base) as columns:
+        batches = make_batches(base, edits, settings)
     frozen = sum(columns) / len(edits)
-    texts = [*lessons.own, *(teaching for kind in lessons.variants for teaching in kind)]
-    kinds = 1 + len(lessons.variants)
-    tokens = sum(int(teaching.frozen.batch.mask.sum()) for teaching in lessons.own) / len(edits)
-    replayed = 2 * sum(teaching.active.numel() for teaching in texts) / len(edits) / kinds
-    targets = 2 * sum(len(teaching.weights) for teaching in texts) / len(edits) / kinds
-    print(f"An edit has {tokens:.1f} tokens of prompt and target. Its own prompt, rewordings and negatives take")
+    texts = [*batches.prompts, *(positive for kind in batches.paraphrases for positive in kind)]
+    kinds = 1 + len(batches.paraphrases)
+    tokens = sum(int(positive.frozen.batch.mask.sum()) for positive in batches.prompts) / len(edits)
+    replayed = 2 * sum(positive.active.numel() for positive in texts) / len(edits) / kinds
+    targets = 2 * sum(len(positive.weights) for positive in texts) / len(edits) / kinds
+    print(f"An edit has {tokens:.1f} tokens of prompt and target. Its own prompt, paraphrases and negatives take")
     print(f"{frozen:.0f} columns of the frozen pass; each step replays {replayed:.1f} and predicts {targets:.1f}.\n")
     print("| shape | base forward pass | editing | in passes | expert, float32 | expert, bfloat16 |")
     print("|---|---|---|---|---|---|")
@@ -148,10 +148,10 @@ def count() -> None:
 
 
 @contextmanager
-def counted(base: lemoe.BaseModel) -> Iterator[list[int]]:
+def count_columns(base: lemoe.BaseModel) -> Iterator[list[int]]:
     """Padded tokens that run through the first layer, pass after pass, while open."""
     columns: list[int] = []
-    site = base.site(0)
+    site = base.ffn_site(0)
     hook = site.entry.register_forward_pre_hook(lambda module, args: columns.append(args[0].numel() // site.hidden))
     try:
         yield columns
@@ -159,30 +159,32 @@ def counted(base: lemoe.BaseModel) -> Iterator[list[int]]:
         hook.remove()
 
 
-def make_lessons(base: lemoe.BaseModel, edits: Sequence[lemoe.Edit], settings: lemoe.Settings) -> Lessons:
-    layer = settings.layer_of(len(base.layers), base.source.layers)
+def make_batches(base: lemoe.BaseModel, edits: Sequence[lemoe.Edit], settings: lemoe.Settings) -> TrainingBatches:
+    layer = settings.resolve_layer(len(base.layers), base.source.layers)
     passages = encode_edits(base, edits)
     anchors = [Anchor(p.prompt, p.target, e.subject) for p, e in zip(passages, edits, strict=True)]
-    maker = LessonMaker(base, base.site(layer), layer, settings, edits, passages, anchors, random.Random(0))
-    return maker.lessons()
+    builder = TrainingBatchBuilder(
+        base, base.ffn_site(layer), layer, settings, edits, passages, anchors, random.Random(0)
+    )
+    return builder.build()
 
 
-def training() -> None:
-    """Seconds an edit, against the base's forward pass and against plain training loops over the same texts."""
+def time_training() -> None:
+    """Seconds per edit, against the base's forward pass and against plain training loops over the same texts."""
     base = lemoe.load_base("llama")
     settings = lemoe.resolve_settings("anchor")
-    edits = real_edits(200)
+    edits = read_real_edits(200)
     rounds = [edits[start : start + settings.round_size] for start in range(0, len(edits), settings.round_size)]
-    rate = matrix_rate(base.device, torch.float32)
+    rate = measure_matmul_rate(base.device, torch.float32)
     print(f"matrix products: {rate / 1e9:.0f} GFLOP/s on {torch.get_num_threads()} threads")
-    forward = timed(lambda: full_forward(base, edits)) / len(edits)
+    forward = median_seconds(lambda: run_full_forward(base, edits)) / len(edits)
     print(f"one base forward pass, full logits: {1e3 * forward:.1f} ms an edit")
-    with fast_products(base.model):
-        fast = timed(lambda: full_forward(base, edits)) / len(edits)
-    print(f"the same with lemoe's products: {1e3 * fast:.1f} ms an edit")
+    with use_onednn(base.model):
+        fast = median_seconds(lambda: run_full_forward(base, edits)) / len(edits)
+    print(f"the same with lemoe's matmul: {1e3 * fast:.1f} ms an edit")
     process = psutil.Process()
     resident = process.memory_info().rss
-    peak = Peak(process)
+    peak = PeakMemory(process)
     started = time.perf_counter()
     with peak:
         states = [lemoe.train_round(base, members, settings) for members in rounds]
@@ -190,22 +192,22 @@ def training() -> None:
     steps = statistics.mean(state.rounds[0].steps for state in states)
     print(
         f"lemoe: {1e3 * ours:.0f} ms an edit = {ours / forward:.1f} forward passes, or {ours / fast:.1f} with the same "
-        f"products; {steps:.0f} steps a round"
+        f"matmul; {steps:.0f} steps a round"
     )
     print(f"peak memory above the loaded base: {(peak.bytes - resident) / 2**20:.0f} MiB")
-    operations, seconds = step_cost(base, rounds[0], replace(settings, retries=0))
+    operations, seconds = measure_step_cost(base, rounds[0], replace(settings, retries=0))
     print(
         f"step loop: {operations / 1e9:.1f} GFLOP in {1e3 * seconds:.0f} ms a step of {len(rounds[0])} edits, "
         f"{operations / seconds / rate:.0%} of the rate of matrix products"
     )
-    lessons = make_lessons(base, rounds[0], settings)
+    batches = make_batches(base, rounds[0], settings)
     for label, size in (("the same batch", settings.round_size), ("batch 1", 1)):
-        plain = steps * plain_step(base, lessons, settings, size)
+        plain = steps * time_plain_step(base, batches, settings, size)
         print(f"plain full-model loop, {label}: {1e3 * plain:.0f} ms an edit: {plain / ours:.1f} times slower")
 
 
-def scale() -> None:
-    """Seconds an edit of whole runs, from planning to the stacked file, of few edits and of many; takes long."""
+def time_whole_runs() -> None:
+    """Seconds per edit of whole runs, from planning to the stacked file, of few edits and of many; takes long."""
     base = lemoe.load_base("llama")
     edits = lemoe.read_edits(DATA / "zsre_dev.json")
     settings = lemoe.resolve_settings("anchor")
@@ -215,13 +217,15 @@ def scale() -> None:
             started = time.perf_counter()
             report = lemoe.edit(base, edits[:count], settings, folder)
             whole = (time.perf_counter() - started) / report.taught
-            opened = timed(partial(lemoe.load_adaptor, report.path))
+            opened = median_seconds(partial(lemoe.load_adaptor, report.path))
         taught, training = report.taught, report.seconds / report.taught
         row = f"| {taught:,} | {1e3 * training:.0f} ms an edit | {1e3 * whole:.0f} ms an edit | in {opened:.2f} s |"
         print(row, flush=True)
 
 
-def step_cost(base: lemoe.BaseModel, edits: Sequence[lemoe.Edit], settings: lemoe.Settings) -> tuple[float, float]:
+def measure_step_cost(
+    base: lemoe.BaseModel, edits: Sequence[lemoe.Edit], settings: lemoe.Settings
+) -> tuple[float, float]:
     """Operations and seconds of one step, a mean over the steps of a round, each in a run of its own."""
     with FlopCounterMode(display=False) as counter:
         operations: list[float] = []
@@ -232,13 +236,13 @@ def step_cost(base: lemoe.BaseModel, edits: Sequence[lemoe.Edit], settings: lemo
     return (operations[steps] - operations[0]) / steps, (times[steps] - times[0]) / steps
 
 
-class Peak:
+class PeakMemory:
     """Peak resident memory while open, sampled."""
 
     def __init__(self, process: psutil.Process):
         self._process, self.bytes, self._open = process, 0, False
 
-    def __enter__(self) -> "Peak":
+    def __enter__(self) -> "PeakMemory":
         self._open = True
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -255,33 +259,37 @@ class Peak:
 
 
 @torch.no_grad()
-def full_forward(base: lemoe.BaseModel, edits: Sequence[lemoe.Edit]) -> None:
+def run_full_forward(base: lemoe.BaseModel, edits: Sequence[lemoe.Edit]) -> None:
     texts = [Passage(passage.prompt + passage.target) for passage in encode_edits(base, edits)]
     for rows in length_buckets([len(text) for text in texts], 2048):
-        batch = Batch.of(texts, rows, base.pad_token, base.device)
+        batch = Batch.from_passages(texts, rows, base.pad_token_id, base.device)
         base.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)
 
 
-def plain_step(base: lemoe.BaseModel, lessons: Lessons, settings: lemoe.Settings, size: int, repeats: int = 3) -> float:
-    """Seconds an edit and step of a plain loop: the whole model, full logits, the same experts, own and one variant."""
-    layer = settings.layer_of(len(base.layers), base.source.layers)
-    site = base.site(layer)
-    chosen = [*lessons.own, *lessons.variants[0]]
-    edits = sum(len(teaching.owners) for teaching in lessons.own)
-    blocks = Blocks(edits, site, settings.width or DEFAULT_WIDTH, residual_scale(base, layer), 0).to(base.device)
-    optimiser = torch.optim.AdamW(blocks.parameters(), lr=settings.learning_rate)
-    rows = [(teaching, row) for teaching in chosen for row in range(len(teaching.owners))]
+def time_plain_step(
+    base: lemoe.BaseModel, batches: TrainingBatches, settings: lemoe.Settings, size: int, repeats: int = 3
+) -> float:
+    """Seconds per edit and step of a plain loop: whole model, full logits, same experts, prompts and one paraphrase."""
+    layer = settings.resolve_layer(len(base.layers), base.source.layers)
+    site = base.ffn_site(layer)
+    chosen = [*batches.prompts, *batches.paraphrases[0]]
+    edits = sum(len(positive.owners) for positive in batches.prompts)
+    experts = TrainableExperts(edits, site, settings.width or DEFAULT_WIDTH, residual_scale(base, layer), 0).to(
+        base.device
+    )
+    optimiser = torch.optim.AdamW(experts.parameters(), lr=settings.learning_rate)
+    rows = [(positive, row) for positive in chosen for row in range(len(positive.owners))]
     parts = [rows[start : start + size] for start in range(0, len(rows), size)]
     parts = parts if size > 1 else parts[:: max(1, len(parts) // 12)]
-    batches = [PlainBatch.of(part) for part in parts]
+    plain_batches = [PlainBatch.from_rows(part) for part in parts]
 
-    def step() -> None:
-        for batch in batches:
+    def take_step() -> None:
+        for batch in plain_batches:
             optimiser.zero_grad()
-            plain_loss(base, site, blocks, batch, settings.noise).backward()
+            plain_loss(base, site, experts, batch, settings.noise).backward()
             optimiser.step()
 
-    return timed(step, repeats) * (len(rows) / edits) / sum(map(len, parts))
+    return median_seconds(take_step, repeats) * (len(rows) / edits) / sum(map(len, parts))
 
 
 @dataclass(frozen=True)
@@ -299,30 +307,32 @@ class PlainBatch:
     targets: Tensor
 
     @classmethod
-    def of(cls, rows: Sequence[tuple[Teaching, int]]) -> "PlainBatch":
-        width = max(int(teaching.frozen.batch.mask[row].sum()) for teaching, row in rows)
+    def from_rows(cls, rows: Sequence[tuple[PositiveBatch, int]]) -> "PlainBatch":
+        width = max(int(positive.frozen.batch.mask[row].sum()) for positive, row in rows)
         ids = torch.zeros(len(rows), width, dtype=torch.long)
         mask, active = torch.zeros_like(ids), torch.zeros(len(rows), width)
         targets = []
-        for place, (teaching, row) in enumerate(rows):
-            batch, start = teaching.frozen.batch, teaching.frozen.start
+        for index, (positive, row) in enumerate(rows):
+            batch, start = positive.frozen.batch, positive.frozen.start
             length = int(batch.mask[row].sum())
-            ids[place, :length], mask[place, :length] = batch.ids[row, :length], 1
-            active[place, start:length] = teaching.active[row, : length - start].float()
+            ids[index, :length], mask[index, :length] = batch.ids[row, :length], 1
+            active[index, start:length] = positive.active[row, : length - start].float()
             mine = (batch.target_rows == row).nonzero().squeeze(1)
             columns, labels = batch.target_columns[mine], batch.labels[mine]
-            targets.append(torch.stack([torch.full_like(columns, place), columns, labels], 1))
-        owners = torch.stack([teaching.owners[row] for teaching, row in rows])
+            targets.append(torch.stack([torch.full_like(columns, index), columns, labels], 1))
+        owners = torch.stack([positive.owners[row] for positive, row in rows])
         return cls(ids, mask, active, owners, torch.cat(targets))
 
 
-def plain_loss(base: lemoe.BaseModel, site: FFNSite, blocks: Blocks, batch: PlainBatch, noise: float) -> Tensor:
+def plain_loss(
+    base: lemoe.BaseModel, site: FFNSite, experts: TrainableExperts, batch: PlainBatch, noise: float
+) -> Tensor:
     def delta(inputs: Tensor) -> Tensor:
         normal = rms_normalise(inputs)
         normal = normal + noise * torch.randn_like(normal)
-        return blocks.scale * blocks(normal, batch.owners) * batch.active.unsqueeze(-1)
+        return experts.scale * experts(normal, batch.owners) * batch.active.unsqueeze(-1)
 
-    with beside(site, delta):
+    with added_to_residual(site, delta):
         logits = base.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
     row, column, label = batch.targets.unbind(1)
     return functional.cross_entropy(logits[row, column], label)
@@ -331,13 +341,13 @@ def plain_loss(base: lemoe.BaseModel, site: FFNSite, blocks: Blocks, batch: Plai
 def synthetic_anchors(
     base: lemoe.BaseModel, edits: Sequence[lemoe.Edit], count: int, *, crowded: bool = False
 ) -> tuple[Anchors, list[list[int]]]:
-    """Anchors of real questions about made-up names, and rewordings of some of them as token ids."""
-    made = list(made_up(edits, count, crowded=crowded))
+    """Anchors of real questions about made-up names, and paraphrases of some of them as token ids."""
+    made = list(make_renamed_edits(edits, count, crowded=crowded))
     asked = [edit.rephrases[0].prompt for edit in random.Random(0).sample(made, min(500, count))]
-    return anchors_of(base, made), base.tokenizer(asked).input_ids
+    return make_anchors(base, made), base.tokenizer(asked).input_ids
 
 
-def anchors_of(base: lemoe.BaseModel, made: Sequence[lemoe.Edit]) -> Anchors:
+def make_anchors(base: lemoe.BaseModel, made: Sequence[lemoe.Edit]) -> Anchors:
     """The anchors of many edits, tokenised a part at a time."""
     prompts, targets = ([], [])
     for first in range(0, len(made), TOKENISED):
@@ -348,13 +358,13 @@ def anchors_of(base: lemoe.BaseModel, made: Sequence[lemoe.Edit]) -> Anchors:
         Anchor(tuple(prompt), tuple(target), edit.subject)
         for edit, prompt, target in zip(made, prompts, targets, strict=True)
     )
-    return Anchors.of_each(tuple(anchors))
+    return Anchors.from_anchors(tuple(anchors))
 
 
-def routing() -> None:
-    """Milliseconds to route one prompt: rewordings of stored edits, and unrelated questions."""
+def time_routing() -> None:
+    """Milliseconds to route one prompt: paraphrases of stored edits, and unrelated questions."""
     base = lemoe.load_base("llama")
-    edits = real_edits(2000)
+    edits = read_real_edits(2000)
     unrelated = base.tokenizer([probe.prompt for edit in edits for probe in edit.locality][:500]).input_ids
     settings = lemoe.resolve_settings("anchor")
     for crowded in (False, True):
@@ -363,21 +373,23 @@ def routing() -> None:
         for count in (1_000, 10_000, 100_000) if crowded else (1_000, 10_000, 100_000, 1_000_000):
             anchors, asked = synthetic_anchors(base, edits, count, crowded=crowded)
             before, started = psutil.Process().memory_info().rss, time.perf_counter()
-            live = anchors.live(base, settings)
+            live = anchors.to_live(base, settings)
             built, memory = time.perf_counter() - started, psutil.Process().memory_info().rss - before
-            inside, outside = (timed(partial(live.explain, prompts)) / len(prompts) for prompts in (asked, unrelated))
+            inside, outside = (
+                median_seconds(partial(live.explain, prompts)) / len(prompts) for prompts in (asked, unrelated)
+            )
             row = f"| {count:,} | {built:.1f} s | {memory / (1 << 20):.0f} MiB "
             print(f"{row}| {1e3 * inside:.3f} ms | {1e3 * outside:.3f} ms |", flush=True)
 
 
-def crowd() -> None:
-    """CPU milliseconds to route a rewording among edits of one subject: met first, asked first, and asked again."""
+def time_crowded_subject() -> None:
+    """CPU milliseconds to route a paraphrase among edits of one subject: met first, asked first, and asked again."""
     base = lemoe.load_base("llama")
     settings = lemoe.resolve_settings("anchor")
     print("| edits of one subject | first met | a new question | slowest | asked again |\n|---|---|---|---|---|")
     for count in (1, 100, 1_000, 4_000):
-        made = of_one_subject(real_edits(3000), count)
-        live = anchors_of(base, made).live(base, settings)
+        made = make_crowded_edits(read_real_edits(3000), count)
+        live = make_anchors(base, made).to_live(base, settings)
         asked = [edit.rephrases[0].prompt for edit in random.Random(0).sample(made, min(60, count))]
         prompts = base.tokenizer(["Who is Marie Curie?", *dict.fromkeys(asked)]).input_ids
         met = cpu_seconds(partial(live.explain, prompts[:1]))
@@ -393,31 +405,31 @@ def cpu_seconds(work: Callable[[], object]) -> float:
     return time.process_time() - started
 
 
-def reading(context: int = 32_768) -> None:
+def measure_route_cache(context: int = 32_768) -> None:
     """What sequences that are read on keep beside the KV cache, and the tokens that a decoding step reads."""
     base = lemoe.load_base("llama")
-    anchors, asked = synthetic_anchors(base, real_edits(2000), 1_000)
+    anchors, asked = synthetic_anchors(base, read_real_edits(2000), 1_000)
     settings = lemoe.resolve_settings("anchor")
     line_end = base.tokenizer("\n").input_ids
     text = [token for prompt in asked for token in (*prompt, *line_end)]
     ids = torch.tensor([(text * (context // len(text) + 1))[:context]])
     print("| sequences | context | steps | kept | tokens read a step |\n|---|---|---|---|---|")
     for batch, steps in ((1, 1_100), (1_024, 2), (1_100, 2)):
-        kept, read = reading_on(anchors.live(base, settings), ids, batch, steps)
+        kept, read = extend_sequences(anchors.to_live(base, settings), ids, batch, steps)
         row = f"| {batch:,} | {context:,} | {steps:,} | {kept / 2**20:.1f} MiB "
         print(f"{row}| {', '.join(f'{tokens:,}' for tokens in sorted(set(read)))} |", flush=True)
 
 
-def reading_on(live: LiveAnchors, ids: Tensor, batch: int, steps: int) -> tuple[int, list[int]]:
+def extend_sequences(live: LiveAnchors, ids: Tensor, batch: int, steps: int) -> tuple[int, list[int]]:
     """Bytes kept, the KV cache left aside, of `batch` sequences that go on from one text, each its own way, by so many
     tokens; and the tokens that each step read.
     """
     tracemalloc.start()
-    memory = routed(live, ids, None).expand(batch, -1, -1, -1)
+    memory = route_tokens(live, ids, None).expand(batch, -1, -1, -1)
     read = []
     for step in range(steps):
-        with counted_tokens() as tokens:
-            new = routed(live, (torch.arange(batch) + step).unsqueeze(1) % 20_000, memory)
+        with record_read_tokens() as tokens:
+            new = route_tokens(live, (torch.arange(batch) + step).unsqueeze(1) % 20_000, memory)
         read.append(len(tokens))
         memory = torch.cat([memory, new], 2)
     kept, _ = tracemalloc.get_traced_memory()
@@ -425,19 +437,19 @@ def reading_on(live: LiveAnchors, ids: Tensor, batch: int, steps: int) -> tuple[
     return kept, read
 
 
-def routed(live: LiveAnchors, ids: Tensor, memory: Tensor | None) -> Tensor:
+def route_tokens(live: LiveAnchors, ids: Tensor, memory: Tensor | None) -> Tensor:
     """What the KV cache holds of new tokens `[batch, seq]` behind others, in memory of torch, which is not traced."""
     known = torch.ones_like(ids, dtype=torch.bool)
     return live.route(Sequences(ids, None, known, known, memory))[1].clone()
 
 
 @contextmanager
-def counted_tokens() -> Iterator[list[int]]:
+def record_read_tokens() -> Iterator[list[int]]:
     """The tokens that routes read, while open."""
     read: list[int] = []
     push = Route.push
 
-    def counting(route: Route, token: int) -> Reading:
+    def counting(route: Route, token: int) -> GateState:
         read.append(token)
         return push(route, token)
 
@@ -448,18 +460,18 @@ def counted_tokens() -> Iterator[list[int]]:
 def random_adaptor(base: lemoe.BaseModel, taught: AdaptorState, anchors: Anchors) -> AdaptorState:
     """The experts of `taught` over and over, one for each of `anchors`, as one round."""
     count = len(anchors.anchors)
-    places = [place % len(taught.experts) for place in range(count)]
+    copied = [index % len(taught.experts) for index in range(count)]
     names = tuple(f"made-{number}" for number in range(count))
     digests = tuple(hashlib.sha256(name.encode()).hexdigest() for name in names)
-    record = replace(taught.rounds[0], experts=count, ids=names, edits=digests, edits_sha256=digest_over(digests))
-    return replace(taught, rounds=(record,), experts=taught.experts.select(places), router=anchors)
+    record = replace(taught.rounds[0], experts=count, ids=names, edits=digests, edits_sha256=combine_digests(digests))
+    return replace(taught, rounds=(record,), experts=taught.experts.select(copied), router=anchors)
 
 
-def inference(device: str = "auto") -> None:
+def time_inference(device: str = "auto") -> None:
     """Prefill and decode of an edited model, as overhead over the base."""
     base = lemoe.load_base("llama", device=device)
     settings = lemoe.resolve_settings("anchor", None, {"variants": 0, "negatives": 0, "steps": 2, "retries": 0})
-    edits = real_edits(2000)
+    edits = read_real_edits(2000)
     taught = lemoe.train_round(base, edits[:20], settings)
     unrelated = base.tokenizer([probe.prompt for edit in edits for probe in edit.locality][:64]).input_ids
     print("| adaptor | prompts | batch | prefill | decode |\n|---|---|---|---|---|")
@@ -469,13 +481,13 @@ def inference(device: str = "auto") -> None:
         for label, prompts in (("in scope", asked), ("out of scope", unrelated)):
             for size in (1, 32):
                 ids = [prompt[-10:] for prompt in prompts if len(prompt) >= 10][:size]
-                prefill, decode = overhead(base, state, torch.tensor((ids * size)[:size], device=base.device))
+                prefill, decode = measure_overhead(base, state, torch.tensor((ids * size)[:size], device=base.device))
                 print(f"| {count:,} | {label} | {size} | {prefill:+.1%} | {decode:+.1%} |", flush=True)
 
 
-def overhead(base: lemoe.BaseModel, state: AdaptorState, ids: Tensor, tokens: int = 24) -> tuple[float, float]:
+def measure_overhead(base: lemoe.BaseModel, state: AdaptorState, ids: Tensor, tokens: int = 24) -> tuple[float, float]:
     """Extra time of prefill, and of decoding behind it, of the edited model; base and edited alternate."""
-    options = {"do_sample": False, "pad_token_id": base.pad_token, "eos_token_id": None}
+    options = {"do_sample": False, "pad_token_id": base.pad_token_id, "eos_token_id": None}
     adaptor = lemoe.insert(base, state)
 
     def run(new: int) -> float:
@@ -496,8 +508,8 @@ def overhead(base: lemoe.BaseModel, state: AdaptorState, ids: Tensor, tokens: in
     return prefill, decode
 
 
-def gpu(count: int = 400) -> None:
-    """Edits a second and memory on a random Llama of the 7B shape."""
+def time_gpu_training(count: int = 400) -> None:
+    """Edits per second and memory on a random Llama of the 7B shape."""
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device here")
     tokenizer = lemoe.load_base("llama", device="cpu").tokenizer
@@ -516,7 +528,7 @@ def gpu(count: int = 400) -> None:
     torch.set_default_dtype(torch.float32)
     base = lemoe.BaseModel(model, tokenizer, ModelSource("random 7B", "random"))
     loaded = torch.cuda.memory_allocated()
-    edits = real_edits(count)
+    edits = read_real_edits(count)
     for size in (50, 200):
         settings = lemoe.resolve_settings("anchor", None, {"round_size": size, "batch_tokens": 16384, "retries": 0})
         lemoe.train_round(base, edits[:size], settings)
@@ -535,7 +547,16 @@ def gpu(count: int = 400) -> None:
 
 
 def main() -> None:
-    parts = {part.__name__: part for part in (count, training, scale, routing, crowd, reading, inference, gpu)}
+    parts = {
+        "count": count_operations,
+        "training": time_training,
+        "scale": time_whole_runs,
+        "routing": time_routing,
+        "crowd": time_crowded_subject,
+        "reading": measure_route_cache,
+        "inference": time_inference,
+        "gpu": time_gpu_training,
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(parts)}; all but gpu by default")
     given = parser.parse_args()

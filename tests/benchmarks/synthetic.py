@@ -1,4 +1,4 @@
-"""Edits by the million: real questions about made-up names."""
+"""Synthetic edits by the million: real questions about made-up names."""
 
 import random
 from collections import Counter
@@ -12,7 +12,7 @@ GROWTH = 0.75  # distinct words grow with the number of names to this power; .83
 COMMON = 50  # a word's frequency goes with 1 / (rank + this): the first is in every hundred and seventieth name
 
 
-def made_up(
+def make_renamed_edits(
     edits: Sequence[Edit], count: int, *, crowded: bool = False, again: float = 0.0, seed: int = 0
 ) -> Iterator[Edit]:
     """`count` edits: real ones with another subject of as many words (two at least).
@@ -30,7 +30,7 @@ def made_up(
     seen = Counter(word for subject in subjects for word in (subject or "").split() if _is_name(word))
     words = sorted(seen, key=lambda word: (-seen[word], word))
     if not crowded:
-        words = _grown(words, round(len(words) * (count / len(subjects)) ** GROWTH), rng)
+        words = _extend_words(words, round(len(words) * (count / len(subjects)) ** GROWTH), rng)
     weights = list(accumulate(1.0 if crowded else 1 / (rank + COMMON) for rank in range(len(words))))
     names: dict[str, None] = {}
     asked: list[str] = []
@@ -43,10 +43,10 @@ def made_up(
             continue
         names[name] = None
         asked.append(name)
-        yield _renamed(edit, name, f"made-{len(asked)}")
+        yield _rename_subject(edit, name, f"made-{len(asked)}")
 
 
-def of_one_subject(edits: Sequence[Edit], count: int, name: str = "Marie Curie", seed: int = 0) -> list[Edit]:
+def make_crowded_edits(edits: Sequence[Edit], count: int, name: str = "Marie Curie", seed: int = 0) -> list[Edit]:
     """`count` edits of one subject: real questions about it, told apart by one to three words of other questions."""
     rng = random.Random(seed)
     usable = [edit for edit in edits if edit.subject and edit.subject in edit.prompt and edit.rephrases]
@@ -54,7 +54,7 @@ def of_one_subject(edits: Sequence[Edit], count: int, name: str = "Marie Curie",
     words = sorted({word for text in texts for word in text.strip("?. ").split() if len(word) > 3 and word.islower()})
     made: dict[str, Edit] = {}
     while len(made) < count:
-        edit = _renamed(rng.choice(usable), name, f"made-{len(made) + 1}")
+        edit = _rename_subject(rng.choice(usable), name, f"made-{len(made) + 1}")
         asked = edit.prompt.split()
         for _ in range(rng.randint(1, 3)):
             asked.insert(rng.randrange(len(asked) + 1), rng.choice(words))
@@ -67,7 +67,7 @@ def _is_name(word: str) -> bool:
     return word[:1].isupper() and word.isalpha() and len(word) > 4
 
 
-def _grown(words: list[str], count: int, rng: random.Random) -> list[str]:
+def _extend_words(words: list[str], count: int, rng: random.Random) -> list[str]:
     """The first `count` of `words`, blends of two behind them where there are fewer."""
     known = dict.fromkeys(words[: max(count, COMMON)])
     while len(known) < count:
@@ -76,11 +76,17 @@ def _grown(words: list[str], count: int, rng: random.Random) -> list[str]:
     return list(known)
 
 
-def _renamed(edit: Edit, name: str, id_: str) -> Edit:
-    def about(text: str) -> str:
+def _rename_subject(edit: Edit, name: str, id_: str) -> Edit:
+    def replace_subject(text: str) -> str:
         return text.replace(edit.subject or "", name)
 
-    rephrases = tuple(Probe(about(probe.prompt), probe.target, probe.kind) for probe in edit.rephrases)
+    rephrases = tuple(Probe(replace_subject(probe.prompt), probe.target, probe.kind) for probe in edit.rephrases)
     return replace(
-        edit, id=id_, subject=name, prompt=about(edit.prompt), rephrases=rephrases, portability=(), generation=()
+        edit,
+        id=id_,
+        subject=name,
+        prompt=replace_subject(edit.prompt),
+        rephrases=rephrases,
+        portability=(),
+        generation=(),
     )

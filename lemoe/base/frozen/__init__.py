@@ -1,7 +1,7 @@
-"""The frozen base model under an edit: run once below the edited layer, replayed above it."""
+"""Editing a frozen model cheaply: the layers up to the edited one run once, those above it are replayed."""
 
-from lemoe.base.frozen.prefix_pass import Below, run_below
+from lemoe.base.frozen.prefix_pass import PrefixActivations, compute_prefix_activations
 from lemoe.base.frozen.replay import FrozenBatch
 from lemoe.base.frozen.scale import residual_scale
 
-__all__ = ["Below", "FrozenBatch", "residual_scale", "run_below"]
+__all__ = ["FrozenBatch", "PrefixActivations", "compute_prefix_activations", "residual_scale"]

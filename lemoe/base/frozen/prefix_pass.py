@@ -1,8 +1,9 @@
-"""What never changes while editing is computed once: the pass through the layers up to the edited one.
+"""The prefix pass: the layers up to the edited one never change during editing, so they run once per text.
 
-Every distinct beginning of the texts goes through once (see `lemoe.base.frozen.token_trees`), and what the layers
-give for it is kept. A batch of the texts is then frozen from that: the layers above are called with its tokens in
-their places, which records the arguments (masks, rotary angles) with which they can be replayed.
+1. Texts are laid out as token trees (see `lemoe.base.frozen.token_trees`), so that each distinct prefix runs once.
+2. The activations at the edited layer are kept for every token, as `PrefixActivations`.
+3. A batch of the texts is frozen from them: the layers above are called once with its tokens, and the arguments of
+   those calls (masks, rotary angles) are recorded, so that the layers can be replayed with other hidden states.
 """
 
 import inspect
@@ -19,19 +20,19 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from lemoe.base.equality import TensorEquality
 from lemoe.base.frozen.check import check_replay
-from lemoe.base.frozen.hooks import standing_in
-from lemoe.base.frozen.replay import FrozenBatch, LayerCall, constant_cache, hidden_of
-from lemoe.base.frozen.token_trees import Forest, Rows, Tree
-from lemoe.base.hooks import released
+from lemoe.base.frozen.hooks import replaced_outputs
+from lemoe.base.frozen.replay import FrozenBatch, LayerCall, constant_cache, extract_hidden
+from lemoe.base.frozen.token_trees import TokenForest, TokenTree, TreeBatch
+from lemoe.base.hooks import removed_on_exit
 from lemoe.base.loading import BaseModel
-from lemoe.base.placement import taken
+from lemoe.base.placement import index_on_device
 from lemoe.base.structure import FFNSite
-from lemoe.base.tokens import Batch, Passage, length_buckets, steady_width
+from lemoe.base.tokens import Batch, Passage, batch_invariant_width, length_buckets
 from lemoe.errors import ModelError
 
 
-class _NoLayer(DynamicLayer):
-    """Remembers nothing but that it was used."""
+class _EmptyCacheLayer(DynamicLayer):
+    """Stores no keys and values, only that it was updated."""
 
     used = False
 
@@ -40,75 +41,75 @@ class _NoLayer(DynamicLayer):
         return key_states, value_states
 
 
-class _Enough(Exception):
-    """Leaves a forward pass early; never seen outside."""
+class _StopForward(Exception):
+    """Raised in a hook to end a forward pass early; always caught here."""
 
 
 @dataclass(frozen=True, eq=False)
-class Below(TensorEquality):
-    """Texts after the layers up to the edited one, in which every distinct beginning went through once.
+class PrefixActivations(TensorEquality):
+    """Activations of texts at the edited layer, one node for each distinct prefix.
 
     Attributes:
-        paths: for each text, which of the `nodes` below its tokens are.
+        text_nodes: for each text, the node of each of its tokens.
         inputs: `[nodes, hidden]`, the input of the edited FFN.
         output: `[nodes, hidden]`, the output of the edited layer.
-        last: `[nodes, hidden]`, the output of the last layer.
-        openings: keys and values `[nodes, heads, width]` in each layer above, on its device; all else is on the base's.
-        keyed: whether keys and values are all that layers keep of a text; else replays begin at its first column.
-        in_tuple: whether the layers wrap what they give.
-
-    `last` and `openings` are None and empty if the texts went no further than the edited layer.
+        last: `[nodes, hidden]`, the output of the last layer; None if only the layers up to the edited one ran.
+        prefix_keys_values: keys and values `[nodes, heads, width]` in each layer above, on that layer's device (all
+            other tensors are on the base's); empty if those layers did not run.
+        in_tuple: whether the layers return their hidden states in a tuple.
+        keys_values_suffice: whether layers keep nothing of a text besides keys and values; if they do, replays start
+            at the first column.
     """
 
     base: BaseModel
     site: FFNSite
     layer: int
-    paths: list[Tensor]
+    text_nodes: list[Tensor]
     inputs: Tensor
     output: Tensor
     last: Tensor | None
-    openings: list[tuple[Tensor, Tensor]]
+    prefix_keys_values: list[tuple[Tensor, Tensor]]
     in_tuple: bool
-    keyed: bool
+    keys_values_suffice: bool
 
     def base_hidden(self, batch: Batch) -> Tensor:
         """`[targets, hidden]`, the base model's last hidden states at a batch's target positions."""
         if self.last is None:
             raise ValueError("these texts did not run through the whole model")
-        return self.last[self.at(batch)[batch.target_rows, batch.target_columns]]
+        return self.last[self.node_index(batch)[batch.target_rows, batch.target_columns]]
 
-    def at(self, batch: Batch, start: int = 0) -> Tensor:
-        """`[batch, seq]`, the nodes of a batch's tokens from column `start` on; padding takes any."""
+    def node_index(self, batch: Batch, start: int = 0) -> Tensor:
+        """`[batch, seq]`, the node of each of a batch's tokens from column `start` on; of padding, any node."""
         width = batch.ids.shape[1]
-        paths = [self.paths[row] for row in batch.rows]
-        return torch.stack([functional.pad(path, (0, width - len(path))) for path in paths])[:, start:]
+        nodes = [self.text_nodes[row] for row in batch.rows]
+        return torch.stack([functional.pad(each, (0, width - len(each))) for each in nodes])[:, start:]
 
     @torch.no_grad()
-    def freeze(self, batch: Batch, start: int = 0) -> FrozenBatch:
-        """Keep what replaying a batch of the texts needs, `batch.rows` being their numbers.
+    def freeze_batch(self, batch: Batch, start: int = 0) -> FrozenBatch:
+        """Record what is needed to replay a batch of the texts, whose indices are `batch.rows`.
 
         Args:
-            start: the first column at which anything will ever be added; nothing is kept of those before it but the
-                keys and values that the layers above attend to, if those are `keyed`.
+            start: the first column to which an edit may add anything. Of the columns before it, only the keys and
+                values that the layers above attend to are kept, if `keys_values_suffice`.
         """
         if start and self.last is None:
             raise ValueError("these texts did not run through the whole model")
-        first = start if self.keyed else 0
+        first = start if self.keys_values_suffice else 0
         layers, calls, embeddings = self.base.layers, [], []
 
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def record_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             rest = args[1:] if args else ()
             calls.append(LayerCall(module, rest, {k: v for k, v in kwargs.items() if k != "hidden_states"}))
 
-        handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in layers[self.layer + 1 :]]
+        handles = [m.register_forward_pre_hook(record_call, with_kwargs=True) for m in layers[self.layer + 1 :]]
         handles.append(
             self.base.embedding.register_forward_hook(lambda module, args, output: embeddings.append(output))
         )
-        opening, nodes = self.at(batch).tensor_split([first], dim=1)
+        prefix, nodes = self.node_index(batch).tensor_split([first], dim=1)
         output = self.output[nodes]
-        cache = self._opening(opening) if first else None
-        with released(handles), standing_in(list(layers), (output,) if self.in_tuple else output):
-            _forward(self.base, cache, input_ids=batch.ids[:, first:], attention_mask=batch.mask)
+        cache = self._prefix_cache(prefix) if first else None
+        with removed_on_exit(handles), replaced_outputs(list(layers), (output,) if self.in_tuple else output):
+            _forward_decoder(self.base, cache, input_ids=batch.ids[:, first:], attention_mask=batch.mask)
         return FrozenBatch(
             batch=batch,
             start=start,
@@ -116,93 +117,94 @@ class Below(TensorEquality):
             inputs=self.inputs[nodes[:, start - first :]],
             output=output,
             calls=tuple(calls),
-            top=_top(self.base, self.site, self.layer) if calls else None,
+            last_ffn=_find_last_ffn(self.base, self.site, self.layer) if calls else None,
             embeddings=embeddings[0][:, start - first :],
         )
 
-    def _opening(self, nodes: Tensor) -> Cache:
-        """A cache that never grows, of `nodes` `[batch, seq]`; the layers that do not run only know its length."""
-        nothing = self.output.new_zeros(1, 1, 1, 1).expand(len(nodes), 1, nodes.shape[1], 1)
+    def _prefix_cache(self, nodes: Tensor) -> Cache:
+        """A constant cache of `nodes` `[batch, seq]`; layers that are not replayed get zeros of the right length."""
+        zeros = self.output.new_zeros(1, 1, 1, 1).expand(len(nodes), 1, nodes.shape[1], 1)
         above = [
-            (taken(keys, nodes).transpose(1, 2), taken(values, nodes).transpose(1, 2)) for keys, values in self.openings
+            (index_on_device(keys, nodes).transpose(1, 2), index_on_device(values, nodes).transpose(1, 2))
+            for keys, values in self.prefix_keys_values
         ]
-        return constant_cache([*[(nothing, nothing)] * (self.layer + 1), *above])
+        return constant_cache([*[(zeros, zeros)] * (self.layer + 1), *above])
 
 
 @torch.no_grad()
-def run_below(
+def compute_prefix_activations(
     base: BaseModel,
     site: FFNSite,
     layer: int,
     passages: Sequence[Passage],
     max_tokens: int,
-    whole: bool = False,
+    all_layers: bool = False,
     groups: Sequence[int] | None = None,
-) -> Below:
+) -> PrefixActivations:
     """Run `passages` through the layers up to `layer`, whose FFN is at `site`.
 
     Args:
         max_tokens: padded tokens that run through the model at once.
-        whole: run them through the layers above as well, for the base model's answers, and for keys and values, so
-            that replays can start behind an opening.
-        groups: one number for each passage. What a passage gives then depends on those of its group alone, to the bit
-            on a CPU in float32, however many others run beside it.
+        all_layers: run them through the layers above as well, for the base model's answers and for keys and values,
+            so that replays can start after a prefix.
+        groups: one number per passage. The activations of a passage then depend on its group alone, bit for bit on a
+            CPU in float32, however many other passages share the batch.
 
     Raises:
-        ModelError: if replaying the layers above gives something else than the model itself.
+        ModelError: if replaying the layers above differs from running the model itself.
     """
-    check_replay(base, site, layer, _run_texts)
-    return _run_texts(base, site, layer, passages, max_tokens, whole, groups)
+    check_replay(base, site, layer, _compute_unchecked)
+    return _compute_unchecked(base, site, layer, passages, max_tokens, all_layers, groups)
 
 
-def _run_texts(
+def _compute_unchecked(
     base: BaseModel,
     site: FFNSite,
     layer: int,
     passages: Sequence[Passage],
     max_tokens: int,
-    whole: bool = False,
+    all_layers: bool = False,
     groups: Sequence[int] | None = None,
-) -> Below:
-    """`run_below`, unchecked."""
-    keyed = keeps_keys(base)
-    shared = keyed and token_trees(base, max((len(passage.read) for passage in passages), default=0))
-    forest = Forest.of([passage.read for passage in passages], shared, groups)
+) -> PrefixActivations:
+    """`compute_prefix_activations` without `check_replay`, which itself needs it."""
+    keys_values_suffice = keeps_only_keys_values(base)
+    longest = max((len(passage.input_ids) for passage in passages), default=0)
+    shared = keys_values_suffice and supports_token_trees(base, longest)
+    forest = TokenForest.from_texts([passage.input_ids for passage in passages], shared, groups)
     firsts, parts, total = [0] * len(forest.trees), [], 0
     widths = [len(tree) for tree in forest.trees]
     if groups is not None:
-        widths = [steady_width(width, None if shared else base.max_length) for width in widths]
+        widths = [batch_invariant_width(width, None if shared else base.max_length) for width in widths]
     for members in length_buckets(widths, max_tokens):
         trees, width = [forest.trees[tree] for tree in members], max(widths[tree] for tree in members)
-        parts.append(_run_trees(base, site, layer, trees, width, shared, whole, keyed))
+        parts.append(_run_trees(base, site, layer, trees, width, shared, all_layers, keys_values_suffice))
         for tree in members:
             firsts[tree], total = total, total + len(forest.trees[tree])
-    paths = [torch.tensor(line, device=base.device) + firsts[tree] for tree, line in forest.places]
-    return Below(
+    return PrefixActivations(
         base,
         site,
         layer,
-        paths,
+        [torch.tensor(nodes, device=base.device) + firsts[tree] for tree, nodes in forest.locations],
         torch.cat([part.inputs for part in parts]),
         torch.cat([part.output for part in parts]),
-        torch.cat([part.last for part in parts if part.last is not None]) if whole else None,
+        torch.cat([part.last for part in parts if part.last is not None]) if all_layers else None,
         [
             (torch.cat([keys for keys, _ in each]), torch.cat([values for _, values in each]))
-            for each in zip(*(part.openings for part in parts), strict=True)
+            for each in zip(*(part.keys_values for part in parts), strict=True)
         ],
         parts[0].in_tuple,
-        keyed,
+        keys_values_suffice,
     )
 
 
 @dataclass(frozen=True, eq=False)
-class _Part(TensorEquality):
-    """What one pass gives; see `Below`."""
+class _TreePassOutput(TensorEquality):
+    """What one forward pass over some trees gives; see `PrefixActivations`."""
 
     inputs: Tensor
     output: Tensor
     last: Tensor | None
-    openings: list[tuple[Tensor, Tensor]]
+    keys_values: list[tuple[Tensor, Tensor]]
     in_tuple: bool
 
 
@@ -210,123 +212,129 @@ def _run_trees(
     base: BaseModel,
     site: FFNSite,
     layer: int,
-    trees: Sequence[Tree],
+    trees: Sequence[TokenTree],
     width: int,
     shared: bool,
-    whole: bool,
-    keyed: bool,
-) -> _Part:
-    rows = Rows.of(trees, base.pad_token, base.device, width)
+    all_layers: bool,
+    with_cache: bool,
+) -> _TreePassOutput:
+    rows = TreeBatch.from_trees(trees, base.pad_token_id, base.device, width)
     sizes = torch.tensor([len(tree) for tree in trees], device=base.device)
     real = torch.arange(rows.ids.shape[1], device=base.device) < sizes.unsqueeze(1)
     seen: dict[str, Any] = {}
-    cache = _cache_above(layer) if keyed else None
+    cache = _cache_above(layer) if with_cache else None
 
-    def kept(hidden: Tensor) -> Tensor:
+    def drop_padding(hidden: Tensor) -> Tensor:
         return hidden.to(base.device).reshape(*real.shape, -1)[real]
 
-    def done(module: nn.Module, args: tuple[Any, ...], given: Any) -> None:
-        seen["output"] = given
-        if not whole:
-            raise _Enough
+    def record_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        seen["output"] = output
+        if not all_layers:
+            raise _StopForward
+
+    def record_last(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        seen["last"] = drop_padding(extract_hidden(output))
 
     handles = [
         site.entry.register_forward_pre_hook(lambda module, args: seen.update(inputs=args[0])),
-        base.layers[-1].register_forward_hook(lambda module, args, given: seen.update(last=kept(hidden_of(given)))),
-        base.layers[layer].register_forward_hook(done),
+        base.layers[-1].register_forward_hook(record_last),
+        base.layers[layer].register_forward_hook(record_output),
     ]
-    with released(handles), suppress(_Enough):
+    with removed_on_exit(handles), suppress(_StopForward):
         if shared:
-            mask = rows.mask(base.dtype)
-            _forward(base, cache, input_ids=rows.ids, attention_mask=mask, position_ids=rows.positions)
+            mask = rows.attention_mask(base.dtype)
+            _forward_decoder(base, cache, input_ids=rows.ids, attention_mask=mask, position_ids=rows.positions)
         else:
-            _forward(base, cache, input_ids=rows.ids, attention_mask=real.long())
-    above = cache.layers[layer + 1 :] if cache else []
-    return _Part(
-        inputs=kept(seen["inputs"]),
-        output=kept(hidden_of(seen["output"])),
+            _forward_decoder(base, cache, input_ids=rows.ids, attention_mask=real.long())
+    return _TreePassOutput(
+        inputs=drop_padding(seen["inputs"]),
+        output=drop_padding(extract_hidden(seen["output"])),
         last=seen.get("last"),
-        openings=[(taken(each.keys.transpose(1, 2), real), taken(each.values.transpose(1, 2), real)) for each in above],
+        keys_values=[
+            (index_on_device(each.keys.transpose(1, 2), real), index_on_device(each.values.transpose(1, 2), real))
+            for each in (cache.layers[layer + 1 :] if cache else [])
+        ],
         in_tuple=isinstance(seen["output"], tuple),
     )
 
 
 def _cache_above(layer: int) -> DynamicCache:
-    """A cache that keeps nothing of the layers up to `layer`."""
+    """A cache that stores nothing for the layers up to `layer`."""
     cache = DynamicCache()
-    cache.layers = [_NoLayer() for _ in range(layer + 1)]
+    cache.layers = [_EmptyCacheLayer() for _ in range(layer + 1)]
     return cache
 
 
-_keeps_keys: "WeakKeyDictionary[BaseModel, bool]" = WeakKeyDictionary()
+_keys_values_support: "WeakKeyDictionary[BaseModel, bool]" = WeakKeyDictionary()
 
 
-def keeps_keys(base: BaseModel) -> bool:
-    """Whether keys and values are all that layers keep of a text: tried once.
+def keeps_only_keys_values(base: BaseModel) -> bool:
+    """Whether layers keep nothing of a text besides keys and values: tried once.
 
     Others keep a state (recurrent and convolutional layers) or an index of their own.
     """
-    if base not in _keeps_keys:
+    if base not in _keys_values_support:
         ids, cache = torch.tensor([[0, 1]], device=base.device), _cache_above(len(base.layers) - 1)
         try:
-            _forward(base, cache, input_ids=ids, attention_mask=torch.ones_like(ids))
-            _keeps_keys[base] = all(layer.used for layer in cache.layers)
+            _forward_decoder(base, cache, input_ids=ids, attention_mask=torch.ones_like(ids))
+            _keys_values_support[base] = all(layer.used for layer in cache.layers)
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
-            _keeps_keys[base] = False
-    return _keeps_keys[base]
+            _keys_values_support[base] = False
+    return _keys_values_support[base]
 
 
-_takes_trees: "WeakKeyDictionary[BaseModel, bool]" = WeakKeyDictionary()
-NARROW = ("sliding_window", "attention_chunk_size")  # how far a config says that some layers see
+_token_tree_support: "WeakKeyDictionary[BaseModel, bool]" = WeakKeyDictionary()
+ATTENTION_WINDOW_KEYS = ("sliding_window", "attention_chunk_size")  # config keys that limit how far layers attend
 
 
-def token_trees(base: BaseModel, longest: int) -> bool:
+def supports_token_trees(base: BaseModel, longest: int) -> bool:
     """Whether the model can run texts of at most `longest` tokens as token trees: tried once, on two short texts.
 
-    It cannot where positions or masks are its own affair (ALiBi, some attention kernels), or where a layer sees less
-    far than the texts reach.
+    It cannot where it computes positions or masks itself (ALiBi, some attention kernels), or where a layer's attention
+    window is shorter than the texts.
     """
     config = base.model.config.get_text_config()
-    if any(longest > (getattr(config, name, None) or longest) for name in NARROW):
+    if any(longest > (getattr(config, name, None) or longest) for name in ATTENTION_WINDOW_KEYS):
         return False
-    if base not in _takes_trees:
-        _takes_trees[base] = _try_trees(base)
-    return _takes_trees[base]
+    if base not in _token_tree_support:
+        _token_tree_support[base] = _try_trees(base)
+    return _token_tree_support[base]
 
 
 def _try_trees(base: BaseModel) -> bool:
     one, other = (1, 2, 3, 4), (1, 2, 5)
-    rows = Rows.of(Forest.of([one, other]).trees, base.pad_token, base.device)
-    apart = [_last_hidden(base, input_ids=torch.tensor([ids], device=base.device)) for ids in (one, other)]
+    rows = TreeBatch.from_trees(TokenForest.from_texts([one, other]).trees, base.pad_token_id, base.device)
+    apart = [_run_last_hidden(base, input_ids=torch.tensor([ids], device=base.device)) for ids in (one, other)]
     try:
-        mask = rows.mask(base.dtype)
-        together = _last_hidden(base, input_ids=rows.ids, attention_mask=mask, position_ids=rows.positions)
+        mask = rows.attention_mask(base.dtype)
+        together = _run_last_hidden(base, input_ids=rows.ids, attention_mask=mask, position_ids=rows.positions)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
         return False
     expected = torch.cat([apart[0], apart[1][-1:]]).float()
-    near = torch.finfo(base.dtype).eps ** 0.5 * float(expected.abs().max())
-    return bool(((together.float() - expected).abs() <= near).all())
+    tolerance = torch.finfo(base.dtype).eps ** 0.5 * float(expected.abs().max())
+    return bool(((together.float() - expected).abs() <= tolerance).all())
 
 
 @torch.no_grad()
-def _last_hidden(base: BaseModel, **inputs: Any) -> Tensor:
+def _run_last_hidden(base: BaseModel, **inputs: Any) -> Tensor:
     """`[seq, hidden]` of one text, after the last layer."""
     seen: list[Tensor] = []
-    handle = base.layers[-1].register_forward_hook(lambda module, args, output: seen.append(hidden_of(output)[0]))
-    with released([handle]):
-        _forward(base, **inputs)
+    handle = base.layers[-1].register_forward_hook(lambda module, args, output: seen.append(extract_hidden(output)[0]))
+    with removed_on_exit([handle]):
+        _forward_decoder(base, **inputs)
     return seen[0]
 
 
-def _forward(base: BaseModel, past_key_values: Cache | None = None, **inputs: Any) -> None:
+def _forward_decoder(base: BaseModel, past_key_values: Cache | None = None, **inputs: Any) -> None:
     base.decoder(**inputs, past_key_values=past_key_values, use_cache=past_key_values is not None)
 
 
-def _top(base: BaseModel, site: FFNSite, layer: int) -> FFNSite | None:
-    """The last layer's FFN, where it stands as the edited one does and all of it reads one module's one input."""
-    below = site.path.removeprefix(f"{base.layers_path}.{layer}.")
+def _find_last_ffn(base: BaseModel, site: FFNSite, layer: int) -> FFNSite | None:
+    """The last layer's FFN, if it has the edited one's path in its layer and one module that reads one input."""
+    path = site.path.removeprefix(f"{base.layers_path}.{layer}.")
     with suppress(ModelError):
-        top = base.site(len(base.layers) - 1, below)
-        alone = len(inspect.signature(top.entry.forward).parameters) == 1
-        return replace(top, exit=top.last) if alone and (top.whole or not top.gated) else None
+        last = base.ffn_site(len(base.layers) - 1, path)
+        one_input = len(inspect.signature(last.entry.forward).parameters) == 1
+        splits = not one_input or (last.gated and not last.self_contained)
+        return None if splits else replace(last, exit=last.output_module)
     return None

@@ -1,8 +1,7 @@
-"""Running again, and again, what lies above the edited layer.
+"""Replaying the layers above the edited one, once per training step.
 
-Replaying the layers above from the edited layer's output plus the experts' delta costs only what lies above the edit,
-and the head runs at target positions alone. Columns before any expert acts keep their keys and values, so that they
-are not replayed either.
+They start from the edited layer's output plus the experts' delta, so that no layer below runs again, and the head runs
+at target positions alone. Columns before any expert acts keep their keys and values and are not replayed either.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,12 +17,12 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from lemoe.base.equality import TensorEquality
-from lemoe.base.frozen.hooks import only_at
-from lemoe.base.placement import is_offloaded, taken
+from lemoe.base.frozen.hooks import ffn_at_positions
+from lemoe.base.placement import index_on_device, is_offloaded
 from lemoe.base.structure import FFNSite
 from lemoe.base.tokens import Batch
 
-Within = Callable[[], AbstractContextManager[None]]
+ContextFactory = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,45 +33,47 @@ class LayerCall(TensorEquality):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def __call__(self, hidden: Tensor, within: Within = nullcontext) -> Tensor:
-        """Run the layer, inside a context if given.
+    def __call__(self, hidden: Tensor, context: ContextFactory = nullcontext) -> Tensor:
+        """Run the layer, inside `context()` if given.
 
-        The weights of an offloaded layer are not kept for the backward pass, in which it runs again.
+        An offloaded layer is checkpointed: it runs again in the backward pass, so that its weights need not stay.
         """
         if not (hidden.requires_grad and is_offloaded(self.layer)):
-            return self._run(hidden, within)
-        with set_checkpoint_early_stop(False):  # the layer comes to its end, where its weights leave again
-            again: Tensor = checkpoint(self._run, hidden, within, use_reentrant=False, preserve_rng_state=False)
-            return again
+            return self._call_layer(hidden, context)
+        with set_checkpoint_early_stop(False):  # a layer that runs to its end offloads its weights again
+            output: Tensor = checkpoint(
+                self._call_layer, hidden, context, use_reentrant=False, preserve_rng_state=False
+            )
+            return output
 
-    def _run(self, hidden: Tensor, within: Within) -> Tensor:
-        with within():
-            return hidden_of(self.layer(hidden, *self.args, **self.kwargs))
+    def _call_layer(self, hidden: Tensor, context: ContextFactory) -> Tensor:
+        with context():
+            return extract_hidden(self.layer(hidden, *self.args, **self.kwargs))
 
 
-def hidden_of(output: Any) -> Tensor:
-    """The hidden states among what a layer gives."""
+def extract_hidden(output: Any) -> Tensor:
+    """The hidden states in a layer's output, which may be a tuple."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
 
 
 @dataclass(frozen=True, eq=False)
 class FrozenBatch(TensorEquality):
-    """A batch after the frozen pass.
+    """A batch after the prefix pass, ready for replays.
 
-    What the edited FFN gives is added to the residual stream, so that the edited layer's new output is its old one
-    plus the experts' delta: that layer need not run again either.
+    The edited FFN's output is added to the residual stream, so the edited layer's new output is its old one plus the
+    experts' delta: that layer need not run again either.
 
-    All of it is on the base's device; the layers above may be on others.
+    All tensors are on the base's device; the layers above may be on others.
 
     Attributes:
-        batch: what was run.
-        start: the first column at which anything is added; the `seq` below are the columns from here.
-        first: the first column that runs again, up to `start`.
+        batch: the tokens.
+        start: the first column to which the experts may add; `seq` below counts columns from here.
+        first: the first column that is replayed, at most `start`.
         inputs: `[batch, seq, hidden]`, the input of the edited FFN.
         output: `[batch, columns, hidden]`, the output of the edited layer from column `first` on.
-        calls: the layers above it, ready to be replayed.
-        top: the FFN of the last of them, which runs at target positions alone; None where that cannot be.
+        calls: the layers above it with their recorded arguments.
+        top: the FFN of the last of them, to run at target positions alone; None where it must run at all.
         embeddings: `[batch, seq, hidden]`, the output of the embedding layer.
     """
 
@@ -82,33 +83,34 @@ class FrozenBatch(TensorEquality):
     inputs: Tensor
     output: Tensor
     calls: tuple[LayerCall, ...]
-    top: FFNSite | None
+    last_ffn: FFNSite | None
     embeddings: Tensor
 
     @cached_property
     def base_hidden(self) -> Tensor:
         """`[targets, hidden]`, the base model's last hidden states at the target positions."""
-        return self._above(self.output)
+        return self._run_layers_above(self.output)
 
     def replay(self, delta: Tensor | None) -> Tensor:
         """Last hidden states `[targets, hidden]` at the target positions, with `delta` `[batch, seq, hidden]` added."""
         if delta is None:
             return self.base_hidden
-        everywhere = functional.pad(delta, (0, 0, self.start - self.first, 0))
-        return self._above(self.output + everywhere.to(self.output.dtype))
+        padded = functional.pad(delta, (0, 0, self.start - self.first, 0))
+        return self._run_layers_above(self.output + padded.to(self.output.dtype))
 
-    def _above(self, hidden: Tensor) -> Tensor:
+    def _run_layers_above(self, hidden: Tensor) -> Tensor:
         rows, columns = self.batch.target_rows, self.batch.target_columns - self.first
         for call in self.calls[:-1]:
             hidden = call(hidden)
-        at_targets = partial(only_at, self.top, rows * hidden.shape[1] + columns) if self.top else nullcontext
+        targets = rows * hidden.shape[1] + columns
+        at_targets = partial(ffn_at_positions, self.last_ffn, targets) if self.last_ffn else nullcontext
         for call in self.calls[-1:]:
             hidden = call(hidden, at_targets)
-        return taken(hidden, rows, columns).to(rows.device)
+        return index_on_device(hidden, rows, columns).to(rows.device)
 
 
 class _ConstantLayer(DynamicLayer):
-    """Keys and values `[batch, heads, seq, width]` that come before whatever a layer is called with, each time anew."""
+    """Keys and values `[batch, heads, seq, width]` that precede those of each call; calls store nothing."""
 
     def __init__(self, keys: Tensor, values: Tensor):
         super().__init__()
@@ -120,7 +122,7 @@ class _ConstantLayer(DynamicLayer):
 
 
 def constant_cache(layers: Sequence[tuple[Tensor, Tensor]]) -> Cache:
-    """A cache that never grows, of each layer's keys and values `[batch, heads, seq, width]`."""
+    """A cache that never grows, from each layer's keys and values `[batch, heads, seq, width]`."""
     cache = DynamicCache()
     cache.layers = [_ConstantLayer(keys, values) for keys, values in layers]
     return cache

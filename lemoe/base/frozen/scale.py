@@ -1,4 +1,4 @@
-"""The size of what flows past the edited layer, in which experts' outputs are measured."""
+"""The scale of the residual stream at the edited layer, which is the unit of experts' outputs."""
 
 from weakref import WeakKeyDictionary
 
@@ -6,7 +6,7 @@ import torch
 
 from lemoe.base.loading import BaseModel
 
-CALIBRATION = (
+CALIBRATION_TEXTS = (
     "The river rises in the mountains, runs north for two hundred miles and meets the sea beside an old harbour town.",
     "Who wrote the first book on the subject, and in which year was it printed?",
     "She was born in 1911, studied chemistry, and later led the laboratory that made the discovery.",
@@ -20,21 +20,21 @@ _scales: "WeakKeyDictionary[BaseModel, dict[int, float]]" = WeakKeyDictionary()
 
 
 def residual_scale(base: BaseModel, layer: int) -> float:
-    """Median RMS of the residual stream where it enters `layer`, over a fixed text; measured once.
+    """Median RMS of the residual stream where it enters `layer`, over `CALIBRATION_TEXTS`; measured once.
 
-    The text is fixed so that the scale depends on the base model alone and rounds stay independent.
+    The texts are fixed so that the scale depends on the base model alone and rounds stay independent.
     """
-    known = _scales.setdefault(base, {})
-    if layer not in known:
-        known[layer] = _measure_scale(base, layer)
-    return known[layer]
+    scales = _scales.setdefault(base, {})
+    if layer not in scales:
+        scales[layer] = _measure_scale(base, layer)
+    return scales[layer]
 
 
 @torch.no_grad()
 def _measure_scale(base: BaseModel, layer: int) -> float:
     levels = []
-    for text in CALIBRATION:
-        ids = torch.tensor([base.tokenizer(text).input_ids or [base.end_token]], device=base.device)
+    for text in CALIBRATION_TEXTS:
+        ids = torch.tensor([base.tokenizer(text).input_ids or [base.eos_token_id]], device=base.device)
         hidden = base.model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states[layer]
         levels.append(hidden.float().pow(2).mean(-1).sqrt().flatten())
     return float(torch.cat(levels).median())

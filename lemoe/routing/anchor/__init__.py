@@ -1,1 +1,1 @@
-"""The router of preset `anchor`: from tokens to words, subjects and questions, and a gate that they open."""
+"""The router of preset `anchor`: reads words, subjects and questions from tokens, and opens a gate for an edit."""

@@ -1,4 +1,4 @@
-"""Stored anchors: the tokens by which edits are recognised, as tensors that stack by concatenation."""
+"""The router of preset `anchor`: its stored anchors as tensors, which stack by concatenation, and its live gate."""
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +15,8 @@ from torch import Tensor
 from lemoe.errors import AdaptorError
 from lemoe.routing.anchor.gate import Anchor, Gate
 from lemoe.routing.anchor.lexicon import Lexicon
-from lemoe.routing.anchor.read_prefixes import PADDING, Ids, Prefix, ReadPrefixes, cells_of
-from lemoe.routing.anchor.route import SHUT, Reading, Route
+from lemoe.routing.anchor.route import SHUT, GateState, Route
+from lemoe.routing.anchor.route_cache import PADDING, Ids, RouteCache, RoutedPrefix, build_cells
 from lemoe.routing.router import (
     Explanation,
     Host,
@@ -26,17 +26,17 @@ from lemoe.routing.router import (
     RouterSettings,
     Routing,
     Sequences,
-    offsets_hold,
+    are_valid_offsets,
 )
 
-REMEMBERED = 64 << 20  # bytes of sequences that were read and may be read on; 10,000 sentences of 40 words
+CACHE_BYTES = 64 << 20  # of the routes of sequences that may be continued: about 10,000 sentences of 40 words
 
 
 @dataclass(frozen=True)
 class Anchors(Router):
-    """The anchors of each expert, in order: one, or, of an expert that edits share, several.
+    """The anchors of each expert, in order: one, or several for an expert that edits share.
 
-    Of two anchors that ask the same, the later wins.
+    Of two anchors with the same question, the later takes precedence.
     """
 
     method = "anchor"
@@ -45,36 +45,36 @@ class Anchors(Router):
     groups: tuple[tuple[Anchor, ...], ...]
 
     @classmethod
-    def of_each(cls, anchors: Sequence[Anchor]) -> "Anchors":
-        """Anchors of which each has an expert of its own."""
+    def from_anchors(cls, anchors: Sequence[Anchor]) -> "Anchors":
+        """Anchors that each have an expert of their own."""
         return cls(tuple((anchor,) for anchor in anchors))
 
     @cached_property
     def anchors(self) -> tuple[Anchor, ...]:
-        """All of them; an anchor's place is the number of its edit."""
+        """All anchors; the index of an anchor is the number of its edit."""
         return tuple(anchor for group in self.groups for anchor in group)
 
     @property
-    def owners(self) -> list[int]:
-        """The expert of each anchor."""
+    def anchor_experts(self) -> list[int]:
+        """The expert of each anchor, as an index."""
         return [expert for expert, group in enumerate(self.groups) for _ in group]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Token ids end to end with offsets `[edits + 1]`; subjects as UTF-8 bytes, empty where inferred."""
+        """Token ids, concatenated, with offsets `[edits + 1]`; subjects as UTF-8 bytes, empty where inferred."""
         anchors = self.anchors
         return {
-            **_packed("anchors.prompt", [anchor.prompt for anchor in anchors], torch.int32),
-            **_packed("anchors.target", [anchor.target for anchor in anchors], torch.int32),
-            **_packed("anchors.subject", [(anchor.subject or "").encode() for anchor in anchors], torch.uint8),
+            **_pack_rows("anchors.prompt", [anchor.prompt for anchor in anchors], torch.int32),
+            **_pack_rows("anchors.target", [anchor.target for anchor in anchors], torch.int32),
+            **_pack_rows("anchors.subject", [(anchor.subject or "").encode() for anchor in anchors], torch.uint8),
         }
 
     @classmethod
-    def expected(
+    def expected_tensors(
         cls, settings: RouterSettings, hidden: int, lineages: Sequence[Lineage], tensors: Mapping[str, Tensor]
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {}
         edits = sum(lineage.edits for lineage in lineages)
-        for name, dtype in _STORED:
+        for name, dtype in _STORED_TENSORS:
             offsets = tensors.get(f"{name}_offsets")
             total = int(offsets.flatten()[-1]) if offsets is not None and offsets.numel() else 0
             shapes[name] = ((total,), dtype)
@@ -85,7 +85,7 @@ class Anchors(Router):
     def from_tensors(
         cls, settings: RouterSettings, lineages: Sequence[Lineage], tensors: Mapping[str, Tensor]
     ) -> "Anchors":
-        prompts, targets, subjects = (_unpacked(name, tensors) for name, _ in _STORED)
+        prompts, targets, subjects = (_unpack_rows(name, tensors) for name, _ in _STORED_TENSORS)
         if not all(prompts):
             raise ValueError("anchors.prompt: an anchor without tokens")
         anchors = (
@@ -102,7 +102,7 @@ class Anchors(Router):
         return cls(tuple(group for part, _ in parts for group in part.groups))
 
     def superseded(self) -> dict[int, int]:
-        """Anchors with the very prompt of a later one."""
+        """Anchors with the same prompt as a later one, by number: earlier to latest."""
         return dict(self._superseded)
 
     @cached_property
@@ -113,141 +113,141 @@ class Anchors(Router):
             number: latest[anchor.prompt] for number, anchor in enumerate(anchors) if latest[anchor.prompt] != number
         }
 
-    def live(self, base: Host, settings: RouterSettings) -> "LiveAnchors":
+    def to_live(self, base: Host, settings: RouterSettings) -> "LiveAnchors":
         return LiveAnchors(base, self, settings)
 
 
-_STORED = (("anchors.prompt", torch.int32), ("anchors.target", torch.int32), ("anchors.subject", torch.uint8))
+_STORED_TENSORS = (("anchors.prompt", torch.int32), ("anchors.target", torch.int32), ("anchors.subject", torch.uint8))
 
 
-def _packed(name: str, rows: Sequence[Sequence[int]], dtype: torch.dtype) -> dict[str, Tensor]:
+def _pack_rows(name: str, rows: Sequence[Sequence[int]], dtype: torch.dtype) -> dict[str, Tensor]:
     offsets = numpy.fromiter(accumulate(map(len, rows), initial=0), numpy.int64, len(rows) + 1)
     values = torch.empty(int(offsets[-1]), dtype=dtype)
     values.numpy()[:] = numpy.fromiter(chain.from_iterable(rows), values.numpy().dtype, len(values))
     return {name: values, f"{name}_offsets": torch.from_numpy(offsets)}
 
 
-def _unpacked(name: str, tensors: Mapping[str, Tensor]) -> list[tuple[int, ...]]:
+def _unpack_rows(name: str, tensors: Mapping[str, Tensor]) -> list[tuple[int, ...]]:
     values, offsets = tensors[name].numpy(), tensors[f"{name}_offsets"]
-    if not offsets_hold(offsets, len(values)) or bool((values < 0).any()):
+    if not are_valid_offsets(offsets, len(values)) or bool((values < 0).any()):
         raise ValueError(f"{name}: offsets or ids out of order or range")
-    shared: dict[int, int] = {}  # one object for each id, however often it stands there
+    shared: dict[int, int] = {}  # one int object for each id, however often it occurs: saves memory
     rows = (values[start:end].tolist() for start, end in pairwise(offsets.tolist()))
     return [tuple(shared.setdefault(value, value) for value in row) for row in rows]
 
 
 def build_gate(base: Host, anchors: Sequence[Anchor], settings: RouterSettings) -> Gate:
     """A gate over `anchors`, with the thresholds of `settings`."""
-    gate = Gate(lexicon_of(base), threshold=settings.gate_conflict, slack=settings.gate_slack)
-    with _uncollected():
+    gate = Gate(get_lexicon(base), threshold=settings.gate_conflict, slack=settings.gate_slack)
+    with _pause_garbage_collection():
         for anchor in anchors:
             gate.add(anchor)
     return gate
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
-    """No search for garbage while open: among millions of small objects that all stay, it takes half of the time."""
-    before = gc.isenabled()
+def _pause_garbage_collection() -> Iterator[None]:
+    """Pause garbage collection: with millions of small objects that all stay, it takes half of the time."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if before:
+        if was_enabled:
             gc.enable()
 
 
 _lexicons: "WeakKeyDictionary[Host, Lexicon]" = WeakKeyDictionary()
 
 
-def lexicon_of(base: Host) -> Lexicon:
-    """The lexicon of a base model, made once."""
+def get_lexicon(base: Host) -> Lexicon:
+    """The lexicon of a base model, built once."""
     if base not in _lexicons:
         _lexicons[base] = Lexicon(base)
     return _lexicons[base]
 
 
 class LiveAnchors(LiveRouter):
-    """Reads every sequence token by token; its memory is the tokens themselves, so a route depends on nothing else.
+    """The anchors' gate at work: reads every sequence token by token.
 
-    Beside each token stands the name of what was read up to there, which is remembered for a while, so that decoding
-    reads each token once.
+    Its memory in the KV cache is the tokens themselves, so that a route depends on nothing else, and names of prefixes,
+    whose routes are cached for a while, so that decoding reads each token once.
     """
 
-    def __init__(self, base: Host, anchors: Anchors, settings: RouterSettings, *, remembered: int = REMEMBERED):
+    def __init__(self, base: Host, anchors: Anchors, settings: RouterSettings, *, cache_bytes: int = CACHE_BYTES):
         """Anchors at work in `base`.
 
         Args:
-            remembered: bytes of sequences that are remembered; those of the last call are in any case.
+            cache_bytes: of the cached routes; those of the last call always stay.
 
         Raises:
-            AdaptorError: if the anchors hold tokens that the base model does not know.
+            AdaptorError: if the anchors have tokens outside the base model's vocabulary.
         """
-        known = len(base.embedding.weight)
-        if any(max((*anchor.prompt, *anchor.target)) >= known for anchor in anchors.anchors):
+        vocabulary = len(base.embedding.weight)
+        if any(max((*anchor.prompt, *anchor.target)) >= vocabulary for anchor in anchors.anchors):
             raise AdaptorError("the adaptor's anchors hold tokens that the base model does not know")
         self.gate = build_gate(base, anchors.anchors, settings)
         for number in anchors.superseded():
             self.gate.retire(number)
         self.device = base.device
-        self._owners = {SHUT.edit: -1, **dict(enumerate(anchors.owners))}
-        self._prefixes = ReadPrefixes(self.gate, remembered)
+        self._experts = {SHUT.edit: -1, **dict(enumerate(anchors.anchor_experts))}
+        self._route_cache = RouteCache(self.gate, cache_bytes)
 
     def route(self, sequences: Sequences) -> tuple[Routing, Tensor]:
         if sequences.ids is None:
             raise AdaptorError("preset `anchor` routes by tokens: call the model with input_ids, not inputs_embeds")
         ids: Ids = sequences.ids.masked_fill(~sequences.mask, PADDING).to("cpu", torch.int32).numpy()
-        prefixes = self._resume(sequences.memory, len(ids))
+        prefixes = self._resume_prefixes(sequences.memory, len(ids))
         starts = [prefix.name for prefix in prefixes]
         before = [prefix.copy() for prefix in prefixes if prefix.columns] if ids.shape[1] > 1 else []
         rows = [prefix.read(new) for prefix, new in zip(prefixes, ids, strict=True)]
-        self._prefixes.keep([*before, *prefixes])
-        cells = torch.from_numpy(cells_of(ids, starts, [prefix.name for prefix in prefixes]))
-        acting = [[self._owners[reading.edit] for reading in row] for row in rows]
+        self._route_cache.store([*before, *prefixes])
+        cells = torch.from_numpy(build_cells(ids, starts, [prefix.name for prefix in prefixes]))
+        acting = [[self._experts[state.edit] for state in row] for row in rows]
         experts = torch.tensor(acting, device=self.device).unsqueeze(-1)
-        ends = _last_columns(sequences.prompt.expand_as(sequences.mask))
-        explained = tuple(self._explanation(row[end]) for row, end in zip(rows, ends, strict=True))
+        ends = _last_prompt_columns(sequences.prompt.expand_as(sequences.mask))
+        explained = tuple(self._explain_state(row[end]) for row, end in zip(rows, ends, strict=True))
         memory = cells.to(self.device).unsqueeze(1)
         return Routing(experts, torch.ones_like(experts, dtype=torch.float32), explained), memory
 
-    def _resume(self, memory: Tensor | None, count: int) -> list[Prefix]:
-        """Each sequence, read to the end of its memory; what was not forgotten is not read again."""
+    def _resume_prefixes(self, memory: Tensor | None, count: int) -> list[RoutedPrefix]:
+        """Each sequence, read to the end of its memory; only what is not cached is read again."""
         if memory is None:
-            return [self._prefixes.resume(None) for _ in range(count)]
+            return [self._route_cache.resume(None) for _ in range(count)]
         last: Ids = memory[:, 0, -1].cpu().numpy()
-        found = (self._prefixes.resume_at(cells, memory.shape[2]) for cells in last)
+        found = (self._route_cache.resume_at(cells, memory.shape[2]) for cells in last)
         return [
-            prefix if prefix is not None else self._prefixes.resume(memory[row, 0].cpu().numpy())
+            prefix if prefix is not None else self._route_cache.resume(memory[row, 0].cpu().numpy())
             for row, prefix in enumerate(found)
         ]
 
     def explain(self, prompts: Sequence[Sequence[int]]) -> list[Explanation]:
-        """Why each prompt (token ids) takes its route; nothing of it is remembered."""
-        return [self._explanation(self.reading(prompt)) for prompt in prompts]
+        """Why each prompt (token ids) takes its route; nothing of it is cached."""
+        return [self._explain_state(self.final_state(prompt)) for prompt in prompts]
 
-    def reading(self, prompt: Sequence[int]) -> Reading:
-        """How the gate stands at the end of a prompt."""
+    def final_state(self, prompt: Sequence[int]) -> GateState:
+        """The gate's state at the end of a prompt."""
         route = Route(self.gate)
-        reading = SHUT
+        state = SHUT
         for token in prompt:
-            reading = route.push(token)
-        return reading
+            state = route.push(token)
+        return state
 
-    def _explanation(self, reading: Reading) -> Explanation:
+    def _explain_state(self, state: GateState) -> Explanation:
         return Explanation(
-            expert=self._owners[reading.edit],
-            weight=float(reading.edit >= 0),
-            scope=reading.scope,
-            nearest=self._owners[reading.nearest],
-            coverage=reading.coverage,
-            conflict=reading.conflict,
-            fit=reading.fit,
-            edit=reading.nearest,
+            expert=self._experts[state.edit],
+            weight=float(state.edit >= 0),
+            scope=state.scope,
+            nearest=self._experts[state.nearest],
+            coverage=state.coverage,
+            conflict=state.conflict,
+            fit=state.fit,
+            edit=state.nearest,
         )
 
 
-def _last_columns(prompt: Tensor) -> list[int]:
-    """The last column of each row's prompt `[batch, seq]`; the last of all where none is marked."""
+def _last_prompt_columns(prompt: Tensor) -> list[int]:
+    """The last column of each row's prompt `[batch, seq]`; the last column of all where no prompt is marked."""
     columns = torch.arange(1, prompt.shape[1] + 1, device=prompt.device)
     last: list[int] = ((prompt * columns).amax(1) - 1).tolist()
     return last

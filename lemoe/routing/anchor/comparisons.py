@@ -1,6 +1,7 @@
-"""What was read, compared with what all anchors of one subject ask: one by one, or, where they are many, at once.
+"""The question read, compared with those of all anchors of one subject: pair by pair, or, if they are many, as arrays.
 
-Both ways give the very same numbers: sums run in the order of the words, and likenesses are the same dot products.
+Both ways give the same numbers, bit for bit: sums run in the order of the words, and similarities are the same dot
+products.
 """
 
 from abc import ABC, abstractmethod
@@ -13,109 +14,115 @@ import numpy
 from numpy.typing import NDArray
 
 from lemoe.routing.anchor.lexicon import Lexicon, Vector
-from lemoe.routing.anchor.questions import EVIDENCE, Comparison, Prepared, Question
+from lemoe.routing.anchor.questions import MIN_EVIDENCE, Comparison, Question, StoredQuestion
 
-MANY = 16  # anchors of a subject from which comparing all at once is faster
-KEPT = 1 << 23  # values of the arrays that are kept for all subjects
+VECTORISED_FROM = 16  # anchors of one subject from which arrays are faster; see `tests/benchmarks/speed.py crowd`
+CACHED_VALUES = 1 << 23  # values that the cached arrays of all subjects may have together
 
 Values = NDArray[numpy.float64]
-Places = NDArray[numpy.intp]
-Matched = Sequence[float] | Values  # how much of each anchor's question was read
+MatchedWeights = Sequence[float] | Values  # matched weight of each anchor's question
 
 
 class Comparisons(ABC):
-    """What was read against each anchor of a subject; an anchor's place is the one it has in `numbers`."""
+    """The comparisons of one question with each anchor of a subject; an anchor's index is that in `numbers`."""
 
     def __init__(self, numbers: Sequence[int]):
-        self.numbers = numbers  # of the anchors, ascending
+        self.numbers = numbers  # the anchors' numbers in the gate, ascending
 
     @abstractmethod
-    def at(self, place: int) -> Comparison:
+    def comparison_with(self, index: int) -> Comparison:
         """The comparison with one anchor."""
 
     @abstractmethod
-    def best(self, threshold: float) -> int | None:
-        """The place of the anchor that fits best, the latest of several, of those up to this conflict."""
+    def best_index(self, threshold: float) -> int | None:
+        """The index of the anchor with the best fit among those of at most this conflict; the latest of several."""
 
     @abstractmethod
-    def nearest(self) -> int | None:
-        """The place of the anchor of the least conflict, the first of several."""
+    def nearest_index(self) -> int | None:
+        """The index of the anchor with the least conflict; the first of several."""
 
     @abstractmethod
-    def most_matched(self, before: Matched | None) -> Matched:
-        """How much of each question was read at most, now or `before`."""
+    def most_matched(self, before: MatchedWeights | None) -> MatchedWeights:
+        """The matched weight of each anchor's question, now or `before`, whichever is higher."""
 
     def fit_of(self, number: int) -> float | None:
-        """How well the anchor of this number fits; None if it is not one of them."""
+        """The fit of the anchor of this number; None if it is not one of the subject's."""
         if number < 0:
             return None
-        place = bisect_left(self.numbers, number)
-        there = place < len(self.numbers) and self.numbers[place] == number
-        return self.at(place).fit if there else None
+        index = bisect_left(self.numbers, number)
+        found = index < len(self.numbers) and self.numbers[index] == number
+        return self.comparison_with(index).fit if found else None
 
 
-class FewComparisons(Comparisons):
-    """Comparisons made one by one; most subjects have one anchor alone."""
+class PairwiseComparisons(Comparisons):
+    """Comparisons made pair by pair; most subjects have one anchor only."""
 
     def __init__(self, numbers: Sequence[int], compared: Sequence[Comparison]):
         super().__init__(numbers)
         self._compared = compared
 
-    def at(self, place: int) -> Comparison:
-        return self._compared[place]
+    def comparison_with(self, index: int) -> Comparison:
+        return self._compared[index]
 
-    def best(self, threshold: float) -> int | None:
-        inside = [place for place, each in enumerate(self._compared) if each.enough and each.conflict <= threshold]
-        if len(inside) < 2:
-            return inside[0] if inside else None
-        return max(inside, key=lambda place: (round(self._compared[place].fit, 3), place))
+    def best_index(self, threshold: float) -> int | None:
+        in_scope = [
+            index for index, each in enumerate(self._compared) if each.enough_evidence and each.conflict <= threshold
+        ]
+        if len(in_scope) < 2:
+            return in_scope[0] if in_scope else None
+        return max(in_scope, key=lambda index: (round(self._compared[index].fit, 3), index))
 
-    def nearest(self) -> int | None:
+    def nearest_index(self) -> int | None:
         if len(self._compared) == 1:
             return 0
-        return min(range(len(self._compared)), key=lambda place: self._compared[place].conflict, default=None)
+        return min(range(len(self._compared)), key=lambda index: self._compared[index].conflict, default=None)
 
-    def most_matched(self, before: Matched | None) -> Matched:
+    def most_matched(self, before: MatchedWeights | None) -> MatchedWeights:
         if before is None:
             return [each.matched for each in self._compared]
-        return [max(each.matched, most) for each, most in zip(self._compared, before, strict=True)]
+        return [max(each.matched, earlier) for each, earlier in zip(self._compared, before, strict=True)]
 
 
-class ManyComparisons(Comparisons):
-    """Comparisons made at once: `conflict`, `fit`, `matched` and `enough`, each `[anchors]`."""
+class VectorisedComparisons(Comparisons):
+    """Comparisons as arrays: `conflict`, `fit`, `matched` and `enough_evidence`, each `[anchors]`."""
 
     def __init__(
-        self, numbers: Sequence[int], conflict: Values, fit: Values, matched: Values, enough: NDArray[numpy.bool_]
+        self,
+        numbers: Sequence[int],
+        conflict: Values,
+        fit: Values,
+        matched: Values,
+        enough_evidence: NDArray[numpy.bool_],
     ):
         super().__init__(numbers)
-        self._conflict, self._fit, self._matched, self._enough = conflict, fit, matched, enough
+        self._conflict, self._fit, self._matched, self._enough_evidence = conflict, fit, matched, enough_evidence
 
-    def at(self, place: int) -> Comparison:
-        conflict, fit, matched = (float(values[place]) for values in (self._conflict, self._fit, self._matched))
-        return Comparison(conflict, fit, matched, bool(self._enough[place]))
+    def comparison_with(self, index: int) -> Comparison:
+        conflict, fit, matched = (float(values[index]) for values in (self._conflict, self._fit, self._matched))
+        return Comparison(conflict, fit, matched, bool(self._enough_evidence[index]))
 
-    def best(self, threshold: float) -> int | None:
-        inside = numpy.flatnonzero(self._enough & (self._conflict <= threshold))
-        if not len(inside):
+    def best_index(self, threshold: float) -> int | None:
+        in_scope = numpy.flatnonzero(self._enough_evidence & (self._conflict <= threshold))
+        if not len(in_scope):
             return None
-        fits = self._fit[inside]
-        most = round(float(fits.max()), 3)
-        near = inside[fits > most - 0.001][::-1].tolist()
-        return next(place for place in near if round(float(self._fit[place]), 3) == most)
+        fits = self._fit[in_scope]
+        best_fit = round(float(fits.max()), 3)
+        candidates = in_scope[fits > best_fit - 0.001][::-1].tolist()
+        return next(index for index in candidates if round(float(self._fit[index]), 3) == best_fit)
 
-    def nearest(self) -> int | None:
+    def nearest_index(self) -> int | None:
         return int(self._conflict.argmin())
 
-    def most_matched(self, before: Matched | None) -> Matched:
+    def most_matched(self, before: MatchedWeights | None) -> MatchedWeights:
         return self._matched if before is None else numpy.maximum(self._matched, before)
 
 
 class ArrayCache:
-    """Arrays that are worked out when needed and kept while there is room; those used least recently leave first."""
+    """A least-recently-used cache of arrays with at most `max_values` values together; the last put always stays."""
 
-    def __init__(self, kept: int = KEPT):
+    def __init__(self, max_values: int = CACHED_VALUES):
         self._arrays: OrderedDict[Hashable, tuple[NDArray[Any], ...]] = OrderedDict()
-        self._kept = kept
+        self._max_values = max_values
         self._size = 0
 
     def get(self, key: Hashable) -> tuple[NDArray[Any], ...] | None:
@@ -127,83 +134,87 @@ class ArrayCache:
     def put(self, key: Hashable, arrays: tuple[NDArray[Any], ...]) -> None:
         self._arrays[key] = arrays
         self._size += sum(array.size for array in arrays)
-        while self._size > self._kept and len(self._arrays) > 1:
-            _, gone = self._arrays.popitem(last=False)
-            self._size -= sum(array.size for array in gone)
+        while self._size > self._max_values and len(self._arrays) > 1:
+            _, evicted = self._arrays.popitem(last=False)
+            self._size -= sum(array.size for array in evicted)
 
 
 class QuestionTable:
-    """What many anchors of one subject ask, as arrays: words end to end, and of each anchor where its own begin.
+    """The questions of many anchors of one subject as arrays: all words in one row, and where each anchor's begin.
 
-    A word that was read is compared once with the distinct words of all questions; what each anchor makes of it is then
-    kept, so that a sentence that grows by a word costs one comparison more.
+    A word that was read is compared once with the distinct words of all questions, and the result is cached, so that a
+    sentence that grows by a word costs one comparison more.
     """
 
-    def __init__(self, numbers: Sequence[int], asked: Iterable[Prepared], lexicon: Lexicon, cache: ArrayCache):
+    def __init__(self, numbers: Sequence[int], asked: Iterable[StoredQuestion], lexicon: Lexicon, cache: ArrayCache):
         self._numbers = numbers
         self._lexicon = lexicon
         self._cache = cache
-        places: dict[str, int] = {"": 0}  # an anchor that asks nothing has the empty word, which is like no other
+        columns: dict[str, int] = {"": 0}  # an empty question has the empty word, which is similar to no other
         words: list[int] = []
         weights: list[float] = []
         starts, totals, fronts = [], [], []
         answers: dict[str, list[int]] = {}
-        for place, prepared in enumerate(asked):
-            question = prepared.question
+        for index, stored in enumerate(asked):
+            question = stored.question
             starts.append(len(words))
-            words += [places.setdefault(word, len(places)) for word in question.words or ("",)]
+            words += [columns.setdefault(word, len(columns)) for word in question.words or ("",)]
             weights += question.weights or (0.0,)
-            totals.append(float(question.total))
-            fronts.append(prepared.front)
-            for stemmed in prepared.answer:
-                answers.setdefault(stemmed, []).append(place)
-        self._distinct = tuple(places)[1:]
+            totals.append(float(question.total_weight))
+            fronts.append(stored.front_share)
+            for stemmed in stored.answer_stems:
+                answers.setdefault(stemmed, []).append(index)
+        self._distinct = tuple(columns)[1:]
         self._words, self._starts = numpy.array(words, numpy.intp), numpy.array(starts, numpy.intp)
-        self._owners = numpy.repeat(numpy.arange(len(starts)), numpy.diff([*starts, len(words)]))
+        self._anchor_of_word = numpy.repeat(numpy.arange(len(starts)), numpy.diff([*starts, len(words)]))
         self._weights, self._totals = numpy.array(weights), numpy.array(totals)
-        self._fronts = numpy.array(fronts)
-        self._answers = {stemmed: numpy.array(held, numpy.intp) for stemmed, held in answers.items()}
-        self._stems: dict[str, list[int]] = {}
-        for place, word in enumerate(self._distinct, 1):
-            self._stems.setdefault(lexicon.stem(word), []).append(place)
+        self._front_shares = numpy.array(fronts)
+        self._anchors_by_answer = {stemmed: numpy.array(indices, numpy.intp) for stemmed, indices in answers.items()}
+        self._columns_by_stem: dict[str, list[int]] = {}
+        for column, word in enumerate(self._distinct, 1):
+            self._columns_by_stem.setdefault(lexicon.stem(word), []).append(column)
 
-    def compare(self, read: Question) -> ManyComparisons:
-        """All anchors' questions against what was read; see `lemoe.routing.anchor.questions.compare`."""
-        alike = numpy.zeros(len(self._distinct) + 1)
-        total_read, matched_read = numpy.full(len(self._totals), float(read.total)), numpy.zeros(len(self._totals))
+    def compare(self, read: Question) -> VectorisedComparisons:
+        """All anchors' questions against the question read; see `lemoe.routing.anchor.questions.compare_questions`."""
+        count = len(self._totals)
+        most_similar = numpy.zeros(len(self._distinct) + 1)
+        total_read, matched_read = numpy.full(count, float(read.total_weight)), numpy.zeros(count)
         for word, stemmed, weight in zip(read.words, read.stems, read.weights, strict=True):
-            likeness, best = self._likeness(word)
-            numpy.maximum(alike, likeness, out=alike)
+            similarities, best = self._compare_word(word)
+            numpy.maximum(most_similar, similarities, out=most_similar)
             gained = weight * best
-            answered = self._answers.get(stemmed)
+            answered = self._anchors_by_answer.get(stemmed)
             if answered is not None:
                 total_read[answered] -= weight
                 gained[answered] = 0.0
             matched_read += gained
         total = self._totals
-        gathered = numpy.bincount(self._owners, self._weights * alike[self._words], len(total))
+        gathered = numpy.bincount(self._anchor_of_word, self._weights * most_similar[self._words], count)
         matched: Values = numpy.asarray(gathered, numpy.float64)
         conflict = numpy.minimum(total - matched, total_read - matched_read) / (1 + matched + matched_read)
         fit = (matched + 1) / (total + 1) + (matched_read + 1) / (total_read + 1)
-        enough = (self._fronts < 0.5) | ((total_read > 0) & (total_read >= EVIDENCE * total * self._fronts))
-        return ManyComparisons(self._numbers, conflict, fit, matched, enough)
+        shares = self._front_shares
+        enough_evidence = (shares < 0.5) | ((total_read > 0) & (total_read >= MIN_EVIDENCE * total * shares))
+        return VectorisedComparisons(self._numbers, conflict, fit, matched, enough_evidence)
 
-    def _likeness(self, word: str) -> tuple[NDArray[Any], ...]:
-        """How far a word that was read means what each distinct word does, and each anchor's likest word."""
-        known = self._cache.get((self, word))
-        if known is None:
-            likeness = numpy.zeros(len(self._distinct) + 1)
-            likeness[1:] = self._lexicon.compare_all(word, self._vectors())
-            likeness[self._stems.get(self._lexicon.stem(word), [])] = 1.0
-            known = likeness, numpy.maximum.reduceat(likeness[self._words], self._starts)
-            self._cache.put((self, word), known)
-        return known
+    def _compare_word(self, word: str) -> tuple[NDArray[Any], ...]:
+        """Similarities of a word to each distinct word, and to each anchor's most similar word."""
+        cached = self._cache.get((self, word))
+        if cached is None:
+            similarities = numpy.zeros(len(self._distinct) + 1)
+            similarities[1:] = self._lexicon.vector_similarities(word, self._word_vectors())
+            similarities[self._columns_by_stem.get(self._lexicon.stem(word), [])] = 1.0
+            cached = similarities, numpy.maximum.reduceat(similarities[self._words], self._starts)
+            self._cache.put((self, word), cached)
+        return cached
 
-    def _vectors(self) -> Vector:
-        """`[words, hidden]`, those of the distinct words."""
-        known = self._cache.get(self)
-        if known is None:
-            known = (numpy.stack([self._lexicon.vector(word) for word in self._distinct]),) if self._distinct else ()
-            known = known or (numpy.zeros((0, len(self._lexicon.vector(""))), numpy.float32),)
-            self._cache.put(self, known)
-        return known[0]
+    def _word_vectors(self) -> Vector:
+        """Vectors `[words, hidden]` of the distinct words."""
+        cached = self._cache.get(self)
+        if cached is None:
+            if self._distinct:
+                cached = (numpy.stack([self._lexicon.word_vector(word) for word in self._distinct]),)
+            else:
+                cached = (numpy.zeros((0, len(self._lexicon.word_vector(""))), numpy.float32),)
+            self._cache.put(self, cached)
+        return cached[0]

@@ -1,4 +1,4 @@
-"""What is asked about a subject, and how far two questions are the same."""
+"""Questions: the words around a mention of a subject, and whether two questions ask the same."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,72 +8,83 @@ from lemoe.routing.anchor.lexicon import Lexicon
 from lemoe.routing.anchor.subjects import Mention
 from lemoe.routing.anchor.words import Word
 
-EVIDENCE = 0.02  # share of what the anchor asks before its subject that must be read before deciding
-WORDS_BEFORE = 12  # words in front of a mention that tell what is asked
+MIN_EVIDENCE = 0.02  # weight that must be read, as a share of the anchor's question in front of its subject
+WORDS_BEFORE = 12  # words in front of a mention that belong to the question
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked about a subject: the words around its mention, with their stems, weights and the weights' sum."""
+    """A question about a subject: the words around its mention, with their stems, weights and the weights' sum."""
 
     words: tuple[str, ...]
     stems: tuple[str, ...]
     weights: tuple[float, ...]
-    total: float
+    total_weight: float
 
     @classmethod
-    def of(cls, words: Sequence[str], lexicon: Lexicon) -> "Question":
+    def from_words(cls, words: Sequence[str], lexicon: Lexicon) -> "Question":
+        """The question of these words, each counted once."""
         unique = tuple(dict.fromkeys(words))
         weights = tuple(map(lexicon.relation_weight, unique))
         return cls(unique, tuple(map(lexicon.stem, unique)), weights, sum(weights))
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
-    """What an anchor asks, the stems of its target, and the share of its question that stands before the subject."""
+class StoredQuestion:
+    """An anchor's question, the stems of its target, and the share of the question's weight in front of the subject."""
 
     question: Question
-    answer: frozenset[str]
-    front: float
+    answer_stems: frozenset[str]
+    front_share: float
 
 
 class Comparison(NamedTuple):
-    """An anchor's question against what was read: see `compare`."""
+    """An anchor's question against the question read: see `compare_questions`.
+
+    Attributes:
+        conflict: 0 where nothing differs; unbounded.
+        fit: matched share of both questions, 0 to 2.
+        matched: matched weight of the anchor's question.
+        enough_evidence: whether enough was read to decide.
+    """
 
     conflict: float
     fit: float
     matched: float
-    enough: bool
+    enough_evidence: bool
 
 
-def compare(stored: Prepared, read: Question, lexicon: Lexicon) -> Comparison:
-    """How well what was read asks what the anchor asks.
+def compare_questions(stored: StoredQuestion, read: Question, lexicon: Lexicon) -> Comparison:
+    """How well the question read matches an anchor's question, and how far the two contradict each other.
 
-    `conflict` is the weight that both sides hold beyond what they share, the lesser of the two, against what they
-    share: a side without content is no conflict. The words of the answer are no evidence, so that reading it changes
-    nothing.
+    Each word counts by its weight times its similarity to the most similar word of the other side. With `t` the total
+    and `m` the matched weight of a side, `conflict = min(t - m, t' - m') / (1 + m + m')` and
+    `fit = (m + 1) / (t + 1) + (m' + 1) / (t' + 1)`: a side without content is no conflict. The words of the answer are
+    no evidence on the side that was read, so that reading the answer changes nothing.
     """
-    asked, answer = stored.question, stored.answer
-    total, total_read = asked.total, read.total
-    alike = [list(map(lexicon.likeness(word).__getitem__, read.words)) for word in asked.words]
-    best = [max(row, default=0.0) for row in alike]
-    best_read = list(map(max, zip(*alike, strict=True))) if alike else [0.0] * len(read.words)
+    asked, answer = stored.question, stored.answer_stems
+    total, total_read = asked.total_weight, read.total_weight
+    similarities = [list(map(lexicon.similarities_to(word).__getitem__, read.words)) for word in asked.words]
+    best = [max(row, default=0.0) for row in similarities]
+    best_read = list(map(max, zip(*similarities, strict=True))) if similarities else [0.0] * len(read.words)
     matched = 0.0
-    for weight, likeness in zip(asked.weights, best, strict=True):
-        matched += weight * likeness
+    for weight, similarity in zip(asked.weights, best, strict=True):
+        matched += weight * similarity
     matched_read = 0.0
-    for stemmed, weight, likeness in zip(read.stems, read.weights, best_read, strict=True):
+    for stemmed, weight, similarity in zip(read.stems, read.weights, best_read, strict=True):
         if stemmed in answer:
             total_read -= weight
         else:
-            matched_read += weight * likeness
+            matched_read += weight * similarity
     conflict = min(total - matched, total_read - matched_read) / (1 + matched + matched_read)
     fit = (matched + 1) / (total + 1) + (matched_read + 1) / (total_read + 1)
-    enough = stored.front < 0.5 or (total_read > 0 and total_read >= EVIDENCE * total * stored.front)
-    return Comparison(conflict, fit, matched, enough)
+    enough_evidence = stored.front_share < 0.5 or (
+        total_read > 0 and total_read >= MIN_EVIDENCE * total * stored.front_share
+    )
+    return Comparison(conflict, fit, matched, enough_evidence)
 
 
-def around(words: Sequence[Word], mention: Mention) -> list[str]:
-    """The words that tell what is asked about a mention: some before it and all behind."""
+def question_words(words: Sequence[Word], mention: Mention) -> list[str]:
+    """The words of the question about a mention: `WORDS_BEFORE` before it, and all after it."""
     start = min(mention.positions) - WORDS_BEFORE
-    return [word.text for place, word in enumerate(words) if place not in mention.positions and place >= start]
+    return [word.text for position, word in enumerate(words) if position not in mention.positions and position >= start]

@@ -1,34 +1,51 @@
-"""How the gate stands along one sequence: which stored edit, if any, is active at each token, read causally.
+"""The state of the scope gate along one sequence: which edit, if any, is active at each token, from the tokens so far.
 
-Two tiers. An edit's own prompt, met token for token, routes to that edit and locks the route for the length of its
-target. Otherwise a subject must be mentioned, and what is asked about it in that sentence must not conflict with what
-the anchor asks. An open gate stays open for as long as the answer may take, then closes, so that a subject mentioned
-far from a question leaves the question alone.
+`Route.push` reads one token and moves the gate between these states:
+
+1. *Shut* (scope `subject`). The current sentence mentions no stored subject. Each new sentence starts without mentions,
+   so that a distracting sentence in front changes nothing.
+2. *Subject mentioned* (scope `relation`), still shut. At least `MIN_COVERAGE` of a subject was read, but the question
+   around the mention conflicts with each of its anchors by more than `gate_conflict`, or too little of it was read.
+3. *Open* (scope `in`). The question conflicts by at most `gate_conflict`; the anchor of the best fit is active, for as
+   many tokens as its target has and `gate_slack` more.
+4. *Prolonged*. A word that raises the matched weight of the active anchor's question starts that count again.
+5. *Switched*. A word that does so for another anchor makes that one active, as in 3, if it fits better, or as well and
+   is later, or if the current sentence does not mention the active one's subject.
+6. *Locked*. The tokens end in the whole prompt of an edit. From any state, that edit becomes active, and for the length
+   of its target nothing is read but a longer prompt that starts no later. The count of `gate_slack` tokens follows,
+   as in 3; the target's words count as read, and are no new evidence for 3 to 5.
+
+From 3 to 6 the gate shuts again (1) when its count is over, so that a subject mentioned far from a question has no
+effect on it, and at once if it opened on a word that grew into another one. A sentence break does not shut it.
+
+Where the constants come from: `gate_conflict` is measured in the README, "The trade-off"; what the gate as a whole is
+for, in "What each part is for"; what `MIN_COVERAGE` lets through, in "A long run"; the time to route a prompt, in
+"Speed". For `gate_slack` and the weights in `lexicon`, `questions` and `subjects` no measurement is recorded.
 """
 
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from lemoe.routing.anchor.comparisons import Comparisons, Matched
+from lemoe.routing.anchor.comparisons import Comparisons, MatchedWeights
 from lemoe.routing.anchor.gate import Gate
-from lemoe.routing.anchor.questions import Comparison, Question, around
+from lemoe.routing.anchor.questions import Comparison, Question, question_words
 from lemoe.routing.anchor.subjects import Mention, Sentence
-from lemoe.routing.anchor.words import Reader, Word
+from lemoe.routing.anchor.words import Word, WordReader
 from lemoe.routing.router import Scope
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """How the gate stands after a token.
+class GateState:
+    """The gate's state after a token.
 
     Attributes:
-        edit: the active anchor, -1 where the gate is shut.
-        scope: `in`; or why it is shut: no stored `subject` was mentioned, or another `relation` is asked of one.
+        edit: number of the active anchor, -1 where the gate is shut.
+        scope: `in`; or why the gate is shut: no stored `subject` was mentioned, or another `relation` is asked of one.
         nearest: the anchor that was active or came nearest, -1 if no subject was mentioned.
         coverage: share of its subject's weight that was read.
-        conflict: how far what is asked differs from what it asks; the gate opens up to its threshold.
-        fit: how much of what is asked the two share, 0 to 2.
+        conflict: how far the question read differs from its question; the gate opens up to `gate_conflict`.
+        fit: matched share of the two questions, 0 to 2.
     """
 
     edit: int
@@ -39,201 +56,206 @@ class Reading:
     fit: float
 
 
-ROUTE, WORD, MENTION, WAITING = 3072, 160, 640, 160  # bytes of a route, and for each of what it holds
+# Upper bounds of a route's memory: in all, and for each word, mention and partial mention; see `test_route_cache.py`.
+ROUTE_BYTES, WORD_BYTES, MENTION_BYTES, PARTIAL_BYTES = 3072, 160, 640, 160
 
-SHUT = Reading(-1, "subject", -1, 0.0, 0.0, 0.0)
+SHUT = GateState(-1, "subject", -1, 0.0, 0.0, 0.0)
 
 
 class Route:
-    """The gate's state along one sequence; `push` reads one token."""
+    """The gate along one sequence; `push` reads one token."""
 
     def __init__(self, gate: Gate):
         self._gate = gate
-        self._reader = Reader()
-        self._time = -1  # place of the last token
-        self._ids = array("i")  # the last tokens, as many as the longest own prompt has, or some more
-        self._now = SHUT
-        self._until = -1  # last token for which the gate stays open
-        self._locked = -1  # last token for which an own prompt's route is locked
-        self._lock_start = 0
-        self._settling = False  # the answer to an own prompt was just read; its words are no new evidence
-        self._opened = -1
-        self._word_start = -1
-        self._signature: tuple[int, int] | None = None
-        self._mentions: dict[int, Mention] = {}
-        self._waiting: dict[int, int] = {}
-        self._matched: dict[int, Matched] = {}  # of each subject's anchors
+        self._reader = WordReader()
+        self._time = -1  # index of the last token
+        self._ids = array("i")  # the last tokens: at least as many as the longest prompt has
+        self._state = SHUT
+        self._open_until = -1  # index of the last token for which the gate is open
+        self._locked_until = -1  # index of the last token of an own prompt's target
+        self._lock_start = 0  # index of that prompt's first token
+        self._discard_evidence = False  # what was read last is a target, no new evidence
+        self._opened_at = -1  # index of the token on which the gate opened or switched
+        self._word_started_at = -1  # index of the first token of the last word
+        self._last_seen: tuple[int, int] | None = None  # words of the sentence, and letters of the last one
+        self._mentions: dict[int, Mention] = {}  # by the subject's number
+        self._partial: dict[int, int] = {}  # position of a word of each subject that is not yet mentioned
+        self._matched: dict[int, MatchedWeights] = {}  # by the subject's number
 
     def copy(self) -> "Route":
-        """The same state, to go on differently from here."""
+        """A route in the same state, independent of this one."""
         other = Route(self._gate)
         other.__dict__.update(self.__dict__)
         other._reader = self._reader.copy()
         other._ids = self._ids[:]
-        other._mentions, other._waiting = dict(self._mentions), dict(self._waiting)
+        other._mentions, other._partial = dict(self._mentions), dict(self._partial)
         other._matched = dict(self._matched)
         return other
 
     @property
-    def size(self) -> int:
-        """Bytes that it takes, about, and not less."""
+    def byte_size(self) -> int:
+        """An upper bound of its memory in bytes."""
         matched = sum(map(len, self._matched.values()))
-        held = WORD * len(self._reader.words) + MENTION * (len(self._mentions) + len(self._matched))
-        return ROUTE + held + 4 * len(self._ids) + WAITING * len(self._waiting) + 32 * matched
+        stored = WORD_BYTES * len(self._reader.words) + MENTION_BYTES * (len(self._mentions) + len(self._matched))
+        return ROUTE_BYTES + stored + 4 * len(self._ids) + PARTIAL_BYTES * len(self._partial) + 32 * matched
 
-    def push(self, token: int) -> Reading:
-        """How the gate stands after `token`."""
+    def push(self, token: int) -> GateState:
+        """The gate's state after `token`."""
         self._ids.append(token)
-        if len(self._ids) > 2 * self._gate.longest:
-            del self._ids[: -self._gate.longest]
+        if len(self._ids) > 2 * self._gate.longest_prompt:
+            del self._ids[: -self._gate.longest_prompt]
         self._time += 1
         time = self._time
-        if self._reader.push(self._gate.lexicon.piece(token)):
+        if self._reader.push(self._gate.lexicon.token_bytes(token)):
             self._forget_sentence()
-        if self._now.edit >= 0 and time > self._until:
-            self._shut()
-        if not self._own_prompt(time) and time > self._locked and self._read_something(time):
-            self._follow_mentions(time)
-            self._decide(time)
-        return self._now
+        if self._state.edit >= 0 and time > self._open_until:
+            self._shut_gate()
+        if not self._match_own_prompt(time) and time > self._locked_until and self._has_new_letters(time):
+            self._update_mentions(time)
+            self._update_state(time)
+        return self._state
 
     def _forget_sentence(self) -> None:
-        self._mentions, self._waiting, self._matched = {}, {}, {}
-        self._signature = None
-        if self._now.edit < 0:
-            self._now = SHUT
+        self._mentions, self._partial, self._matched = {}, {}, {}
+        self._last_seen = None
+        if self._state.edit < 0:
+            self._state = SHUT
 
-    def _shut(self) -> None:
-        self._now = replace(self._now, edit=-1, scope="subject")
+    def _shut_gate(self) -> None:
+        self._state = replace(self._state, edit=-1, scope="subject")
 
-    def _own_prompt(self, time: int) -> bool:
-        number = self._gate.own_prompt(self._ids)
+    def _match_own_prompt(self, time: int) -> bool:
+        """Lock the gate (6) if the tokens end in an edit's whole prompt; returns whether they do."""
+        number = self._gate.find_own_prompt(self._ids)
         if number < 0:
             return False
         anchor = self._gate.anchors[number]
         start = time - len(anchor.prompt) + 1
-        if time <= self._locked and start > self._lock_start:  # a prompt inside the answer of another
+        if time <= self._locked_until and start > self._lock_start:  # a prompt inside the target of another
             return False
-        self._now = Reading(number, "in", number, 1.0, 0.0, 2.0)
-        self._locked = time + len(anchor.target)
+        self._state = GateState(number, "in", number, 1.0, 0.0, 2.0)
+        self._locked_until = time + len(anchor.target)
         self._lock_start = start
-        self._until = self._locked + self._gate.slack
-        self._settling = True
+        self._open_until = self._locked_until + self._gate.slack
+        self._discard_evidence = True
         return True
 
-    def _read_something(self, time: int) -> bool:
+    def _has_new_letters(self, time: int) -> bool:
+        """Whether the last token added a word to the sentence or letters to its last word."""
         words = self._reader.words
-        signature = (len(words), len(words[-1].text)) if words else None
-        if signature is None or signature == self._signature:
+        seen = (len(words), len(words[-1].text)) if words else None
+        if seen is None or seen == self._last_seen:
             return False
-        if self._signature is None or self._signature[0] != signature[0]:
-            self._word_start = time
-        self._signature = signature
+        if self._last_seen is None or self._last_seen[0] != seen[0]:
+            self._word_started_at = time
+        self._last_seen = seen
         return True
 
-    def _follow_mentions(self, time: int) -> None:
-        """Check again the mentions that the growing word belongs to, and look for new ones."""
+    def _update_mentions(self, time: int) -> None:
+        """Check again the mentions that include the growing word, and look for new ones."""
         words, last = self._reader.words, len(self._reader.words) - 1
         sentence = Sentence(words, self._gate.lexicon, growing=self._reader.growing)
         subjects = self._gate.index.subjects
         for number in [number for number, mention in self._mentions.items() if last in mention.positions]:
-            found = subjects[number].at(sentence, last)
+            found = subjects[number].mention_at(sentence, last)
             if found:
                 self._mentions[number] = found
             else:
-                self._withdraw(number)
-        near = self._gate.index.near(words)
-        self._complete_waiting(sentence, words[-2:] if time == self._word_start else words[-1:])
-        for number in near:
+                self._withdraw_mention(number)
+        candidates = self._gate.index.find_candidates(words)
+        self._complete_partial_mentions(sentence, words[-2:] if time == self._word_started_at else words[-1:])
+        for number in candidates:
             if number in self._mentions:
                 continue
-            if found := subjects[number].ending(sentence):
+            if found := subjects[number].mention_at_end(sentence):
                 self._mentions[number] = found
             elif len(subjects[number].words) > 1:
-                self._waiting[number] = last
+                self._partial[number] = last
 
-    def _complete_waiting(self, sentence: Sentence, fresh: Sequence[Word]) -> None:
-        """Look again at subjects of which a part was read, where one of the `fresh` words may be of the rest.
+    def _complete_partial_mentions(self, sentence: Sentence, fresh: Sequence[Word]) -> None:
+        """Look again for subjects of which a part was read, if one of the `fresh` words may belong to the rest.
 
-        Those that waited for the word which has grown are left to the index, which knows what it has grown into.
+        Partial mentions at the growing word itself are dropped: the index finds what that word has grown into.
         """
         last = len(sentence.words) - 1
-        for number, at in list(self._waiting.items()):
+        for number, position in list(self._partial.items()):
             subject = self._gate.index.subjects[number]
-            if at == last or number in self._mentions or last - at > subject.patience:
-                del self._waiting[number]
-            elif any(subject.may_hold(word) for word in fresh) and (found := subject.at(sentence, at)):
+            if position == last or number in self._mentions or last - position > subject.max_gap:
+                del self._partial[number]
+            elif any(subject.may_contain(word) for word in fresh) and (found := subject.mention_at(sentence, position)):
                 self._mentions[number] = found
-                del self._waiting[number]
+                del self._partial[number]
 
-    def _withdraw(self, subject: int) -> None:
-        """The word grew into another one; what opened on it was a mistake."""
+    def _withdraw_mention(self, subject: int) -> None:
+        """Drop a mention whose word grew into another one, and shut the gate if it opened on that word."""
         del self._mentions[subject]
-        active = self._now.edit
-        if active >= 0 and self._gate.subjects[active] == subject and self._opened >= self._word_start:
-            self._shut()
+        active = self._state.edit
+        if active >= 0 and self._gate.subjects[active] == subject and self._opened_at >= self._word_started_at:
+            self._shut_gate()
 
-    def _decide(self, time: int) -> None:
-        """Compare all anchors of the mentioned subjects, and open, switch, prolong or stay."""
+    def _update_state(self, time: int) -> None:
+        """Compare the anchors of all mentioned subjects: open (3), prolong (4) or switch (5) the gate, or leave it."""
         best: tuple[tuple[float, float, int], Mention, Comparison, bool] | None = None
         nearest: tuple[int, Mention, Comparison] | None = None
         fits: list[float] = []
-        for subject, mention, found, before in self._compared():
-            if (fit := found.fit_of(self._now.edit)) is not None:
+        for subject, mention, found, before in self._compare_mentions():
+            if (fit := found.fit_of(self._state.edit)) is not None:
                 fits.append(fit)
-            if (place := found.best(self._gate.threshold)) is not None:
-                compared = found.at(place)
-                weight = mention.coverage * self._gate.index.subjects[subject].total
-                key = (round(compared.fit, 3), weight, found.numbers[place])
+            if (index := found.best_index(self._gate.threshold)) is not None:
+                compared = found.comparison_with(index)
+                weight = mention.coverage * self._gate.index.subjects[subject].total_weight
+                key = (round(compared.fit, 3), weight, found.numbers[index])
                 if best is None or key > best[0]:
-                    best = (key, mention, compared, before is None or compared.matched > before[place] + 1e-6)
-            if (place := found.nearest()) is not None:
-                compared = found.at(place)
+                    best = (key, mention, compared, before is None or compared.matched > before[index] + 1e-6)
+            if (index := found.nearest_index()) is not None:
+                compared = found.comparison_with(index)
                 if nearest is None or compared.conflict < nearest[2].conflict:
-                    nearest = (found.numbers[place], mention, compared)
-        if self._settling:
-            self._settling = False
+                    nearest = (found.numbers[index], mention, compared)
+        if self._discard_evidence:
+            self._discard_evidence = False
         elif best is not None:
             key, mention, compared, fresh = best
-            self._take(key, _reading(key[2], mention, compared, inside=True), fresh, fits, time)
-        elif nearest is not None and self._now.edit < 0:
-            self._now = _reading(*nearest, inside=False)
+            self._apply_best(key, _build_state(key[2], mention, compared, in_scope=True), fresh, fits, time)
+        elif nearest is not None and self._state.edit < 0:
+            self._state = _build_state(*nearest, in_scope=False)
 
-    def _compared(self) -> Iterator[tuple[int, Mention, Comparisons, Matched | None]]:
-        """Each mentioned subject with what was read against its anchors, and how much of them was read before."""
+    def _compare_mentions(self) -> Iterator[tuple[int, Mention, Comparisons, MatchedWeights | None]]:
+        """Each mentioned subject: number, mention, the comparisons with its anchors, and the weights matched before."""
         asked: dict[frozenset[int], Question] = {}
         for subject, mention in self._mentions.items():
             read = asked.get(mention.positions)
             if read is None:
-                read = asked[mention.positions] = Question.of(around(self._reader.words, mention), self._gate.lexicon)
-            found = self._gate.compare(subject, read)
+                words = question_words(self._reader.words, mention)
+                read = asked[mention.positions] = Question.from_words(words, self._gate.lexicon)
+            found = self._gate.compare_anchors(subject, read)
             before = self._matched.get(subject)
             self._matched[subject] = found.most_matched(before)
             yield subject, mention, found, before
 
-    def _take(
-        self, key: tuple[float, float, int], reading: Reading, fresh: bool, active_fits: Sequence[float], time: int
+    def _apply_best(
+        self, key: tuple[float, float, int], state: GateState, fresh: bool, active_fits: Sequence[float], time: int
     ) -> None:
-        number, active = reading.edit, self._now.edit
-        reach = time + len(self._gate.anchors[number].target) + self._gate.slack
+        """Open the gate for the best anchor, prolong it or switch to it; `fresh`: there is new evidence for it."""
+        number, active = state.edit, self._state.edit
+        end = time + len(self._gate.anchors[number].target) + self._gate.slack
         if number == active:
-            self._until = max(self._until, reach) if fresh else self._until
+            self._open_until = max(self._open_until, end) if fresh else self._open_until
         elif active < 0:
             last = len(self._reader.words) - 1
             if fresh or last in self._mentions[self._gate.subjects[number]].positions:
-                self._now, self._until, self._opened = reading, reach, time
-        elif fresh and self._beats(key, active, active_fits):
-            self._now, self._until, self._opened = reading, reach, time
+                self._state, self._open_until, self._opened_at = state, end, time
+        elif fresh and self._outweighs_active(key, active, active_fits):
+            self._state, self._open_until, self._opened_at = state, end, time
 
-    def _beats(self, key: tuple[float, float, int], active: int, fits: Sequence[float]) -> bool:
-        """Whether new evidence for another anchor outweighs the active one, which `fits` so well where mentioned."""
+    def _outweighs_active(self, key: tuple[float, float, int], active: int, fits: Sequence[float]) -> bool:
+        """Whether another anchor fits better than the active one, of these `fits`, or as well and is later."""
         return all(fit < key[0] or (fit <= key[0] and key[2] > active) for fit in fits)
 
 
-def _reading(number: int, mention: Mention, compared: Comparison, *, inside: bool) -> Reading:
-    return Reading(
-        number if inside else -1,
-        "in" if inside else "relation",
+def _build_state(number: int, mention: Mention, compared: Comparison, *, in_scope: bool) -> GateState:
+    return GateState(
+        number if in_scope else -1,
+        "in" if in_scope else "relation",
         number,
         mention.coverage,
         compared.conflict,

@@ -1,26 +1,25 @@
-"""Stored subjects, found by the words of which every mention holds one, or two near each other."""
+"""An inverted index of stored subjects, by words of which every mention has one, or two near each other."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import combinations, permutations
 
 from lemoe.routing.anchor.lexicon import Lexicon
-from lemoe.routing.anchor.subjects import COVERAGE, Subject
+from lemoe.routing.anchor.subjects import MIN_COVERAGE, Subject
 from lemoe.routing.anchor.vocabulary import Vocabulary
-from lemoe.routing.anchor.words import Word, rigid
+from lemoe.routing.anchor.words import Word, needs_exact_match
 
-NEAR = 6  # words between which two words of a subject are looked for
-MOST_WORDS = 256  # of a subject that is looked for; pairs of words grow with their square
+PAIR_WINDOW = 6  # words before a word among which another one of its subject is looked for
+MAX_SUBJECT_WORDS = 256  # a longer subject is not indexed, since pairs of words grow with their square
 
-
-Posting = int | Sequence[int]  # numbers of subjects; most keys have one alone, for which a list would be a waste
+Posting = int | Sequence[int]  # numbers of subjects; a bare one for the most keys, which saves their lists
 Postings = dict[str, int | list[int]]
 
 
 class SubjectIndex:
-    """Subjects by the pairs of words of which every mention holds one, so that a look-up touches only likely ones.
+    """Subjects by words and pairs of words of which every mention has one, so that a look-up gives few candidates.
 
-    A subject without a word (`!!!`, an emoji) or of more than `MOST_WORDS` has a number and is never found.
+    A subject without a word (`!!!`, an emoji) or of more than `MAX_SUBJECT_WORDS` gets a number but is never found.
     """
 
     def __init__(self, lexicon: Lexicon):
@@ -28,101 +27,101 @@ class SubjectIndex:
         self._lexicon = lexicon
         self._vocabulary = Vocabulary()
         self._numbers: dict[tuple[str, ...], int] = {}
-        self._alone: Postings = {}  # by a word that is enough by itself
-        self._pairs: dict[str, Postings] = defaultdict(dict)  # by two stems, the lesser first
-        self._beside: dict[str, Postings] = defaultdict(dict)  # by a stem and a key of another word near it
+        self._by_word: Postings = {}  # by the stem of a word that can be a mention by itself
+        self._by_pair: dict[str, Postings] = defaultdict(dict)  # by two stems, in alphabetical order
+        self._by_imperfect_pair: dict[str, Postings] = defaultdict(dict)  # by a stem and another word's key
 
     def add(self, text: str) -> int:
         """The number of the subject `text`, stored if it is new."""
         subject = Subject(text, self._lexicon)
-        known = self._numbers.setdefault(subject.stems, len(self.subjects))
-        if known == len(self.subjects):
+        number = self._numbers.setdefault(subject.stems, len(self.subjects))
+        if number == len(self.subjects):
             self.subjects.append(subject)
-            if 0 < len(subject.stems) <= MOST_WORDS:
-                self._store(subject, known)
-        return known
+            if 0 < len(subject.stems) <= MAX_SUBJECT_WORDS:
+                self._index_subject(subject, number)
+        return number
 
-    def near(self, words: Sequence[Word]) -> list[int]:
-        """Numbers of the subjects that the last word of `words` may complete."""
+    def find_candidates(self, words: Sequence[Word]) -> list[int]:
+        """Numbers of the subjects of which the last word of `words` may complete a mention."""
         numbers: set[int] = set()
-        for hit in self._hits(words):
-            if isinstance(hit, int):
-                numbers.add(hit)
+        for posting in self._find_postings(words):
+            if isinstance(posting, int):
+                numbers.add(posting)
             else:
-                numbers.update(hit)
+                numbers.update(posting)
         return sorted(numbers)
 
-    def _store(self, subject: Subject, number: int) -> None:
-        """Under each word, or two that must be read near each other, of which every mention has one."""
+    def _index_subject(self, subject: Subject, number: int) -> None:
+        """Store a subject by words, and pairs of words near each other, so that every mention has one of these."""
         stems, weights = subject.stems, subject.weights
         order = sorted(range(len(stems)), key=lambda index: -weights[index])
-        enough = COVERAGE * subject.total
-        if weights[order[0]] >= enough:
-            _post(self._alone, stems[order[0]], number)
+        min_weight = MIN_COVERAGE * subject.total_weight
+        if weights[order[0]] >= min_weight:
+            _add_posting(self._by_word, stems[order[0]], number)
         if 1 < len(stems) <= 3:
-            _post(self._alone, subject.joined, number)
-        two = _two_of_these(order, weights, enough)
-        for first, second in {_in_order(stems[one], stems[other]) for one, other in combinations(two, 2)}:
-            _post(self._pairs[first], second, number)
-        imperfect = {*permutations(two, 2), *_may_be_imperfect(subject, order, enough)}
+            _add_posting(self._by_word, subject.joined, number)
+        heavy = _words_needed_in_pairs(order, weights, min_weight)
+        for first, second in {_sort_pair(stems[one], stems[other]) for one, other in combinations(heavy, 2)}:
+            _add_posting(self._by_pair[first], second, number)
+        imperfect = {*permutations(heavy, 2), *_imperfect_pairs(subject, order, min_weight)}
         for word, stemmed in {(subject.words[index], stems[other]) for index, other in imperfect}:
-            if not rigid(word):
+            if not needs_exact_match(word):
                 for key in self._vocabulary.add(word):
-                    _post(self._beside[stemmed], key, number)
+                    _add_posting(self._by_imperfect_pair[stemmed], key, number)
 
-    def _hits(self, words: Sequence[Word]) -> Iterator[Posting]:
+    def _find_postings(self, words: Sequence[Word]) -> Iterator[Posting]:
         word = words[-1]
         stemmed = self._lexicon.stem(word.text)
-        yield self._alone.get(stemmed, ())
+        yield self._by_word.get(stemmed, ())
         if len(words) < 2:
             return
-        yield self._alone.get(words[-2].text + word.text, ())
-        mine, keys = self._beside.get(stemmed), self._vocabulary.keys(word)
-        for before in words[-NEAR - 1 : -1]:
+        yield self._by_word.get(words[-2].text + word.text, ())
+        own_postings, keys = self._by_imperfect_pair.get(stemmed), self._vocabulary.matching_keys(word)
+        for before in words[-PAIR_WINDOW - 1 : -1]:
             other = self._lexicon.stem(before.text)
-            first, second = _in_order(stemmed, other)
-            if pairs := self._pairs.get(first):
+            first, second = _sort_pair(stemmed, other)
+            if pairs := self._by_pair.get(first):
                 yield pairs.get(second, ())
-            if mine:
-                yield from _shared(mine, self._vocabulary.keys(before))
-            if keys and (theirs := self._beside.get(other)):
-                yield from _shared(theirs, keys)
+            if own_postings:
+                yield from _shared_postings(own_postings, self._vocabulary.matching_keys(before))
+            if keys and (other_postings := self._by_imperfect_pair.get(other)):
+                yield from _shared_postings(other_postings, keys)
 
 
-def _post(postings: Postings, key: str, number: int) -> None:
-    there = postings.get(key)
-    if there is None:
+def _add_posting(postings: Postings, key: str, number: int) -> None:
+    stored = postings.get(key)
+    if stored is None:
         postings[key] = number
-    elif isinstance(there, int):
-        postings[key] = [there, number]
+    elif isinstance(stored, int):
+        postings[key] = [stored, number]
     else:
-        there.append(number)
+        stored.append(number)
 
 
-def _shared(postings: Postings, keys: set[str]) -> Iterator[Posting]:
-    """What stands under any of the keys; goes through those or through the postings, whichever are fewer."""
+def _shared_postings(postings: Postings, keys: set[str]) -> Iterator[Posting]:
+    """The postings of any of the keys; iterates over the keys or the postings, whichever are fewer."""
     return map(postings.__getitem__, keys & postings.keys())
 
 
-def _in_order(one: str, other: str) -> tuple[str, str]:
+def _sort_pair(one: str, other: str) -> tuple[str, str]:
     return (one, other) if one < other else (other, one)
 
 
-def _may_be_imperfect(subject: Subject, order: Sequence[int], enough: float) -> Iterator[tuple[int, int]]:
-    """Each heavy word that may be misspelt or abbreviated, with any other of some weight that then stands whole."""
-    rest = subject.total
+def _imperfect_pairs(subject: Subject, order: Sequence[int], min_weight: float) -> Iterator[tuple[int, int]]:
+    """Each heavy word, which may be misspelt or abbreviated, with any other of some weight, which is then whole."""
+    rest = subject.total_weight
     for index in order:
         yield from ((index, other) for other, weight in enumerate(subject.weights) if other != index and weight >= 1.0)
         rest -= subject.weights[index]
-        if rest < enough:
+        if rest < min_weight:
             break
 
 
-def _two_of_these(order: Sequence[int], weights: Sequence[float], enough: float) -> Sequence[int]:
-    """The fewest heaviest words of which a mention must hold two; none where one may be enough."""
+def _words_needed_in_pairs(order: Sequence[int], weights: Sequence[float], min_weight: float) -> Sequence[int]:
+    """The fewest of the heaviest words of which a mention must have two; none where one may be enough."""
     rest = sum(weights)
     for count, index in enumerate(order, 1):
         rest -= weights[index]
-        if count > 1 and weights[order[0]] + rest < enough:
+        if count > 1 and weights[order[0]] + rest < min_weight:
             return order[:count]
     return ()

@@ -1,4 +1,4 @@
-"""Where rounds are trained: here, or by workers on other machines."""
+"""Where rounds are trained: in this process, or by workers on other machines."""
 
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -6,7 +6,7 @@ from typing import Protocol
 from lemoe.adaptor.state import AdaptorState
 from lemoe.base.loading import BaseModel
 from lemoe.data.edits import Round
-from lemoe.runs.progress import Listener
+from lemoe.runs.progress import ProgressCallback
 from lemoe.settings import Settings
 
 
@@ -19,7 +19,7 @@ class Engine(Protocol):
         rounds: Sequence[Round],
         settings: Settings,
         before: AdaptorState | None,
-        listener: Listener,
+        progress: ProgressCallback,
     ) -> Iterator[tuple[Round, AdaptorState]]:
         """Give each round's state as soon as it is trained, in any order; see `lemoe.training.rounds.train_round`."""
         ...

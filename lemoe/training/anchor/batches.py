@@ -1,4 +1,7 @@
-"""The texts of a round of preset `anchor`, after the frozen pass: answers to learn, and questions to stay silent on."""
+"""The training batches of a round of preset `anchor`, after the frozen pass: positives and negatives.
+
+Positives are texts whose answer an expert learns; negatives are prompts on which it is trained to output zero.
+"""
 
 import random
 from collections.abc import Collection, Sequence
@@ -10,29 +13,32 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from lemoe.base.chat import encode_turn
+from lemoe.base.chat import encode_chat_turn
 from lemoe.base.equality import TensorEquality
-from lemoe.base.frozen import Below, FrozenBatch, run_below
+from lemoe.base.frozen import FrozenBatch, PrefixActivations, compute_prefix_activations
 from lemoe.base.loading import BaseModel
 from lemoe.base.structure import FFNSite
 from lemoe.base.tensors import rms_normalise
-from lemoe.base.tokens import Batch, Passage, encode, encode_all, replay_buckets
+from lemoe.base.tokens import Batch, Passage, encode_passage, encode_passages, replay_buckets
 from lemoe.data.edits import Edit
 from lemoe.routing.anchor.anchors import build_gate
 from lemoe.routing.anchor.gate import Anchor
 from lemoe.routing.anchor.route import Route
 from lemoe.settings import Settings
-from lemoe.training.anchor.examples import other_questions, rewordings
+from lemoe.training.anchor.examples import make_negative_prompts, make_paraphrases
 
-DECISIVE = 3.0  # weight of a question's last token among those on which an expert shall stay silent
+LAST_TOKEN_WEIGHT = 3.0  # of a negative prompt's last token, which decides the answer; its other tokens weigh 1
 
 
 @dataclass(frozen=True, eq=False)
-class Teaching(TensorEquality):
-    """A frozen batch of texts that end in an answer: one row for each, for the expert `owners` `[batch]`.
+class PositiveBatch(TensorEquality):
+    """A frozen batch of texts that end in an answer, one per row.
 
-    `active` `[batch, seq]`: where the expert acts, from the frozen batch's first column on. `ends` `[targets]`: which
-    labels end an answer. `weights` `[targets]`: of each label, so that every text counts the same.
+    Attributes:
+        owners: `[batch]`, the expert that each text trains.
+        active: `[batch, seq]`, where the expert acts, from the frozen batch's first column on.
+        ends: `[targets]`, which labels end an answer.
+        weights: `[targets]`, of each label, so that every text counts the same.
     """
 
     frozen: FrozenBatch
@@ -42,48 +48,59 @@ class Teaching(TensorEquality):
     weights: Tensor
 
     @cached_property
-    def normal(self) -> Tensor:
+    def normalised_inputs(self) -> Tensor:
         """`[batch, seq, hidden]`, what experts read."""
         return rms_normalise(self.frozen.inputs)
 
 
 @dataclass(frozen=True, eq=False)
-class Silence(TensorEquality):
-    """Texts on which an expert shall stay silent: its normalised inputs, owners `[batch]`, weights `[batch, seq]`."""
+class NegativeBatch(TensorEquality):
+    """Prompts on which experts are trained to output zero, one per row.
 
-    normal: Tensor
+    Attributes:
+        normalised_inputs: `[batch, seq, hidden]`, what experts read.
+        owners: `[batch]`, the expert that each prompt trains.
+        weights: `[batch, seq]`, of each token; zero where the expert does not act.
+    """
+
+    normalised_inputs: Tensor
     owners: Tensor
     weights: Tensor
 
 
 @dataclass(frozen=True)
-class Lessons:
+class TrainingBatches:
     """All texts of a round after the frozen pass.
 
     Attributes:
-        own: the edits' prompts, and those of their rephrases that are to be trained on.
-        variants: made-up rewordings, by kind.
-        silences: other questions.
-        edits: how many edits they teach.
+        prompts: the edits' prompts, and the users' own rephrases where they are trained on.
+        paraphrases: synthetic ones, by kind.
+        negatives: other questions about the edits' subjects.
+        edit_count: how many edits they are for.
     """
 
-    own: list[Teaching]
-    variants: list[list[Teaching]]
-    silences: list[Silence]
-    edits: int
+    prompts: list[PositiveBatch]
+    paraphrases: list[list[PositiveBatch]]
+    negatives: list[NegativeBatch]
+    edit_count: int
 
 
 @dataclass(frozen=True)
-class Text:
-    """A text of the round: the edit it is made for, its tokens, and the column at which that edit's expert acts."""
+class TrainingText:
+    """A text of the round: the edit it is made for, its tokens, and the column from which that edit's expert acts."""
 
     edit: int
     passage: Passage
     start: int
 
 
-class LessonMaker:
-    """Makes a round's texts, runs the frozen pass over them once, and gives lessons from it."""
+class TrainingBatchBuilder:
+    """Builds training batches from a round's edits.
+
+    1. The texts: own prompts, synthetic paraphrases, prompts as chat turns, negative prompts.
+    2. The frozen pass: all texts run once through the layers up to the edited one.
+    3. The batches, of all experts or, for a retry, of some; they reuse the frozen pass.
+    """
 
     def __init__(
         self,
@@ -97,157 +114,159 @@ class LessonMaker:
         rng: random.Random,
         owners: Sequence[int] | None = None,
     ):
-        """The texts of `edits`, for experts of their own, or for those at `owners`, one for each edit."""
+        """Each edit trains an expert of its own, or the expert that `owners` gives for it."""
         self._base, self._site, self._layer, self._settings = base, site, layer, settings
         self._edits, self._passages, self._anchors, self._rng = edits, passages, anchors, rng
         self._owners = range(len(edits)) if owners is None else owners
         self._gates = [build_gate(base, [anchor], settings) for anchor in anchors]
 
-    def lessons(self, experts: Collection[int] | None = None) -> Lessons:
-        """The lessons of all experts, or of those at `experts`."""
-        own, *kinds, silent = [
-            [number for number in group if experts is None or self._owner(number) in experts] for group in self._groups
+    def build(self, experts: Collection[int] | None = None) -> TrainingBatches:
+        """The batches of all experts, or of those with the indices `experts`."""
+        prompts, *kinds, negatives = [
+            [text for text in group if experts is None or self._owner_of_text(text) in experts]
+            for group in self._group_ranges
         ]
-        return Lessons(
-            [self._teaching(rows) for rows in self._rows(own)],
-            [[self._teaching(rows) for rows in self._rows(kind)] for kind in kinds],
-            [self._silence(rows) for rows in self._rows(silent)],
-            len({self._texts[number].edit for number in own}),
+        return TrainingBatches(
+            [self._positive_batch(rows) for rows in self._bucket_texts(prompts)],
+            [[self._positive_batch(rows) for rows in self._bucket_texts(kind)] for kind in kinds],
+            [self._negative_batch(rows) for rows in self._bucket_texts(negatives)],
+            len({self._texts[text].edit for text in prompts}),
         )
 
-    def _owner(self, number: int) -> int:
-        """The expert that a text is for."""
-        return self._owners[self._texts[number].edit]
+    def _owner_of_text(self, index: int) -> int:
+        """The expert that the text with this index trains."""
+        return self._owners[self._texts[index].edit]
 
     @cached_property
-    def _made(self) -> list[list[Text]]:
-        """Own prompts, rewordings by kind, other questions."""
-        own = [self._answered(place, passage) for place, passage in enumerate(self._passages)]
+    def _text_groups(self) -> list[list[TrainingText]]:
+        """Own prompts, paraphrases by kind, negative prompts."""
+        prompts = [self._positive_text(edit, passage) for edit, passage in enumerate(self._passages)]
         if self._settings.train_rephrases:
-            own += self._rephrases()
-        turns = [self._turns()] if self._settings.variants and self._base.tokenizer.chat_template else []
-        return [own, *self._rewordings(), *turns, self._other_questions()]
+            prompts += self._rephrase_texts()
+        chat = [self._chat_texts()] if self._settings.variants and self._base.tokenizer.chat_template else []
+        return [prompts, *self._paraphrase_texts(), *chat, self._negative_texts()]
 
     @cached_property
-    def _texts(self) -> list[Text]:
-        return [text for group in self._made for text in group]
+    def _texts(self) -> list[TrainingText]:
+        return [text for group in self._text_groups for text in group]
 
     @cached_property
-    def _groups(self) -> list[range]:
-        """The numbers of the texts of each group."""
-        ends = accumulate(map(len, self._made))
-        return [range(end - len(group), end) for group, end in zip(self._made, ends, strict=True)]
+    def _group_ranges(self) -> list[range]:
+        """The indices of the texts of each group."""
+        ends = accumulate(map(len, self._text_groups))
+        return [range(end - len(group), end) for group, end in zip(self._text_groups, ends, strict=True)]
 
     @cached_property
-    def _below(self) -> Below:
-        """All texts, run once."""
-        return run_below(
+    def _prefix_activations(self) -> PrefixActivations:
+        """The frozen pass over all texts."""
+        return compute_prefix_activations(
             self._base,
             self._site,
             self._layer,
             [text.passage for text in self._texts],
             self._settings.batch_tokens,
-            whole=any(text.start for text in self._texts),
+            all_layers=any(text.start for text in self._texts),
         )
 
-    def _rewordings(self) -> list[list[Text]]:
-        """By kind."""
+    def _paraphrase_texts(self) -> list[list[TrainingText]]:
+        """Synthetic paraphrases, by kind."""
         edits, settings = self._edits, self._settings
-        texts = rewordings(edits, settings.variants, self._rng)
-        usable = [self._usable([(text, edit.target) for text in own]) for own, edit in zip(texts, edits, strict=True)]
+        texts = make_paraphrases(edits, settings.variants, self._rng)
+        usable = [
+            self._encode_usable([(text, edit.target) for text in own]) for own, edit in zip(texts, edits, strict=True)
+        ]
         return [
-            [self._answered(place, own[kind]) for place, own in enumerate(usable) if kind < len(own)]
+            [self._positive_text(edit, own[kind]) for edit, own in enumerate(usable) if kind < len(own)]
             for kind in range(max(map(len, usable), default=0))
         ]
 
-    def _turns(self) -> list[Text]:
-        """Own prompts as what the user says in a conversation.
+    def _chat_texts(self) -> list[TrainingText]:
+        """Own prompts as a user's chat turn.
 
-        The answer is the target's tokens behind a space, as in all other texts: the same word without one is often
-        split otherwise, and an expert hardly learns both.
+        The answer is the target's tokens with a space in front, as in all other texts: without it the same word is
+        often split into other tokens, and an expert hardly learns both.
         """
-        turns = []
-        for place, (edit, passage) in enumerate(zip(self._edits, self._passages, strict=True)):
+        texts = []
+        for index, (edit, passage) in enumerate(zip(self._edits, self._passages, strict=True)):
             with suppress(ValueError):
-                said = encode_turn(self._base, edit.prompt)
-                turns.append(self._answered(place, Passage(said.prompt, passage.target)))
-        return turns
+                turn = encode_chat_turn(self._base, edit.prompt)
+                texts.append(self._positive_text(index, Passage(turn.prompt, passage.target)))
+        return texts
 
-    def _rephrases(self) -> list[Text]:
-        """The user's own; one that cannot be used is the user's to mend."""
-        places = [place for place, edit in enumerate(self._edits) for _ in edit.rephrases]
+    def _rephrase_texts(self) -> list[TrainingText]:
+        """The user's own rephrases; one that cannot be encoded is an error, since the user can correct it."""
+        indices = [index for index, edit in enumerate(self._edits) for _ in edit.rephrases]
         texts = [(f"rephrase of edit {e.id}", p.prompt, e.target) for e in self._edits for p in e.rephrases]
-        return [self._answered(*pair) for pair in zip(places, encode_all(self._base, texts), strict=True)]
+        return [self._positive_text(*pair) for pair in zip(indices, encode_passages(self._base, texts), strict=True)]
 
-    def _other_questions(self) -> list[Text]:
+    def _negative_texts(self) -> list[TrainingText]:
         gate = build_gate(self._base, self._anchors, self._settings)
-        return [
-            Text(place, passage, self._start(place, passage))
-            for place in range(len(self._edits))
-            for passage in self._usable(
-                [
-                    (text, None)
-                    for text in other_questions(gate, self._edits, place, self._settings.negatives, self._rng)
-                ]
-            )
-        ]
+        texts = []
+        for edit in range(len(self._edits)):
+            prompts = make_negative_prompts(gate, self._edits, edit, self._settings.negatives, self._rng)
+            for passage in self._encode_usable([(prompt, None) for prompt in prompts]):
+                texts.append(TrainingText(edit, passage, self._gate_start(edit, passage)))
+        return texts
 
-    def _usable(self, texts: Sequence[tuple[str, str | None]]) -> list[Passage]:
-        """The passages of made-up texts; one that this tokenizer or context cannot take is left out."""
+    def _encode_usable(self, texts: Sequence[tuple[str, str | None]]) -> list[Passage]:
+        """The passages of synthetic texts; one that the tokenizer or the context length does not allow is left out."""
         passages = []
         for text, target in texts:
             with suppress(ValueError):
-                passages.append(encode(self._base, text, target))
+                passages.append(encode_passage(self._base, text, target))
         return passages
 
-    def _answered(self, place: int, passage: Passage) -> Text:
-        """A text with the token that ends an answer behind its target."""
-        ended = Passage(passage.prompt, (*passage.target, self._base.end_token))
-        return Text(place, ended, self._start(place, ended))
+    def _positive_text(self, edit: int, passage: Passage) -> TrainingText:
+        """A text with the token that ends an answer after its target."""
+        ended = Passage(passage.prompt, (*passage.target, self._base.eos_token_id))
+        return TrainingText(edit, ended, self._gate_start(edit, ended))
 
-    def _start(self, place: int, passage: Passage) -> int:
-        """Where the gate opens on a text, in use; at the prompt's last token where it would not open at all."""
-        route = Route(self._gates[place])
+    def _gate_start(self, edit: int, passage: Passage) -> int:
+        """The column at which the gate opens on a text at inference; the prompt's last token if it would not open."""
+        route = Route(self._gates[edit])
         for column, token in enumerate(passage.prompt):
             if route.push(token).edit >= 0:
                 return column
         return len(passage.prompt) - 1
 
-    def _rows(self, numbers: Sequence[int]) -> list[list[int]]:
-        """The texts `numbers` in batches."""
-        lengths = [len(self._texts[number].passage.read) for number in numbers]
-        starts = [self._texts[number].start for number in numbers]
+    def _bucket_texts(self, indices: Sequence[int]) -> list[list[int]]:
+        """The texts with the indices `indices`, grouped into batches."""
+        lengths = [len(self._texts[number].passage.input_ids) for number in indices]
+        starts = [self._texts[index].start for index in indices]
         buckets = replay_buckets(lengths, starts, self._settings.batch_tokens)
-        return [[numbers[place] for place in bucket] for bucket in buckets]
+        return [[indices[position] for position in bucket] for bucket in buckets]
 
-    def _batch(self, rows: Sequence[int]) -> tuple[Batch, int, Tensor, Tensor]:
-        """The texts `rows` as a batch, the first column at which an expert acts, and, from there, `[batch, seq]`, bool:
-        where it does; and the expert that each text is for, `[batch]`.
+    def _collate_texts(self, rows: Sequence[int]) -> tuple[Batch, int, Tensor, Tensor]:
+        """Batch the texts with the indices `rows`.
+
+        Returns:
+            the batch; the first column at which any expert acts; `[batch, seq]`, bool, where experts act from that
+            column on; and `[batch]`, the expert that each text trains.
         """
         device, texts = self._base.device, self._texts
-        batch = Batch.of([text.passage for text in texts], rows, self._base.pad_token, device)
+        batch = Batch.from_passages([text.passage for text in texts], rows, self._base.pad_token_id, device)
         starts = torch.tensor([texts[row].start for row in rows], device=device)
         first = min(texts[row].start for row in rows)
         columns = torch.arange(first, batch.ids.shape[1], device=device)
         active = (columns >= starts.unsqueeze(1)) & batch.mask[:, first:].bool()
-        return batch, first, active, torch.tensor([self._owner(row) for row in rows], device=device)
+        return batch, first, active, torch.tensor([self._owner_of_text(row) for row in rows], device=device)
 
-    def _teaching(self, rows: Sequence[int]) -> Teaching:
-        batch, first, active, owners = self._batch(rows)
+    def _positive_batch(self, rows: Sequence[int]) -> PositiveBatch:
+        batch, first, active, owners = self._collate_texts(rows)
         lengths = torch.tensor([len(self._texts[row].passage.target) for row in rows], device=self._base.device)
         last = batch.prompt_lengths + lengths - 2
-        return Teaching(
-            frozen=self._below.freeze(batch, first),
+        return PositiveBatch(
+            frozen=self._prefix_activations.freeze_batch(batch, first),
             owners=owners,
             active=active,
             ends=batch.target_columns == last[batch.target_rows],
             weights=1.0 / lengths[batch.target_rows],
         )
 
-    def _silence(self, rows: Sequence[int]) -> Silence:
-        batch, first, active, owners = self._batch(rows)
+    def _negative_batch(self, rows: Sequence[int]) -> NegativeBatch:
+        batch, first, active, owners = self._collate_texts(rows)
         columns = torch.arange(first, batch.ids.shape[1], device=self._base.device)
         last = columns == batch.prompt_lengths.unsqueeze(1) - 1
-        weights = torch.where(last, DECISIVE, 1.0) * active
-        inputs = self._below.inputs[self._below.at(batch, first)]
-        return Silence(rms_normalise(inputs), owners, weights / weights.sum(1, keepdim=True))
+        weights = torch.where(last, LAST_TOKEN_WEIGHT, 1.0) * active
+        inputs = self._prefix_activations.inputs[self._prefix_activations.node_index(batch, first)]
+        return NegativeBatch(rms_normalise(inputs), owners, weights / weights.sum(1, keepdim=True))

@@ -1,27 +1,28 @@
-"""Training texts made from an edit file alone: rewordings that keep the answer, other questions that keep the base's.
+"""Training texts made from an edit file alone: paraphrases, which keep the edit's answer, and negative prompts.
 
-Nothing here sees a rephrase or a locality prompt, unless `train_rephrases` asks for the user's own rephrases.
+Negative prompts are other questions about the edit's subject, whose answers stay those of the base model. Nothing here
+reads the rephrases or locality prompts of the edits, which evaluation measures.
 """
 
 import random
 import re
 from collections.abc import Callable, Sequence
 
-from lemoe.data.conflicts import question
+from lemoe.data.conflicts import normalise_question
 from lemoe.data.edits import Edit
 from lemoe.routing.anchor.gate import Gate
 from lemoe.routing.anchor.lexicon import infer_subject
-from lemoe.routing.anchor.questions import Question, around, compare
+from lemoe.routing.anchor.questions import Question, compare_questions, question_words
 from lemoe.routing.anchor.subjects import Sentence
-from lemoe.routing.anchor.words import Reader, Word
+from lemoe.routing.anchor.words import Word, WordReader
 
 LONG_PROMPT = 400  # characters; a longer prompt is a passage, whose wording is not what generalises
-SAME_QUESTION = 1.0  # conflict below which another template asks what the edit asks
-DROPPED = 0.35  # share of the words outside the subject that a rewording leaves out
+MIN_NEGATIVE_CONFLICT = 1.0  # with less conflict, a prompt asks the same question as the edit
+DROP_RATE = 0.35  # share of the words outside the subject that a paraphrase leaves out
 
-_AS_QUESTION = ("Question: {}?", "{} what?", "Complete this: {} ...?", "Do you know this? {}?")
-_AS_STATEMENT = ("{} The answer is", "{} Answer:", "Question: {}\nAnswer:", "{} It is")
-_NEUTRAL = (
+_QUESTION_FORMS = ("Question: {}?", "{} what?", "Complete this: {} ...?", "Do you know this? {}?")
+_STATEMENT_FORMS = ("{} The answer is", "{} Answer:", "Question: {}\nAnswer:", "{} It is")
+_NEUTRAL_PREFIXES = (
     "Here is a question.",
     "Please answer:",
     "I was wondering about this.",
@@ -29,7 +30,7 @@ _NEUTRAL = (
     "Q:",
     "As everyone knows,",
 )
-_SENTENCES = (
+_DISTRACTING_SENTENCES = (
     "The station opened in 1931 and was rebuilt after the war.",
     "He later moved to the coast, where he taught music.",
     "The film received good reviews on its first weekend.",
@@ -39,7 +40,7 @@ _SENTENCES = (
     "It was the second of three albums recorded that year.",
     "The company employs about four hundred people.",
 )
-_OTHER_QUESTIONS = (
+_NEGATIVE_TEMPLATES = (
     "{} was born in",
     "When was {} born?",
     "{} died in",
@@ -73,39 +74,40 @@ _OTHER_QUESTIONS = (
 )
 
 
-def rewordings(edits: Sequence[Edit], count: int, rng: random.Random) -> list[list[str]]:
-    """For each of `edits`, `count` other texts that end in its question; none for a long one.
+def make_paraphrases(edits: Sequence[Edit], count: int, rng: random.Random) -> list[list[str]]:
+    """Make `count` synthetic paraphrases of each of `edits`; none of a long prompt.
 
-    By turns: words outside the subject dropped, a distracting sentence in front (another edit's, or a stock one), a
-    question made a statement or the reverse (models end the turn after a question mark, start a phrase elsewhere), a
-    neutral opening, and several of these together. Edits share an opening where they can, so that it is read once.
+    In turn: words outside the subject dropped; a distracting sentence in front, which states another edit or is a stock
+    one; a question turned into a statement or the reverse (after a question mark models start a sentence, elsewhere
+    they complete a phrase); a neutral prefix; and several of these together. Edits share a prefix where they can, so
+    that the frozen pass computes it once.
     """
     made: list[list[str]] = [[] for _ in edits]
     for number in range(count):
-        choose_opening, worded = _KINDS[number % len(_KINDS)]
-        opening = choose_opening(edits, rng)
-        for place, edit in enumerate(edits):
+        choose_prefix, reword = _PARAPHRASE_KINDS[number % len(_PARAPHRASE_KINDS)]
+        prefix_of = choose_prefix(edits, rng)
+        for index, edit in enumerate(edits):
             if len(edit.prompt) <= LONG_PROMPT:
-                made[place].append(opening(edit) + worded(edit, rng))
+                made[index].append(prefix_of(edit) + reword(edit, rng))
     return made
 
 
-def _dropped(edit: Edit, rng: random.Random) -> str:
+def _drop_words(edit: Edit, rng: random.Random) -> str:
     """The prompt without some of its words; the subject and the last word stay."""
     start, end = _subject_span(edit)
-    kept = []
+    remaining = []
     words = list(re.finditer(r"\S+", edit.prompt))
     for number, word in enumerate(words):
         inside = word.start() < end and word.end() > start
-        if inside or number == len(words) - 1 or rng.random() >= DROPPED:
-            kept.append(word.group())
-    return " ".join(kept)
+        if inside or number == len(words) - 1 or rng.random() >= DROP_RATE:
+            remaining.append(word.group())
+    return " ".join(remaining)
 
 
-def _turned(prompt: str, rng: random.Random) -> str:
-    """A question so that a phrase follows, a phrase to complete as a question."""
+def _convert_question(prompt: str, rng: random.Random) -> str:
+    """A question made a phrase to complete, a phrase to complete made a question."""
     stripped = prompt.rstrip()
-    forms = _AS_STATEMENT if stripped.endswith("?") else _AS_QUESTION
+    forms = _STATEMENT_FORMS if stripped.endswith("?") else _QUESTION_FORMS
     return rng.choice(forms).replace("{}", stripped)
 
 
@@ -114,27 +116,27 @@ def _subject_span(edit: Edit) -> tuple[int, int]:
     return (start, start + len(edit.subject or "")) if start >= 0 else (0, 0)
 
 
-Opening = Callable[[Edit], str]
+PrefixOf = Callable[[Edit], str]
 
 
-def _nothing(edits: Sequence[Edit], rng: random.Random) -> Opening:
+def _no_prefix(edits: Sequence[Edit], rng: random.Random) -> PrefixOf:
     return lambda edit: ""
 
 
-def _one_of(texts: Sequence[str]) -> Callable[[Sequence[Edit], random.Random], Opening]:
-    """The same text, drawn from `texts`, in front of every edit."""
+def _draw_prefix_from(texts: Sequence[str]) -> Callable[[Sequence[Edit], random.Random], PrefixOf]:
+    """The same prefix, drawn from `texts`, for every edit."""
 
-    def draw(edits: Sequence[Edit], rng: random.Random) -> Opening:
+    def draw_prefix(edits: Sequence[Edit], rng: random.Random) -> PrefixOf:
         text = rng.choice(texts)
         return lambda edit: f"{text} "
 
-    return draw
+    return draw_prefix
 
 
-def _another_edit(edits: Sequence[Edit], rng: random.Random) -> Opening:
-    """A sentence that states one of `edits`, for the others; for those on its subject, a stock one."""
+def _state_another_edit(edits: Sequence[Edit], rng: random.Random) -> PrefixOf:
+    """A sentence that states one of `edits` as a prefix for the others; for edits with its subject, a stock one."""
     short = [edit for edit in edits if len(edit.prompt) + len(edit.target) <= LONG_PROMPT]
-    stock = rng.choice(_SENTENCES)
+    stock = rng.choice(_DISTRACTING_SENTENCES)
     if not short:
         return lambda edit: f"{stock} "
     other = rng.choice(short)
@@ -142,60 +144,62 @@ def _another_edit(edits: Sequence[Edit], rng: random.Random) -> Opening:
     return lambda edit: f"{stock if _subject_key(edit) == _subject_key(other) else stated} "
 
 
-_KINDS = (  # what stands in front, and how the prompt is worded
-    (_nothing, _dropped),
-    (_another_edit, lambda edit, rng: edit.prompt),
-    (_nothing, lambda edit, rng: _turned(edit.prompt, rng)),
-    (_one_of(_SENTENCES), _dropped),
-    (_one_of(_NEUTRAL), lambda edit, rng: _turned(_dropped(edit, rng), rng)),
-    (_another_edit, _dropped),
+_PARAPHRASE_KINDS = (  # the prefix, and how the prompt is reworded
+    (_no_prefix, _drop_words),
+    (_state_another_edit, lambda edit, rng: edit.prompt),
+    (_no_prefix, lambda edit, rng: _convert_question(edit.prompt, rng)),
+    (_draw_prefix_from(_DISTRACTING_SENTENCES), _drop_words),
+    (_draw_prefix_from(_NEUTRAL_PREFIXES), lambda edit, rng: _convert_question(_drop_words(edit, rng), rng)),
+    (_state_another_edit, _drop_words),
 )
 
 
 def _subject_key(edit: Edit) -> str:
-    return question(edit.subject or edit.prompt)
+    return normalise_question(edit.subject or edit.prompt)
 
 
-def other_questions(gate: Gate, edits: Sequence[Edit], place: int, count: int, rng: random.Random) -> list[str]:
-    """Up to `count` questions about the subject of `edits[place]` that ask something else.
+def make_negative_prompts(gate: Gate, edits: Sequence[Edit], index: int, count: int, rng: random.Random) -> list[str]:
+    """Make up to `count` questions about the subject of `edits[index]` that ask something else.
 
-    They come from the round's other edits (their questions about this subject, or their templates with it put in) and
-    from stock questions; those that the gate would let through come first, since the others never reach the expert.
-    `gate` holds the edits in order.
+    They come from the round's other edits (their questions about this subject, or their questions with it put in) and
+    from templates; those on which the gate would open come first, since the others never reach the expert. `gate` holds
+    the edits in order.
     """
-    edit = edits[place]
+    edit = edits[index]
     subject = edit.subject or infer_subject(edit.prompt, gate.lexicon)
     if len(edit.prompt) > LONG_PROMPT or len(subject) > LONG_PROMPT // 2:
         return []
-    texts = [_about(other, edit, subject) for other in edits if other is not edit]
-    texts += [template.replace("{}", subject) for template in _OTHER_QUESTIONS]
+    texts = [_transfer_question(other, edit, subject) for other in edits if other is not edit]
+    texts += [template.replace("{}", subject) for template in _NEGATIVE_TEMPLATES]
     rng.shuffle(texts)
-    stored, about = gate.prepared(place), gate.index.subjects[gate.subjects[place]]
+    stored, subject_words = gate.stored_question(index), gate.index.subjects[gate.subjects[index]]
     scored = []
     for text in dict.fromkeys(texts):
-        words = _read(text)
-        mention = about.find(Sentence(words, gate.lexicon))
+        words = _read_words(text)
+        mention = subject_words.find_mention(Sentence(words, gate.lexicon))
         if mention is None:
             continue
-        compared = compare(stored, Question.of(around(words, mention), gate.lexicon), gate.lexicon)
-        if compared.conflict >= SAME_QUESTION:
-            scored.append((not (compared.enough and compared.conflict <= gate.threshold), text))
+        compared = compare_questions(
+            stored, Question.from_words(question_words(words, mention), gate.lexicon), gate.lexicon
+        )
+        if compared.conflict >= MIN_NEGATIVE_CONFLICT:
+            scored.append((not (compared.enough_evidence and compared.conflict <= gate.threshold), text))
     scored.sort(key=lambda pair: pair[0])
     return [text for _, text in scored[:count]]
 
 
-def _about(other: Edit, edit: Edit, subject: str) -> str:
-    """The question of `other`, asked about `subject`; empty if its own subject cannot be told apart."""
+def _transfer_question(other: Edit, edit: Edit, subject: str) -> str:
+    """The question of `other`, asked about `subject`; empty if its own subject is not found in it."""
     if len(other.prompt) > LONG_PROMPT or not other.subject:
         return ""
-    if question(other.subject) == question(edit.subject or subject):
+    if normalise_question(other.subject) == normalise_question(edit.subject or subject):
         return other.prompt
     start, end = _subject_span(other)
     return other.prompt[:start] + subject + other.prompt[end:] if end else ""
 
 
-def _read(text: str) -> list[Word]:
-    """The last sentence of a text."""
-    reader = Reader()
+def _read_words(text: str) -> list[Word]:
+    """The words of a text's last sentence."""
+    reader = WordReader()
     reader.push(text.encode())
     return reader.words

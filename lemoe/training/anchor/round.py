@@ -1,8 +1,9 @@
-"""Training one round of preset `anchor`: a small expert for each edit, all of them in one batch.
+"""Training one round of preset `anchor`: a small expert for each edit, all of them at once.
 
-An expert sees its own edit only: its prompt, rewordings of it, and other questions about its subject, on which it
-learns to stay silent. AdamW works element by element, so that experts trained together do not touch each other, and
-nothing depends on earlier rounds: they can be trained in any order, on any machine, and stacked.
+An expert is trained on its own edit only: positives are the edit's prompt and synthetic paraphrases of it, negatives
+are other questions about its subject, on which it is trained to output zero. AdamW works element by element, so that
+experts trained together do not influence each other, and nothing depends on earlier rounds: rounds can be trained in
+any order, on any machine, and stacked.
 """
 
 import random
@@ -20,25 +21,25 @@ from lemoe.base.frozen import residual_scale
 from lemoe.base.loading import LOGIT_ROWS, BaseModel
 from lemoe.base.structure import FFNSite
 from lemoe.base.tokens import encode_edits
-from lemoe.data.edits import Edit, digest_of
+from lemoe.data.edits import Edit, digest_edits
 from lemoe.errors import ModelError
 from lemoe.routing.anchor.anchors import Anchors
 from lemoe.routing.anchor.gate import Anchor
 from lemoe.settings import Settings
-from lemoe.training.anchor.batches import LessonMaker, Lessons, Teaching
+from lemoe.training.anchor.batches import PositiveBatch, TrainingBatchBuilder, TrainingBatches
 from lemoe.training.steps import OnStep, Step
 
 DEFAULT_WIDTH = 4
-BETAS = (0.9, 0.95)
-WARM_UP = 3  # steps
-FREQUENT = 4096  # token ids that always take part in the loss
-RIVALS = 64  # of the base model's own likeliest tokens at each target position
+ADAM_BETAS = (0.9, 0.95)
+WARM_UP_STEPS = 3
+FREQUENT_TOKENS = 4096  # the first token ids, which always take part in the loss
+CONFUSABLE_TOKENS = 64  # likeliest tokens of each target position that take part as well
 
 
-class Blocks(nn.Module):
+class TrainableExperts(nn.Module):
     """The experts in training: `up`, `down` and `gate` `[experts, width, hidden]`.
 
-    All start alike, with nothing written, so that training starts from the base model's own answers.
+    All start from the same weights, with `down` at zero, so that training starts from the base model's own answers.
     """
 
     def __init__(self, experts: int, site: FFNSite, width: int, scale: float, seed: int):
@@ -51,16 +52,17 @@ class Blocks(nn.Module):
         self.scale = scale
         self._activation = site.activation
 
-    def forward(self, normal: Tensor, owners: Tensor) -> Tensor:
+    def forward(self, normalised_inputs: Tensor, owners: Tensor) -> Tensor:
         """Each row's expert output `[batch, seq, hidden]`, in units of the residual stream's RMS."""
-        raised = torch.bmm(normal, self.up[owners].transpose(1, 2))
+        projected = torch.bmm(normalised_inputs, self.up[owners].transpose(1, 2))
         if self.gate is None:
-            inner = self._activation(raised)
+            inner = self._activation(projected)
         else:
-            inner = self._activation(torch.bmm(normal, self.gate[owners].transpose(1, 2))) * raised
+            inner = self._activation(torch.bmm(normalised_inputs, self.gate[owners].transpose(1, 2))) * projected
         return torch.bmm(inner, self.down[owners])
 
-    def experts(self) -> Experts:
+    def to_experts(self) -> Experts:
+        """The trained experts, as an adaptor stores them."""
         count, width, hidden = self.up.shape
         gate = None if self.gate is None else self.gate.detach().cpu().reshape(-1, hidden)
         return Experts(
@@ -75,14 +77,14 @@ class Blocks(nn.Module):
 def train_round(
     base: BaseModel, edits: Sequence[Edit], settings: Settings, before: AdaptorState | None, on_step: OnStep
 ) -> AdaptorState:
-    """Teach `edits`, one new expert each; see `lemoe.training.rounds.train_round`."""
-    layer = before.base.layer if before else settings.layer_of(len(base.layers), base.source.layers)
-    there = base.fingerprint(layer, settings.layer_path)
-    fingerprint = before.base if before else there
+    """Train one new expert for each of `edits`; see `lemoe.training.rounds.train_round`."""
+    layer = before.base.layer if before else settings.resolve_layer(len(base.layers), base.source.layers)
+    own_fingerprint = base.fingerprint(layer, settings.layer_path)
+    fingerprint = before.base if before else own_fingerprint
     settings = replace(settings, layer=layer)
-    identity = round_id(there, base.tokenizer.chat_template, settings, edits, None)
+    identity = round_id(own_fingerprint, base.tokenizer.chat_template, settings, edits, None)
     torch_seed = training_seed(identity)
-    site = base.site(layer, settings.layer_path)
+    site = base.ffn_site(layer, settings.layer_path)
     if not base.decoder_reads_tokens:
         raise ModelError(
             f"{base.source}: {type(base.model).__name__} gives its decoder embeddings, and preset anchor routes by "
@@ -92,11 +94,11 @@ def train_round(
     anchors = [
         Anchor(passage.prompt, passage.target, edit.subject) for edit, passage in zip(edits, passages, strict=True)
     ]
-    maker = LessonMaker(base, site, layer, settings, edits, passages, anchors, random.Random(torch_seed))
+    builder = TrainingBatchBuilder(base, site, layer, settings, edits, passages, anchors, random.Random(torch_seed))
     width = settings.width or DEFAULT_WIDTH
-    blocks = Blocks(len(edits), site, width, residual_scale(base, layer), settings.seed).to(base.device)
+    experts = TrainableExperts(len(edits), site, width, residual_scale(base, layer), settings.seed).to(base.device)
     generator = torch.Generator(base.device).manual_seed(torch_seed)
-    outcome = teach(base, blocks, maker, settings, generator, on_step)
+    outcome = train_experts(base, experts, builder, settings, generator, on_step)
     record = RoundRecord(
         id=identity,
         depth=1,
@@ -104,19 +106,19 @@ def train_round(
         experts=len(edits),
         ids=tuple(edit.id for edit in edits),
         edits=tuple(edit.digest for edit in edits),
-        edits_sha256=digest_of(edits),
-        prompts=tuple(edit.prompt for edit in edits),  # which the anchors disclose in any case
+        edits_sha256=digest_edits(edits),
+        prompts=tuple(edit.prompt for edit in edits),  # the anchors disclose them in any case
         targets=tuple(edit.target for edit in edits),
         seed=settings.seed,
         loss=outcome.loss,
         end_loss=outcome.end_loss,
         steps=outcome.steps,
         retried=outcome.retried,
-        missed=tuple(edits[place].id for place in outcome.missed),
-        base_differences=tuple(fingerprint.differences(there)),
-        routed=_routed(base, anchors, settings),
+        missed=tuple(edits[index].id for index in outcome.missed),
+        base_differences=tuple(fingerprint.describe_differences(own_fingerprint)),
+        routed=_count_routed(base, anchors, settings),
     )
-    return AdaptorState(fingerprint, settings, (record,), blocks.experts(), Anchors.of_each(anchors))
+    return AdaptorState(fingerprint, settings, (record,), experts.to_experts(), Anchors.from_anchors(anchors))
 
 
 def training_seed(identity: str) -> int:
@@ -124,21 +126,21 @@ def training_seed(identity: str) -> int:
     return int(identity[:15], 16)
 
 
-def _routed(base: BaseModel, anchors: Sequence[Anchor], settings: Settings) -> int:
-    """How many own prompts reach their own expert, among all of the round."""
-    live = Anchors.of_each(anchors).live(base, settings)
-    return sum(live.reading(anchor.prompt).edit == number for number, anchor in enumerate(anchors))
+def _count_routed(base: BaseModel, anchors: Sequence[Anchor], settings: Settings) -> int:
+    """How many own prompts are routed to their own expert, among all experts of the round."""
+    live = Anchors.from_anchors(anchors).to_live(base, settings)
+    return sum(live.final_state(anchor.prompt).edit == index for index, anchor in enumerate(anchors))
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RoundOutcome:
     """How a round ended.
 
     Attributes:
         loss, end_loss: mean cross entropy (nats) of target tokens, and of ending tokens.
-        steps: taken in all.
-        retried: how many experts were trained on again.
-        missed: places of the experts of which an own prompt, or a rephrase trained on, is still not answered.
+        steps: how many were taken, retries included.
+        retried: how many experts were trained again.
+        missed: indices of the experts whose own prompt, or a rephrase trained on, still gets a wrong answer.
     """
 
     loss: float
@@ -148,33 +150,41 @@ class Outcome:
     missed: list[int]
 
 
-def teach(
+def train_experts(
     base: BaseModel,
-    blocks: Blocks,
-    maker: LessonMaker,
+    experts: TrainableExperts,
+    builder: TrainingBatchBuilder,
     settings: Settings,
     generator: torch.Generator,
     on_step: OnStep,
-) -> Outcome:
-    """Train all experts, then those that miss an own prompt's answer again, with fresh optimiser state."""
-    lessons = maker.lessons()
-    vocabulary = _loss_vocabulary(base, lessons)
-    steps = _optimise(base, blocks, lessons, settings, settings.steps, vocabulary, generator, on_step)
-    found = _examine(base, blocks, lessons, settings)
-    sums, missed, retried = found.sums, found.missed, frozenset[int]()
+) -> RoundOutcome:
+    """Train all experts, then retry those that miss an answer.
+
+    1. Optimise all experts; the loss is taken over a part of the vocabulary.
+    2. Evaluate the round: which experts miss an own prompt's answer over the whole vocabulary.
+    3. Retry those, with fresh optimiser state, half the steps, and the confusable tokens of step 2 added to the loss.
+    4. Evaluate those again; go on with step 3, at most `retries` times.
+    """
+    batches = builder.build()
+    vocabulary = _select_loss_vocabulary(base, batches)
+    steps = _optimise_experts(base, experts, batches, settings, settings.steps, vocabulary, generator, on_step)
+    evaluation = _evaluate_round(base, experts, batches, settings)
+    sums, missed, retried = evaluation.loss_sums, evaluation.missed, frozenset[int]()
     for _ in range(settings.retries):
         if not missed:
             break
         retried |= missed
-        lessons = maker.lessons(missed)
-        vocabulary = torch.cat([vocabulary, found.rivals]).unique()
-        steps += _optimise(base, blocks, lessons, settings, -(-settings.steps // 2), vocabulary, generator, on_step)
-        found = _examine(base, blocks, lessons, settings)
-        again = sorted(missed)
-        sums[again] = found.sums[again]
-        missed = found.missed
+        batches = builder.build(missed)
+        vocabulary = torch.cat([vocabulary, evaluation.confusable_tokens]).unique()
+        steps += _optimise_experts(
+            base, experts, batches, settings, -(-settings.steps // 2), vocabulary, generator, on_step
+        )
+        evaluation = _evaluate_round(base, experts, batches, settings)
+        trained_again = sorted(missed)
+        sums[trained_again] = evaluation.loss_sums[trained_again]
+        missed = evaluation.missed
     (loss, end_loss), (targets, ends) = sums.sum(0).unbind(1)
-    return Outcome(
+    return RoundOutcome(
         loss=float(loss / targets),
         end_loss=float(end_loss / ends),
         steps=steps,
@@ -183,149 +193,155 @@ def teach(
     )
 
 
-def _optimise(
+def _optimise_experts(
     base: BaseModel,
-    blocks: Blocks,
-    lessons: Lessons,
+    experts: TrainableExperts,
+    batches: TrainingBatches,
     settings: Settings,
     steps: int,
     vocabulary: Tensor,
     generator: torch.Generator,
     on_step: OnStep,
 ) -> int:
-    """AdamW over the own prompts and one kind of rewording a step; experts without lessons stay as they are."""
+    """AdamW; each step takes all own prompts and one kind of paraphrase. Experts without batches stay as they are."""
     optimiser = torch.optim.AdamW(
-        blocks.parameters(),
+        experts.parameters(),
         lr=settings.learning_rate,
-        betas=BETAS,
+        betas=ADAM_BETAS,
         weight_decay=settings.weight_decay,
         fused=base.device.type == "cuda",
     )
-    kinds = _kinds(lessons, steps, generator)
-    shown: Tensor | None = None
-    own = sum(len(teaching.weights) for teaching in lessons.own)
+    kinds = _draw_paraphrase_kinds(batches, steps, generator)
+    step_loss: Tensor | None = None
+    own_targets = sum(len(positive.weights) for positive in batches.prompts)
     logits = base.logits_over(vocabulary)
     for number in range(steps):
         for group in optimiser.param_groups:
-            group["lr"] = settings.learning_rate * _pace(number, steps)
+            group["lr"] = settings.learning_rate * _learning_rate_factor(number, steps)
         optimiser.zero_grad()
-        losses = _losses(blocks, [*lessons.own, *kinds[number]], settings, vocabulary, logits, generator)
+        losses = _compute_losses(experts, [*batches.prompts, *kinds[number]], settings, vocabulary, logits, generator)
         total = losses.sum()
-        if settings.negative_weight and lessons.silences:
-            total = total + settings.negative_weight * _noise_on_silence(blocks, lessons)
+        if settings.negative_weight and batches.negatives:
+            total = total + settings.negative_weight * _compute_negative_loss(experts, batches)
         total.backward()
         optimiser.step()
-        if shown is not None:  # one step late, so that a GPU is never waited for
-            on_step(Step(number - 1, steps, float(shown) / lessons.edits))
-        shown = losses[:own].detach().sum()
-    if shown is not None:
-        on_step(Step(steps - 1, steps, float(shown) / lessons.edits))
+        if step_loss is not None:  # reported one step late, so that the CPU never waits for the GPU
+            on_step(Step(number - 1, steps, float(step_loss) / batches.edit_count))
+        step_loss = losses[:own_targets].detach().sum()
+    if step_loss is not None:
+        on_step(Step(steps - 1, steps, float(step_loss) / batches.edit_count))
     return steps
 
 
-def _pace(number: int, steps: int) -> float:
+def _learning_rate_factor(number: int, steps: int) -> float:
     """Warm-up, then full rate, then a linear fall to a tenth over the second half."""
     falling = max(0.0, number - steps / 2) / (steps / 2)
-    return min(1.0, (number + 1) / WARM_UP) * (1 - 0.9 * falling)
+    return min(1.0, (number + 1) / WARM_UP_STEPS) * (1 - 0.9 * falling)
 
 
-def _kinds(lessons: Lessons, steps: int, generator: torch.Generator) -> list[list[Teaching]]:
-    """The rewordings of each step, all of one kind, each kind as often as the others; else the own prompts again."""
-    kinds = lessons.variants or [lessons.own]
-    turns = -(-steps // len(kinds))
-    drawn = [torch.randperm(len(kinds), generator=generator, device=generator.device) for _ in range(turns)]
-    return [kinds[kind] for kind in torch.cat(drawn)[:steps].tolist()]
+def _draw_paraphrase_kinds(
+    batches: TrainingBatches, steps: int, generator: torch.Generator
+) -> list[list[PositiveBatch]]:
+    """The paraphrases of each step: all of one kind, each kind equally often; without any, the own prompts again."""
+    kinds = batches.paraphrases or [batches.prompts]
+    cycles = -(-steps // len(kinds))
+    order = [torch.randperm(len(kinds), generator=generator, device=generator.device) for _ in range(cycles)]
+    return [kinds[kind] for kind in torch.cat(order)[:steps].tolist()]
 
 
-def _losses(
-    blocks: Blocks,
-    teachings: Sequence[Teaching],
+def _compute_losses(
+    experts: TrainableExperts,
+    positives: Sequence[PositiveBatch],
     settings: Settings,
     vocabulary: Tensor,
     logits: Callable[[Tensor], Tensor],
     generator: torch.Generator,
 ) -> Tensor:
-    """Cross entropy `[targets]` of targets and endings, weighted so that each text's sum is a mean.
+    """Cross entropy `[targets]` of target and ending tokens, weighted so that each text's sum is a mean.
 
     Args:
-        vocabulary: `[words]`, sorted token ids over which the loss is taken, every label among them.
-        logits: gives `[targets, words]` over them, for `[targets, hidden]`.
+        vocabulary: `[tokens]`, sorted token ids over which the loss is taken, every label among them.
+        logits: gives `[targets, tokens]` over them, for `[targets, hidden]`.
     """
     hidden = []
-    for teaching in teachings:
-        normal = teaching.normal
+    for positive in positives:
+        inputs = positive.normalised_inputs
         if settings.noise:
-            normal = normal + settings.noise * torch.randn(normal.shape, generator=generator, device=normal.device)
-        hidden.append(teaching.frozen.replay(_delta(blocks, teaching, normal)))
-    labels = torch.searchsorted(vocabulary, torch.cat([teaching.frozen.batch.labels for teaching in teachings]))
-    weights = torch.cat([teaching.weights for teaching in teachings])
+            inputs = inputs + settings.noise * torch.randn(inputs.shape, generator=generator, device=inputs.device)
+        hidden.append(positive.frozen.replay(_compute_delta(experts, positive, inputs)))
+    labels = torch.searchsorted(vocabulary, torch.cat([positive.frozen.batch.labels for positive in positives]))
+    weights = torch.cat([positive.weights for positive in positives])
     return functional.cross_entropy(logits(torch.cat(hidden)).float(), labels, reduction="none") * weights
 
 
-def _delta(blocks: Blocks, teaching: Teaching, normal: Tensor) -> Tensor:
-    return blocks.scale * blocks(normal, teaching.owners) * teaching.active.unsqueeze(-1)
+def _compute_delta(experts: TrainableExperts, positive: PositiveBatch, inputs: Tensor) -> Tensor:
+    return experts.scale * experts(inputs, positive.owners) * positive.active.unsqueeze(-1)
 
 
-def _noise_on_silence(blocks: Blocks, lessons: Lessons) -> Tensor:
-    """Mean squared expert output on other questions, summed over edits."""
-    total = torch.zeros((), device=blocks.up.device)
-    count = sum(len(silence.owners) for silence in lessons.silences) / lessons.edits
-    for silence in lessons.silences:
-        squares = blocks(silence.normal, silence.owners).pow(2).mean(-1)
-        total = total + (squares * silence.weights).sum()
-    return total / max(count, 1.0)
+def _compute_negative_loss(experts: TrainableExperts, batches: TrainingBatches) -> Tensor:
+    """Mean squared expert output on negative prompts, summed over edits."""
+    total = torch.zeros((), device=experts.up.device)
+    per_edit = sum(len(negative.owners) for negative in batches.negatives) / batches.edit_count
+    for negative in batches.negatives:
+        squares = experts(negative.normalised_inputs, negative.owners).pow(2).mean(-1)
+        total = total + (squares * negative.weights).sum()
+    return total / max(per_edit, 1.0)
 
 
 @torch.no_grad()
-def _loss_vocabulary(base: BaseModel, lessons: Lessons) -> Tensor:
+def _select_loss_vocabulary(base: BaseModel, batches: TrainingBatches) -> Tensor:
     """Token ids, sorted, over which the loss is taken: labels, the base model's own answers, and frequent tokens."""
-    parts = [torch.arange(min(FREQUENT, base.vocabulary), device=base.device)]
-    for teaching in lessons.own:
-        parts.append(teaching.frozen.batch.labels)
-        parts += [_likeliest(logits) for logits in base.logits_in_parts(teaching.frozen.base_hidden)]
+    parts = [torch.arange(min(FREQUENT_TOKENS, base.vocabulary), device=base.device)]
+    for positive in batches.prompts:
+        parts.append(positive.frozen.batch.labels)
+        parts += [_top_tokens(logits) for logits in base.logits_in_chunks(positive.frozen.base_hidden)]
     return torch.cat(parts).unique()
 
 
-def _likeliest(logits: Tensor) -> Tensor:
+def _top_tokens(logits: Tensor) -> Tensor:
     """The likeliest token ids of all rows of `logits` `[rows, vocab]`, `[n]`."""
-    return logits.topk(min(RIVALS, logits.shape[-1])).indices.unique()
+    return logits.topk(min(CONFUSABLE_TOKENS, logits.shape[-1])).indices.unique()
 
 
 @dataclass(frozen=True, eq=False)
-class Examined(TensorEquality):
-    """What own prompts now get for an answer, over the whole vocabulary.
+class RoundEvaluation(TensorEquality):
+    """How own prompts are answered after training, over the whole vocabulary.
 
     Attributes:
-        missed: places of the experts of which an edit is not answered, to the end, by the likeliest tokens, or at a
-            loss above the target.
-        rivals: `[n]`, token ids, the likeliest where another one was wanted.
-        sums: `[experts, 2, 2]`: for target tokens and for ending tokens, the sum of their cross entropies (nats) and
-            their number.
+        missed: indices of the experts with a text whose likeliest tokens are not the whole answer, its end included,
+            or whose loss is above the loss target.
+        confusable_tokens: `[n]`, token ids, the likeliest at the positions where the likeliest one is wrong.
+        loss_sums: `[experts, 2, 2]`: for target tokens and for ending tokens, the sum of their cross entropies (nats)
+            and their number.
     """
 
     missed: frozenset[int]
-    rivals: Tensor
-    sums: Tensor
+    confusable_tokens: Tensor
+    loss_sums: Tensor
 
 
 @torch.no_grad()
-def _examine(base: BaseModel, blocks: Blocks, lessons: Lessons, settings: Settings) -> Examined:
-    missed = torch.zeros(len(blocks.up), dtype=torch.bool, device=base.device)
-    rivals = [torch.zeros(0, dtype=torch.long, device=base.device)]
-    sums = torch.zeros(len(blocks.up), 2, 2, device=base.device)
-    for teaching in lessons.own:
-        labels, rows = teaching.frozen.batch.labels, teaching.frozen.batch.target_rows
-        hidden = teaching.frozen.replay(_delta(blocks, teaching, teaching.normal))
+def _evaluate_round(
+    base: BaseModel, experts: TrainableExperts, batches: TrainingBatches, settings: Settings
+) -> RoundEvaluation:
+    missed = torch.zeros(len(experts.up), dtype=torch.bool, device=base.device)
+    confusable = [torch.zeros(0, dtype=torch.long, device=base.device)]
+    sums = torch.zeros(len(experts.up), 2, 2, device=base.device)
+    for positive in batches.prompts:
+        labels, rows = positive.frozen.batch.labels, positive.frozen.batch.target_rows
+        hidden = positive.frozen.replay(_compute_delta(experts, positive, positive.normalised_inputs))
         parts = []
-        for logits, wanted in zip(base.logits_in_parts(hidden), labels.split(LOGIT_ROWS), strict=True):
+        for logits, wanted in zip(base.logits_in_chunks(hidden), labels.split(LOGIT_ROWS), strict=True):
             losses = functional.cross_entropy(logits.float(), wanted, reduction="none")
             wrong = logits.argmax(-1) != wanted
             parts.append((losses, wrong))
-            rivals.append(_likeliest(logits[wrong]))
+            confusable.append(_top_tokens(logits[wrong]))
         losses, wrong = (torch.cat(part) for part in zip(*parts, strict=True))
-        level = torch.zeros(len(teaching.owners), device=base.device).index_add(0, rows, losses * teaching.weights)
-        missed[teaching.owners[level > settings.loss_target]] = True
-        missed[teaching.owners[rows[wrong]]] = True
-        places = (teaching.owners[rows], teaching.ends.long())
-        sums.index_put_(places, torch.stack([losses, torch.ones_like(losses)], 1), accumulate=True)
-    return Examined(frozenset(missed.nonzero().flatten().tolist()), torch.cat(rivals), sums)
+        text_losses = torch.zeros(len(positive.owners), device=base.device).index_add(
+            0, rows, losses * positive.weights
+        )
+        missed[positive.owners[text_losses > settings.loss_target]] = True
+        missed[positive.owners[rows[wrong]]] = True
+        indices = (positive.owners[rows], positive.ends.long())
+        sums.index_put_(indices, torch.stack([losses, torch.ones_like(losses)], 1), accumulate=True)
+    return RoundEvaluation(frozenset(missed.nonzero().flatten().tolist()), torch.cat(confusable), sums)

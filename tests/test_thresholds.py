@@ -1,4 +1,4 @@
-"""Bars on figures, the JSON that pipelines read, and the pipelines that the documentation prints, run as printed."""
+"""Thresholds on metrics, the JSON that pipelines read, and the pipelines of the documentation, run as printed."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from test_cli import lemoe_command, refused
+from test_cli import lemoe_command, refused_message
 
 import lemoe
 from lemoe.base import loading
@@ -28,7 +28,7 @@ README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 @pytest.fixture(scope="module")
 def edits(facts: list[lemoe.Edit], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("bars") / "edits.jsonl"
+    path = tmp_path_factory.mktemp("thresholds") / "edits.jsonl"
     lines = [
         {
             "id": edit.id,
@@ -62,25 +62,25 @@ def measure(
     return run
 
 
-def test_figures_that_meet_their_bars_end_with_code_0(measure: Callable[..., Any]) -> None:
-    bars = ("--min", "reliability=0.3", "--min", "locality/unrelated:exact_match=1", "--max", "overfit=1")
-    assert measure(*bars).exit_code == 0
+def test_metrics_that_meet_their_thresholds_end_with_code_0(measure: Callable[..., Any]) -> None:
+    thresholds = ("--min", "reliability=0.3", "--min", "locality/unrelated:exact_match=1", "--max", "overfit=1")
+    assert measure(*thresholds).exit_code == 0
 
 
-def test_a_bar_not_met_ends_with_code_1_and_shows_the_figure_on_stderr(measure: Callable[..., Any]) -> None:
+def test_a_threshold_not_met_ends_with_code_1_and_shows_the_metric_on_stderr(measure: Callable[..., Any]) -> None:
     result = measure("--min", "reliability=0.99", "--min", "locality/unrelated=1", "--max", "reliability:loss=0.001")
     assert result.exit_code == 1
-    said = [line for line in result.stderr.splitlines() if line.startswith("bar not met: ")]
+    said = [line for line in result.stderr.splitlines() if line.startswith("threshold not met: ")]
     assert len(said) == 2
     assert re.fullmatch(
-        r"bar not met: reliability/all:token_accuracy is 0\.\d+ \(n 4\), must be at least 0\.99", said[0]
+        r"threshold not met: reliability/all:token_accuracy is 0\.\d+ \(n 4\), must be at least 0\.99", said[0]
     )
     assert "reliability/all:loss" in said[1]
     assert "must be at most 0.001" in said[1]
     assert "reliability" in result.stdout
 
 
-def test_a_bar_on_the_base_alone_holds_its_own_figures(measure: Callable[..., Any]) -> None:
+def test_a_threshold_on_the_base_alone_checks_its_own_metrics(measure: Callable[..., Any]) -> None:
     assert measure("--min", "locality=1", alone=True).exit_code == 0
     assert measure("--min", "reliability=0.9", alone=True).exit_code == 1
 
@@ -99,16 +99,18 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_bar_that_cannot_be_held_is_refused_before_a_model_is_loaded(
+def test_a_threshold_that_cannot_be_checked_is_refused_before_a_model_is_loaded(
     edits: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr(loading, "load_base", None)
     arguments, said = WRONG[name]
-    assert said in refused("eval", edits, "-m", "llama", *arguments)
+    assert said in refused_message("eval", edits, "-m", "llama", *arguments)
 
 
-def test_all_bars_that_cannot_be_held_are_named_at_once(edits: Path) -> None:
-    message = refused("eval", edits, "-m", "no-such-model", "--min", "x=1", "--max", "y=1", "--min", "routing=1")
+def test_all_thresholds_that_cannot_be_checked_are_named_at_once(edits: Path) -> None:
+    message = refused_message(
+        "eval", edits, "-m", "no-such-model", "--min", "x=1", "--max", "y=1", "--min", "routing=1"
+    )
     assert all(text in message for text in ("--min x=1", "--max y=1", "give an --adaptor"))
 
 
@@ -175,11 +177,11 @@ def test_the_shell_pipeline_of_the_readme_runs_as_printed_on_the_examples(tmp_pa
     command_line = ["bash", "-c", script]
     result = subprocess.run(command_line, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    jsonschema.validate(figures, SCHEMA)
-    assert [bar["met"] for bar in figures["bars"]] == [True, True, True]
+    document = json.loads((tmp_path / "figures.json").read_text())
+    jsonschema.validate(document, SCHEMA)
+    assert [bar["met"] for bar in document["bars"]] == [True, True, True]
     count = len((REPOSITORY / "examples" / "edits.jsonl").read_text(encoding="utf-8").splitlines())
-    assert {m["n"] for m in figures["metrics"] if m["name"] == "reliability"} == {count}
+    assert {m["n"] for m in document["metrics"] if m["name"] == "reliability"} == {count}
     if shutil.which("jq"):
         assert "unrelated\ttoken_accuracy\t1" in result.stdout
 

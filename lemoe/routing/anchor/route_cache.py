@@ -1,0 +1,114 @@
+"""A cache of routes by the prefix that was read: decoding reads each token once, whatever is done to the KV cache.
+
+A prefix's name is a hash over all its tokens, worked out from the name of the shorter prefix and the tokens since. It
+is stored beside the tokens in the model's KV cache, which beam search, repeated rows, cropping and copies may reorder:
+the names there tell which prefix each sequence has. A prefix that was evicted is read again from its tokens.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy
+from numpy.typing import NDArray
+
+from lemoe.routing.anchor.gate import Gate
+from lemoe.routing.anchor.route import SHUT, GateState, Route
+
+PADDING = -1  # in place of the id of a padding token
+NAME_BYTES = 16  # bytes of a name: that two of 10^12 prefixes share one has a probability of 10^-15
+COLUMN_CELLS = 1 + NAME_BYTES // 4  # numbers in the KV cache for each column: its token, and a name, zeros for none
+EMPTY_NAME = bytes(NAME_BYTES)
+
+Ids = NDArray[numpy.int32]
+
+
+@dataclass(slots=True)
+class RoutedPrefix:
+    """A prefix that was read: its route, its name, and the number of its columns, padding included."""
+
+    route: Route
+    name: bytes = EMPTY_NAME
+    columns: int = 0
+
+    def copy(self) -> "RoutedPrefix":
+        """The same prefix, independent of this one."""
+        return RoutedPrefix(self.route.copy(), self.name, self.columns)
+
+    def read(self, ids: Ids) -> list[GateState]:
+        """Read further columns `[seq]`; returns the gate's state after each, shut on padding."""
+        if not len(ids):
+            return []
+        self.name = blake2b(self.name + ids.astype("<i4").tobytes(), digest_size=NAME_BYTES).digest()
+        self.columns += len(ids)
+        return [self.route.push(token) if token != PADDING else SHUT for token in ids.tolist()]
+
+
+class RouteCache:
+    """A least-recently-used cache of prefixes with at most `max_bytes`; those of the last call always stay."""
+
+    def __init__(self, gate: Gate, max_bytes: int):
+        self._gate = gate
+        self._max_bytes = max_bytes
+        self._prefixes: OrderedDict[bytes, RoutedPrefix] = OrderedDict()
+        self._size = 0
+
+    def resume(self, past: "Ids | None") -> RoutedPrefix:
+        """The prefix with the cells `past` `[columns, COLUMN_CELLS]`, read to its end; an empty one if None."""
+        if past is None:
+            return RoutedPrefix(Route(self._gate))
+        named = numpy.flatnonzero(past[:, 1:].any(1))[::-1].tolist()
+        found = (self._find_prefix(past[column], column) for column in named)
+        prefix = next((each for each in found if each is not None), None)
+        prefix = prefix.copy() if prefix is not None else RoutedPrefix(Route(self._gate))
+        prefix.read(past[prefix.columns :, 0])
+        return prefix
+
+    def resume_at(self, cells: Ids, columns: int) -> RoutedPrefix | None:
+        """The prefix of so many columns, the last with these `cells`; None if it is not cached."""
+        found = self._find_prefix(cells, columns - 1)
+        return found.copy() if found is not None and found.columns == columns else None
+
+    def _find_prefix(self, cells: Ids, column: int) -> RoutedPrefix | None:
+        """The cached prefix that a column names: the one that ends with it, or the one that ends before it."""
+        name = cells[1:].astype("<i4").tobytes()
+        found = self._prefixes.get(name)
+        if found is None or not column <= found.columns <= column + 1:
+            return None
+        self._prefixes.move_to_end(name)
+        return found
+
+    def store(self, prefixes: Iterable[RoutedPrefix]) -> None:
+        """Cache these, and evict others as `max_bytes` requires."""
+        new_names = set()
+        for prefix in prefixes:
+            self._evict_prefix(prefix.name)
+            self._prefixes[prefix.name] = prefix
+            self._size += prefix.route.byte_size
+            new_names.add(prefix.name)
+        while self._size > self._max_bytes and (oldest := next(iter(self._prefixes))) not in new_names:
+            self._evict_prefix(oldest)
+
+    def _evict_prefix(self, name: bytes) -> None:
+        evicted = self._prefixes.pop(name, None)
+        if evicted is not None:
+            self._size -= evicted.route.byte_size
+
+
+def build_cells(ids: Ids, starts: Iterable[bytes], ends: Iterable[bytes]) -> Ids:
+    """The cells of new columns for the KV cache, `[batch, seq, COLUMN_CELLS]`: ids, and names of prefixes.
+
+    The last column names the prefix that ends with it; the first of several names the prefix before it, from which a
+    sequence that is cropped in between is read again.
+    """
+    cells = numpy.zeros((*ids.shape, COLUMN_CELLS), numpy.int32)
+    cells[..., 0] = ids
+    cells[:, 0, 1:] = _names_to_cells(starts)
+    cells[:, -1, 1:] = _names_to_cells(ends)
+    return cells
+
+
+def _names_to_cells(names: Iterable[bytes]) -> Ids:
+    """Names as int32 `[names, COLUMN_CELLS - 1]`."""
+    return numpy.frombuffer(b"".join(names), "<i4").reshape(-1, COLUMN_CELLS - 1)
