@@ -20,6 +20,8 @@ import lemoe
 from lemoe.errors import AdaptorError, OutputError
 from lemoe.merging import merge
 
+pytestmark = pytest.mark.versions
+
 SettingsOf = Callable[..., lemoe.Settings]
 
 

@@ -26,6 +26,8 @@ import lemoe
 from lemoe.errors import AdaptorError
 from lemoe.merging import merge
 
+pytestmark = pytest.mark.versions
+
 Tiny = Callable[[str], lemoe.BaseModel]
 Taught = Callable[[str], lemoe.AdaptorState]
 SettingsOf = Callable[..., lemoe.Settings]

@@ -13,6 +13,8 @@ from lemoe.baselines.ft import TunedFFN
 from lemoe.editors import Edited, editor_of, size_of, teach
 from lemoe.errors import InputError, LemoeError
 
+pytestmark = pytest.mark.versions
+
 BASELINES = ("ft", "lora", "memoe")
 SMALL = {"layer": 1, "steps": 25, "learning_rate": 1e-2, "norm_limit": 0.3, "experts": 2, "width": 4}
 

@@ -14,6 +14,8 @@ from lemoe.clustering import Vectors, clustered
 from lemoe.conflicts import find_conflicts, left_out
 from lemoe.planning import cohesion_of, embed_prompts, similarity_of
 
+pytestmark = pytest.mark.versions
+
 SettingsOf = Callable[..., lemoe.Settings]
 
 KINDS = ("was born in", "works for the", "plays", "died near", "is married to", "likes to eat", "has a house in")

@@ -17,6 +17,8 @@ import lemoe
 from lemoe.engines import local
 from lemoe.errors import AdaptorError, OutputError
 
+pytestmark = pytest.mark.versions
+
 Tiny = Callable[[str], lemoe.BaseModel]
 Edited = Callable[[str], lemoe.AdaptorState]
 SettingsOf = Callable[..., lemoe.Settings]

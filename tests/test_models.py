@@ -19,6 +19,8 @@ from lemoe.sources import resolve_model
 from lemoe.structure import find_ffn
 from lemoe.tokens import Batch, encode_all
 
+pytestmark = pytest.mark.versions
+
 Tiny = Callable[[str], lemoe.BaseModel]
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
