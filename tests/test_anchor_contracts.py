@@ -29,6 +29,8 @@ from lemoe.adaptor.merging import merge
 from lemoe.errors import AdaptorError
 from lemoe.routing.anchor.anchors import Anchors
 
+pytestmark = pytest.mark.versions
+
 Tiny = Callable[[str], lemoe.BaseModel]
 Taught = Callable[[str], lemoe.AdaptorState]
 SettingsOf = Callable[..., lemoe.Settings]

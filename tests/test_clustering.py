@@ -17,6 +17,8 @@ from lemoe.planning import clustering
 from lemoe.planning.clustering import Vectors, clustered
 from lemoe.planning.plan import cohesion_of, embed_prompts, similarity_of
 
+pytestmark = pytest.mark.versions
+
 SettingsOf = Callable[..., lemoe.Settings]
 
 KINDS = ("was born in", "works for the", "plays", "died near", "is married to", "likes to eat", "has a house in")

@@ -21,6 +21,8 @@ from lemoe.routing.key_router import KeyRouter
 from lemoe.runs.engines import local
 from lemoe.training.rounds import train_round
 
+pytestmark = pytest.mark.versions
+
 Tiny = Callable[[str], lemoe.BaseModel]
 Edited = Callable[[str], lemoe.AdaptorState]
 SettingsOf = Callable[..., lemoe.Settings]
