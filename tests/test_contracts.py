@@ -317,7 +317,7 @@ def test_two_equal_runs_give_equal_files(
         lemoe.edit(tiny(family), facts[:4], paper(steps=2), tmp_path / name)
     one, two = files_of(tmp_path / "one"), files_of(tmp_path / "two")
     rounds = {"rounds/0001.safetensors", "rounds/0002.safetensors"}
-    assert set(one) == {"plan.yaml", "adaptor.safetensors", "README.md", *rounds}
+    assert set(one) == {"run.yaml", "plan.yaml", "adaptor.safetensors", "README.md", *rounds}
     assert one == two
 
 
