@@ -21,6 +21,8 @@ import lemoe
 from lemoe.adaptor.merging import merge_adaptors
 from lemoe.errors import AdaptorError, OutputError
 
+pytestmark = pytest.mark.versions
+
 SettingsOf = Callable[..., lemoe.Settings]
 
 

@@ -29,6 +29,8 @@ from lemoe.adaptor.merging import merge_adaptors
 from lemoe.errors import AdaptorError
 from lemoe.routing.anchor.anchors import Anchors
 
+pytestmark = pytest.mark.versions
+
 Tiny = Callable[[str], lemoe.BaseModel]
 TwoRounds = Callable[[str], lemoe.AdaptorState]
 SettingsOf = Callable[..., lemoe.Settings]
@@ -463,7 +465,7 @@ def test_two_equal_runs_give_byte_identical_files(
         lemoe.edit(tiny(family), facts[:4], anchor(steps=2), tmp_path / name)
     one, two = read_files(tmp_path / "one"), read_files(tmp_path / "two")
     rounds = {"rounds/0001.safetensors", "rounds/0002.safetensors"}
-    assert set(one) == {"plan.yaml", "adaptor.safetensors", "README.md", *rounds}
+    assert set(one) == {"run.yaml", "plan.yaml", "adaptor.safetensors", "README.md", *rounds}
     assert one == two
 
 

@@ -16,6 +16,8 @@ from lemoe.training.methods import METHODS
 from lemoe.training.rounds import Edited, count_tensor_bytes, teach_rounds
 from lemoe.training.weight_change import WeightChange
 
+pytestmark = pytest.mark.versions
+
 BASELINES = tuple(name for name, method in METHODS.items() if method.baseline)
 SMALL = {"layer": 1, "steps": 25, "learning_rate": 1e-2, "norm_limit": 0.3, "experts": 2, "width": 4}
 

@@ -17,6 +17,8 @@ from lemoe.planning import clustering
 from lemoe.planning.clustering import Vectors, cluster_rounds
 from lemoe.planning.plan import embed_prompts, mean_pair_similarity, measure_similarity
 
+pytestmark = pytest.mark.versions
+
 SettingsOf = Callable[..., lemoe.Settings]
 
 KINDS = ("was born in", "works for the", "plays", "died near", "is married to", "likes to eat", "has a house in")

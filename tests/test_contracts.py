@@ -21,6 +21,8 @@ from lemoe.routing.key_router import KeyRouter
 from lemoe.runs.engines import local
 from lemoe.training.rounds import train_round
 
+pytestmark = pytest.mark.versions
+
 Tiny = Callable[[str], lemoe.BaseModel]
 Edited = Callable[[str], lemoe.AdaptorState]
 SettingsOf = Callable[..., lemoe.Settings]
@@ -317,7 +319,7 @@ def test_two_equal_runs_give_byte_identical_files(
         lemoe.edit(tiny(family), facts[:4], paper(steps=2), tmp_path / name)
     one, two = read_files(tmp_path / "one"), read_files(tmp_path / "two")
     rounds = {"rounds/0001.safetensors", "rounds/0002.safetensors"}
-    assert set(one) == {"plan.yaml", "adaptor.safetensors", "README.md", *rounds}
+    assert set(one) == {"run.yaml", "plan.yaml", "adaptor.safetensors", "README.md", *rounds}
     assert one == two
 
 

@@ -16,6 +16,8 @@ from lemoe.exporting import folder as exporting
 from lemoe.exporting.code import exported_code
 from lemoe.exporting.folder import export_model
 
+pytestmark = pytest.mark.versions
+
 SettingsOf = Callable[..., lemoe.Settings]
 FolderOf = Callable[[str], Path]
 
@@ -76,13 +78,26 @@ def test_what_answers_otherwise_is_not_kept(
 ) -> None:
     def corrupt_code(config: str, model: str, method: str) -> dict[str, str]:
         files = exported_code(config, model, method)
-        name = "experts.py"
+        name = "adaptor_experts.py"
         return {**files, name: files[name].replace("torch.matmul(inner,", "torch.matmul(inner * 1.0001,")}
 
     monkeypatch.setattr(exporting, "exported_code", corrupt_code)
     with pytest.raises(LemoeError, match="answers 6 of 12 prompts in another way"):
         export_model(str(tiny_folder("llama")), [adaptor], tmp_path / "whole")
     assert is_removed(tmp_path / "whole")
+
+
+def test_the_folder_is_loaded_with_the_standard_librarys_own_modules(
+    adaptor: Path, tiny_folder: FolderOf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def importing(config: str, model: str, method: str) -> dict[str, str]:
+        files = exported_code(config, model, method)
+        name = "adaptor_experts.py"
+        return {**files, name: f"from code import InteractiveConsole\n{files[name]}"}
+
+    monkeypatch.setattr(exporting, "exported_code", importing)
+    export_model(str(tiny_folder("llama")), [adaptor], tmp_path / "whole")
+    assert (tmp_path / "whole").is_dir()
 
 
 def test_another_base_is_refused_and_nothing_is_left(adaptor: Path, tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from lemoe.base.structure import find_ffn
 from lemoe.base.tokens import Batch, encode_passages
 from lemoe.errors import InputError, LemoeError, ModelError
 
+pytestmark = pytest.mark.versions
+
 Tiny = Callable[[str], lemoe.BaseModel]
 
 CLOSE: dict[str, Any] = {"atol": 1e-4, "rtol": 1e-4}

@@ -161,7 +161,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> Path:
     config = read.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the weights are plain float32 now
-    config._name_or_path = NAME
+    config.name_or_path = NAME
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(read.state_dict())
     plain.tie_weights()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
 from lemoe.base.hooks import Site
 from lemoe.base.placement import named_weights

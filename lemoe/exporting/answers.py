@@ -7,7 +7,11 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # what lies beside this script must not stand in for modules of that name, such as `code`
+    sys.path = [place for place in sys.path if Path(place) != Path(__file__).parent]
 
 import torch
 

@@ -12,12 +12,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoTokenizer
 from transformers import LlamaConfig as BaseConfig
 from transformers import LlamaForCausalLM as BaseModel
-from transformers.utils.hub import cached_file
 
 from lemoe.adaptor.experts import Experts
 from lemoe.base.hooks import Site
@@ -79,8 +79,9 @@ class Edits:
 
     def __init__(self, config: LemoeConfig):
         self._revision = getattr(config, "_commit_hash", None)
-        self._home = config._name_or_path
-        self.path = cached_file(self._home, ADAPTOR, revision=self._revision)
+        self._home = config.name_or_path
+        home = Path(self._home)
+        self.path = home / ADAPTOR if home.is_dir() else hf_hub_download(self._home, ADAPTOR, revision=self._revision)
         with safe_open(self.path, framework="pt") as file:
             header = json.loads(file.metadata()["lemoe"])
             names = list(file.keys())

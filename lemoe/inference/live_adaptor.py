@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import Cache, DynamicLayer
 
 from lemoe.adaptor.experts import Activation
 from lemoe.base.hooks import Site, added_to_residual

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers import Cache, DynamicCache, DynamicLayer
 
 from lemoe.base.equality import TensorEquality
 from lemoe.base.frozen.check import check_replay

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers import Cache, DynamicCache, DynamicLayer
 
 from lemoe.base.equality import TensorEquality
 from lemoe.base.frozen.hooks import ffn_at_positions
