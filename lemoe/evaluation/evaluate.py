@@ -226,7 +226,7 @@ def _is_same_answer(one: str, other: str) -> bool:
 
 
 def _encode_generation_prompts(base: BaseModel, edits: Sequence[Edit]) -> list[tuple[int, ...]]:
-    """Tokens of the distinct prompts to write on from, cut on the left to leave room for the text."""
+    """Tokens of the distinct prompts to continue, cut on the left to leave room for the text."""
     asked = [(edit, prompt) for edit in edits for prompt in edit.generation or (edit.prompt,)]
     passages = encode_passages(base, [(f"generation prompt of edit {edit.id}", prompt, None) for edit, prompt in asked])
     room = None if base.max_length is None else max(1, base.max_length - FLUENCY_TOKENS)

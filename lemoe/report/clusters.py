@@ -13,7 +13,7 @@ from lemoe.data.edits import Edit
 from lemoe.planning.plan import Similarity, embed_prompts, mean_pair_similarity, measure_similarity
 from lemoe.report.rounds import pick_evenly
 
-ROUNDS_DRAWN = 12  # more cannot be told apart
+ROUNDS_DRAWN = 12  # more cannot be distinguished by colour
 POINTS_DRAWN = 600
 
 Point = tuple[float, float]

@@ -115,9 +115,9 @@ def _render_failure(failure: Failure) -> str:
     """An item of a list."""
     answers = (("expected", failure.expected), ("before", failure.before), ("after", failure.after))
     why = f"{failure.why}; {failure.scores}" if failure.scores else failure.why
-    told = [f"{name} {_wrap_code(_cut_answer(text)) or '–'}" for name, text in answers]
-    told[-1] += f" ({format_percent(failure.accuracy)} of the tokens)"
-    return f"1. {_wrap_code(failure.prompt)}<br>{', '.join(told)}<br>{_wrap_code(why)}"
+    parts = [f"{name} {_wrap_code(_cut_answer(text)) or '–'}" for name, text in answers]
+    parts[-1] += f" ({format_percent(failure.accuracy)} of the tokens)"
+    return f"1. {_wrap_code(failure.prompt)}<br>{', '.join(parts)}<br>{_wrap_code(why)}"
 
 
 def _cut_answer(text: str) -> str:

@@ -34,7 +34,7 @@ class MixtureGate(TensorEquality, Router):
     top_k: int
 
     def route(self, embeddings: Tensor, prompt: Tensor) -> Routing:
-        """The route of each token of `embeddings` `[batch, seq, hidden]`, `prompt` `[batch, hidden]` being its prompt's."""
+        """The route of each of `embeddings` `[batch, seq, hidden]`, given that of its `prompt` `[batch, hidden]`."""
         tokens = rms_normalise(embeddings.float())
         both = torch.cat([tokens, prompt.unsqueeze(1).expand_as(tokens)], -1)
         gate = (both @ self.weight.T / both.shape[-1] ** 0.5).softmax(-1)
