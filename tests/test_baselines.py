@@ -71,11 +71,11 @@ def test_the_base_is_what_it_was_when_teaching_breaks_off(
 ) -> None:
     weights = hash_weights(base)
 
-    def stop(step: object) -> None:
+    def interrupt_training(step: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        next(teach_rounds(base, [facts[:2]], make_settings(method), stop))
+        next(teach_rounds(base, [facts[:2]], make_settings(method), interrupt_training))
     assert hash_weights(base) == weights
 
 

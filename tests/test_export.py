@@ -90,12 +90,12 @@ def test_what_answers_otherwise_is_not_kept(
 def test_the_folder_is_loaded_with_the_standard_librarys_own_modules(
     adaptor: Path, tiny_folder: FolderOf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def importing(config: str, model: str, method: str) -> dict[str, str]:
+    def add_import(config: str, model: str, method: str) -> dict[str, str]:
         files = exported_code(config, model, method)
         name = "adaptor_experts.py"
         return {**files, name: f"from code import InteractiveConsole\n{files[name]}"}
 
-    monkeypatch.setattr(exporting, "exported_code", importing)
+    monkeypatch.setattr(exporting, "exported_code", add_import)
     export_model(str(tiny_folder("llama")), [adaptor], tmp_path / "whole")
     assert (tmp_path / "whole").is_dir()
 

@@ -31,10 +31,10 @@ def report(
 def test_the_embedded_model_is_loaded_from_the_cache(
     monkeypatch: pytest.MonkeyPatch, real_base: lemoe.BaseModel
 ) -> None:
-    def unexpected(*args: object, **kwargs: object) -> None:
+    def fail_subprocess(*args: object, **kwargs: object) -> None:
         raise AssertionError("a subprocess was started although the model is in the cache")
 
-    monkeypatch.setattr(subprocess, "run", unexpected)
+    monkeypatch.setattr(subprocess, "run", fail_subprocess)
     said: list[str] = []
     assert (embedded_folder(said.append) / "model.safetensors").is_file()
     assert said == []

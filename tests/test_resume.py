@@ -26,10 +26,10 @@ def make_unfinished(folder: Path, lost: str) -> None:
 
 
 def forbid_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    def train(*args: object, **kwargs: object) -> lemoe.AdaptorState:
+    def fail_training(*args: object, **kwargs: object) -> lemoe.AdaptorState:
         raise AssertionError("a round was trained")
 
-    monkeypatch.setattr(local, "train_round", train)
+    monkeypatch.setattr(local, "train_round", fail_training)
 
 
 class RecordedNotes(NullProgress):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given
+from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -84,7 +84,12 @@ steps = st.lists(
 )
 
 
+# What the first column of several names was taken for the prefix that ends there, once one column in front was cut:
+CUT_BY_ONE = [("read", 0, [PHRASES[0]]), ("cut in front", 1, [PHRASES[0]]), ("read", 0, [PHRASES[0]])]
+
+
 @given(steps, st.sampled_from([0, 20_000, 1 << 20]))
+@example([*CUT_BY_ONE, *(("read", 0, [phrase]) for phrase in PHRASES)], 1 << 20)
 @few_examples
 def test_whatever_is_done_to_the_cache_a_route_depends_on_its_tokens_alone(
     base: lemoe.BaseModel, stored: Anchors, done: list[tuple[str, int, list[str]]], cache_bytes: int

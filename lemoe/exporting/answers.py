@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # what lies beside this script must not stand in for modules of that name, such as `code`
-    sys.path = [place for place in sys.path if Path(place) != Path(__file__).parent]
+if __name__ == "__main__":  # the modules in this script's folder must not shadow others, such as the library's `code`
+    sys.path = [folder for folder in sys.path if Path(folder) != Path(__file__).parent]
 
 import torch
 

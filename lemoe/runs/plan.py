@@ -64,8 +64,8 @@ def select_new_edits(edits: Sequence[Edit], start: AdaptorState | None, progress
     Raises:
         InputError: if there is none.
     """
-    known = start.answering_digests if start else frozenset()
-    new = [edit for edit in edits if edit.digest not in known]
+    taught = start.answering_digests if start else frozenset()
+    new = [edit for edit in edits if edit.digest not in taught]
     if not new:
         raise InputError(f"all {len(edits)} edits are already in the adaptor to continue; there is nothing to teach")
     if len(new) < len(edits):

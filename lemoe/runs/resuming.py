@@ -61,8 +61,8 @@ def _list_differences(
         found = _describe_changes([(name, getattr(state.settings, name), getattr(settings, name)) for name in compared])
     if state.base.layer == layer:
         found += _base_differences(state, base.fingerprint(layer, settings.layer_path), start)
-    held = {digest for record in state.rounds for digest in record.edits}
-    if changed := [edit for edit in members if edit.digest not in held]:
+    trained_on = {digest for record in state.rounds for digest in record.edits}
+    if changed := [edit for edit in members if edit.digest not in trained_on]:
         found.append(f"edits: {join_labels(changed)}: not among those it was trained on")
     return found
 

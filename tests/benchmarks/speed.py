@@ -327,12 +327,12 @@ class PlainBatch:
 def plain_loss(
     base: lemoe.BaseModel, site: FFNSite, experts: TrainableExperts, batch: PlainBatch, noise: float
 ) -> Tensor:
-    def delta(inputs: Tensor) -> Tensor:
+    def compute_delta(inputs: Tensor) -> Tensor:
         normal = rms_normalise(inputs)
         normal = normal + noise * torch.randn_like(normal)
         return experts.scale * experts(normal, batch.owners) * batch.active.unsqueeze(-1)
 
-    with added_to_residual(site, delta):
+    with added_to_residual(site, compute_delta):
         logits = base.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False).logits
     row, column, label = batch.targets.unbind(1)
     return functional.cross_entropy(logits[row, column], label)
@@ -449,11 +449,11 @@ def record_read_tokens() -> Iterator[list[int]]:
     read: list[int] = []
     push = Route.push
 
-    def counting(route: Route, token: int) -> GateState:
+    def record_push(route: Route, token: int) -> GateState:
         read.append(token)
         return push(route, token)
 
-    with patch.object(Route, "push", counting):
+    with patch.object(Route, "push", record_push):
         yield read
 
 
@@ -490,7 +490,7 @@ def measure_overhead(base: lemoe.BaseModel, state: AdaptorState, ids: Tensor, to
     options = {"do_sample": False, "pad_token_id": base.pad_token_id, "eos_token_id": None}
     adaptor = lemoe.insert(base, state)
 
-    def run(new: int) -> float:
+    def time_generation(new: int) -> float:
         started = time.perf_counter()
         base.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, **options)
         return time.perf_counter() - started
@@ -499,9 +499,9 @@ def measure_overhead(base: lemoe.BaseModel, state: AdaptorState, ids: Tensor, to
     with adaptor:
         for _ in range(7):
             for new in (1, tokens):
-                times.setdefault((True, new), []).append(run(new))
+                times.setdefault((True, new), []).append(time_generation(new))
                 with adaptor.bypassed():
-                    times.setdefault((False, new), []).append(run(new))
+                    times.setdefault((False, new), []).append(time_generation(new))
     best = {key: statistics.median(values) for key, values in times.items()}
     prefill = best[True, 1] / best[False, 1] - 1
     decode = (best[True, tokens] - best[True, 1]) / (best[False, tokens] - best[False, 1]) - 1

@@ -71,13 +71,17 @@ class RouteCache:
         return found.copy() if found is not None and found.columns == columns else None
 
     def _find_prefix(self, cells: Ids, column: int) -> RoutedPrefix | None:
-        """The cached prefix that a column names: the one that ends with it, or the one that ends before it."""
-        name = cells[1:].astype("<i4").tobytes()
-        found = self._prefixes.get(name)
-        if found is None or not column <= found.columns <= column + 1:
-            return None
-        self._prefixes.move_to_end(name)
-        return found
+        """The cached prefix that a column names: the one that ends with it, or the one that ends before it.
+
+        Where columns were cut in front of it, it names no prefix of what is left.
+        """
+        stored = cells[1:].astype("<i4")
+        for name, columns in ((stored.tobytes(), column + 1), ((~stored).tobytes(), column)):
+            found = self._prefixes.get(name)
+            if found is not None and found.columns == columns:
+                self._prefixes.move_to_end(name)
+                return found
+        return None
 
     def store(self, prefixes: Iterable[RoutedPrefix]) -> None:
         """Cache these, and evict others as `max_bytes` requires."""
@@ -99,12 +103,12 @@ class RouteCache:
 def build_cells(ids: Ids, starts: Iterable[bytes], ends: Iterable[bytes]) -> Ids:
     """The cells of new columns for the KV cache, `[batch, seq, COLUMN_CELLS]`: ids, and names of prefixes.
 
-    The last column names the prefix that ends with it; the first of several names the prefix before it, from which a
-    sequence that is cropped in between is read again.
+    The last column names the prefix that ends with it; the first of several names, with all bits inverted, the prefix
+    before it, from which a sequence that is cropped in between is read again.
     """
     cells = numpy.zeros((*ids.shape, COLUMN_CELLS), numpy.int32)
     cells[..., 0] = ids
-    cells[:, 0, 1:] = _names_to_cells(starts)
+    cells[:, 0, 1:] = ~_names_to_cells(starts)
     cells[:, -1, 1:] = _names_to_cells(ends)
     return cells
 
