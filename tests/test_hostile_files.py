@@ -125,6 +125,7 @@ METADATA: dict[str, Callable[[Metadata], object]] = {
     "a width that is text": lambda m: m["base"].update(hidden="32"),
     "a base without a gate": lambda m: m["base"].update(gated=False),
     "a method that is not there": lambda m: m["settings"].update(method="../../presets/evil"),
+    "a method without a router": lambda m: m["settings"].update(method="ft"),
     "the other method": lambda m: m["settings"].update(method="paper"),
     "a threshold that is no number": lambda m: m["settings"].update(gate_conflict="NaN"),
     "an unknown setting": lambda m: m["settings"].update(command="rm"),

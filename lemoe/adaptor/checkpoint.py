@@ -189,12 +189,12 @@ def _build_state(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Te
         if {len(record.prompts), len(record.targets)} not in ({0}, {len(record.edits)}):
             raise ValueError("a round with more or fewer prompts or targets than edits")
     try:
-        values = coerce_settings(str(path), header["settings"])
+        values = coerce_settings("its settings", header["settings"])
         if values != header["settings"]:
             raise ValueError("settings of the wrong type")
         settings = Settings(**values)
     except InputError as error:
-        raise AdaptorError(str(error)) from None
+        raise AdaptorError(f"{path}: {error}") from None
     _check_tensors(path, base, rounds, settings, tensors)
     experts = Experts(
         tensors["experts.up"],
