@@ -5,7 +5,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -16,7 +15,7 @@ from lemoe.embedded import Notify
 from lemoe.errors import ModelError
 from lemoe.experts import DTYPES
 from lemoe.fingerprint import Fingerprint, ffn_sha256, tokenizer_sha256, weights_sha256
-from lemoe.placement import device_of, is_offloaded, own_weights, taken
+from lemoe.placement import device_of, own_weights, taken
 from lemoe.products import frozen_linear
 from lemoe.sources import ModelSource, resolve_model
 from lemoe.structure import FFNSite, find_ffn, find_layers, steps_after_layers
@@ -202,20 +201,7 @@ def load_base(
     except (OSError, ValueError, ImportError, RuntimeError, AssertionError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{source}: cannot be loaded: {reason}") from None
-    _check_hooks(model, source)
     return BaseModel(model.to(place) if device_map is None else model, tokenizer, source)
-
-
-def _check_hooks(model: PreTrainedModel, source: ModelSource) -> None:
-    """Refuse a model whose weights are away with nothing to bring them in.
-
-    So transformers before 5.13 leaves a model that is on disk as a whole.
-    """
-    if is_offloaded(model) and not any(hasattr(module, "_hf_hook") for module in model.modules()):
-        raise ModelError(
-            f"{source}: transformers {transformers.__version__} cannot run a model that is on disk as a whole: "
-            "keep a part of it on a device or cpu in the device map, or install transformers 5.13 or newer"
-        )
 
 
 def answer(base: BaseModel, prompt: str, max_new_tokens: int = 32) -> str:
