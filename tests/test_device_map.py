@@ -6,10 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers as hf
 from click.testing import CliRunner
 from conftest import FACTS
-from packaging.version import Version
 
 import lemoe
 from lemoe.adaptor.checkpoint import save_adaptor
@@ -28,8 +26,6 @@ Placement = Mapping[str, str | int]
 MODULES = {"embedding": "model.embed_tokens", "norm": "model.norm", "rotary": "model.rotary_emb", "head": "lm_head"}
 PROMPT = FACTS[0][1]
 EDITED = 1  # of three layers
-HOOKS_WHOLE = Version(hf.__version__) >= Version("5.13")  # transformers runs a model that is on disk as a whole
-needs_hooks = pytest.mark.skipif(not HOOKS_WHOLE, reason="this transformers runs no model that is on disk as a whole")
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +46,15 @@ def make_device_map(near: str | int, far: str | int, *parts: str | int) -> Place
     return {name: far if part in parts else near for part, name in (layers | {**MODULES}).items()}
 
 
-SPREADS = (
-    pytest.param((EDITED,), id="the edited layer"),
-    pytest.param((2,), id="the layer above"),
-    pytest.param((2, "norm", "head"), id="all above"),
-    pytest.param((0, 1, 2, *MODULES), id="all of it", marks=needs_hooks),
-)
+SPREADS: dict[str, tuple[str | int, ...]] = {
+    "the edited layer": (EDITED,),
+    "the layer above": (2,),
+    "all above": (2, "norm", "head"),
+    "all of it": (0, 1, 2, *MODULES),
+}
 
 
-@pytest.fixture(scope="module", params=SPREADS)
+@pytest.fixture(scope="module", params=list(SPREADS.values()), ids=list(SPREADS))
 def spread(
     request: pytest.FixtureRequest, tiny_folder: Callable[[str], Path], devices: tuple[str | int, str | int]
 ) -> lemoe.BaseModel:
@@ -98,7 +94,6 @@ def test_a_spread_model_has_the_fingerprint_of_the_model_on_one_device(
     assert offloaded_weights(spread) == before
 
 
-@needs_hooks
 @pytest.mark.parametrize("family", ["gemma2", "gpt2", "opt"])
 def test_tied_weights_on_disk_count_once(
     tiny: Callable[[str], lemoe.BaseModel], tiny_folder: Callable[[str], Path], family: str
@@ -202,14 +197,6 @@ def test_baselines_that_change_weights_refuse_a_model_with_weights_on_disk(
         list(rounds.teach_rounds(base, [facts[:1]], settings))
 
 
-@pytest.mark.skipif(HOOKS_WHOLE, reason="this transformers runs a model that is on disk as a whole")
-def test_a_model_that_is_on_disk_as_a_whole_is_refused_where_transformers_cannot_run_it(
-    tiny_folder: Callable[[str], Path],
-) -> None:
-    with pytest.raises(ModelError, match=r"cannot run a model that is on disk as a whole: .* 5\.13 or newer"):
-        lemoe.load_base(str(tiny_folder("llama")), device_map={"": "disk"})
-
-
 def test_a_map_together_with_a_device_or_one_that_does_not_fit_is_refused(tiny_folder: Callable[[str], Path]) -> None:
     folder = str(tiny_folder("llama"))
     with pytest.raises(ModelError, match="--device cpu and --device-map exclude each other"):
@@ -227,9 +214,8 @@ def test_the_command_line_spreads_a_model_as_the_memory_allows(
     lines = ({"prompt": edit.prompt, "target": edit.target, "subject": edit.subject} for edit in facts[:2])
     edits.write_text("".join(json.dumps(line) + "\n" for line in lines))
     if not torch.cuda.is_available():  # else the model fits into main memory
-        here = hf.integrations.accelerate
-        name = "accelerate_max_memory" if hasattr(here, "accelerate_max_memory") else "get_max_memory"  # before 5.4
-        monkeypatch.setattr(here, name, lambda given: {"cpu": 120_000})
+        here = "transformers.integrations.accelerate.accelerate_max_memory"
+        monkeypatch.setattr(here, lambda given: {"cpu": 120_000})
         assert offloaded_weights(lemoe.load_base(model, device_map="auto"))
     spread = ("--device-map", "auto")
     adaptor = tmp_path / "edits.lemoe" / "adaptor.safetensors"

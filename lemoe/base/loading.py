@@ -7,7 +7,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -25,7 +24,7 @@ from lemoe.base.fingerprint import (
 )
 from lemoe.base.head import ModelHead
 from lemoe.base.hooks import removed_on_exit
-from lemoe.base.placement import device_of, is_offloaded
+from lemoe.base.placement import device_of
 from lemoe.base.sources import ModelSource, resolve_model
 from lemoe.base.structure import FFNSite, find_ffn, find_layers, run_decoder
 from lemoe.base.tensors import DTYPES
@@ -241,20 +240,7 @@ def load_base(
         _check_special_tokens(model)
     except Exception as error:  # other libraries' readers raise anything on a broken file
         raise ModelError(f"{source}: cannot be loaded: {_describe_load_error(error)}") from None
-    _check_hooks(model, source)
     return BaseModel(model.to(target_device) if device_map is None else model, tokenizer, source)
-
-
-def _check_hooks(model: PreTrainedModel, source: ModelSource) -> None:
-    """Refuse a model whose weights are away with nothing to bring them in.
-
-    So transformers before 5.13 leaves a model that is on disk as a whole.
-    """
-    if is_offloaded(model) and not any(hasattr(module, "_hf_hook") for module in model.modules()):
-        raise ModelError(
-            f"{source}: transformers {transformers.__version__} cannot run a model that is on disk as a whole: "
-            "keep a part of it on a device or cpu in the device map, or install transformers 5.13 or newer"
-        )
 
 
 def answer(base: BaseModel, prompt: str, max_new_tokens: int = 32) -> str:
