@@ -8,7 +8,7 @@ from conftest import REPOSITORY
 from packaging.requirements import Requirement
 
 TORCH = "2.13.0"  # the one build for a CPU that a package index has for Linux
-UNBOUND = {"types-PyYAML", "types-psutil", "lemoe"}
+UNBOUND = {"types-PyYAML", "types-jsonschema", "types-psutil", "lemoe"}
 
 
 def requirements(*extras: str) -> dict[str, Requirement]:
