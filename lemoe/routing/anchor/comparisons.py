@@ -4,10 +4,10 @@ Both ways give the same numbers, bit for bit: sums run in the order of the words
 products.
 """
 
-from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -20,101 +20,74 @@ VECTORISED_FROM = 16  # anchors of one subject from which arrays are faster; see
 CACHED_VALUES = 1 << 23  # values that the cached arrays of all subjects may have together
 
 Values = NDArray[numpy.float64]
-MatchedWeights = Sequence[float] | Values  # matched weight of each anchor's question
 
 
-class Comparisons(ABC):
-    """The comparisons of one question with each anchor of a subject; an anchor's index is that in `numbers`."""
+@dataclass(frozen=True, eq=False)
+class Comparisons:
+    """One question, compared with each anchor of a subject; an anchor's index is that in `numbers`.
 
-    def __init__(self, numbers: Sequence[int]):
-        self.numbers = numbers  # the anchors' numbers in the gate, ascending
+    Attributes:
+        numbers: the anchors' numbers in the gate, ascending.
+        conflict, fit, matched, enough_evidence, meaning, score: `[anchors]`, see `Comparison`.
+        rank: `[anchors]`, by which one is chosen among those for which the gate opens.
+        evidence: `[anchors]`, what must rise for the gate to open again.
+    """
 
-    @abstractmethod
+    numbers: Sequence[int]
+    conflict: Values
+    fit: Values
+    matched: Values
+    enough_evidence: NDArray[numpy.bool_]
+    meaning: Values
+    score: Values
+    rank: Values
+    evidence: Values
+
     def comparison_with(self, index: int) -> Comparison:
         """The comparison with one anchor."""
+        conflict, fit, matched, meaning, score = (
+            float(values[index]) for values in (self.conflict, self.fit, self.matched, self.meaning, self.score)
+        )
+        return Comparison(conflict, fit, matched, bool(self.enough_evidence[index]), meaning, score)
 
-    @abstractmethod
-    def best_index(self, threshold: float) -> int | None:
-        """The index of the anchor with the best fit among those of at most this conflict; the latest of several."""
-
-    @abstractmethod
-    def nearest_index(self) -> int | None:
-        """The index of the anchor with the least conflict; the first of several."""
-
-    @abstractmethod
-    def most_matched(self, before: MatchedWeights | None) -> MatchedWeights:
-        """The matched weight of each anchor's question, now or `before`, whichever is higher."""
-
-    def fit_of(self, number: int) -> float | None:
-        """The fit of the anchor of this number; None if it is not one of the subject's."""
-        if number < 0:
-            return None
-        index = bisect_left(self.numbers, number)
-        found = index < len(self.numbers) and self.numbers[index] == number
-        return self.comparison_with(index).fit if found else None
-
-
-class PairwiseComparisons(Comparisons):
-    """Comparisons made pair by pair; most subjects have one anchor only."""
-
-    def __init__(self, numbers: Sequence[int], compared: Sequence[Comparison]):
-        super().__init__(numbers)
-        self._compared = compared
-
-    def comparison_with(self, index: int) -> Comparison:
-        return self._compared[index]
-
-    def best_index(self, threshold: float) -> int | None:
-        in_scope = [
-            index for index, each in enumerate(self._compared) if each.enough_evidence and each.conflict <= threshold
-        ]
+    def best_index(self) -> int | None:
+        """The index of the anchor of the highest rank among those that are in scope; the latest of several."""
+        in_scope = numpy.flatnonzero(self.enough_evidence & (self.score >= 0))
         if len(in_scope) < 2:
-            return in_scope[0] if in_scope else None
-        return max(in_scope, key=lambda index: (round(self._compared[index].fit, 3), index))
+            return int(in_scope[0]) if len(in_scope) else None
+        ranks = self.rank[in_scope]
+        best = round(float(ranks.max()), 3)
+        candidates = in_scope[ranks > best - 0.001][::-1].tolist()
+        return next(index for index in candidates if round(float(self.rank[index]), 3) == best)
 
     def nearest_index(self) -> int | None:
-        if len(self._compared) == 1:
-            return 0
-        return min(range(len(self._compared)), key=lambda index: self._compared[index].conflict, default=None)
+        """The index of the anchor of the highest score; the first of several."""
+        return int(self.score.argmax()) if len(self.score) else None
 
-    def most_matched(self, before: MatchedWeights | None) -> MatchedWeights:
-        if before is None:
-            return [each.matched for each in self._compared]
-        return [max(each.matched, earlier) for each, earlier in zip(self._compared, before, strict=True)]
+    def most_evidence(self, before: Values | None) -> Values:
+        """The evidence for each anchor, now or `before`, whichever is higher."""
+        return self.evidence if before is None else numpy.maximum(self.evidence, before)
+
+    def index_of(self, number: int) -> int | None:
+        """The index of the anchor of this number; None if it is not one of the subject's."""
+        index = bisect_left(self.numbers, number)
+        return index if number >= 0 and index < len(self.numbers) and self.numbers[index] == number else None
 
 
-class VectorisedComparisons(Comparisons):
-    """Comparisons as arrays: `conflict`, `fit`, `matched` and `enough_evidence`, each `[anchors]`."""
+@dataclass(frozen=True, eq=False)
+class WordComparisons:
+    """What words say of each anchor of a subject, each `[anchors]`; see `Comparison`."""
 
-    def __init__(
-        self,
-        numbers: Sequence[int],
-        conflict: Values,
-        fit: Values,
-        matched: Values,
-        enough_evidence: NDArray[numpy.bool_],
-    ):
-        super().__init__(numbers)
-        self._conflict, self._fit, self._matched, self._enough_evidence = conflict, fit, matched, enough_evidence
+    conflict: Values
+    fit: Values
+    matched: Values
+    enough_evidence: NDArray[numpy.bool_]
 
-    def comparison_with(self, index: int) -> Comparison:
-        conflict, fit, matched = (float(values[index]) for values in (self._conflict, self._fit, self._matched))
-        return Comparison(conflict, fit, matched, bool(self._enough_evidence[index]))
-
-    def best_index(self, threshold: float) -> int | None:
-        in_scope = numpy.flatnonzero(self._enough_evidence & (self._conflict <= threshold))
-        if not len(in_scope):
-            return None
-        fits = self._fit[in_scope]
-        best_fit = round(float(fits.max()), 3)
-        candidates = in_scope[fits > best_fit - 0.001][::-1].tolist()
-        return next(index for index in candidates if round(float(self._fit[index]), 3) == best_fit)
-
-    def nearest_index(self) -> int | None:
-        return int(self._conflict.argmin())
-
-    def most_matched(self, before: MatchedWeights | None) -> MatchedWeights:
-        return self._matched if before is None else numpy.maximum(self._matched, before)
+    @classmethod
+    def from_pairs(cls, compared: Sequence[Comparison]) -> "WordComparisons":
+        """Of comparisons made pair by pair."""
+        conflict, fit, matched = numpy.array([each[:3] for each in compared], numpy.float64).reshape(-1, 3).T
+        return cls(conflict, fit, matched, numpy.array([each.enough_evidence for each in compared], numpy.bool_))
 
 
 class ArrayCache:
@@ -146,8 +119,7 @@ class QuestionTable:
     sentence that grows by a word costs one comparison more.
     """
 
-    def __init__(self, numbers: Sequence[int], asked: Iterable[StoredQuestion], lexicon: Lexicon, cache: ArrayCache):
-        self._numbers = numbers
+    def __init__(self, asked: Iterable[StoredQuestion], lexicon: Lexicon, cache: ArrayCache):
         self._lexicon = lexicon
         self._cache = cache
         columns: dict[str, int] = {"": 0}  # an empty question has the empty word, which is similar to no other
@@ -174,7 +146,7 @@ class QuestionTable:
         for column, word in enumerate(self._distinct, 1):
             self._columns_by_stem.setdefault(lexicon.stem(word), []).append(column)
 
-    def compare(self, read: Question) -> VectorisedComparisons:
+    def compare(self, read: Question) -> WordComparisons:
         """All anchors' questions against the question read; see `lemoe.routing.anchor.questions.compare_questions`."""
         count = len(self._totals)
         most_similar = numpy.zeros(len(self._distinct) + 1)
@@ -195,7 +167,7 @@ class QuestionTable:
         fit = (matched + 1) / (total + 1) + (matched_read + 1) / (total_read + 1)
         shares = self._front_shares
         enough_evidence = (shares < 0.5) | ((total_read > 0) & (total_read >= MIN_EVIDENCE * total * shares))
-        return VectorisedComparisons(self._numbers, conflict, fit, matched, enough_evidence)
+        return WordComparisons(conflict, fit, matched, enough_evidence)
 
     def _compare_word(self, word: str) -> tuple[NDArray[Any], ...]:
         """Similarities of a word to each distinct word, and to each anchor's most similar word."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from lemoe.base.placement import own_weights
 from lemoe.base.token_bytes import token_bytes_reader
+from lemoe.routing.anchor.meaning import token_weight
 from lemoe.routing.anchor.words import fold_text, stem_word
 from lemoe.routing.router import Host
 
@@ -39,6 +40,7 @@ class Lexicon:
         self._similarities: dict[str, WordSimilarities] = {}
         self._compared = 0  # similarities worked out since the cache was last emptied
         self._token_bytes: dict[int, bytes] = {}
+        self._token_weights: dict[int, float] = {}
         self._stem: dict[str, str] = {}
 
     def decode_text(self, ids: Sequence[int]) -> str:
@@ -59,6 +61,13 @@ class Lexicon:
     def _compute_bytes(self, token: int) -> bytes:
         text = None if token in self._special else self._tokenizer.convert_ids_to_tokens(token)
         return b" " if text is None else self._decode_piece(text)
+
+    def token_weight(self, token: int) -> float:
+        """The weight of a token in what a question means; none for special tokens and space."""
+        weight = self._token_weights.get(token)
+        if weight is None:
+            weight = self._token_weights[token] = token_weight(token) if self.token_bytes(token).strip() else 0.0
+        return weight
 
     def stem(self, word: str) -> str:
         if word not in self._stem:

@@ -46,12 +46,16 @@ class Comparison(NamedTuple):
         fit: matched share of both questions, 0 to 2.
         matched: matched weight of the anchor's question.
         enough_evidence: whether enough was read to decide.
+        meaning: log-likelihood ratio (nats) of both asking the same; 0 where the gate compares words alone.
+        score: log odds that the edit is asked for, above the threshold: the gate opens from 0.
     """
 
     conflict: float
     fit: float
     matched: float
     enough_evidence: bool
+    meaning: float = 0.0
+    score: float = 0.0
 
 
 def compare_questions(stored: StoredQuestion, read: Question, lexicon: Lexicon) -> Comparison:

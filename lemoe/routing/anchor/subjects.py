@@ -21,6 +21,9 @@ class Mention:
 
     coverage: float
     positions: frozenset[int]
+    lowered: bool = False
+    misspelt: int = 0
+    neighbour: bool = False
 
 
 class Window(NamedTuple):

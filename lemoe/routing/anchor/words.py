@@ -128,6 +128,19 @@ class WordReader:
                 self._read_separator(char)
         return new_sentence
 
+    def push_token(self, token: bytes) -> tuple[bool, range]:
+        """Read one token's bytes.
+
+        Returns:
+            whether a new sentence began with it, and the positions of the words that it added letters to.
+        """
+        count, letters = len(self.words), len(self.words[-1].text) if self.words else 0
+        began = self.push(token)
+        if began:
+            count = 0
+        grown = count > 0 and len(self.words[count - 1].text) > letters
+        return began, range(count - 1 if grown else count, len(self.words))
+
     def _read_letters(self, char: str, letters: str) -> bool:
         capital = char.isupper() or char.isdigit()
         new_sentence = self._sentence_end == 2 and not self.growing and (capital or self._ends_surely)

@@ -24,7 +24,9 @@ from lemoe.base.tokens import encode_edits
 from lemoe.data.edits import Edit, digest_edits
 from lemoe.errors import ModelError
 from lemoe.routing.anchor.anchors import Anchors
+from lemoe.routing.anchor.fitting import fitted_meaning
 from lemoe.routing.anchor.gate import Anchor
+from lemoe.routing.anchor.meaning import Meaning
 from lemoe.settings import Settings
 from lemoe.training.anchor.batches import PositiveBatch, TrainingBatchBuilder, TrainingBatches
 from lemoe.training.steps import OnStep, Step
@@ -94,7 +96,9 @@ def train_round(
     anchors = [
         Anchor(passage.prompt, passage.target, edit.subject) for edit, passage in zip(edits, passages, strict=True)
     ]
-    builder = TrainingBatchBuilder(base, site, layer, settings, edits, passages, anchors, random.Random(torch_seed))
+    meaning = _choose_meaning(base, layer, before)
+    rng = random.Random(torch_seed)
+    builder = TrainingBatchBuilder(base, site, layer, settings, edits, passages, anchors, rng, meaning)
     width = settings.width or DEFAULT_WIDTH
     experts = TrainableExperts(len(edits), site, width, residual_scale(base, layer), settings.seed).to(base.device)
     generator = torch.Generator(base.device).manual_seed(torch_seed)
@@ -118,7 +122,16 @@ def train_round(
         base_differences=tuple(fingerprint.describe_differences(own_fingerprint)),
         routed=_count_routed(base, anchors, settings),
     )
-    return AdaptorState(fingerprint, settings, (record,), experts.to_experts(), Anchors.from_anchors(anchors))
+    router = Anchors.from_anchors(anchors, meaning, builder.keys)
+    return AdaptorState(fingerprint, settings, (record,), experts.to_experts(), router)
+
+
+def _choose_meaning(base: BaseModel, layer: int, before: AdaptorState | None) -> Meaning | None:
+    """How questions are read: as in the rounds before, so that these stack, or as fitted to the model."""
+    if before is None:
+        return fitted_meaning(base, layer)
+    assert isinstance(before.router, Anchors)
+    return before.router.meaning
 
 
 def training_seed(identity: str) -> int:
