@@ -48,6 +48,8 @@ class PairwiseRoute(Route):
         nearest: tuple[int, Mention, Comparison] | None = None
         fits: dict[int, float] = {}
         for subject, mention in self._mentions.items():
+            if not self._is_certain(subject, mention):
+                continue
             read = Question.from_words(question_words(self._reader.words, mention), self._gate.lexicon)
             for number in [n for n, of in enumerate(self._gate.subjects) if of == subject]:
                 compared = compare_questions(self._gate.stored_question(number), read, self._gate.lexicon)

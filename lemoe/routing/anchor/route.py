@@ -31,7 +31,7 @@ from lemoe.routing.anchor.comparisons import Comparisons, Values
 from lemoe.routing.anchor.gate import Gate, ReadQuestion
 from lemoe.routing.anchor.meaning import Vector
 from lemoe.routing.anchor.questions import Comparison, Question, question_words
-from lemoe.routing.anchor.subjects import Mention, Sentence
+from lemoe.routing.anchor.subjects import MIN_COVERAGE, Mention, Sentence
 from lemoe.routing.anchor.token_sums import TokenSums
 from lemoe.routing.anchor.words import Word, WordReader
 from lemoe.routing.router import Scope
@@ -65,6 +65,7 @@ class GateState:
 # Upper bounds of a route's memory: in all, and for each word, mention and partial mention; see `test_route_cache.py`.
 ROUTE_BYTES, WORD_BYTES, MENTION_BYTES, PARTIAL_BYTES = 3072, 160, 640, 160
 
+PLAIN_WEIGHT = 8.0  # a capitalised subject of less weight must have a capital in the text too
 CONJUNCTIONS = frozenset("and und et y".split())  # at the start of a sentence: the question goes on about its subject
 REFERENCES = CONJUNCTIONS | frozenset(
     "he she it they him her them his hers its their theirs er sie es ihr ihre sein seine il elle ils elles son sa ses "
@@ -89,7 +90,9 @@ class Route:
         self._discard_evidence = False  # what was read last is a target, no new evidence
         self._opened_at = -1  # index of the token on which the gate opened or switched
         self._word_started_at = -1  # index of the first token of the last word
-        self._last_seen: tuple[int, int] | None = None  # words of the sentence, and letters of the last one
+        self._last_seen: tuple[int, int, bool] | None = (
+            None  # words of the sentence, letters of the last, if it may grow
+        )
         self._mentions: dict[int, Mention] = {}  # by the subject's number
         self._partial: dict[int, int] = {}  # position of a word of each subject that is not yet mentioned
         self._evidence: dict[int, Values] = {}  # the most for each anchor, by the subject's number
@@ -176,7 +179,7 @@ class Route:
     def _has_new_letters(self, time: int) -> bool:
         """Whether the last token added a word to the sentence or letters to its last word."""
         words = self._reader.words
-        seen = (len(words), len(words[-1].text)) if words else None
+        seen = (len(words), len(words[-1].text), self._reader.growing) if words else None
         if seen is None or seen == self._last_seen:
             return False
         if self._last_seen is None or self._last_seen[0] != seen[0]:
@@ -189,8 +192,11 @@ class Route:
         words, last = self._reader.words, len(self._reader.words) - 1
         sentence = Sentence(words, self._gate.lexicon, growing=self._reader.growing)
         subjects = self._gate.index.subjects
-        for number in [number for number, mention in self._mentions.items() if last in mention.positions]:
-            found = subjects[number].mention_at(sentence, last) or self._refer_to(number, last)
+        for number in [number for number, mention in self._mentions.items() if mention.is_beside(last)]:
+            positions = self._mentions[number].positions
+            subject, end = subjects[number], min(last, max(positions))
+            found = subject.mention_at(sentence, end) or subject.find_mention(sentence)
+            found = found or self._refer_to(number, min(positions))
             if found:
                 self._mentions[number] = found
             else:
@@ -198,11 +204,10 @@ class Route:
         candidates = self._gate.index.find_candidates(words)
         self._complete_partial_mentions(sentence, words[-2:] if time == self._word_started_at else words[-1:])
         for number in candidates:
-            if number in self._mentions:
-                continue
-            if found := subjects[number].mention_at_end(sentence):
-                self._mentions[number] = found
-            elif len(subjects[number].words) > 1:
+            found = subjects[number].mention_at_end(sentence)
+            if found:
+                self._keep_stronger(number, found)
+            if len(subjects[number].words) > 1 and (found is None or found.coverage < MIN_COVERAGE):
                 self._partial[number] = last
         if self._topics and words[last].text in REFERENCES:
             for number in self._topics.keys() - self._mentions.keys():
@@ -221,6 +226,11 @@ class Route:
             return None
         return replace(topic, positions=frozenset([position]))
 
+    def _keep_stronger(self, number: int, found: Mention) -> None:
+        known = self._mentions.get(number)
+        if known is None or found.strength >= known.strength:
+            self._mentions[number] = found
+
     def _complete_partial_mentions(self, sentence: Sentence, fresh: Sequence[Word]) -> None:
         """Look again for subjects of which a part was read, if one of the `fresh` words may belong to the rest.
 
@@ -229,11 +239,12 @@ class Route:
         last = len(sentence.words) - 1
         for number, position in list(self._partial.items()):
             subject = self._gate.index.subjects[number]
-            if position == last or number in self._mentions or last - position > subject.max_gap:
+            if position == last or last - position > subject.max_gap:
                 del self._partial[number]
             elif any(subject.may_contain(word) for word in fresh) and (found := subject.mention_at(sentence, position)):
-                self._mentions[number] = found
-                del self._partial[number]
+                self._keep_stronger(number, found)
+                if found.coverage >= MIN_COVERAGE:
+                    del self._partial[number]
 
     def _withdraw_mention(self, subject: int) -> None:
         """Drop a mention whose word grew into another one, and shut the gate if it opened on that word."""
@@ -278,6 +289,8 @@ class Route:
         asked: dict[frozenset[int], ReadQuestion] = {}
         answered = self._answer_positions()
         for subject, mention in self._mentions.items():
+            if self._gate.meaning is None and not self._is_certain(subject, mention):
+                continue
             read = asked.get(mention.positions)
             if read is None:
                 read = asked[mention.positions] = self._read_question(mention, answered)
@@ -286,6 +299,9 @@ class Route:
             self._evidence[subject] = found.most_evidence(before)
             yield subject, mention, found, before
 
+    def _is_certain(self, subject: int, mention: Mention) -> bool:
+        plain = mention.lowered and self._gate.index.subjects[subject].total_weight < PLAIN_WEIGHT
+        return mention.coverage >= MIN_COVERAGE and not mention.neighbour and not plain
     def _answer_positions(self) -> frozenset[int]:
         """Positions of the words of the active edit's target that were read since the gate opened."""
         if self._state.edit < 0 or self._gate.meaning is None:

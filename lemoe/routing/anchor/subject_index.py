@@ -7,9 +7,11 @@ from itertools import combinations, permutations
 from lemoe.routing.anchor.lexicon import Lexicon
 from lemoe.routing.anchor.subjects import MIN_COVERAGE, Subject
 from lemoe.routing.anchor.vocabulary import Vocabulary
+from lemoe.routing.anchor.word_forms import MISSPELT
 from lemoe.routing.anchor.words import Word, needs_exact_match
 
 PAIR_WINDOW = 6  # words before a word among which another one of its subject is looked for
+ENDING_WORDS = 4  # last words, by which a subject in a script without spaces is looked up
 MAX_SUBJECT_WORDS = 256  # a longer subject is not indexed, since pairs of words grow with their square
 
 Posting = int | Sequence[int]  # numbers of subjects; a bare one for the most keys, which saves their lists
@@ -28,6 +30,9 @@ class SubjectIndex:
         self._vocabulary = Vocabulary()
         self._numbers: dict[tuple[str, ...], int] = {}
         self._by_word: Postings = {}  # by the stem of a word that can be a mention by itself
+        self._by_imperfect_word: Postings = {}  # by such a word itself
+        self._by_joined: Postings = {}  # by all of its few words, written as one
+        self._by_ending: Postings = {}  # by its last words, in a script without spaces
         self._by_pair: dict[str, Postings] = defaultdict(dict)  # by two stems, in alphabetical order
         self._by_imperfect_pair: dict[str, Postings] = defaultdict(dict)  # by a stem and another word's key
 
@@ -53,13 +58,19 @@ class SubjectIndex:
 
     def _index_subject(self, subject: Subject, number: int) -> None:
         """Store a subject by words, and pairs of words near each other, so that every mention has one of these."""
+        if subject.contiguous:
+            _add_posting(self._by_ending, " ".join(subject.words[-ENDING_WORDS:]), number)
+            return
         stems, weights = subject.stems, subject.weights
         order = sorted(range(len(stems)), key=lambda index: -weights[index])
         min_weight = MIN_COVERAGE * subject.total_weight
-        if weights[order[0]] >= min_weight:
-            _add_posting(self._by_word, stems[order[0]], number)
-        if 1 < len(stems) <= 3:
-            _add_posting(self._by_word, subject.joined, number)
+        if len(stems) <= 3:
+            _add_posting(self._by_joined, subject.joined, number)
+        alone = {order[0]} if weights[order[0]] >= min_weight else set[int]()
+        for index in alone | ({subject.surname} if subject.surname >= 0 else set()):
+            _add_posting(self._by_word, stems[index], number)
+        if alone and not subject.exact[order[0]] and MISSPELT * weights[order[0]] >= min_weight:
+            _add_posting(self._by_imperfect_word, self._vocabulary.add(subject.words[order[0]])[0], number)
         heavy = _words_needed_in_pairs(order, weights, min_weight)
         for first, second in {_sort_pair(stems[one], stems[other]) for one, other in combinations(heavy, 2)}:
             _add_posting(self._by_pair[first], second, number)
@@ -73,9 +84,14 @@ class SubjectIndex:
         word = words[-1]
         stemmed = self._lexicon.stem(word.text)
         yield self._by_word.get(stemmed, ())
+        yield self._by_joined.get(word.text, ())
+        if self._by_imperfect_word:
+            yield from _shared_postings(self._by_imperfect_word, self._vocabulary.similar_words(word))
+        if self._by_ending:
+            yield from self._find_endings(words)
         if len(words) < 2:
             return
-        yield self._by_word.get(words[-2].text + word.text, ())
+        yield self._by_joined.get(words[-2].text + word.text, ())
         own_postings, keys = self._by_imperfect_pair.get(stemmed), self._vocabulary.matching_keys(word)
         for before in words[-PAIR_WINDOW - 1 : -1]:
             other = self._lexicon.stem(before.text)
@@ -86,6 +102,11 @@ class SubjectIndex:
                 yield from _shared_postings(own_postings, self._vocabulary.matching_keys(before))
             if keys and (other_postings := self._by_imperfect_pair.get(other)):
                 yield from _shared_postings(other_postings, keys)
+
+    def _find_endings(self, words: Sequence[Word]) -> Iterator[Posting]:
+        last = [word.text for word in words[-ENDING_WORDS:]]
+        for first in range(len(last)):
+            yield self._by_ending.get(" ".join(last[first:]), ())
 
 
 def _add_posting(postings: Postings, key: str, number: int) -> None:
@@ -98,7 +119,7 @@ def _add_posting(postings: Postings, key: str, number: int) -> None:
         stored.append(number)
 
 
-def _shared_postings(postings: Postings, keys: set[str]) -> Iterator[Posting]:
+def _shared_postings(postings: Postings, keys: frozenset[str]) -> Iterator[Posting]:
     """The postings of any of the keys; iterates over the keys or the postings, whichever are fewer."""
     return map(postings.__getitem__, keys & postings.keys())
 
