@@ -160,9 +160,12 @@ class Route:
         words, last = self._reader.words, len(self._reader.words) - 1
         sentence = Sentence(words, self._gate.lexicon, growing=self._reader.growing)
         subjects = self._gate.index.subjects
-        for number in [number for number, mention in self._mentions.items() if mention.is_beside(last)]:
-            end = min(last, max(self._mentions[number].positions))
-            found = subjects[number].mention_at(sentence, end) or subjects[number].find_mention(sentence)
+        for number, mention in list(self._mentions.items()):
+            if last not in mention.positions:
+                if last - 2 in mention.positions or last - 1 in mention.positions:
+                    self._mentions[number] = subjects[number].look_behind(sentence, mention)
+                continue
+            found = subjects[number].mention_at(sentence, last) or subjects[number].find_mention(sentence)
             if found:
                 self._mentions[number] = found
             else:
