@@ -99,16 +99,7 @@ class SubjectIndex:
     def _find_postings(self, words: Sequence[Word]) -> Iterator[Posting]:
         word = words[-1]
         stemmed = self._lexicon.stem(word.text)
-        yield self._by_word.get(stemmed, ())
-        yield self._by_joined.get(word.text, ())
-        if len(words) < 2 or not begins_other_name(words[-2], word, self._lexicon):
-            yield self._by_surname.get(word.text, ())
-            yield self._by_surname.get(word.text.removesuffix("s"), ())
-        if self._by_imperfect_word:
-            for similar in map(self._vocabulary.similar_words, words[-2:]):  # the last but one is whole only now
-                yield from _shared_postings(self._by_imperfect_word, similar)
-        if self._by_ending:
-            yield from self._find_endings(words)
+        yield from self._find_whole(words, stemmed)
         if len(words) < 2:
             return
         yield self._by_joined.get(words[-2].text + word.text, ())
@@ -122,6 +113,21 @@ class SubjectIndex:
                 yield from _shared_postings(own_postings, self._vocabulary.matching_keys(before))
             if keys and (other_postings := self._by_imperfect_pair.get(other)):
                 yield from _shared_postings(other_postings, keys)
+
+    def _find_whole(self, words: Sequence[Word], stemmed: str) -> Iterator[Posting]:
+        """Subjects of which the last word, of this stem, may be a mention by itself, or ends one without spaces."""
+        word = words[-1]
+        yield self._by_word.get(stemmed, ())
+        yield self._by_joined.get(word.text, ())
+        if len(words) < 2 or not begins_other_name(words[-2], word, self._lexicon):
+            yield self._by_surname.get(word.text, ())
+            if word.text.endswith("s"):
+                yield self._by_surname.get(word.text[:-1], ())
+        if self._by_imperfect_word:
+            for similar in map(self._vocabulary.similar_words, words[-2:]):  # the last but one is whole only now
+                yield from _shared_postings(self._by_imperfect_word, similar)
+        if self._by_ending:
+            yield from self._find_endings(words)
 
     def _find_endings(self, words: Sequence[Word]) -> Iterator[Posting]:
         last = [word.text for word in words[-ENDING_WORDS:]]

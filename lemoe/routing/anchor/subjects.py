@@ -224,7 +224,7 @@ class Subject:
         if self.exact[index] or self.contiguous:
             return word.text == self.words[index]
         stemmed = self._lexicon.stem(word.text)
-        return any(stemmed == spelling[index] for spelling in self.spellings)
+        return stemmed == self.stems[index] or stemmed == self.spellings[-1][index]
 
     def _find_form(self, index: int, word: Word, *, growing: bool = False) -> WordForm | None:
         """The imperfect form of one of the subject's words that a word of a text is."""
