@@ -149,7 +149,7 @@ class LiveRouter(ABC):
         """The routes of new tokens, and their memory `[batch, 1, seq, k]`, which is kept in the KV cache."""
 
     def route_text(self, ids: Sequence[int], prompt: int, hidden: Tensor | None = None) -> Routing:
-        """The route of one text (token ids), with its states `[seq, hidden]`; the first `prompt` tokens are its prompt."""
+        """The route of a text (token ids) with its states `[seq, hidden]`; the first `prompt` tokens are its prompt."""
         tokens = torch.tensor([list(ids)], device=self.device)
         is_prompt = torch.arange(len(ids), device=self.device).unsqueeze(0) < prompt
         states = None if hidden is None else hidden.unsqueeze(0)

@@ -180,11 +180,13 @@ def _expected_of_meaning(
     """Shapes and types of the tensors of an adaptor that routes by meaning."""
     directions, offsets = tensors.get(f"{PREFIX}directions"), tensors.get("anchors.keys_offsets")
     rank = directions.shape[-1] if directions is not None and directions.dim() else 0
+    cohort = tensors.get(f"{PREFIX}cohort")
+    relations = cohort.shape[0] if cohort is not None and cohort.dim() else 0
     keys = int(offsets.flatten()[-1]) if offsets is not None and offsets.numel() else 0
     return {
         "anchors.keys": ((keys, rank), torch.float32),
         "anchors.keys_offsets": ((edits + 1,), torch.int64),
-        **Meaning.expected_tensors(hidden, rank),
+        **Meaning.expected_tensors(hidden, rank, relations),
     }
 
 

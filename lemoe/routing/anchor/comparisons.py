@@ -6,7 +6,7 @@ products.
 
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,14 @@ import numpy
 from numpy.typing import NDArray
 
 from lemoe.routing.anchor.lexicon import Lexicon, Vector
-from lemoe.routing.anchor.questions import MIN_EVIDENCE, Comparison, Question, StoredQuestion
+from lemoe.routing.anchor.questions import MIN_EVIDENCE, MIN_SAME_WORDS, Comparison, Question, StoredQuestion
 
 VECTORISED_FROM = 16  # anchors of one subject from which arrays are faster; see `tests/benchmarks/speed.py crowd`
 CACHED_VALUES = 1 << 23  # values that the cached arrays of all subjects may have together
 
 Values = NDArray[numpy.float64]
+Indices = NDArray[numpy.intp]
+Flags = NDArray[numpy.bool_]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,16 +30,13 @@ class Comparisons:
 
     Attributes:
         numbers: the anchors' numbers in the gate, ascending.
-        conflict, fit, matched, enough_evidence, meaning, score: `[anchors]`, see `Comparison`.
+        words: what words say; meaning, score: `[anchors]`, see `Comparison`.
         rank: `[anchors]`, by which one is chosen among those for which the gate opens.
         evidence: `[anchors]`, what must rise for the gate to open again.
     """
 
     numbers: Sequence[int]
-    conflict: Values
-    fit: Values
-    matched: Values
-    enough_evidence: NDArray[numpy.bool_]
+    words: "WordComparisons"
     meaning: Values
     score: Values
     rank: Values
@@ -45,14 +44,13 @@ class Comparisons:
 
     def comparison_with(self, index: int) -> Comparison:
         """The comparison with one anchor."""
-        conflict, fit, matched, meaning, score = (
-            float(values[index]) for values in (self.conflict, self.fit, self.matched, self.meaning, self.score)
+        return self.words.comparison_with(index)._replace(
+            meaning=float(self.meaning[index]), score=float(self.score[index])
         )
-        return Comparison(conflict, fit, matched, bool(self.enough_evidence[index]), meaning, score)
 
     def best_index(self) -> int | None:
         """The index of the anchor of the highest rank among those that are in scope; the latest of several."""
-        in_scope = numpy.flatnonzero(self.enough_evidence & (self.score >= 0))
+        in_scope = numpy.flatnonzero(self.words.enough_evidence & (self.score >= 0))
         if len(in_scope) < 2:
             return int(in_scope[0]) if len(in_scope) else None
         ranks = self.rank[in_scope]
@@ -81,13 +79,23 @@ class WordComparisons:
     conflict: Values
     fit: Values
     matched: Values
-    enough_evidence: NDArray[numpy.bool_]
+    enough_evidence: Flags
+    substituted: Flags
+
+    def comparison_with(self, index: int) -> Comparison:
+        """The comparison with one anchor."""
+        conflict, fit, matched = (float(values[index]) for values in (self.conflict, self.fit, self.matched))
+        return Comparison(conflict, fit, matched, bool(self.enough_evidence[index]), bool(self.substituted[index]))
 
     @classmethod
     def from_pairs(cls, compared: Sequence[Comparison]) -> "WordComparisons":
         """Of comparisons made pair by pair."""
         conflict, fit, matched = numpy.array([each[:3] for each in compared], numpy.float64).reshape(-1, 3).T
-        return cls(conflict, fit, matched, numpy.array([each.enough_evidence for each in compared], numpy.bool_))
+        enough_evidence, substituted = (
+            numpy.array([getattr(each, name) for each in compared], numpy.bool_)
+            for name in ("enough_evidence", "substituted")
+        )
+        return cls(conflict, fit, matched, enough_evidence, substituted)
 
 
 class ArrayCache:
@@ -119,7 +127,7 @@ class QuestionTable:
     sentence that grows by a word costs one comparison more.
     """
 
-    def __init__(self, asked: Iterable[StoredQuestion], lexicon: Lexicon, cache: ArrayCache):
+    def __init__(self, asked: Sequence[StoredQuestion], lexicon: Lexicon, cache: ArrayCache):
         self._lexicon = lexicon
         self._cache = cache
         columns: dict[str, int] = {"": 0}  # an empty question has the empty word, which is similar to no other
@@ -136,6 +144,8 @@ class QuestionTable:
             fronts.append(stored.front_share)
             for stemmed in stored.answer_stems:
                 answers.setdefault(stemmed, []).append(index)
+        self._stem_numbers: dict[str, int] = {}
+        self._by_length = self._number_stems([stored.question.stems for stored in asked])
         self._distinct = tuple(columns)[1:]
         self._words, self._starts = numpy.array(words, numpy.intp), numpy.array(starts, numpy.intp)
         self._anchor_of_word = numpy.repeat(numpy.arange(len(starts)), numpy.diff([*starts, len(words)]))
@@ -145,6 +155,16 @@ class QuestionTable:
         self._columns_by_stem: dict[str, list[int]] = {}
         for column, word in enumerate(self._distinct, 1):
             self._columns_by_stem.setdefault(lexicon.stem(word), []).append(column)
+
+    def _number_stems(self, questions: Sequence[Sequence[str]]) -> dict[int, tuple[Indices, Indices]]:
+        """By number of words: the indices of the questions that have as many, and their stems as numbers."""
+        rows: dict[int, list[list[int]]] = {}
+        indices: dict[int, list[int]] = {}
+        for index, stems in enumerate(questions):
+            numbers = [self._stem_numbers.setdefault(stemmed, len(self._stem_numbers)) for stemmed in stems]
+            rows.setdefault(len(stems), []).append(numbers)
+            indices.setdefault(len(stems), []).append(index)
+        return {length: (numpy.array(indices[length]), numpy.array(rows[length])) for length in rows}
 
     def compare(self, read: Question) -> WordComparisons:
         """All anchors' questions against the question read; see `lemoe.routing.anchor.questions.compare_questions`."""
@@ -167,7 +187,16 @@ class QuestionTable:
         fit = (matched + 1) / (total + 1) + (matched_read + 1) / (total_read + 1)
         shares = self._front_shares
         enough_evidence = (shares < 0.5) | ((total_read > 0) & (total_read >= MIN_EVIDENCE * total * shares))
-        return WordComparisons(conflict, fit, matched, enough_evidence)
+        return WordComparisons(conflict, fit, matched, enough_evidence, self._find_substituted(read.stems))
+
+    def _find_substituted(self, stems: Sequence[str]) -> Flags:
+        """`[anchors]`, whether a question is the same but for one word; see `are_one_word_apart`."""
+        substituted = numpy.zeros(len(self._totals), numpy.bool_)
+        if len(stems) >= MIN_SAME_WORDS and len(stems) in self._by_length:
+            indices, numbers = self._by_length[len(stems)]
+            read = numpy.array([self._stem_numbers.get(stemmed, -1) for stemmed in stems])
+            substituted[indices] = (numbers != read).sum(1) == 1
+        return substituted
 
     def _compare_word(self, word: str) -> tuple[NDArray[Any], ...]:
         """Similarities of a word to each distinct word, and to each anchor's most similar word."""

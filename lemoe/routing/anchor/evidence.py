@@ -8,15 +8,15 @@ import math
 from abc import ABC, abstractmethod
 
 import numpy
-from numpy.typing import NDArray
 
+from lemoe.routing.anchor.comparisons import Values, WordComparisons
 from lemoe.routing.anchor.meaning import SUBJECT_FEATURES
 from lemoe.routing.anchor.subjects import Mention, Subject
 
 MAX_RATIO = 20.0  # log-likelihood ratios (nats) beyond which more is no further evidence
+MAX_VOUCHED = 1.0  # score of words that do not conflict at all
+DOUBTS = slice(2, None)  # of `SUBJECT_FEATURES`, those that speak against a mention
 LIGHT_WEIGHT = 8.0  # a subject of less weight is made of common words
-
-Values = NDArray[numpy.float64]
 
 
 def subject_features(subject: Subject, mention: Mention, amount: float) -> tuple[float, ...]:
@@ -33,10 +33,10 @@ def subject_features(subject: Subject, mention: Mention, amount: float) -> tuple
     )
 
 
-def question_features(meaning: Values, conflict: Values, fit: Values, matched: Values) -> Values:
-    """`QUESTION_FEATURES` `[features, anchors]` of comparisons `[anchors]`."""
+def question_features(words: WordComparisons, meaning: Values, profile: Values) -> Values:
+    """`QUESTION_FEATURES` `[features, anchors]` of comparisons."""
     ratio = numpy.clip(meaning, -MAX_RATIO, MAX_RATIO)
-    return numpy.stack([ratio, numpy.log1p(numpy.maximum(conflict, 0)), fit, numpy.log1p(numpy.maximum(matched, 0))])
+    return numpy.stack([ratio, profile, numpy.log1p(numpy.maximum(words.conflict, 0)), words.substituted])
 
 
 Judgement = tuple[Values, Values, Values]
@@ -55,13 +55,16 @@ class Decision(ABC):
 
     def probability(self, score: float) -> float:
         """That an edit is asked for, by its score."""
-        return 1 / (1 + math.exp(-score))
+        return 1 / (1 + math.exp(-max(min(score, 500.0), -500.0)))
 
     @abstractmethod
-    def judge(
-        self, subject: tuple[float, ...], meaning: Values, conflict: Values, fit: Values, matched: Values
-    ) -> Judgement:
-        """Score, rank and evidence `[anchors]` of comparisons; see `Comparisons`. `subject`: `SUBJECT_FEATURES`."""
+    def judge(self, subject: tuple[float, ...], words: WordComparisons, meaning: Values, profile: Values) -> Judgement:
+        """Score, rank and evidence `[anchors]` of comparisons; see `Comparisons`.
+
+        Args:
+            subject: `SUBJECT_FEATURES`.
+            meaning, profile: `[anchors]`, log-likelihood ratio, and likeness to the relations that were fitted.
+        """
 
 
 class WordDecision(Decision):
@@ -73,14 +76,16 @@ class WordDecision(Decision):
     def __init__(self, threshold: float):
         self._threshold = threshold
 
-    def judge(
-        self, subject: tuple[float, ...], meaning: Values, conflict: Values, fit: Values, matched: Values
-    ) -> Judgement:
-        return self._threshold - conflict, fit, matched
+    def judge(self, subject: tuple[float, ...], words: WordComparisons, meaning: Values, profile: Values) -> Judgement:
+        return self._threshold - words.conflict, words.fit, words.matched
 
 
 class FittedDecision(Decision):
-    """Log odds by fitted weights, above those of `probability`; the likeliest is chosen."""
+    """Log odds by fitted weights, above those of `probability`; the likeliest is chosen.
+
+    Where the words do not conflict, these are enough: what a short or vague question means is too uncertain to
+    contradict them.
+    """
 
     margin = 0.25
     shut_below = -1.5
@@ -92,9 +97,11 @@ class FittedDecision(Decision):
     def probability(self, score: float) -> float:
         return super().probability(score + self._threshold)
 
-    def judge(
-        self, subject: tuple[float, ...], meaning: Values, conflict: Values, fit: Values, matched: Values
-    ) -> Judgement:
-        common = float(self._subject @ numpy.array(subject)) - self._threshold
-        score: Values = self._question @ question_features(meaning, conflict, fit, matched) + common
+    def judge(self, subject: tuple[float, ...], words: WordComparisons, meaning: Values, profile: Values) -> Judgement:
+        found = numpy.array(subject)
+        asked = self._question @ question_features(words, meaning, profile)
+        fitted = float(self._subject @ found) + asked - self._threshold
+        doubt = float(self._subject[DOUBTS] @ found[DOUBTS])
+        vouched = MAX_VOUCHED - words.conflict + doubt + self._question[-1] * words.substituted
+        score: Values = numpy.maximum(fitted, vouched)
         return score, score, score

@@ -33,7 +33,8 @@ from lemoe.data.files import write_atomically
 from lemoe.data.question_bank import ENGLISH_FORMS, KEY_FORMS, REMARK, Wording, digest_bank, read_question_bank
 from lemoe.errors import OutputError
 from lemoe.routing.anchor.anchors import get_lexicon
-from lemoe.routing.anchor.evidence import Decision, Judgement, Values, question_features
+from lemoe.routing.anchor.comparisons import Values, WordComparisons
+from lemoe.routing.anchor.evidence import Decision, Judgement, question_features
 from lemoe.routing.anchor.gate import Anchor, Gate
 from lemoe.routing.anchor.meaning import FEATURES, Meaning, Vector, build_projection
 from lemoe.routing.anchor.route import Route
@@ -44,8 +45,11 @@ RANK = 96  # directions that are kept
 FOLDS = 4
 DEPTH = 1 / 3  # relative depth of the layer that is read
 KEYS_SAME, KEYS_OTHER = 2, 4  # edits that each text is read with: of its own relation, and of others
-PREFIXES = 2  # beginnings of a text that must not open the gate
+PREFIXES = 2  # beginnings of a text that must not open the gate,
+PREFIX_SHARE = 0.15  # each of which counts this much of an example,
+REMARK_SHARE = 8.0  # and an edit with a remark, of which the bank has few, this much
 BATCH_TOKENS = 2048
+CHUNK = 2048  # texts whose hidden states are kept at once
 SEED = 0
 _SENTENCES_BEFORE = (
     "I have a question for you.",
@@ -98,7 +102,7 @@ def _read_cached(path: Path) -> Meaning | None:
     """The cached fit; None if the file is missing or damaged."""
     with suppress(OSError, SafetensorError, KeyError):
         fit = Meaning.from_tensors(load_file(path))
-        expected = {} if fit is None else Meaning.expected_tensors(len(fit.directions), fit.rank)
+        expected = {} if fit is None else Meaning.expected_tensors(len(fit.directions), fit.rank, len(fit.cohort))
         if fit is not None and all(tuple(fit.tensors()[name].shape) == shape for name, (shape, _) in expected.items()):
             return fit
     return None
@@ -201,9 +205,8 @@ def fit_meaning(base: BaseModel, layer: int, bank: Sequence[Wording]) -> Meaning
 
 def _read_texts(base: BaseModel, layer: int, texts: Sequence[BankText], for_weights: set[int]) -> Iterator[_ReadText]:
     gate = Gate(get_lexicon(base), threshold=0.0, slack=0)
-    chunk = 512
-    for first in range(0, len(texts), chunk):
-        part = texts[first : first + chunk]
+    for first in range(0, len(texts), CHUNK):
+        part = texts[first : first + CHUNK]
         states = read_layer_inputs(base, layer, [text.ids for text in part], BATCH_TOKENS)
         for index, (text, entered) in enumerate(zip(part, states, strict=True), first):
             normalised = functional.rms_norm(entered, entered.shape[-1:]).cpu()
@@ -227,10 +230,8 @@ class _Recorder(Decision):
     def __init__(self) -> None:
         self.seen: list[Values] = []
 
-    def judge(
-        self, subject: tuple[float, ...], meaning: Values, conflict: Values, fit: Values, matched: Values
-    ) -> Judgement:
-        asked = question_features(meaning, conflict, fit, matched)
+    def judge(self, subject: tuple[float, ...], words: WordComparisons, meaning: Values, profile: Values) -> Judgement:
+        asked = question_features(words, meaning, profile)
         self.seen.append(numpy.concatenate([numpy.repeat(numpy.array(subject)[:, None], len(meaning), 1), asked]).T)
         shut = numpy.full(len(meaning), -1.0)
         return shut, shut, shut
@@ -322,9 +323,10 @@ def _run_gate(
         yield recorder.seen[-1][index], True, 1.0
     earlier = rng.sample(recorder.seen[:-1], min(PREFIXES, len(recorder.seen) - 1))
     for index in range(len(same), len(same) + len(other)):
-        yield recorder.seen[-1][index], False, 1.0
+        share = REMARK_SHARE if text.wording.relation == REMARK else 1.0
+        yield recorder.seen[-1][index], False, share
         for seen in earlier:
-            yield seen[index], False, 0.25
+            yield seen[index], False, PREFIX_SHARE
 
 
 def _embed_mean(fit: Meaning, mean: NDArray[numpy.float64]) -> Vector:

@@ -5,9 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy
-from numpy.typing import NDArray
 
-from lemoe.routing.anchor.comparisons import VECTORISED_FROM, ArrayCache, Comparisons, QuestionTable, WordComparisons
+from lemoe.routing.anchor.comparisons import (
+    VECTORISED_FROM,
+    ArrayCache,
+    Comparisons,
+    QuestionTable,
+    Values,
+    WordComparisons,
+)
 from lemoe.routing.anchor.evidence import Decision, FittedDecision, WordDecision, subject_features
 from lemoe.routing.anchor.lexicon import Lexicon, infer_subject
 from lemoe.routing.anchor.meaning import Keys, Meaning, Vector
@@ -36,6 +42,25 @@ class ReadQuestion:
     words: Question
     meaning: Vector | None
     amount: float
+
+
+class SubjectKeys:
+    """The keys of all anchors of a subject."""
+
+    __slots__ = ("_keys", "_profiles", "_starts")
+
+    def __init__(self, meaning: Meaning, parts: Sequence[Vector]):
+        """Keys `[keys, rank]` of each anchor."""
+        embedded = numpy.concatenate(parts)
+        self._starts = numpy.cumsum([0, *map(len, parts[:-1])])
+        self._keys = Keys(meaning, embedded)
+        self._profiles = meaning.profile(embedded)
+
+    def compare(self, read: Vector, profile: Vector) -> tuple[Values, Values]:
+        """Log-likelihood ratio, and likeness of profile, of each anchor's nearest key to what was read `[rank]`."""
+        ratios, likeness = self._keys.compare(read), self._profiles @ profile
+        ratio, alike = (numpy.maximum.reduceat(values, self._starts) for values in (ratios, likeness))
+        return ratio.astype(numpy.float64), alike.astype(numpy.float64)
 
 
 class Gate:
@@ -72,7 +97,7 @@ class Gate:
         assert decision is not None
         self.decision = decision
         self._embedded: list[Vector] = []  # keys [keys, rank] of each anchor
-        self._keys: dict[int, tuple[Keys, NDArray[numpy.intp]]] = {}  # of each subject, and where each anchor's begin
+        self._keys: dict[int, SubjectKeys] = {}
         self.anchors: list[Anchor] = []
         self.subjects: list[int] = []  # number of each anchor's subject
         self.longest_prompt = 1  # in tokens
@@ -136,12 +161,9 @@ class Gate:
         """The question read about a mention of a subject against that of each of its anchors."""
         numbers = self._anchors_by_subject[subject]
         words = self._compare_words(subject, numbers, read.words)
-        meaning = self._compare_meaning(subject, numbers, read.meaning)
+        meaning, profile = self._compare_meaning(subject, numbers, read.meaning)
         features = subject_features(self.index.subjects[subject], mention, read.amount)
-        score, rank, evidence = self.decision.judge(features, meaning, words.conflict, words.fit, words.matched)
-        return Comparisons(
-            numbers, words.conflict, words.fit, words.matched, words.enough_evidence, meaning, score, rank, evidence
-        )
+        return Comparisons(numbers, words, meaning, *self.decision.judge(features, words, meaning, profile))
 
     def _compare_words(self, subject: int, numbers: Sequence[int], read: Question) -> WordComparisons:
         if len(numbers) < VECTORISED_FROM:
@@ -150,20 +172,17 @@ class Gate:
             )
         table = self._tables.get(subject)
         if table is None:
-            asked = map(self._build_question, numbers)
+            asked = [self._build_question(number) for number in numbers]
             table = self._tables[subject] = QuestionTable(asked, self.lexicon, self._arrays)
         return table.compare(read)
 
-    def _compare_meaning(self, subject: int, numbers: Sequence[int], read: Vector | None) -> NDArray[numpy.float64]:
-        """Of each anchor, the log-likelihood ratio of its key that is nearest to what was read."""
+    def _compare_meaning(self, subject: int, numbers: Sequence[int], read: Vector | None) -> tuple[Values, Values]:
+        """Of each anchor, the log-likelihood ratio and the likeness of profile of its nearest key to what was read."""
         if self.meaning is None or read is None or not numbers:
-            return numpy.zeros(len(numbers))
+            return numpy.zeros(len(numbers)), numpy.zeros(len(numbers))
         if subject not in self._keys:
-            parts = [self._embedded[number] for number in numbers]
-            starts = numpy.cumsum([0, *map(len, parts[:-1])])
-            self._keys[subject] = self.meaning.build_keys(numpy.concatenate(parts)), starts
-        keys, starts = self._keys[subject]
-        return numpy.maximum.reduceat(keys.compare(read), starts).astype(numpy.float64)
+            self._keys[subject] = SubjectKeys(self.meaning, [self._embedded[number] for number in numbers])
+        return self._keys[subject].compare(read, self.meaning.profile(read))
 
     def find_own_prompt(self, ids: Sequence[int]) -> int:
         """The number of the anchor whose whole prompt ends the tokens `ids`, -1 for none: the longest, then the latest.

@@ -28,7 +28,7 @@ COMMON_WEIGHT = 0.2  # and this much more
 Vector = NDArray[numpy.float32]
 PREFIX = "meaning."
 SUBJECT_FEATURES = ("bias", "amount", "missing", "lowered", "light", "misspelt", "neighbour")
-QUESTION_FEATURES = ("meaning", "conflict", "fit", "matched")
+QUESTION_FEATURES = ("meaning", "profile", "conflict", "substituted")
 FEATURES = (*SUBJECT_FEATURES, *QUESTION_FEATURES)  # what `Meaning.weights` weigh
 
 
@@ -48,6 +48,7 @@ class Meaning(TensorEquality):
         centre: `[rank]`, the mean of relations, after scaling to unit length.
         rotation: `[rank, rank]`, to axes on which wordings of one relation have variance 1 and no covariance.
         between: `[rank]`, variance of the relations on these axes.
+        cohort: `[relations, rank]`, the mean of each relation that was fitted, on these axes.
         weights: `[features]`, of the evidence; see `lemoe.routing.anchor.evidence`.
     """
 
@@ -57,6 +58,7 @@ class Meaning(TensorEquality):
     centre: Tensor
     rotation: Tensor
     between: Tensor
+    cohort: Tensor
     weights: Tensor
 
     @property
@@ -86,10 +88,6 @@ class Meaning(TensorEquality):
     def _arrays(self) -> tuple[Vector, Vector, Vector]:
         return self.origin.numpy(), self.centre.numpy(), self.rotation.numpy()
 
-    def build_keys(self, embedded: Vector) -> "Keys":
-        """The questions `[keys, rank]` as keys that others are compared with."""
-        return Keys(self, embedded)
-
     @cached_property
     def ratio_terms(self) -> tuple[Vector, Vector, float]:
         """Factors `[rank]` of the log-likelihood ratio for squares and for products, and its constant."""
@@ -99,12 +97,25 @@ class Meaning(TensorEquality):
         constant = float(numpy.log1p(between).sum() - 0.5 * numpy.log1p(2 * between).sum())
         return own.astype(numpy.float32), shared.astype(numpy.float32), constant
 
+    def profile(self, embedded: Vector) -> Vector:
+        """How alike the questions `[..., rank]` are to each fitted relation, as unit vectors `[..., relations]`."""
+        ratios = numpy.clip(self._cohort_keys.compare_all(embedded), -MAX_COHORT_RATIO, MAX_COHORT_RATIO)
+        centred = ratios - ratios.mean(-1, keepdims=True)
+        profile: Vector = centred / numpy.maximum(numpy.sqrt((centred**2).sum(-1, keepdims=True)), 1e-6)
+        return profile
+
+    @cached_property
+    def _cohort_keys(self) -> "Keys":
+        return Keys(self, self.cohort.numpy())
+
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors, as an adaptor file names them."""
         return {f"{PREFIX}{field.name}": getattr(self, field.name) for field in fields(self)}
 
     @classmethod
-    def expected_tensors(cls, hidden: int, rank: int) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+    def expected_tensors(
+        cls, hidden: int, rank: int, relations: int
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         """Shape and type of each of its tensors in an adaptor file."""
         shapes = {
             "layer": (1,),
@@ -113,6 +124,7 @@ class Meaning(TensorEquality):
             "centre": (rank,),
             "rotation": (rank, rank),
             "between": (rank,),
+            "cohort": (relations, rank),
             "weights": (len(FEATURES),),
         }
         types = {"layer": torch.int64}
@@ -134,6 +146,7 @@ class Meaning(TensorEquality):
         return all(bool(((one - two).abs() <= TOLERANCE * one.abs().max()).all()) for one, two in pairs)
 
 
+MAX_COHORT_RATIO = 40.0  # nats, to which the ratios of a profile are cut
 TOLERANCE = 0.02  # by which tensors of two fits may differ, as a share of the largest value
 
 
@@ -149,8 +162,13 @@ class Keys:
 
     def compare(self, question: Vector) -> Vector:
         """Log-likelihood ratio `[keys]` of each key asking the same as `question` `[rank]`, in nats."""
-        scores: Vector = self._factors @ question + (self._constants + numpy.float32((question**2) @ self._own))
-        return scores
+        ratios: Vector = self._factors @ question + (self._constants + numpy.float32((question**2) @ self._own))
+        return ratios
+
+    def compare_all(self, questions: Vector) -> Vector:
+        """The same `[..., keys]` of many questions `[..., rank]`."""
+        ratios: Vector = questions @ self._factors.T + self._constants + ((questions**2) @ self._own)[..., None]
+        return ratios
 
 
 def build_projection(layer: int, vectors: NDArray[numpy.float64], relations: Sequence[str], rank: int) -> Meaning:
@@ -187,6 +205,7 @@ def build_projection(layer: int, vectors: NDArray[numpy.float64], relations: Seq
         centre=_to_tensor(means.mean(0)),
         rotation=_to_tensor(rotation),
         between=_to_tensor(variances),
+        cohort=_to_tensor((means - means.mean(0)) @ rotation),
         weights=torch.zeros(len(FEATURES)),
     )
 

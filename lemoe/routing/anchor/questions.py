@@ -9,6 +9,7 @@ from lemoe.routing.anchor.subjects import Mention
 from lemoe.routing.anchor.words import Word
 
 MIN_EVIDENCE = 0.02  # weight that must be read, as a share of the anchor's question in front of its subject
+MIN_SAME_WORDS = 3  # words of questions that are the same but for one of them
 WORDS_BEFORE = 12  # words in front of a mention that belong to the question
 
 
@@ -46,6 +47,7 @@ class Comparison(NamedTuple):
         fit: matched share of both questions, 0 to 2.
         matched: matched weight of the anchor's question.
         enough_evidence: whether enough was read to decide.
+        substituted: whether the two are the same but for one word.
         meaning: log-likelihood ratio (nats) of both asking the same; 0 where the gate compares words alone.
         score: log odds that the edit is asked for, above the threshold: the gate opens from 0.
     """
@@ -54,6 +56,7 @@ class Comparison(NamedTuple):
     fit: float
     matched: float
     enough_evidence: bool
+    substituted: bool = False
     meaning: float = 0.0
     score: float = 0.0
 
@@ -85,7 +88,14 @@ def compare_questions(stored: StoredQuestion, read: Question, lexicon: Lexicon) 
     enough_evidence = stored.front_share < 0.5 or (
         total_read > 0 and total_read >= MIN_EVIDENCE * total * stored.front_share
     )
-    return Comparison(conflict, fit, matched, enough_evidence)
+    return Comparison(conflict, fit, matched, enough_evidence, are_one_word_apart(asked.stems, read.stems))
+
+
+def are_one_word_apart(stems: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether two questions of at least `MIN_SAME_WORDS` words are the same but for one: `father` for `mother`."""
+    if len(stems) != len(others) or len(stems) < MIN_SAME_WORDS:
+        return False
+    return sum(one != other for one, other in zip(stems, others, strict=True)) == 1
 
 
 def question_words(words: Sequence[Word], mention: Mention) -> list[str]:

@@ -192,11 +192,13 @@ class Route:
         words, last = self._reader.words, len(self._reader.words) - 1
         sentence = Sentence(words, self._gate.lexicon, growing=self._reader.growing)
         subjects = self._gate.index.subjects
-        for number in [number for number, mention in self._mentions.items() if mention.is_beside(last)]:
-            positions = self._mentions[number].positions
-            subject, end = subjects[number], min(last, max(positions))
-            found = subject.mention_at(sentence, end) or subject.find_mention(sentence)
-            found = found or self._refer_to(number, min(positions))
+        for number, mention in list(self._mentions.items()):
+            if last not in mention.positions:
+                if last - 2 in mention.positions or last - 1 in mention.positions:
+                    self._mentions[number] = subjects[number].look_behind(sentence, mention)
+                continue
+            found = subjects[number].mention_at(sentence, last) or subjects[number].find_mention(sentence)
+            found = found or self._refer_to(number, last)
             if found:
                 self._mentions[number] = found
             else:
@@ -302,6 +304,7 @@ class Route:
     def _is_certain(self, subject: int, mention: Mention) -> bool:
         plain = mention.lowered and self._gate.index.subjects[subject].total_weight < PLAIN_WEIGHT
         return mention.coverage >= MIN_COVERAGE and not mention.neighbour and not plain
+
     def _answer_positions(self) -> frozenset[int]:
         """Positions of the words of the active edit's target that were read since the gate opened."""
         if self._state.edit < 0 or self._gate.meaning is None:

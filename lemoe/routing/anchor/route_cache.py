@@ -1,8 +1,9 @@
 """A cache of routes by the prefix that was read: decoding reads each token once, whatever is done to the KV cache.
 
 A prefix's name is a hash over all its tokens, worked out from the name of the shorter prefix and the tokens since. It
-is stored beside the tokens (and what the base model makes of them) in the model's KV cache, which beam search, repeated
-rows, cropping and copies may reorder: the names there tell which prefix each sequence has. A prefix that was evicted is read again from its tokens.
+is stored beside the tokens, and what the base model makes of them, in the model's KV cache, which beam search, repeated
+rows, cropping and copies may reorder: the names there tell which prefix each sequence has. A prefix that was evicted is
+read again from its tokens.
 """
 
 from collections import OrderedDict

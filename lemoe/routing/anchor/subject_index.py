@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations, permutations
 
 from lemoe.routing.anchor.lexicon import Lexicon
+from lemoe.routing.anchor.neighbours import begins_other_name
 from lemoe.routing.anchor.subjects import MIN_COVERAGE, Subject
 from lemoe.routing.anchor.vocabulary import Vocabulary
 from lemoe.routing.anchor.word_forms import MISSPELT
@@ -30,6 +31,7 @@ class SubjectIndex:
         self._vocabulary = Vocabulary()
         self._numbers: dict[tuple[str, ...], int] = {}
         self._by_word: Postings = {}  # by the stem of a word that can be a mention by itself
+        self._by_surname: Postings = {}  # by a rare last word
         self._by_imperfect_word: Postings = {}  # by such a word itself
         self._by_joined: Postings = {}  # by all of its few words, written as one
         self._by_ending: Postings = {}  # by its last words, in a script without spaces
@@ -61,18 +63,32 @@ class SubjectIndex:
         if subject.contiguous:
             _add_posting(self._by_ending, " ".join(subject.words[-ENDING_WORDS:]), number)
             return
-        stems, weights = subject.stems, subject.weights
-        order = sorted(range(len(stems)), key=lambda index: -weights[index])
-        min_weight = MIN_COVERAGE * subject.total_weight
-        if len(stems) <= 3:
+        order = sorted(range(len(subject.stems)), key=lambda index: -subject.weights[index])
+        self._index_words(subject, number, order[0])
+        self._index_pairs(subject, number, order)
+
+    def _index_words(self, subject: Subject, number: int, heaviest: int) -> None:
+        """Store a subject by what can be a mention in one word: all of it, its heaviest word, or its surname."""
+        min_weight, weight = MIN_COVERAGE * subject.total_weight, subject.weights[heaviest]
+        if len(subject.words) <= 3:
             _add_posting(self._by_joined, subject.joined, number)
-        alone = {order[0]} if weights[order[0]] >= min_weight else set[int]()
-        for index in alone | ({subject.surname} if subject.surname >= 0 else set()):
-            _add_posting(self._by_word, stems[index], number)
-        if alone and not subject.exact[order[0]] and MISSPELT * weights[order[0]] >= min_weight:
-            _add_posting(self._by_imperfect_word, self._vocabulary.add(subject.words[order[0]])[0], number)
-        heavy = _words_needed_in_pairs(order, weights, min_weight)
-        for first, second in {_sort_pair(stems[one], stems[other]) for one, other in combinations(heavy, 2)}:
+        if subject.surname >= 0:
+            _add_posting(self._by_surname, subject.words[-1], number)
+        if weight >= min_weight:
+            for stemmed in {spelling[heaviest] for spelling in subject.spellings}:
+                _add_posting(self._by_word, stemmed, number)
+        if MISSPELT * weight >= min_weight and not subject.exact[heaviest]:
+            _add_posting(self._by_imperfect_word, self._vocabulary.add(subject.words[heaviest])[0], number)
+
+    def _index_pairs(self, subject: Subject, number: int, order: Sequence[int]) -> None:
+        """Store a subject by pairs of words near each other, of which a mention has one if not one word is enough."""
+        stems, min_weight = subject.stems, MIN_COVERAGE * subject.total_weight
+        heavy = _words_needed_in_pairs(order, subject.weights, min_weight)
+        indices = set(combinations(heavy, 2))
+        if subject.surname > 0:  # which is not looked up by itself behind a first name
+            indices.add((subject.surname - 1, subject.surname))
+        pairs = {_sort_pair(spelling[one], spelling[other]) for spelling in subject.spellings for one, other in indices}
+        for first, second in pairs:
             _add_posting(self._by_pair[first], second, number)
         imperfect = {*permutations(heavy, 2), *_imperfect_pairs(subject, order, min_weight)}
         for word, stemmed in {(subject.words[index], stems[other]) for index, other in imperfect}:
@@ -83,12 +99,7 @@ class SubjectIndex:
     def _find_postings(self, words: Sequence[Word]) -> Iterator[Posting]:
         word = words[-1]
         stemmed = self._lexicon.stem(word.text)
-        yield self._by_word.get(stemmed, ())
-        yield self._by_joined.get(word.text, ())
-        if self._by_imperfect_word:
-            yield from _shared_postings(self._by_imperfect_word, self._vocabulary.similar_words(word))
-        if self._by_ending:
-            yield from self._find_endings(words)
+        yield from self._find_whole(words, stemmed)
         if len(words) < 2:
             return
         yield self._by_joined.get(words[-2].text + word.text, ())
@@ -102,6 +113,21 @@ class SubjectIndex:
                 yield from _shared_postings(own_postings, self._vocabulary.matching_keys(before))
             if keys and (other_postings := self._by_imperfect_pair.get(other)):
                 yield from _shared_postings(other_postings, keys)
+
+    def _find_whole(self, words: Sequence[Word], stemmed: str) -> Iterator[Posting]:
+        """Subjects of which the last word, of this stem, may be a mention by itself, or ends one without spaces."""
+        word = words[-1]
+        yield self._by_word.get(stemmed, ())
+        yield self._by_joined.get(word.text, ())
+        if len(words) < 2 or not begins_other_name(words[-2], word, self._lexicon):
+            yield self._by_surname.get(word.text, ())
+            if word.text.endswith("s"):
+                yield self._by_surname.get(word.text[:-1], ())
+        if self._by_imperfect_word:
+            for similar in map(self._vocabulary.similar_words, words[-2:]):  # the last but one is whole only now
+                yield from _shared_postings(self._by_imperfect_word, similar)
+        if self._by_ending:
+            yield from self._find_endings(words)
 
     def _find_endings(self, words: Sequence[Word]) -> Iterator[Posting]:
         last = [word.text for word in words[-ENDING_WORDS:]]

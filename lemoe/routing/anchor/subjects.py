@@ -3,11 +3,12 @@
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 from lemoe.routing.anchor.lexicon import LINK_WORDS, Lexicon
-from lemoe.routing.anchor.neighbours import Surroundings, writes_names_with_capitals
+from lemoe.routing.anchor.neighbours import Surroundings
 from lemoe.routing.anchor.word_forms import WordForm, find_word_form
 from lemoe.routing.anchor.words import Word, is_unspaced, needs_exact_match, split_words
 
@@ -18,6 +19,7 @@ MIN_SURNAME_LETTERS, MIN_SURNAME_RARITY = 4, 4.0  # of the last word of a name t
 STRICT_LETTERS = 5  # letters up to which a word that is one token is another word, and no misspelling
 
 _ARTICLES = frozenset("the a an".split())
+_UMLAUTS = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue", "Ä": "Ae", "Ö": "Oe", "Ü": "Ue"})
 _WRITTEN_WORD = re.compile(r"[^\W_]+")
 _WHOLE = WordForm(1.0)
 
@@ -45,42 +47,46 @@ class Mention:
         """By which the best of several mentions of a subject in a sentence is chosen."""
         return not self.neighbour, self.coverage, -self.misspelt, not self.lowered
 
-    def is_beside(self, position: int) -> bool:
-        """Whether the word at `position` is part of the mention, or may tell whether another name goes on behind it."""
-        return min(self.positions) <= position <= max(self.positions) + 2
-
 
 class Window(NamedTuple):
-    """The words around a position of a sentence: their positions, those of each stem, and all first two letters."""
+    """The words around a position of a sentence.
+
+    Attributes:
+        positions: those of the words.
+        positions_by_stem: those of each stem.
+        starts: the first letter of each word, its first two and the two behind the first.
+    """
 
     positions: range
     positions_by_stem: dict[str, list[int]]
-    initials: frozenset[str]
+    starts: set[str]
 
 
 class Sentence:
     """The words read of a sentence, in which many subjects are looked for; `growing`: the last word may still grow."""
 
-    __slots__ = ("_lexicon", "_names_have_capitals", "_windows", "growing", "words")
+    __slots__ = ("_lexicon", "_names_beside", "_windows", "growing", "words")
 
     def __init__(self, words: Sequence[Word], lexicon: Lexicon, *, growing: bool = False):
         self.words = words
         self.growing = growing
         self._lexicon = lexicon
         self._windows: dict[tuple[int, int], Window] = {}
-        self._names_have_capitals: bool | None = None
+        self._names_beside: dict[tuple[int, int, bool, bool, bool], set[str]] = {}
 
     @property
     def unfinished(self) -> int:
         """Position of the word that may still grow, -1 for none."""
         return len(self.words) - 1 if self.growing else -1
 
-    @property
-    def names_have_capitals(self) -> bool:
-        """Whether a capital tells a name from other words."""
-        if self._names_have_capitals is None:
-            self._names_have_capitals = writes_names_with_capitals(self.words)
-        return self._names_have_capitals
+    def names_beside(self, span: range, partial: bool, titled: bool, possessive: bool) -> set[str]:
+        """The stems of other names beside the mention at `span`: see `Surroundings.find_names`."""
+        key = (span[0], span[-1], partial, titled, possessive)
+        cached = self._names_beside.get(key)
+        if cached is None:
+            beside = Surroundings(self.words, span, self._lexicon, partial)
+            cached = self._names_beside[key] = beside.find_names(titled=titled, possessive=possessive)
+        return cached
 
     def window(self, centre: int, count: int) -> Window:
         """The words around position `centre` that a mention of `count` words may include beside it."""
@@ -90,8 +96,11 @@ class Sentence:
             by_stem: dict[str, list[int]] = {}
             for position in positions:
                 by_stem.setdefault(self._lexicon.stem(self.words[position].text), []).append(position)
-            initials = frozenset(letter for position in positions for letter in self.words[position].text[:2])
-            cached = self._windows[centre, count] = Window(positions, by_stem, initials)
+            starts = set[str]()
+            for position in positions:
+                text = self.words[position].text
+                starts.update((text[0], text[:2], text[1:3]))
+            cached = self._windows[centre, count] = Window(positions, by_stem, starts)
         return cached
 
 
@@ -117,15 +126,17 @@ class Subject:
 
     __slots__ = (
         "_lexicon",
+        "capitalised",
         "capitals",
         "contiguous",
         "exact",
-        "initials",
         "joined",
         "links",
         "max_gap",
+        "spellings",
         "stems",
         "surname",
+        "titled",
         "total_weight",
         "upper",
         "weights",
@@ -135,17 +146,20 @@ class Subject:
     def __init__(self, text: str, lexicon: Lexicon):
         self.words = tuple(split_words(text))
         self.stems = tuple(map(lexicon.stem, self.words))
+        respelt = tuple(map(lexicon.stem, split_words(text.translate(_UMLAUTS))))
+        self.spellings = (self.stems,) if respelt in (self.stems, ()) else (self.stems, respelt)
         self.weights = tuple(max(lexicon.rarity(word), 0.05) for word in self.words)
         self.total_weight = sum(self.weights)
         self.capitals = _find_capitals(text, len(self.words))
+        self.capitalised = any(self.capitals)
         self.joined = "".join(self.words)
         self.upper = len(self.joined) <= EXACT_LETTERS and text == text.upper()  # an acronym: "Us" is not "US"
-        self.initials = frozenset(letter for word in self.words for letter in word[:2])
         self.contiguous = any(map(is_unspaced, self.words))  # found only whole, as its characters are common words
         short = len(self.joined) <= EXACT_LETTERS
         self.exact = tuple(short or needs_exact_match(word) for word in self.words)
         links = tuple(word in LINK_WORDS for word in self.words)
         self.links = links if not all(links) else (False,) * len(links)
+        self.titled = any(self.links)  # maybe the title of a work, which may go on with "and"
         count = len(self.words)
         self.max_gap = count + 1 if count > 2 else 1  # words after one of its own within which the rest may follow
         self._lexicon = lexicon
@@ -169,6 +183,8 @@ class Subject:
     def mention_at_end(self, sentence: Sentence) -> Mention | None:
         """The mention that the last word belongs to; a growing word of few letters counts with the word before."""
         last = len(sentence.words) - 1
+        if last and any(word[:-1] == sentence.words[last - 1].text for word in self.words):
+            return self.mention_at(sentence, last - 1)  # its last letter might still have come till now
         if last and sentence.growing and self._is_too_short(sentence.words[last].text):
             found = self.mention_at(sentence, last - 1)
             return found if found and last in found.positions else None
@@ -199,8 +215,6 @@ class Subject:
 
     def may_contain(self, word: Word) -> bool:
         """Whether a word of a text may be one of the subject's, be it imperfect."""
-        if self.initials.isdisjoint(word.text[:2]):
-            return False
         if self._lexicon.stem(word.text) in self.stems:
             return True
         return any(self._find_form(index, word) for index in range(len(self.words)))
@@ -209,7 +223,8 @@ class Subject:
         """Whether a word of a text is the subject's word, with another ending at most."""
         if self.exact[index] or self.contiguous:
             return word.text == self.words[index]
-        return self._lexicon.stem(word.text) == self.stems[index]
+        stemmed = self._lexicon.stem(word.text)
+        return stemmed == self.stems[index] or stemmed == self.spellings[-1][index]
 
     def _find_form(self, index: int, word: Word, *, growing: bool = False) -> WordForm | None:
         """The imperfect form of one of the subject's words that a word of a text is."""
@@ -217,7 +232,7 @@ class Subject:
             return None
         stored = self.words[index]
         form = find_word_form(stored, word.text, word.capital, index == len(self.words) - 1)
-        if form is None or (growing and (not form.misspelt or stored.startswith(word.text))):
+        if form is None or (growing and (not form.is_similar or stored.startswith(word.text))):
             return None
         return None if form.is_similar and self._is_another_word(word.text, stored) else form
 
@@ -232,7 +247,7 @@ class Subject:
         """Whether the window could reach the coverage at all: a quick upper bound."""
         possible = 0.0
         for weight, stemmed, word in zip(self.weights, self.stems, self.words, strict=True):
-            if stemmed in window.positions_by_stem or not window.initials.isdisjoint(word[:2]):
+            if stemmed in window.positions_by_stem or not window.starts.isdisjoint(_possible_starts(word)):
                 possible += weight
         return possible >= MIN_COVERAGE * self.total_weight
 
@@ -314,16 +329,15 @@ class Subject:
                 read.add(index, best, forms[best])
 
     def _read_links(self, sentence: Sentence, read: ReadWords) -> None:
-        """Add the link words that stand directly behind or in front of a word that was read, as in the subject."""
-        count = len(self.words)
-        for indices, step in ((range(1, count), 1), (range(count - 2, -1, -1), -1)):
-            for index in indices:
-                beside = read.positions.get(index - step)
-                if not self.links[index] or index in read.forms or beside is None:
-                    continue
-                position = beside + step
-                if 0 <= position < len(sentence.words) and self._is_word(index, sentence.words[position]):
-                    read.add(index, position)
+        """Add the link words that stand between, in front of or behind words that were read just as in the subject."""
+        known = sorted(read.positions)
+        for index in (index for index, link in enumerate(self.links) if link):
+            before = [other for other in known if other < index][-1:]
+            behind = [other for other in known if other > index][:1]
+            places = {read.positions[other] + index - other for other in before + behind}
+            position = places.pop() if len(places) == 1 else -1
+            if 0 <= position < len(sentence.words) and self._is_word(index, sentence.words[position]):
+                read.add(index, position)
 
     def _read_surname(self, sentence: Sentence, position: int) -> ReadWords | None:
         """The last word of a name at `position`, with those of its other words that stand in front of it."""
@@ -331,9 +345,10 @@ class Subject:
         if index < 0 or sentence.words[position].text not in (self.words[index], f"{self.words[index]}s"):
             return None
         read = ReadWords()
-        while index >= 0 and position >= 0 and self._is_word(index, sentence.words[position]):
-            read.add(index, position)
+        read.add(index, position)
+        while index and position and self._is_word(index - 1, sentence.words[position - 1]):
             index, position = index - 1, position - 1
+            read.add(index, position)
         return read
 
     def _describe_joined(self, sentence: Sentence, first: int, last: int) -> Mention:
@@ -354,10 +369,21 @@ class Subject:
         self, sentence: Sentence, coverage: float, span: range, capitals: Sequence[int], misspelt: int
     ) -> Mention:
         """The mention at `span`, of whose words those at `capitals` have a capital in the subject."""
-        lowered = any(self.capitals) and not self._has_capital(sentence.words, capitals or span)
-        beside = Surroundings(sentence.words, span, self._lexicon, self.stems, coverage < MIN_COVERAGE)
-        neighbour = sentence.names_have_capitals and beside.has_name(titled=any(self.links))
+        lowered = self.capitalised and not self._has_capital(sentence.words, capitals or span)
+        neighbour = self._has_neighbour(sentence, span, coverage)
         return Mention(coverage, frozenset(span), lowered, misspelt, neighbour)
+
+    def look_behind(self, sentence: Sentence, mention: Mention) -> Mention:
+        """A mention that ends one or two words before the last one, which may be part of another name."""
+        span = range(min(mention.positions), max(mention.positions) + 1)
+        neighbour = self._has_neighbour(sentence, span, mention.coverage)
+        return mention if neighbour == mention.neighbour else replace(mention, neighbour=neighbour)
+
+    def _has_neighbour(self, sentence: Sentence, span: range, coverage: float) -> bool:
+        last = sentence.words[span[-1]].text
+        possessive = last.endswith("s") and last[:-1] in self.words
+        names = sentence.names_beside(span, coverage < MIN_COVERAGE, self.titled, possessive)
+        return not names.issubset(self.stems)
 
     def _has_capital(self, words: Sequence[Word], positions: Sequence[int]) -> bool:
         """Whether words have a capital that is not only their sentence's first; an acronym's must be all capitals."""
@@ -365,6 +391,12 @@ class Subject:
             return all(words[position].upper for position in positions)
         inside = any(words[position].capital and not words[position].starts_sentence for position in positions)
         return inside or all(words[position].capital for position in positions)
+
+
+@lru_cache(1 << 16)
+def _possible_starts(word: str) -> tuple[str, ...]:
+    """What an imperfect form of a word starts with, or has behind its first letter: see `Window.starts`."""
+    return word[0], word[1:3], word[:2], word[1::-1]
 
 
 def _find_capitals(text: str, count: int) -> tuple[bool, ...]:

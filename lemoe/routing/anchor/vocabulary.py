@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from itertools import takewhile
 
-from lemoe.routing.anchor.word_forms import MAX_ENDING, MISSPELLABLE_LETTERS, is_misspelling
+from lemoe.routing.anchor.word_forms import MAX_ENDING, MISSPELLABLE_LETTERS, find_word_form, is_misspelling
 from lemoe.routing.anchor.words import Word, needs_exact_match
 
 CACHED_WORDS = 1 << 16  # words of texts whose keys are kept
@@ -59,7 +59,7 @@ class Vocabulary:
         similar = set(self._find_misspelt_words(word))
         if capital:
             shorter = (word[:-letters] for letters in range(1, min(MAX_ENDING + 1, len(word))))
-            similar.update(filter(self._words.__contains__, shorter))
+            similar.update(s for s in shorter if s in self._words and find_word_form(s, word, capital, False))
         return frozenset(similar.union(self._name_keys(word) if capital else ())), frozenset(similar)
 
     def _name_keys(self, word: str) -> Iterator[str]:
@@ -70,7 +70,7 @@ class Vocabulary:
             yield f"{word}*"
         else:
             yield from self._find_longer_words(word)
-        if word[0] in self._words:
+        if len(word) > 1 and word[0] in self._words:
             yield word[0]
 
     def _find_longer_words(self, word: str) -> Iterator[str]:

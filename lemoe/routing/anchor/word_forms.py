@@ -38,7 +38,7 @@ def find_word_form(stored: str, word: str, capital: bool, last: bool) -> WordFor
         if stored.startswith(word) and not last:
             return WordForm(NICKNAME)
         ending = word[len(stored) :] if word.startswith(stored) else ""
-        if 0 < len(ending) <= MAX_ENDING and ending not in _DERIVATIONS:
+        if 0 < len(ending) <= MAX_ENDING and ending not in _DERIVATIONS and ending != stored[-1]:
             if len(stored) >= INFLECTABLE_LETTERS:
                 return WordForm(INFLECTED, is_similar=True)
             if not last:
@@ -52,5 +52,5 @@ def is_misspelling(stored: str, word: str) -> bool:
     """Whether a word may be another one with a letter more, fewer or other, or with two neighbouring ones swapped."""
     if len(stored) < MISSPELLABLE_LETTERS or len(word) < MISSPELLABLE_LETTERS - 1 or not word.isalpha():
         return False
-    ending = word[len(stored) :] if word.startswith(stored) else ""
-    return ending not in _DERIVATIONS and one_edit_apart(stored, word)
+    derived = word.startswith(stored) and word[len(stored) :] in _DERIVATIONS and word[-1] != stored[-1]
+    return not derived and one_edit_apart(stored, word)

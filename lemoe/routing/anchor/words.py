@@ -111,7 +111,7 @@ class Word:
         capital: whether it has a capital anywhere (`iPhone`), or starts with a digit.
         starts_sentence: whether it is the first of its sentence.
         upper: whether all its letters are capitals.
-        adjacent: whether nothing but spaces, a hyphen or an abbreviation's stop lies between it and the word before.
+        adjacent: whether nothing but spaces, a hyphen or a stop that ends no sentence parts it from the word before.
     """
 
     text: str
@@ -202,10 +202,11 @@ class WordReader:
         if char in ".?!。？！":
             abbreviation = char == "." and self._ends_abbreviation()
             self._sentence_end, self._ends_surely = (0, False) if abbreviation else (1, char != ".")
-            self._adjacent &= abbreviation
+            self._adjacent &= char == "."  # until a space follows
         elif char == "\n":
             self._sentence_end, self._ends_surely = 2, True
         elif char.isspace():
+            self._adjacent &= self._sentence_end == 0
             self._sentence_end = 2 if self._sentence_end else 0
         elif char not in "\"')]}”’" and self._sentence_end == 1:
             self._sentence_end = 0
