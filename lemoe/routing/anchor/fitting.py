@@ -70,11 +70,16 @@ def layer_to_read(layers: int, edited: int) -> int:
 _fitted: "WeakKeyDictionary[BaseModel, dict[int, Meaning]]" = WeakKeyDictionary()
 
 
-def fitted_meaning(base: BaseModel, edited: int, notify: Notify = lambda stage: None) -> Meaning:
+def fitted_meaning(base: BaseModel, edited: int, notify: Notify = lambda stage: None) -> Meaning | None:
     """The fit for `base` where layer `edited` is edited: from memory, from the cache, or made now and cached.
 
     An unwritable cache is no error: the fit is made again next time.
+
+    Returns:
+        None for a model with fewer hidden states than `RANK`: its words alone decide.
     """
+    if base.hidden_size < RANK:
+        return None
     layer = layer_to_read(len(base.layers), edited)
     fits = _fitted.setdefault(base, {})
     if layer not in fits:
