@@ -81,7 +81,7 @@ class Settings:
     train_rephrases: bool = False
     negatives: int = 0
     negative_weight: float = 0.0
-    gate_probability: float = 0.6
+    gate_probability: float = 0.55
     gate_conflict: float = 3.5
     gate_slack: int = 16
     norm_limit: float = 5e-4

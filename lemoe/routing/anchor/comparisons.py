@@ -62,10 +62,6 @@ class Comparisons:
         """The index of the anchor of the highest score; the first of several."""
         return int(self.score.argmax()) if len(self.score) else None
 
-    def most_evidence(self, before: Values | None) -> Values:
-        """The evidence for each anchor, now or `before`, whichever is higher."""
-        return self.evidence if before is None else numpy.maximum(self.evidence, before)
-
     def index_of(self, number: int) -> int | None:
         """The index of the anchor of this number; None if it is not one of the subject's."""
         index = bisect_left(self.numbers, number)
@@ -79,23 +75,30 @@ class WordComparisons:
     conflict: Values
     fit: Values
     matched: Values
+    contradiction: Values
+    unread: Values
     enough_evidence: Flags
     substituted: Flags
 
     def comparison_with(self, index: int) -> Comparison:
         """The comparison with one anchor."""
-        conflict, fit, matched = (float(values[index]) for values in (self.conflict, self.fit, self.matched))
-        return Comparison(conflict, fit, matched, bool(self.enough_evidence[index]), bool(self.substituted[index]))
+        return Comparison(
+            conflict=float(self.conflict[index]),
+            fit=float(self.fit[index]),
+            matched=float(self.matched[index]),
+            contradiction=float(self.contradiction[index]),
+            unread=float(self.unread[index]),
+            enough_evidence=bool(self.enough_evidence[index]),
+            substituted=bool(self.substituted[index]),
+        )
 
     @classmethod
     def from_pairs(cls, compared: Sequence[Comparison]) -> "WordComparisons":
         """Of comparisons made pair by pair."""
-        conflict, fit, matched = numpy.array([each[:3] for each in compared], numpy.float64).reshape(-1, 3).T
-        enough_evidence, substituted = (
-            numpy.array([getattr(each, name) for each in compared], numpy.bool_)
-            for name in ("enough_evidence", "substituted")
-        )
-        return cls(conflict, fit, matched, enough_evidence, substituted)
+        flags = [(each.enough_evidence, each.substituted) for each in compared]
+        conflict, fit, matched, contradiction, unread = numpy.array([each[:5] for each in compared]).reshape(-1, 5).T
+        enough_evidence, substituted = numpy.array(flags, numpy.bool_).reshape(-1, 2).T
+        return cls(conflict, fit, matched, contradiction, unread, enough_evidence, substituted)
 
 
 class ArrayCache:
@@ -170,9 +173,13 @@ class QuestionTable:
         """All anchors' questions against the question read; see `lemoe.routing.anchor.questions.compare_questions`."""
         count = len(self._totals)
         most_similar = numpy.zeros(len(self._distinct) + 1)
+        shared, same_read = numpy.zeros(len(self._distinct) + 1), numpy.zeros(count)
         total_read, matched_read = numpy.full(count, float(read.total_weight)), numpy.zeros(count)
         for word, stemmed, weight in zip(read.words, read.stems, read.weights, strict=True):
             similarities, best = self._compare_word(word)
+            columns = self._columns_by_stem.get(stemmed, [])
+            shared[columns] = 1.0
+            best_stem = self._anchors_with(stemmed)
             numpy.maximum(most_similar, similarities, out=most_similar)
             gained = weight * best
             answered = self._anchors_by_answer.get(stemmed)
@@ -180,6 +187,10 @@ class QuestionTable:
                 total_read[answered] -= weight
                 gained[answered] = 0.0
             matched_read += gained
+            gained = numpy.where(best_stem, weight, 0.0)
+            if answered is not None:
+                gained[answered] = 0.0
+            same_read += gained
         total = self._totals
         gathered = numpy.bincount(self._anchor_of_word, self._weights * most_similar[self._words], count)
         matched: Values = numpy.asarray(gathered, numpy.float64)
@@ -187,7 +198,12 @@ class QuestionTable:
         fit = (matched + 1) / (total + 1) + (matched_read + 1) / (total_read + 1)
         shares = self._front_shares
         enough_evidence = (shares < 0.5) | ((total_read > 0) & (total_read >= MIN_EVIDENCE * total * shares))
-        return WordComparisons(conflict, fit, matched, enough_evidence, self._find_substituted(read.stems))
+        same = numpy.bincount(self._anchor_of_word, self._weights * shared[self._words], count)
+        contradiction = numpy.minimum(total - same, total_read - same_read) / (1 + same + same_read)
+        unread = (total - same) / (1 + same + same_read)
+        return WordComparisons(
+            conflict, fit, matched, contradiction, unread, enough_evidence, self._find_substituted(read.stems)
+        )
 
     def _find_substituted(self, stems: Sequence[str]) -> Flags:
         """`[anchors]`, whether a question is the same but for one word; see `are_one_word_apart`."""
@@ -197,6 +213,15 @@ class QuestionTable:
             read = numpy.array([self._stem_numbers.get(stemmed, -1) for stemmed in stems])
             substituted[indices] = (numbers != read).sum(1) == 1
         return substituted
+
+    def _anchors_with(self, stemmed: str) -> Flags:
+        """`[anchors]`, whose question has a word of this stem."""
+        cached = self._cache.get((self, "stem", stemmed))
+        if cached is None:
+            found = numpy.isin(self._words, self._columns_by_stem.get(stemmed, []))
+            cached = (numpy.logical_or.reduceat(found, self._starts),)
+            self._cache.put((self, "stem", stemmed), cached)
+        return cached[0]
 
     def _compare_word(self, word: str) -> tuple[NDArray[Any], ...]:
         """Similarities of a word to each distinct word, and to each anchor's most similar word."""

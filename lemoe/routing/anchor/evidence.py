@@ -14,7 +14,8 @@ from lemoe.routing.anchor.meaning import SUBJECT_FEATURES
 from lemoe.routing.anchor.subjects import Mention, Subject
 
 MAX_RATIO = 20.0  # log-likelihood ratios (nats) beyond which more is no further evidence
-MAX_VOUCHED = 1.0  # score of words that do not conflict at all
+MAX_VOUCHED = 1.0  # score where all words of an edit's question were read
+COMPLETE = 0.95  # coverage of a name of several words that was read whole; beside another it may be a longer form
 DOUBTS = slice(2, None)  # of `SUBJECT_FEATURES`, those that speak against a mention
 LIGHT_WEIGHT = 8.0  # a subject of less weight is made of common words
 
@@ -30,13 +31,15 @@ def subject_features(subject: Subject, mention: Mention, amount: float) -> tuple
         lightness * mention.lowered,
         float(mention.misspelt),
         float(mention.neighbour),
+        float(mention.neighbour and len(subject.words) > 1 and mention.coverage > COMPLETE),
     )
 
 
 def question_features(words: WordComparisons, meaning: Values, profile: Values) -> Values:
     """`QUESTION_FEATURES` `[features, anchors]` of comparisons."""
     ratio = numpy.clip(meaning, -MAX_RATIO, MAX_RATIO)
-    return numpy.stack([ratio, profile, numpy.log1p(numpy.maximum(words.conflict, 0)), words.substituted])
+    contradiction = words.contradiction
+    return numpy.stack([ratio, profile, numpy.log1p(contradiction), numpy.exp(-contradiction), words.substituted])
 
 
 Judgement = tuple[Values, Values, Values]
@@ -52,6 +55,10 @@ class Decision(ABC):
 
     margin: float
     shut_below: float
+
+    def remember(self, evidence: Values, before: Values | None) -> Values:
+        """What the next evidence is compared with, from this and what was remembered `before`."""
+        return evidence
 
     def probability(self, score: float) -> float:
         """That an edit is asked for, by its score."""
@@ -76,6 +83,9 @@ class WordDecision(Decision):
     def __init__(self, threshold: float):
         self._threshold = threshold
 
+    def remember(self, evidence: Values, before: Values | None) -> Values:
+        return evidence if before is None else numpy.maximum(evidence, before)
+
     def judge(self, subject: tuple[float, ...], words: WordComparisons, meaning: Values, profile: Values) -> Judgement:
         return self._threshold - words.conflict, words.fit, words.matched
 
@@ -83,12 +93,12 @@ class WordDecision(Decision):
 class FittedDecision(Decision):
     """Log odds by fitted weights, above those of `probability`; the likeliest is chosen.
 
-    Where the words do not conflict, these are enough: what a short or vague question means is too uncertain to
-    contradict them.
+    Where all that an edit asks for was read, word for word, this is enough: what a short or vague question means is too
+    uncertain to contradict it.
     """
 
     margin = 0.25
-    shut_below = -1.5
+    shut_below = -0.2
 
     def __init__(self, weights: Values, probability: float):
         self._subject, self._question = weights[: len(SUBJECT_FEATURES)], weights[len(SUBJECT_FEATURES) :]
@@ -102,6 +112,6 @@ class FittedDecision(Decision):
         asked = self._question @ question_features(words, meaning, profile)
         fitted = float(self._subject @ found) + asked - self._threshold
         doubt = float(self._subject[DOUBTS] @ found[DOUBTS])
-        vouched = MAX_VOUCHED - words.conflict + doubt + self._question[-1] * words.substituted
+        vouched = MAX_VOUCHED - words.unread + doubt + self._question[-1] * words.substituted
         score: Values = numpy.maximum(fitted, vouched)
         return score, score, score

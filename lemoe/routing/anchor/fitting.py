@@ -36,7 +36,7 @@ from lemoe.routing.anchor.anchors import get_lexicon
 from lemoe.routing.anchor.comparisons import Values, WordComparisons
 from lemoe.routing.anchor.evidence import Decision, Judgement, question_features
 from lemoe.routing.anchor.gate import Anchor, Gate
-from lemoe.routing.anchor.meaning import FEATURES, Meaning, Vector, build_projection
+from lemoe.routing.anchor.meaning import FEATURES, Keys, Meaning, Vector, build_projection
 from lemoe.routing.anchor.route import Route
 from lemoe.routing.anchor.subjects import Subject
 
@@ -44,13 +44,18 @@ VERSION = 1  # of the fit; raised whenever an equal bank would give another one
 RANK = 96  # directions that are kept
 FOLDS = 4
 DEPTH = 1 / 3  # relative depth of the layer that is read
-KEYS_SAME, KEYS_OTHER = 2, 4  # edits that each text is read with: of its own relation, and of others
+KEYS_SAME, KEYS_OTHER, KEYS_HARD = 2, 2, 2  # edits that each text is read with: its own, others, and near others,
+NEAREST, HARD_SHARE = 12, 0.3  # drawn from so many, each of which counts this much of an example
 PREFIXES = 2  # beginnings of a text that must not open the gate,
 PREFIX_SHARE = 0.15  # each of which counts this much of an example,
 REMARK_SHARE = 8.0  # and an edit with a remark, of which the bank has few, this much
 BATCH_TOKENS = 2048
 CHUNK = 2048  # texts whose hidden states are kept at once
 SEED = 0
+FOR_WEIGHTS = 0.4  # share of the English texts that the gate reads for the weights
+COPIED, DROPPED = 0.35, 0.35  # shares of the wordings that are copied, and of the words that a copy leaves out
+COPY_SHARE = 2.0  # each of which counts this much of an example
+_FRAMES = ("Question: *", "* Answer:", "Please answer: *", "* It is", "Do you know this? *", "*")
 _SENTENCES_BEFORE = (
     "I have a question for you.",
     "We talked about this at lunch.",
@@ -123,6 +128,7 @@ class BankText:
         written: the subject as this text writes it.
         ids: token ids.
         bare: whether nothing stands around the wording.
+        copy: whether it is the wording with words left out or put around it.
     """
 
     wording: Wording
@@ -130,6 +136,7 @@ class BankText:
     written: str
     ids: tuple[int, ...]
     bare: bool
+    copy: bool = False
 
 
 def make_texts(base: BaseModel, bank: Sequence[Wording], rng: random.Random) -> list[BankText]:
@@ -146,6 +153,10 @@ def make_texts(base: BaseModel, bank: Sequence[Wording], rng: random.Random) -> 
             name = wording.names[(number // 2 + 3) % len(wording.names)]
             before = rng.choice(_SENTENCES_BEFORE) + " " if number % 8 < 4 or not base.tokenizer.chat_template else None
             texts.append(_make_text(base, wording, name, _write_name(wording, name, number + 1, rng), before))
+        if wording.form in KEY_FORMS and rng.random() < COPIED:
+            template = _copy_wording(wording.template, rng)
+            text = _make_text(base, replace(wording, template=template), name, name, "")
+            texts.append(replace(text, wording=wording, copy=True))
     return [text for text in texts if text.ids]
 
 
@@ -160,6 +171,14 @@ def _make_text(base: BaseModel, wording: Wording, name: str, written: str, befor
             ids = tuple(base.tokenizer(before + text).input_ids)
     too_long = base.max_length is not None and len(ids) > base.max_length
     return BankText(wording, name, written, () if too_long else ids, before == "")
+
+
+def _copy_wording(template: str, rng: random.Random) -> str:
+    """The wording without some of its words, in a frame: what is nearly an edit's own prompt asks the same."""
+    words = template.split()
+    last = len(words) - 1
+    kept = [word for at, word in enumerate(words) if "{}" in word or at == last or rng.random() >= DROPPED]
+    return rng.choice(_FRAMES).replace("*", " ".join(kept))
 
 
 def _write_name(wording: Wording, name: str, number: int, rng: random.Random) -> str:
@@ -199,10 +218,12 @@ def fit_meaning(base: BaseModel, layer: int, bank: Sequence[Wording]) -> Meaning
     for_weights = {
         index
         for index, text in enumerate(texts)
-        if text.wording.form in (*ENGLISH_FORMS, "remarks") and (rng.random() < 0.4 or text.wording.relation == REMARK)
+        if text.copy
+        or text.wording.relation == REMARK
+        or (text.wording.form in ENGLISH_FORMS and rng.random() < FOR_WEIGHTS)
     }
     read = list(_read_texts(base, layer, texts, for_weights))
-    questions = [each for each in read if each.text.wording.relation != REMARK]
+    questions = [each for each in read if each.text.wording.relation != REMARK and not each.text.copy]
     fit = _fit_projection(layer, questions)
     features, wanted, shares = _collect_evidence(base, layer, read, rng)
     return replace(fit, weights=torch.from_numpy(_fit_weights(features, wanted, shares).astype(numpy.float32)))
@@ -224,6 +245,14 @@ def _read_texts(base: BaseModel, layer: int, texts: Sequence[BankText], for_weig
 def _fit_projection(layer: int, questions: Sequence[_ReadText]) -> Meaning:
     vectors = numpy.stack([each.mean for each in questions])
     return build_projection(layer, vectors, [each.text.wording.relation for each in questions], RANK)
+
+
+@dataclass(frozen=True)
+class _Key:
+    """A wording as an edit's own prompt, and what it means `[rank]`."""
+
+    wording: Wording
+    vector: Vector
 
 
 class _Recorder(Decision):
@@ -253,12 +282,15 @@ def _collect_evidence(
     shares: list[float] = []
     for fold in range(FOLDS):
         members = set(relations[fold::FOLDS])
-        outside = [each for each in read if each.text.wording.relation not in members | {REMARK}]
+        outside = [each for each in read if each.text.wording.relation not in members | {REMARK} and not each.text.copy]
         inside = [each for each in read if each.text.wording.relation in members]
-        keys = [each for each in inside if each.text.bare and each.text.wording.form in KEY_FORMS]
-        if not outside or not keys:
+        written = [
+            each for each in inside if each.text.bare and not each.text.copy and each.text.wording.form in KEY_FORMS
+        ]
+        if not outside or not written:
             continue
         fit = _fit_projection(layer, outside)
+        keys = [_Key(each.text.wording, _embed_mean(fit, each.mean)) for each in written]
         remarks = [each for each in read if each.text.wording.relation == REMARK][fold::FOLDS]
         for each in (*inside, *remarks):
             if each.states is None:
@@ -271,24 +303,37 @@ def _collect_evidence(
 
 
 def _read_examples(
-    base: BaseModel, fit: Meaning, each: _ReadText, keys: Sequence[_ReadText], rng: random.Random
+    base: BaseModel, fit: Meaning, each: _ReadText, keys: Sequence[_Key], rng: random.Random
 ) -> Iterator[tuple[Values, bool, float]]:
     """Features of one text with edits that it asks for, and with others."""
     assert each.states is not None
     wording = each.text.wording
-    same = [key for key in keys if key.text.wording.relation == wording.relation and key.text.wording != wording]
-    other = [
-        key
-        for key in keys
-        if key.text.wording.relation != wording.relation and wording.kind in ("", key.text.wording.kind)
-    ]
-    same = rng.sample(same, min(KEYS_SAME, len(same)))
-    other = rng.sample(other, min(KEYS_OTHER, len(other)))
     projected = fit.project(each.states.float()).numpy()
-    yield from _run_gate(base, fit, each.text, projected, each.text.name, same, other, rng)
+    if each.text.copy:
+        own = [key for key in keys if key.wording == wording]
+        for features, wanted, _ in _run_gate(base, fit, each.text, projected, each.text.name, own, [], rng):
+            yield features, wanted, COPY_SHARE
+        return
+    same = [key for key in keys if key.wording.relation == wording.relation and key.wording != wording]
+    other = [key for key in keys if key.wording.relation != wording.relation and wording.kind in ("", key.wording.kind)]
+    same = rng.sample(same, min(KEYS_SAME, len(same)))
+    nearest = _nearest_keys(fit, each, other)
+    hard = rng.sample(nearest, min(KEYS_HARD, len(nearest)))
+    other = rng.sample(other, min(KEYS_OTHER, len(other)))
+    for group, share in ((other, 1.0), (hard, HARD_SHARE)):
+        examples = _run_gate(base, fit, each.text, projected, each.text.name, same if share == 1 else [], group, rng)
+        yield from ((features, wanted, weight * share) for features, wanted, weight in examples)
     near = _near_name(each.text, rng)
     if near and same:
         yield from _run_gate(base, fit, each.text, projected, near, [], same[:1], rng)
+
+
+def _nearest_keys(fit: Meaning, each: _ReadText, keys: Sequence[_Key]) -> list[_Key]:
+    """The `NEAREST` keys whose questions are the most alike to that of a text."""
+    if not keys:
+        return []
+    ratios = Keys(fit, numpy.stack([key.vector for key in keys])).compare(_embed_mean(fit, each.mean))
+    return [keys[index] for index in numpy.argsort(-ratios)[:NEAREST]]
 
 
 def _near_name(text: BankText, rng: random.Random) -> str | None:
@@ -310,15 +355,15 @@ def _run_gate(
     text: BankText,
     projected: Vector,
     subject: str,
-    same: Sequence[_ReadText],
-    other: Sequence[_ReadText],
+    same: Sequence[_Key],
+    other: Sequence[_Key],
     rng: random.Random,
 ) -> Iterator[tuple[Values, bool, float]]:
     recorder = _Recorder()
     gate = Gate(get_lexicon(base), threshold=0.0, slack=0, meaning=fit, decision=recorder)
     for key in (*same, *other):
-        prompt = tuple(base.tokenizer(key.text.wording.template.replace("{}", subject)).input_ids)
-        gate.add(Anchor(prompt, (), subject), _embed_mean(fit, key.mean)[None])
+        prompt = tuple(base.tokenizer(key.wording.template.replace("{}", subject)).input_ids)
+        gate.add(Anchor(prompt, (), subject), key.vector[None])
     route = Route(gate)
     for token, row in zip(text.ids, projected, strict=True):
         route.push(token, row)

@@ -27,8 +27,8 @@ COMMON_WEIGHT = 0.2  # and this much more
 
 Vector = NDArray[numpy.float32]
 PREFIX = "meaning."
-SUBJECT_FEATURES = ("bias", "amount", "missing", "lowered", "light", "misspelt", "neighbour")
-QUESTION_FEATURES = ("meaning", "profile", "conflict", "substituted")
+SUBJECT_FEATURES = ("bias", "amount", "missing", "lowered", "light", "misspelt", "neighbour", "longer")
+QUESTION_FEATURES = ("meaning", "profile", "contradiction", "agreement", "substituted")
 FEATURES = (*SUBJECT_FEATURES, *QUESTION_FEATURES)  # what `Meaning.weights` weigh
 
 

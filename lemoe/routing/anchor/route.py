@@ -62,6 +62,16 @@ class GateState:
     score: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """An anchor in scope: its rank, the weight of its mention and its number, and whether there is new evidence."""
+
+    key: tuple[float, float, int]
+    mention: Mention
+    compared: Comparison
+    fresh: bool
+
+
 # Upper bounds of a route's memory: in all, and for each word, mention and partial mention; see `test_route_cache.py`.
 ROUTE_BYTES, WORD_BYTES, MENTION_BYTES, PARTIAL_BYTES = 3072, 160, 640, 160
 
@@ -192,17 +202,7 @@ class Route:
         words, last = self._reader.words, len(self._reader.words) - 1
         sentence = Sentence(words, self._gate.lexicon, growing=self._reader.growing)
         subjects = self._gate.index.subjects
-        for number, mention in list(self._mentions.items()):
-            if last not in mention.positions:
-                if last - 2 in mention.positions or last - 1 in mention.positions:
-                    self._mentions[number] = subjects[number].look_behind(sentence, mention)
-                continue
-            found = subjects[number].mention_at(sentence, last) or subjects[number].find_mention(sentence)
-            found = found or self._refer_to(number, last)
-            if found:
-                self._mentions[number] = found
-            else:
-                self._withdraw_mention(number)
+        self._check_mentions(sentence)
         candidates = self._gate.index.find_candidates(words)
         self._complete_partial_mentions(sentence, words[-2:] if time == self._word_started_at else words[-1:])
         for number in candidates:
@@ -211,10 +211,22 @@ class Route:
                 self._keep_stronger(number, found)
             if len(subjects[number].words) > 1 and (found is None or found.coverage < MIN_COVERAGE):
                 self._partial[number] = last
-        if self._topics and words[last].text in REFERENCES:
-            for number in self._topics.keys() - self._mentions.keys():
-                if found := self._refer_to(number, last):
+        if words[last].text in REFERENCES:
+            referred = {number: self._refer_to(number, last) for number in self._topics.keys() - self._mentions.keys()}
+            self._mentions |= {number: found for number, found in referred.items() if found}
+
+    def _check_mentions(self, sentence: Sentence) -> None:
+        """Look again at the mentions that the last word belongs to, or stands behind."""
+        last, subjects = len(sentence.words) - 1, self._gate.index.subjects
+        for number, mention in list(self._mentions.items()):
+            if last in mention.positions:
+                found = subjects[number].mention_at(sentence, last) or subjects[number].find_mention(sentence)
+                if found := found or self._refer_to(number, last):
                     self._mentions[number] = found
+                else:
+                    self._withdraw_mention(number)
+            elif last - 2 in mention.positions or last - 1 in mention.positions:
+                self._mentions[number] = subjects[number].look_behind(sentence, mention)
 
     def _refer_to(self, subject: int, position: int) -> Mention | None:
         """The mention of a topic by the word at `position`, if that refers to it and names nothing else."""
@@ -256,20 +268,20 @@ class Route:
             self._shut_gate()
 
     def _update_state(self, time: int) -> None:
-        """Compare the anchors of all mentioned subjects: open (3), prolong (4) or switch (5) the gate, or leave it."""
-        best: tuple[tuple[float, float, int], Mention, Comparison, bool] | None = None
+        """Compare the anchors of all mentioned subjects: open (3), prolong (4) or switch (5) the gate, or leave it.
+
+        The active anchor shuts its gate where what was read since speaks against it.
+        """
+        candidates: list[_Candidate] = []
         nearest: tuple[int, Mention, Comparison] | None = None
-        active: list[tuple[float, float]] = []  # rank and score of the active anchor
+        ranks: list[float] = []  # of the active anchor
+        scores: list[float] = []
         for subject, mention, found, before in self._compare_mentions():
             if (index := found.index_of(self._state.edit)) is not None:
-                active.append((float(found.rank[index]), float(found.score[index])))
+                ranks.append(float(found.rank[index]))
+                scores.append(float(found.score[index]))
             if (index := found.best_index()) is not None:
-                compared = found.comparison_with(index)
-                weight = mention.coverage * self._gate.index.subjects[subject].total_weight
-                key = (round(float(found.rank[index]), 3), weight, found.numbers[index])
-                if best is None or key > best[0]:
-                    fresh = before is None or found.evidence[index] > before[index] + self._gate.decision.margin
-                    best = (key, mention, compared, fresh)
+                candidates.append(self._build_candidate(subject, mention, found, index, before))
             if (index := found.nearest_index()) is not None:
                 compared = found.comparison_with(index)
                 if nearest is None or compared.score > nearest[2].score:
@@ -277,14 +289,22 @@ class Route:
         if self._discard_evidence:
             self._discard_evidence = False
             return
-        if active and max(score for _, score in active) < self._gate.decision.shut_below:
+        if scores and max(scores) < self._gate.decision.shut_below:
             self._shut_gate()
-        if best is not None:
-            key, mention, compared, fresh = best
-            ranks = [rank for rank, _ in active]
-            self._apply_best(key, _build_state(key[2], mention, compared, in_scope=True), fresh, ranks, time)
+        if candidates:
+            best = max(candidates, key=lambda candidate: candidate.key)
+            self._apply_best(best, ranks, time)
         elif nearest is not None and self._state.edit < 0:
             self._state = _build_state(*nearest, in_scope=False)
+
+    def _build_candidate(
+        self, subject: int, mention: Mention, found: Comparisons, index: int, before: Values | None
+    ) -> "_Candidate":
+        weight = mention.coverage * self._gate.index.subjects[subject].total_weight
+        key = (round(float(found.rank[index]), 3), weight, found.numbers[index])
+        margin = self._gate.decision.margin
+        fresh = before is None or before[index] < 0 or found.evidence[index] > before[index] + margin
+        return _Candidate(key, mention, found.comparison_with(index), bool(fresh))
 
     def _compare_mentions(self) -> Iterator[tuple[int, Mention, Comparisons, Values | None]]:
         """Each mentioned subject: number, mention, the comparisons with its anchors, and the most evidence before."""
@@ -298,7 +318,7 @@ class Route:
                 read = asked[mention.positions] = self._read_question(mention, answered)
             found = self._gate.compare_anchors(subject, mention, read)
             before = self._evidence.get(subject)
-            self._evidence[subject] = found.most_evidence(before)
+            self._evidence[subject] = self._gate.decision.remember(found.evidence, before)
             yield subject, mention, found, before
 
     def _is_certain(self, subject: int, mention: Mention) -> bool:
@@ -322,20 +342,18 @@ class Route:
             return ReadQuestion(words, None, 0.0)
         return ReadQuestion(words, self._gate.meaning.embed(total, weight), weight)
 
-    def _apply_best(
-        self, key: tuple[float, float, int], state: GateState, fresh: bool, active_ranks: Sequence[float], time: int
-    ) -> None:
-        """Open the gate for the best anchor, prolong it or switch to it; `fresh`: there is new evidence for it."""
-        number, active = state.edit, self._state.edit
+    def _apply_best(self, best: "_Candidate", active_ranks: Sequence[float], time: int) -> None:
+        """Open the gate for the best anchor, prolong it or switch to it."""
+        number, active, last = best.key[2], self._state.edit, len(self._reader.words) - 1
+        state = _build_state(number, best.mention, best.compared, in_scope=True)
         end = time + len(self._gate.anchors[number].target) + self._gate.slack
         if number == active:
-            self._open_until = max(self._open_until, end) if fresh else self._open_until
+            self._open_until = max(self._open_until, end) if best.fresh else self._open_until
         elif active < 0:
-            last = len(self._reader.words) - 1
-            if fresh or last in self._mentions[self._gate.subjects[number]].positions:
+            if best.fresh or last in self._mentions[self._gate.subjects[number]].positions:
                 self._state, self._open_until, self._opened_at = state, end, time
                 self._opened_word = last + 1
-        elif fresh and self._outweighs_active(key, active, active_ranks):
+        elif best.fresh and self._outweighs_active(best.key, active, active_ranks):
             self._state, self._open_until, self._opened_at = state, end, time
 
     def _outweighs_active(self, key: tuple[float, float, int], active: int, ranks: Sequence[float]) -> bool:
