@@ -107,8 +107,7 @@ def _read_cached(path: Path) -> Meaning | None:
     """The cached fit; None if the file is missing or damaged."""
     with suppress(OSError, SafetensorError, KeyError):
         fit = Meaning.from_tensors(load_file(path))
-        expected = {} if fit is None else Meaning.expected_tensors(len(fit.directions), fit.rank, len(fit.cohort))
-        if fit is not None and all(tuple(fit.tensors()[name].shape) == shape for name, (shape, _) in expected.items()):
+        if fit is not None and fit.is_whole:
             return fit
     return None
 
