@@ -117,7 +117,7 @@ def test_axes_have_fixed_signs_and_a_fit_does_not_depend_on_the_order_of_the_ban
 
 
 def test_a_fit_is_close_to_itself_in_another_rounding_and_to_no_other(fitted: Meaning) -> None:
-    rounded = replace(fitted, directions=fitted.directions.bfloat16().float(), rotation=fitted.rotation * (1 + 1e-4))
+    rounded = replace(fitted, directions=fitted.directions.bfloat16().float(), rotation=fitted.rotation * 1.01)
     assert fitted.is_close_to(fitted)
     assert fitted.is_close_to(rounded)
     assert rounded.is_close_to(fitted)
@@ -127,6 +127,7 @@ def test_a_fit_is_close_to_itself_in_another_rounding_and_to_no_other(fitted: Me
         build_projection(3, *made_vectors(0), rank=16),
         replace(fitted, directions=-fitted.directions),
         replace(fitted, weights=fitted.weights + 0.1),
+        replace(fitted, rotation=fitted.rotation * 1.05),
     ]
     assert not any(fitted.is_close_to(other) or other.is_close_to(fitted) for other in others)
 
