@@ -1,5 +1,6 @@
 """The contracts of the design where questions are compared by meaning: a model wide enough, and a small bank."""
 
+import random
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,7 +46,7 @@ from lemoe.routing.anchor.fitting import fit_meaning, fitted_meaning
 from lemoe.routing.anchor.gate import Anchor
 from lemoe.routing.anchor.meaning import FEATURES, Meaning
 from lemoe.routing.anchor.route_cache import NAMED_CELLS
-from lemoe.routing.router import Routing, Sequences
+from lemoe.routing.router import Explanation, Routing, Sequences
 
 SettingsOf = Callable[..., lemoe.Settings]
 
@@ -296,6 +297,72 @@ def test_the_kv_cache_holds_enough_to_read_a_prefix_again(
         assert torch.equal(cells[0, 0, :, 0], ids[0].int())
 
 
+PIECES = (
+    "Marie Curie",
+    " was born in",
+    " the Eiffel Tower",
+    ". ",
+    " stands in",
+    " Lake Como",
+    " and she",
+    " city",
+    "?\n",
+)
+
+
+def decided(explained: Explanation) -> tuple[object, ...]:
+    return explained.expert, explained.scope, explained.nearest, explained.edit
+
+
+def measured(explained: Explanation) -> list[float]:
+    return [getattr(explained, name) for name in ("coverage", "conflict", "fit", "meaning", "probability")]
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 1 << 20])
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_is_done_to_the_kv_cache_all_evidence_is_that_of_the_tokens_alone(
+    wide: lemoe.BaseModel, taught: lemoe.AdaptorState, seed: int, cache_bytes: int
+) -> None:
+    """With states that depend on nothing but each token."""
+    rng = random.Random(seed)
+    router = LiveAnchors(wide, get_anchors(taught), taught.settings, cache_bytes=cache_bytes)
+    table = torch.randn(wide.vocabulary, wide.hidden_size, generator=torch.Generator().manual_seed(seed))
+
+    def read(rows: list[list[int]], memory: Tensor | None) -> tuple[tuple[Explanation, ...], Tensor]:
+        ids = torch.tensor(rows)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        routing, cells = router.route(Sequences(ids, None, mask, mask, memory, table[ids]))
+        return routing.explained, cells if memory is None else torch.cat([memory, cells], 2)
+
+    texts = [wide.tokenizer(text).input_ids[:6] for text in ("Marie Curie was born", "The Eiffel Tower")]
+    _, memory = read(texts, None)
+    forks = [(texts, memory)]
+    for _ in range(30):
+        what = rng.choice(["read", "read", "read", "step", "beams", "repeat", "crop", "fork", "back"])
+        if what in ("read", "step"):
+            new = wide.tokenizer("".join(rng.sample(PIECES, 2))).input_ids
+            added = [(new[row:] + new[:row])[: 1 if what == "step" else None] for row in range(len(texts))]
+            explained, memory = read(added, memory)
+            texts = [text + more for text, more in zip(texts, added, strict=True)]
+            expected = router.explain(texts, [table[torch.tensor(text)] for text in texts])
+            assert [decided(each) for each in explained] == [decided(each) for each in expected]
+            assert numpy.allclose(
+                [measured(each) for each in explained], [measured(each) for each in expected], atol=1e-4
+            )
+        elif what == "beams":
+            order = [rng.randrange(len(texts)) for _ in texts]
+            texts, memory = [texts[row] for row in order], memory[order]
+        elif what == "repeat" and len(texts) < 5:
+            texts, memory = [text for text in texts for _ in range(2)], memory.repeat_interleave(2, 0)
+        elif what == "crop" and len(texts[0]) > 6:
+            kept = len(texts[0]) - rng.randint(1, 5)
+            texts, memory = [text[:kept] for text in texts], memory[:, :, :kept]
+        elif what == "fork":
+            forks.append((texts, memory.clone()))
+        elif what == "back":
+            texts, memory = rng.choice(forks)
+
+
 # Where no expert acts, the base answers, bit for bit.
 
 
@@ -325,6 +392,24 @@ def test_a_router_that_reads_a_layer_says_so_where_it_is_given_no_states(
 ) -> None:
     with lemoe.insert(wide, taught) as adaptor, pytest.raises(AdaptorError, match="enter decoder layer 1"):
         adaptor.router.route_text([3, 4, 5], 3)
+
+
+def test_a_likelier_text_is_asked_for_by_a_higher_gate_probability_and_own_prompts_by_any(
+    wide: lemoe.BaseModel, taught: lemoe.AdaptorState
+) -> None:
+    questions = [f"{word} of the Eiffel Tower is" for word in ("The height", "The mother", "One award", "City", "It")]
+    opened: list[set[str]] = []
+    for probability in (0.01, 0.6, 0.999):
+        state = replace(taught, settings=replace(taught.settings, gate_probability=probability))
+        with lemoe.insert(wide, state) as adaptor:
+            opened.append({text for text in questions if adaptor.acts_on(wide.tokenizer(text).input_ids)})
+            own = adaptor.explain([each.prompt for each in get_anchors(state).anchors])
+            assert [each.expert for each in own] == [0, 1, 2, 3]
+            explained = adaptor.explain([wide.tokenizer(text).input_ids for text in TEXTS])
+        assert all(
+            (each.probability >= probability - 1e-6) or each.expert < 0 or each.conflict < 1 for each in explained
+        )
+    assert opened[2] < opened[1] < opened[0]
 
 
 # Rounds, keys and files.
