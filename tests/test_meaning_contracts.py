@@ -394,6 +394,20 @@ def test_a_router_that_reads_a_layer_says_so_where_it_is_given_no_states(
         adaptor.router.route_text([3, 4, 5], 3)
 
 
+def test_embeddings_in_place_of_tokens_are_refused_and_leave_the_model_usable(
+    wide: lemoe.BaseModel, taught: lemoe.AdaptorState
+) -> None:
+    ids = encode_text(wide, OPENED[1])
+    plain = compute_logits(wide, ids)
+    with lemoe.insert(wide, taught) as adaptor:
+        expected = compute_logits(wide, ids)
+        with pytest.raises(AdaptorError, match="input_ids, not inputs_embeds"):
+            wide.model(inputs_embeds=wide.embedding(ids).detach())
+        assert torch.equal(compute_logits(wide, ids), expected)
+        with adaptor.bypassed(), torch.no_grad():
+            assert torch.equal(wide.model(inputs_embeds=wide.embedding(ids)).logits, plain)
+
+
 def test_a_likelier_text_is_asked_for_by_a_higher_gate_probability_and_own_prompts_by_any(
     wide: lemoe.BaseModel, taught: lemoe.AdaptorState
 ) -> None:
