@@ -271,6 +271,6 @@ def _tensor_problems(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: t
         return [f"{name}: shape {list(tensor.shape)}, expected {list(shape)}"]
     if not (tensor.is_floating_point() if dtype is None else tensor.dtype == dtype):
         return [f"{name}: type {tensor.dtype}, expected {dtype or 'floating point'}"]
-    if dtype is None and not tensor.is_meta and not bool(tensor.isfinite().all()):
+    if tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.isfinite().all()):
         return [f"{name}: holds values that are not finite"]
     return []

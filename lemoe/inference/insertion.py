@@ -60,6 +60,10 @@ class InsertedAdaptor(LiveAdaptor):
         self.state = state
         site = base.ffn_site(state.base.layer, state.settings.layer_path)
         router = state.router.to_live(base, state.settings)
+        if router.layer_read is not None and router.layer_read > state.base.layer:
+            raise AdaptorError(
+                f"the adaptor reads layer {router.layer_read}, above layer {state.base.layer} that it edits"
+            )
         layer_read = None if router.layer_read is None else base.layers[router.layer_read]
         super().__init__(base.decoder, site, router, experts or state.experts.to(base.device), layer_read)
         self._inserted.enter_context(_wrapped_generate(base.model, self.generate))

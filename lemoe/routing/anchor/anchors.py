@@ -121,7 +121,9 @@ class Anchors(TensorEquality, Router):
         keys, offsets = tensors["anchors.keys"], tensors["anchors.keys_offsets"]
         counts = offsets.diff()
         if not are_valid_offsets(offsets, len(keys)) or bool((counts < 1).any()):
-            raise ValueError("anchors.keys: offsets out of order, or an anchor without a key")
+            raise ValueError("anchors.keys_offsets: out of order, or an anchor without a key")
+        if int(meaning.layer) < 0:
+            raise ValueError("meaning.layer: below 0")
         return cls(groups, meaning, keys, tuple(counts.tolist()))
 
     def select(self, experts: Sequence[int]) -> "Anchors":

@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from lemoe.base.chat import encode_chat_turn
 from lemoe.base.embedded import cache_root
+from lemoe.base.equality import TensorEquality
 from lemoe.base.frozen.layer_inputs import read_layer_inputs
 from lemoe.base.loading import BaseModel
 from lemoe.data.files import write_atomically
@@ -112,8 +113,7 @@ def _read_cached(path: Path) -> Meaning | None:
     """The cached fit; None if the file is missing or damaged."""
     with suppress(OSError, SafetensorError, KeyError):
         fit = Meaning.from_tensors(load_file(path))
-        expected = {} if fit is None else Meaning.expected_tensors(len(fit.directions), fit.rank, len(fit.cohort))
-        if fit is not None and all(tuple(fit.tensors()[name].shape) == shape for name, (shape, _) in expected.items()):
+        if fit is not None and fit.is_whole:
             return fit
     return None
 
@@ -202,12 +202,12 @@ def _misspell(name: str, rng: random.Random) -> str:
     return name.replace(word, rng.choice([*kinds, swapped]))
 
 
-@dataclass(frozen=True)
-class _ReadText:
+@dataclass(frozen=True, eq=False)
+class _ReadText(TensorEquality):
     """A text with the mean `[hidden]` of its question; of texts for the weights also all its tokens `[seq, hidden]`."""
 
     text: BankText
-    mean: NDArray[numpy.float64]
+    mean: Tensor
     states: Tensor | None
 
 
@@ -238,13 +238,13 @@ def _read_texts(base: BaseModel, layer: int, texts: Sequence[BankText], for_weig
             normalised = functional.rms_norm(entered, entered.shape[-1:]).cpu()
             total, weight = gate.summarise(text.ids, normalised.numpy(), Subject(text.written, gate.lexicon))
             if total is not None and weight > 0:
-                mean = total.astype(numpy.float64) / weight
+                mean = torch.from_numpy(total).double() / weight
                 yield _ReadText(text, mean, normalised.half() if index in for_weights else None)
 
 
 def _fit_projection(layer: int, questions: Sequence[_ReadText]) -> Meaning:
-    vectors = numpy.stack([each.mean for each in questions])
-    return build_projection(layer, vectors, [each.text.wording.relation for each in questions], RANK)
+    vectors = torch.stack([each.mean for each in questions])
+    return build_projection(layer, vectors.numpy(), [each.text.wording.relation for each in questions], RANK)
 
 
 @dataclass(frozen=True)
@@ -379,8 +379,8 @@ def _run_gate(
             yield seen[index], False, PREFIX_SHARE
 
 
-def _embed_mean(fit: Meaning, mean: NDArray[numpy.float64]) -> Vector:
-    return fit.embed(mean.astype(numpy.float32) @ fit.directions.numpy(), 1.0)
+def _embed_mean(fit: Meaning, mean: Tensor) -> Vector:
+    return fit.embed(mean.float().numpy() @ fit.directions.numpy(), 1.0)
 
 
 def _fit_weights(features: Values, wanted: NDArray[numpy.bool_], shares: Values) -> Values:

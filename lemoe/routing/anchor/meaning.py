@@ -138,6 +138,17 @@ class Meaning(TensorEquality):
             return None
         return cls(*(tensors[f"{PREFIX}{name}"] for name in names))
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether its tensors have the shapes and types of one fit, and hold numbers."""
+        if self.directions.dim() != 2 or self.cohort.dim() != 2:
+            return False
+        expected = self.expected_tensors(len(self.directions), self.rank, len(self.cohort))
+        return all(
+            (tuple(tensor.shape), tensor.dtype) == expected[name] and bool(tensor.isfinite().all())
+            for name, tensor in self.tensors().items()
+        )
+
     def is_close_to(self, other: "Meaning") -> bool:
         """Whether both are fits of one model, up to the rounding of other hardware."""
         pairs = [(mine.float(), other.tensors()[name].float()) for name, mine in self.tensors().items()]
