@@ -21,6 +21,7 @@ DEFAULT_PRESET = "anchor"
 INTEGER_LIMIT = 1 << 63  # torch and JSON readers take no larger whole numbers
 
 Order = Literal["planned", "file", "random"]
+GateEvidence = Literal["words", "meaning"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,9 @@ class Settings:
         train_rephrases: train on the edits' own rephrases too; their generality is then no longer a measurement.
         negatives: negative prompts per edit: synthetic other questions about its subject, which keep the base's answer.
         negative_weight: weight of the squared expert output on those.
-        gate_probability: that a text asks for an edit, from which the edit's gate opens.
+        gate: what tells whether a text asks for an edit: its `words`, or `meaning` too, as the base model itself reads
+            it.
+        gate_probability: that a text asks for an edit, from which the edit's gate opens, by meaning.
         gate_conflict: how far the words of a question may differ from an edit's and still open its gate, where words
             alone decide; 0 is strict.
         gate_slack: tokens that an open gate stays open beyond the target's length.
@@ -81,6 +84,7 @@ class Settings:
     train_rephrases: bool = False
     negatives: int = 0
     negative_weight: float = 0.0
+    gate: GateEvidence = "meaning"
     gate_probability: float = 0.55
     gate_conflict: float = 3.5
     gate_slack: int = 16

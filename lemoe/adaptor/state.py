@@ -343,7 +343,7 @@ def check_base(base: "BaseModel", state: AdaptorState, *, allow: bool = False) -
     return tuple(differences)
 
 
-_COMPATIBLE_SETTINGS = ("method", "top_k", "router_width", "gate_probability", "gate_conflict", "gate_slack")
+_COMPATIBLE_SETTINGS = ("method", "top_k", "router_width", "gate", "gate_probability", "gate_conflict", "gate_slack")
 
 
 def check_settings(start: AdaptorState, settings: Settings) -> None:

@@ -98,7 +98,7 @@ class FittedDecision(Decision):
     """
 
     margin = 0.25
-    shut_below = -0.2
+    shut_below = 0.0
 
     def __init__(self, weights: Values, probability: float):
         self._subject, self._question = weights[: len(SUBJECT_FEATURES)], weights[len(SUBJECT_FEATURES) :]

@@ -28,6 +28,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from lemoe.routing.anchor.comparisons import Comparisons, Values
+from lemoe.routing.anchor.evidence import COMPLETE
 from lemoe.routing.anchor.gate import Gate, ReadQuestion
 from lemoe.routing.anchor.meaning import Vector
 from lemoe.routing.anchor.questions import Comparison, Question, question_words
@@ -321,9 +322,12 @@ class Route:
             self._evidence[subject] = self._gate.decision.remember(found.evidence, before)
             yield subject, mention, found, before
 
-    def _is_certain(self, subject: int, mention: Mention) -> bool:
-        plain = mention.lowered and self._gate.index.subjects[subject].total_weight < PLAIN_WEIGHT
-        return mention.coverage >= MIN_COVERAGE and not mention.neighbour and not plain
+    def _is_certain(self, number: int, mention: Mention) -> bool:
+        """Whether a mention is beyond doubt, where words alone decide."""
+        subject = self._gate.index.subjects[number]
+        plain = mention.lowered and subject.total_weight < PLAIN_WEIGHT
+        part_of_name = mention.neighbour and not (len(subject.words) > 1 and mention.coverage > COMPLETE)
+        return mention.coverage >= MIN_COVERAGE and not part_of_name and not plain
 
     def _answer_positions(self) -> frozenset[int]:
         """Positions of the words of the active edit's target that were read since the gate opened."""

@@ -96,7 +96,7 @@ def train_round(
     anchors = [
         Anchor(passage.prompt, passage.target, edit.subject) for edit, passage in zip(edits, passages, strict=True)
     ]
-    meaning = _choose_meaning(base, layer, before)
+    meaning = _choose_meaning(base, layer, settings, before)
     rng = random.Random(torch_seed)
     builder = TrainingBatchBuilder(base, site, layer, settings, edits, passages, anchors, rng, meaning)
     width = settings.width or DEFAULT_WIDTH
@@ -126,10 +126,10 @@ def train_round(
     return AdaptorState(fingerprint, settings, (record,), experts.to_experts(), router)
 
 
-def _choose_meaning(base: BaseModel, layer: int, before: AdaptorState | None) -> Meaning | None:
+def _choose_meaning(base: BaseModel, layer: int, settings: Settings, before: AdaptorState | None) -> Meaning | None:
     """How questions are read: as in the rounds before, so that these stack, or as fitted to the model."""
     if before is None:
-        return fitted_meaning(base, layer)
+        return fitted_meaning(base, layer) if settings.gate == "meaning" else None
     assert isinstance(before.router, Anchors)
     return before.router.meaning
 
