@@ -16,7 +16,7 @@ from lemoe.routing.anchor.anchors import build_gate, get_lexicon
 from lemoe.routing.anchor.gate import Anchor, Gate
 from lemoe.routing.anchor.lexicon import Lexicon
 from lemoe.routing.anchor.questions import Comparison, Question, compare_questions, question_words
-from lemoe.routing.anchor.route import GateState, Route
+from lemoe.routing.anchor.route import Candidate, GateState, Route
 from lemoe.routing.anchor.subjects import Mention
 from lemoe.routing.anchor.words import Word
 from lemoe.routing.router import Scope
@@ -70,9 +70,8 @@ class PairwiseRoute(Route):
         if self._discard_evidence:
             self._discard_evidence = False
         elif best is not None:
-            key, mention, compared, fresh = best
             active = [fits[self._state.edit]] if self._state.edit in fits else []
-            self._apply_best(key, make_state(key[2], key[2], mention, compared), fresh, active, time)
+            self._apply_best(Candidate(*best), active, time)
         elif nearest is not None and self._state.edit < 0:
             number, mention, compared = nearest
             self._state = make_state(-1, number, mention, compared)

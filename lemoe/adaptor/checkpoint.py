@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lemoe import __version__
 from lemoe.adaptor.experts import Experts
-from lemoe.adaptor.header import FORMAT, METADATA_KEY, adaptor_path, open_safetensors, read_header
+from lemoe.adaptor.header import FIRST_WITH_MEANING, FORMAT, METADATA_KEY, adaptor_path, open_safetensors, read_header
 from lemoe.adaptor.state import AdaptorState, RoundRecord
 from lemoe.adaptor.tensor_file import TensorEntry, matches_stored_hash, stored_tensors, write_tensors
 from lemoe.base.fingerprint import Fingerprint
@@ -192,6 +192,8 @@ def _build_state(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Te
         values = coerce_settings("its settings", header["settings"])
         if values != header["settings"]:
             raise ValueError("settings of the wrong type")
+        if header["format"] < FIRST_WITH_MEANING:
+            values = {**values, "gate": "words"}
         settings = Settings(**values)
     except InputError as error:
         raise AdaptorError(f"{path}: {error}") from None

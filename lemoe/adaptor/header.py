@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from lemoe.errors import AdaptorError
 
 FORMAT = 3
+FIRST_WITH_MEANING = 3
 READABLE_FORMATS = (1, 2, 3)  # format 1 has no texts of edits, 1 and 2 no meaning of questions
 ADAPTOR_NAME = "adaptor.safetensors"
 METADATA_KEY = "lemoe"

@@ -65,6 +65,10 @@ class Anchors(TensorEquality, Router):
             return cls(groups)
         return cls(groups, meaning, torch.from_numpy(numpy.concatenate(keys)), tuple(map(len, keys)))
 
+    @property
+    def reads_meaning(self) -> bool:  # type: ignore[override]
+        return self.meaning is not None
+
     @cached_property
     def anchors(self) -> tuple[Anchor, ...]:
         """All anchors; the index of an anchor is the number of its edit."""

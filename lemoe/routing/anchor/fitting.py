@@ -28,6 +28,7 @@ from torch.nn import functional
 from lemoe.base.chat import encode_chat_turn
 from lemoe.base.embedded import cache_root
 from lemoe.base.equality import TensorEquality
+from lemoe.base.fingerprint import tokenizer_sha256, weights_sha256
 from lemoe.base.frozen.layer_inputs import read_layer_inputs
 from lemoe.base.loading import BaseModel
 from lemoe.data.files import write_atomically
@@ -102,8 +103,7 @@ def fitted_meaning(base: BaseModel, edited: int, notify: Notify = lambda stage: 
 
 
 def _cache_file(base: BaseModel, layer: int, bank: Sequence[Wording]) -> Path:
-    fingerprint = base.fingerprint(len(base.layers) - 1)
-    made_of = [VERSION, digest_bank(bank), fingerprint.weights_sha256, fingerprint.tokenizer_sha256]
+    made_of: list[object] = [VERSION, digest_bank(bank), weights_sha256(base.model), tokenizer_sha256(base.tokenizer)]
     made_of += [base.tokenizer.chat_template, layer, str(base.dtype), base.device.type]
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     return cache_root() / "meaning" / f"{key[:32]}.safetensors"

@@ -64,7 +64,7 @@ class GateState:
 
 
 @dataclass(frozen=True, slots=True)
-class _Candidate:
+class Candidate:
     """An anchor in scope: its rank, the weight of its mention and its number, and whether there is new evidence."""
 
     key: tuple[float, float, int]
@@ -273,7 +273,7 @@ class Route:
 
         The active anchor shuts its gate where what was read since speaks against it.
         """
-        candidates: list[_Candidate] = []
+        candidates: list[Candidate] = []
         nearest: tuple[int, Mention, Comparison] | None = None
         ranks: list[float] = []  # of the active anchor
         scores: list[float] = []
@@ -300,12 +300,12 @@ class Route:
 
     def _build_candidate(
         self, subject: int, mention: Mention, found: Comparisons, index: int, before: Values | None
-    ) -> "_Candidate":
+    ) -> "Candidate":
         weight = mention.coverage * self._gate.index.subjects[subject].total_weight
         key = (round(float(found.rank[index]), 3), weight, found.numbers[index])
         margin = self._gate.decision.margin
         fresh = before is None or before[index] < 0 or found.evidence[index] > before[index] + margin
-        return _Candidate(key, mention, found.comparison_with(index), bool(fresh))
+        return Candidate(key, mention, found.comparison_with(index), bool(fresh))
 
     def _compare_mentions(self) -> Iterator[tuple[int, Mention, Comparisons, Values | None]]:
         """Each mentioned subject: number, mention, the comparisons with its anchors, and the most evidence before."""
@@ -346,7 +346,7 @@ class Route:
             return ReadQuestion(words, None, 0.0)
         return ReadQuestion(words, self._gate.meaning.embed(total, weight), weight)
 
-    def _apply_best(self, best: "_Candidate", active_ranks: Sequence[float], time: int) -> None:
+    def _apply_best(self, best: "Candidate", active_ranks: Sequence[float], time: int) -> None:
         """Open the gate for the best anchor, prolong it or switch to it."""
         number, active, last = best.key[2], self._state.edit, len(self._reader.words) - 1
         state = _build_state(number, best.mention, best.compared, in_scope=True)
