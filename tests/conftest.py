@@ -156,14 +156,14 @@ def anchor() -> Callable[..., lemoe.Settings]:
 def edited(
     tiny: Callable[[str], lemoe.BaseModel], facts: list[lemoe.Edit], paper: Callable[..., lemoe.Settings]
 ) -> Callable[[str], lemoe.AdaptorState]:
-    """Two rounds of one run on the tiny model of a family, trained once, by a seed whose experts share the prompts."""
+    """Two rounds of one run on the tiny model of a family, trained once."""
     states: dict[str, lemoe.AdaptorState] = {}
 
     def train_once(family: str) -> lemoe.AdaptorState:
         if family not in states:
-            base, settings = tiny(family), paper(seed=1)
-            first = lemoe.train_round(base, facts[:2], settings)
-            states[family] = lemoe.stack([first, lemoe.train_round(base, facts[2:4], settings, first)])
+            base = tiny(family)
+            first = lemoe.train_round(base, facts[:2], paper())
+            states[family] = lemoe.stack([first, lemoe.train_round(base, facts[2:4], paper(), first)])
         return states[family]
 
     return train_once

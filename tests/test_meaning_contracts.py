@@ -741,7 +741,7 @@ def test_a_fit_tells_relations_of_the_bank_apart_that_words_alone_do_not(wide: l
     assert fit.rank == len(RELATIONS) - 2  # a remark is no relation, and one fewer directions than relations
     assert len(fit.cohort) == len(RELATIONS) - 1
     assert fit.weights.isfinite().all()
-    assert float(fit.weights[FEATURES.index("missing")]) < 0
+    assert float(fit.weights[FEATURES.index("neighbour")]) < 0
 
 
 def test_the_cache_of_routes_stays_within_its_bytes(wide: lemoe.BaseModel, taught: lemoe.AdaptorState) -> None:

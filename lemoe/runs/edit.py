@@ -136,6 +136,7 @@ def edit(
         for difference in check_base(base, start, allow=allow_base_mismatch):
             progress.note(f"another base than the adaptor was made for: {difference}")
         check_settings(start, settings)
+        settings = replace(settings, gate=start.settings.gate)
     layer = start.base.layer if start else settings.resolve_layer(len(base.layers), base.source.layers)
     site = base.ffn_site(layer, settings.layer_path)
     with _lock_folder(folder):

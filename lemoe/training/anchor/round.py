@@ -83,7 +83,7 @@ def train_round(
     layer = before.base.layer if before else settings.resolve_layer(len(base.layers), base.source.layers)
     own_fingerprint = base.fingerprint(layer, settings.layer_path)
     fingerprint = before.base if before else own_fingerprint
-    settings = replace(settings, layer=layer)
+    settings = replace(settings, layer=layer, gate=before.settings.gate if before else settings.gate)
     identity = round_id(own_fingerprint, base.tokenizer.chat_template, settings, edits, None)
     torch_seed = training_seed(identity)
     site = base.ffn_site(layer, settings.layer_path)
@@ -127,7 +127,7 @@ def train_round(
 
 
 def _choose_meaning(base: BaseModel, layer: int, settings: Settings, before: AdaptorState | None) -> Meaning | None:
-    """How questions are read: as in the rounds before, so that these stack, or as fitted to the model."""
+    """How questions are read: as in the rounds before, whose gate the round joins, or as fitted to the model."""
     if before is None:
         return fitted_meaning(base, layer) if settings.gate == "meaning" else None
     assert isinstance(before.router, Anchors)
