@@ -21,6 +21,7 @@ DEFAULT_PRESET = "anchor"
 INTEGER_LIMIT = 1 << 63  # torch and JSON readers take no larger whole numbers
 
 Order = Literal["planned", "file", "random"]
+GateEvidence = Literal["words", "meaning"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,11 @@ class Settings:
         train_rephrases: train on the edits' own rephrases too; their generality is then no longer a measurement.
         negatives: negative prompts per edit: synthetic other questions about its subject, which keep the base's answer.
         negative_weight: weight of the squared expert output on those.
-        gate_conflict: how far a question may differ from an edit's and still open its gate; 0 is strict.
+        gate: what tells whether a text asks for an edit: its `words`, or `meaning` too, as the base model itself reads
+            it.
+        gate_probability: that a text asks for an edit, from which the edit's gate opens, by meaning.
+        gate_conflict: how far the words of a question may differ from an edit's and still open its gate, where words
+            alone decide; 0 is strict.
         gate_slack: tokens that an open gate stays open beyond the target's length.
         norm_limit: how far any weight may move from the base's, for `ft`.
         batch_tokens: padded tokens per batch.
@@ -79,6 +84,8 @@ class Settings:
     train_rephrases: bool = False
     negatives: int = 0
     negative_weight: float = 0.0
+    gate: GateEvidence = "meaning"
+    gate_probability: float = 0.55
     gate_conflict: float = 3.5
     gate_slack: int = 16
     norm_limit: float = 5e-4
@@ -124,6 +131,7 @@ _BOUNDS = (
     ("layer", "at least 0", lambda value: value >= 0),
     ("depth", "between 0 and 1", lambda value: 0 <= value <= 1),
     *((name, "at least 0", lambda value: value >= 0) for name in _NOT_NEGATIVE),
+    ("gate_probability", "above 0, below 1", lambda value: 0 < value < 1),
     *((name, "above 0, at most 1", lambda value: 0 < value <= 1) for name in ("learning_rate", "router_learning_rate")),
 )
 

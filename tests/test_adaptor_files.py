@@ -279,7 +279,7 @@ def test_merged_adaptors_route_by_each_experts_own_key_and_projection(
     parts = list(train_separately(base, facts, paper))
     asked = [edit.prompt for edit in facts]
     with lemoe.insert(base, lemoe.stack(parts)) as adaptor:
-        routes = adaptor.router.explain([base.tokenizer(prompt).input_ids for prompt in asked])
+        routes = adaptor.explain([base.tokenizer(prompt).input_ids for prompt in asked])
     for prompt, route in zip(asked, routes, strict=True):
         expert, weight = expected_route(base, parts, prompt)
         assert route.expert == expert
@@ -362,7 +362,7 @@ def test_two_continuations_of_one_adaptor_route_alike_in_either_order_of_merging
     for parts in (branches, branches[::-1]):
         merged = lemoe.stack(parts)
         with lemoe.insert(base, merged) as adaptor:
-            routes = adaptor.router.explain([base.tokenizer(edit.prompt).input_ids for edit in facts])
+            routes = adaptor.explain([base.tokenizer(edit.prompt).input_ids for edit in facts])
         reached.append([(merged.rounds[route.expert].id, round(route.weight, 4)) for route in routes])
     assert reached[0] == reached[1]
 

@@ -180,7 +180,7 @@ def test_up_to_the_opening_of_the_gate_all_logits_are_the_base_models(
         opening = next(
             position
             for position in range(prompt.shape[1])
-            if adaptor.router.explain([prompt[0, : position + 1].tolist()])[0].expert >= 0
+            if adaptor.explain([prompt[0, : position + 1].tolist()])[0].expert >= 0
         )
         after = compute_logits(base, prompt)
     assert 0 < opening < prompt.shape[1]
@@ -425,7 +425,7 @@ def test_later_rounds_leave_earlier_experts_and_anchors_bit_identical_and_reacha
     assert now.select_rounds([0, 1]) == earlier
     prompts = [base.tokenizer(edit.prompt).input_ids for edit in facts]
     with lemoe.insert(base, now) as adaptor:
-        assert [explanation.expert for explanation in adaptor.router.explain(prompts)] == list(range(6))
+        assert [explanation.expert for explanation in adaptor.explain(prompts)] == list(range(6))
 
 
 @each_family
@@ -507,7 +507,7 @@ def test_continuing_adds_what_is_new_and_supersedes_what_is_asked_again(
     assert facts[0].digest not in report.state.answering_digests
     assert newer.digest in report.state.answering_digests
     with lemoe.insert(base, report.state) as adaptor:
-        explanation = adaptor.router.explain([base.tokenizer(facts[0].prompt).input_ids])[0]
+        explanation = adaptor.explain([base.tokenizer(facts[0].prompt).input_ids])[0]
     assert names[explanation.expert] == "newer"
 
 

@@ -92,7 +92,7 @@ def test_edits_of_any_characters_are_taught_asked_and_measured_like_others(
     (tmp_path / "small.yaml").write_text("layer: 1\nsteps: 2\nretries: 0\nvariants: 3\nnegatives: 1\n")
     assert lemoe_command("edit", path, *where, "--config", tmp_path / "small.yaml").exit_code == 0
     with lemoe.insert(base, tmp_path / "odd.lemoe") as edited:
-        routes = edited.router.explain([edited.base.tokenizer(prompt).input_ids for _, prompt, _ in ODD])
+        routes = edited.explain([edited.base.tokenizer(prompt).input_ids for _, prompt, _ in ODD])
     assert {route.scope for route in routes} == {"in"}
     adaptor = ("-a", tmp_path / "odd.lemoe")
     prompts = [prompt for _, prompt, _ in ODD]

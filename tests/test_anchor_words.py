@@ -103,12 +103,17 @@ def test_other_words_may_be_misspelt(word: str) -> None:
 
 
 def edit_distance(first: str, second: str) -> int:
-    row = list(range(len(second) + 1))
+    """Edits from one word to another, a swap of two neighbouring letters being one."""
+    rows = [list(range(len(second) + 1))]
     for index, char in enumerate(first, 1):
-        above, row[0] = row[0], index
+        row = [index]
         for column, other in enumerate(second, 1):
-            above, row[column] = row[column], min(row[column] + 1, row[column - 1] + 1, above + (char != other))
-    return row[-1]
+            cost = min(rows[-1][column] + 1, row[-1] + 1, rows[-1][column - 1] + (char != other))
+            if index > 1 and column > 1 and first[index - 2 : index] == second[column - 2 : column][::-1]:
+                cost = min(cost, rows[-2][column - 2] + 1)
+            row.append(cost)
+        rows.append(row)
+    return rows[-1][-1]
 
 
 near_words = st.text("ab", max_size=5)
@@ -128,7 +133,7 @@ def test_one_edit_apart_agrees_with_the_edit_distance(one: str, other: str) -> N
         ("He left. “Then he came”", ["then", "he", "came"]),
         ("(So they say.) Now", ["now"]),
         ("In 1990. 1991 was", ["1991", "was"]),
-        ("東京。 大阪", ["大阪"]),
+        ("東京。 大阪", ["大", "阪"]),
     ],
 )
 def test_a_stop_before_a_capital_and_a_newline_start_a_sentence(text: str, words: list[str]) -> None:
@@ -160,8 +165,33 @@ def test_a_new_sentence_is_announced_when_its_first_word_starts() -> None:
 
 def test_capitals_and_sentence_starts_are_noted() -> None:
     reader, _ = read_pieces([b"What did iPhone 4S and Marie do"])
-    assert [word.text for word in reader.words if word.capital] == ["what", "4s", "marie"]
+    assert [word.text for word in reader.words if word.capital] == ["what", "iphone", "4s", "marie"]
     assert [word.starts_sentence for word in reader.words] == [True, *[False] * 6]
+
+
+def test_words_of_capitals_and_words_directly_beside_each_other_are_noted() -> None:
+    reader, _ = read_pieces(["Was J. Doe (IBM) in São-Tomé, USA".encode()])
+    assert [word.text for word in reader.words if word.upper] == ["j", "ibm", "usa"]
+    assert [word.text for word in reader.words if not word.adjacent] == ["was", "ibm", "in", "usa"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("C++ or C#, not C", ["c++", "or", "c#", "not", "c"]),
+        ("a+b and n5# é+", ["a+", "b", "and", "n5", "e+"]),
+        ("Norwayの公用語", ["norway", "の", "公", "用", "語"]),
+        ("東京2020年", ["東", "京", "2020", "年"]),
+        ("マリー・キュリー", [*"マリーキュリー"]),
+    ],
+)
+def test_signs_belong_to_a_word_and_characters_of_scripts_without_spaces_are_words(text: str, words: list[str]) -> None:
+    assert split_words(text) == last_words(text) == words
+
+
+@pytest.mark.parametrize(("text", "count"), [("서울은", 3), ("ประเทศไทย", 9), ("မြန်မာ", 5), ("ភាសា", 4)])
+def test_each_letter_of_a_script_without_spaces_is_a_word(text: str, count: int) -> None:
+    assert len(split_words(text)) == len(last_words(text)) == count
 
 
 def test_a_word_grows_until_something_else_is_read() -> None:
@@ -224,7 +254,7 @@ def test_the_words_read_so_far_depend_on_no_later_byte(cut: tuple[bytes, list[by
         assert reader_state(longer) == before
 
 
-@given(st.lists(st.text("abcdeéñøßÅK東0123456789", min_size=1, max_size=6), max_size=6))
+@given(st.lists(st.text("abcdeéñøßÅK東カ서ก+#0123456789", min_size=1, max_size=6), max_size=6))
 def test_a_running_text_gives_the_words_that_a_subject_is_stored_by(words: list[str]) -> None:
     text = " ".join(words)
     assert last_words(text) == split_words(text)

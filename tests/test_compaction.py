@@ -50,7 +50,7 @@ def shared(halved: CompactionResult) -> lemoe.AdaptorState:
 def routed_experts(base: lemoe.BaseModel, state: lemoe.AdaptorState, edits: list[lemoe.Edit]) -> list[int]:
     with lemoe.insert(base, state) as inserted:
         prompts = [base.tokenizer(edit.prompt).input_ids for edit in edits]
-        return [route.expert for route in inserted.router.explain(prompts)]
+        return [route.expert for route in inserted.explain(prompts)]
 
 
 def test_edits_of_a_round_share_fewer_experts_with_fewer_neurons(

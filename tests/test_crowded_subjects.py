@@ -16,8 +16,10 @@ from lemoe.routing.anchor.anchors import build_gate, get_lexicon
 from lemoe.routing.anchor.gate import Anchor, Gate
 from lemoe.routing.anchor.lexicon import Lexicon
 from lemoe.routing.anchor.questions import Comparison, Question, compare_questions, question_words
-from lemoe.routing.anchor.route import GateState, Route
+from lemoe.routing.anchor.route import Candidate, GateState, Route
 from lemoe.routing.anchor.subjects import Mention
+from lemoe.routing.anchor.words import Word
+from lemoe.routing.router import Scope
 
 SUBJECTS = ("Marie Curie", "Lake Como", "Windows 95", "Mozart")
 WORDS = "town born largest fish river daughter played year company made colours named ended prize of the in".split()
@@ -39,8 +41,8 @@ class PairwiseRoute(Route):
         super().__init__(gate)
         self._matched_weights: dict[int, float] = {}
 
-    def _forget_sentence(self) -> None:
-        super()._forget_sentence()
+    def _forget_sentence(self, words: Sequence[Word]) -> None:
+        super()._forget_sentence(words)
         self._matched_weights = {}
 
     def _update_state(self, time: int) -> None:
@@ -48,9 +50,12 @@ class PairwiseRoute(Route):
         nearest: tuple[int, Mention, Comparison] | None = None
         fits: dict[int, float] = {}
         for subject, mention in self._mentions.items():
+            if not self._is_certain(subject, mention):
+                continue
             read = Question.from_words(question_words(self._reader.words, mention), self._gate.lexicon)
             for number in [n for n, of in enumerate(self._gate.subjects) if of == subject]:
                 compared = compare_questions(self._gate.stored_question(number), read, self._gate.lexicon)
+                compared = compared._replace(score=self._gate.threshold - compared.conflict)
                 fresh = compared.matched > self._matched_weights.get(number, -1.0) + 1e-6
                 self._matched_weights[number] = max(compared.matched, self._matched_weights.get(number, -1.0))
                 fits[number] = compared.fit
@@ -60,18 +65,24 @@ class PairwiseRoute(Route):
                     key = (round(compared.fit, 3), weight, number)
                     if best is None or key > best[0]:
                         best = (key, mention, compared, fresh)
-                if nearest is None or compared.conflict < nearest[2].conflict:
+                if nearest is None or compared.score > nearest[2].score:
                     nearest = (number, mention, compared)
         if self._discard_evidence:
             self._discard_evidence = False
         elif best is not None:
-            key, mention, compared, fresh = best
             active = [fits[self._state.edit]] if self._state.edit in fits else []
-            state = GateState(key[2], "in", key[2], mention.coverage, compared.conflict, compared.fit)
-            self._apply_best(key, state, fresh, active, time)
+            self._apply_best(Candidate(*best), active, time)
         elif nearest is not None and self._state.edit < 0:
             number, mention, compared = nearest
-            self._state = GateState(-1, "relation", number, mention.coverage, compared.conflict, compared.fit)
+            self._state = make_state(-1, number, mention, compared)
+
+
+def make_state(edit: int, nearest: int, mention: Mention, compared: Comparison) -> GateState:
+    """The state of a gate that compares words alone."""
+    scope: Scope = "in" if edit >= 0 else "relation"
+    return GateState(
+        edit, scope, nearest, mention.coverage, compared.conflict, compared.fit, meaning=0.0, score=compared.score
+    )
 
 
 def read_states(route: Route, ids: Sequence[int]) -> list[GateState]:

@@ -182,7 +182,7 @@ def test_a_record_has_the_prompt_the_expected_and_given_answers_and_the_expert_r
     assert (record.edit, record.name, record.kind) == ("fact-0", "reliability", "edit")
     assert (record.prompt, record.expected) == (probed[0].prompt, " Rome")
     with lemoe.insert(base, trained) as adaptor:
-        (route,) = adaptor.router.explain([base.tokenizer(record.prompt).input_ids])
+        (route,) = adaptor.explain([base.tokenizer(record.prompt).input_ids])
         prompt, target = encode_probe(base, record.prompt, "Rome")
         assert record.after == base.tokenizer.decode(likeliest_tokens(base, prompt, target, adaptor))
     assert record.before == base.tokenizer.decode(likeliest_tokens(base, prompt, target, None))
@@ -194,7 +194,7 @@ def test_routing_counts_prompts_that_reach_the_expert_of_their_own_round(
     base: lemoe.BaseModel, trained: lemoe.AdaptorState, facts: list[lemoe.Edit]
 ) -> None:
     with lemoe.insert(base, trained) as adaptor:
-        routes = adaptor.router.explain([base.tokenizer(edit.prompt).input_ids for edit in facts[:4]])
+        routes = adaptor.explain([base.tokenizer(edit.prompt).input_ids for edit in facts[:4]])
     hits = [float(route.expert == home) for route, home in zip(routes, (0, 0, 1, 1), strict=True)]
     metrics = {m.kind: m for m in lemoe.evaluate(base, trained, facts).metrics if m.measure == "agreement"}
     assert {kind: metric.n for kind, metric in metrics.items()} == {"all": 4, "round 1": 2, "round 2": 2}

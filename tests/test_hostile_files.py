@@ -15,7 +15,7 @@ from test_cli import refused_message
 from torch import Tensor
 
 import lemoe
-from lemoe.adaptor.header import METADATA_KEY
+from lemoe.adaptor.header import FORMAT, METADATA_KEY
 from lemoe.adaptor.tensor_file import TensorEntry, write_tensors
 from lemoe.errors import AdaptorError
 
@@ -129,7 +129,7 @@ METADATA: dict[str, Callable[[Metadata], object]] = {
     "the other method": lambda m: m["settings"].update(method="paper"),
     "a threshold that is no number": lambda m: m["settings"].update(gate_conflict="NaN"),
     "an unknown setting": lambda m: m["settings"].update(command="rm"),
-    "a format to come": lambda m: m.update(format=3),
+    "a format to come": lambda m: m.update(format=FORMAT + 1),
     "more prompts than edits": lambda m: first_round(m, prompts=["a"] * 2000),
     "targets without prompts": lambda m: first_round(m, prompts=[]),
     "a prompt that is a number": lambda m: first_round(m, prompts=[7] * len(m["rounds"][0]["edits"])),

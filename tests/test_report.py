@@ -276,7 +276,7 @@ def test_a_thousand_edits_make_a_small_page(base: lemoe.BaseModel, state: Adapto
 
 def test_every_prompt_is_in_one_bar_and_one_at_the_threshold_in_the_bar_below_it() -> None:
     scores = GateScores("generality", (0.0, 0.0, 3.5, 3.6, 10.5, 10.6, 1e9), unmentioned=2, opened=3)
-    (panel,) = gate_plot(Gate(3.5, (scores,))).panels
+    (panel,) = gate_plot(Gate("conflict", 3.5, (scores,))).panels
     counts = {bar.label.split(": ")[0]: int(bar.label.split(": ")[1]) for bar in (*panel.bars, panel.absent)}
     assert counts == {
         "0.0 to 0.5": 2,
@@ -290,7 +290,7 @@ def test_every_prompt_is_in_one_bar_and_one_at_the_threshold_in_the_bar_below_it
 
 @pytest.mark.parametrize("threshold", [0.0, 1e9, float("inf")])
 def test_a_threshold_off_the_axis_is_not_drawn_and_harms_nothing(threshold: float) -> None:
-    plot = gate_plot(Gate(threshold, (GateScores("locality", (0.0, 2.0), 0, 0),)))
+    plot = gate_plot(Gate("conflict", threshold, (GateScores("locality", (0.0, 2.0), 0, 0),)))
     assert (plot.threshold is None) == (threshold > 0)
 
 

@@ -16,6 +16,7 @@ import lemoe
 from lemoe.base.tokens import encode_passage
 from lemoe.routing.anchor.anchors import Anchors, LiveAnchors
 from lemoe.routing.anchor.gate import Anchor
+from lemoe.routing.anchor.meaning import Vector
 from lemoe.routing.anchor.route import GateState, Route
 from lemoe.routing.router import Sequences
 
@@ -65,9 +66,9 @@ def count_read_tokens(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     read: list[int] = []
     push = Route.push
 
-    def counting_push(self: Route, token: int) -> GateState:
+    def counting_push(self: Route, token: int, projected: Vector | None = None) -> GateState:
         read.append(token)
-        return push(self, token)
+        return push(self, token, projected)
 
     with monkeypatch.context() as patch:
         patch.setattr(Route, "push", counting_push)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lemoe import __version__
 from lemoe.adaptor.experts import Experts
-from lemoe.adaptor.header import FORMAT, METADATA_KEY, adaptor_path, open_safetensors, read_header
+from lemoe.adaptor.header import FIRST_WITH_MEANING, FORMAT, METADATA_KEY, adaptor_path, open_safetensors, read_header
 from lemoe.adaptor.state import AdaptorState, RoundRecord
 from lemoe.adaptor.tensor_file import TensorEntry, matches_stored_hash, stored_tensors, write_tensors
 from lemoe.base.fingerprint import Fingerprint
@@ -192,6 +192,8 @@ def _build_state(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Te
         values = coerce_settings("its settings", header["settings"])
         if values != header["settings"]:
             raise ValueError("settings of the wrong type")
+        if header["format"] < FIRST_WITH_MEANING:
+            values = {**values, "gate": "words"}
         settings = Settings(**values)
     except InputError as error:
         raise AdaptorError(f"{path}: {error}") from None
@@ -271,6 +273,6 @@ def _tensor_problems(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: t
         return [f"{name}: shape {list(tensor.shape)}, expected {list(shape)}"]
     if not (tensor.is_floating_point() if dtype is None else tensor.dtype == dtype):
         return [f"{name}: type {tensor.dtype}, expected {dtype or 'floating point'}"]
-    if dtype is None and not tensor.is_meta and not bool(tensor.isfinite().all()):
+    if tensor.is_floating_point() and not tensor.is_meta and not bool(tensor.isfinite().all()):
         return [f"{name}: holds values that are not finite"]
     return []

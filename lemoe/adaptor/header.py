@@ -10,8 +10,9 @@ from safetensors import SafetensorError, safe_open
 
 from lemoe.errors import AdaptorError
 
-FORMAT = 2
-READABLE_FORMATS = (1, 2)  # format 1 has no texts of edits
+FORMAT = 3
+FIRST_WITH_MEANING = 3
+READABLE_FORMATS = (1, 2, 3)  # format 1 has no texts of edits, 1 and 2 no meaning of questions
 ADAPTOR_NAME = "adaptor.safetensors"
 METADATA_KEY = "lemoe"
 HASH_KEY = "sha256"  # of all else in the file
@@ -71,7 +72,7 @@ def read_header(path: Path, stored: Mapping[str, str]) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError):
         raise AdaptorError(f"{path}: its metadata is damaged") from None
     if type(version) is not int or version not in READABLE_FORMATS:
-        known = " and ".join(map(str, READABLE_FORMATS))
+        known = ", ".join(map(str, READABLE_FORMATS))
         raise AdaptorError(f"{path}: format {version!r:.60}; this lemoe reads formats {known}. Update lemoe")
     if not isinstance(header.get("tool"), str) or not set(header) <= _KEYS:
         raise AdaptorError(f"{path}: its metadata is damaged: it holds {', '.join(sorted(header))[:200]}")

@@ -14,11 +14,15 @@ from lemoe.base.equality import TensorEquality
 from lemoe.base.fingerprint import Fingerprint
 from lemoe.data.edits import Edit, combine_digests, digest_edits, edit_label
 from lemoe.errors import AdaptorError
+from lemoe.routing.registry import ROUTERS
 from lemoe.routing.router import Lineage, Router, split_evenly
 from lemoe.settings import Settings
 
 if TYPE_CHECKING:
     from lemoe.base.loading import BaseModel
+
+
+GATE_SETTINGS = {"gate", "gate_probability"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +144,10 @@ def round_id(
 ) -> str:
     """Hash of all that decides a round's tensors: base, chat template, settings, edits in order, the round before.
 
-    `batch_tokens` and the device depend on the machine and take no part.
+    `batch_tokens` and the device depend on the machine and take no part, nor do settings of a gate where there is none.
     """
-    decisive = {name: value for name, value in settings.as_dict().items() if name != "batch_tokens"}
+    without = {"batch_tokens"} | (set() if ROUTERS[settings.method].gated else GATE_SETTINGS)
+    decisive = {name: value for name, value in settings.as_dict().items() if name not in without}
     weights = [base.ffn_sha256, base.weights_sha256, base.tokenizer_sha256, base.ffn]
     if chat_template:
         weights.append(chat_template)
@@ -343,7 +348,7 @@ def check_base(base: "BaseModel", state: AdaptorState, *, allow: bool = False) -
     return tuple(differences)
 
 
-_COMPATIBLE_SETTINGS = ("method", "top_k", "router_width", "gate_conflict", "gate_slack")
+_COMPATIBLE_SETTINGS = ("method", "top_k", "router_width", "gate_probability", "gate_conflict", "gate_slack")
 
 
 def check_settings(start: AdaptorState, settings: Settings) -> None:

@@ -65,3 +65,9 @@ def removed_on_exit(handles: Sequence[RemovableHandle]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def hidden_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states among the arguments of a decoder layer."""
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden

@@ -75,7 +75,8 @@ def _answer_before_and_after(
     Where no expert acts, the edited model is the base model, bit for bit. A target that the base wrote itself consists
     of its likeliest tokens.
     """
-    routes = [adaptor.route_passage(probe.passage) for probe in probes]
+    groups = _sharing_groups(probes)
+    routes = adaptor.route_passages([probe.passage for probe in probes], batch_tokens, groups)
     acting = [bool((route.experts >= 0).any()) for route in routes]
     before = {
         row: Answer(probe.passage.target) for row, probe in enumerate(probes) if probe.base_written and not acting[row]
@@ -119,11 +120,15 @@ def _answer_by_base(
 
     Passages whose target the base wrote share no prefix: whether they run at all depends on the adaptor.
     """
-    passages = [probe.passage for probe in probes]
-    groups = [-1 - row if probe.base_written else probe.edit for row, probe in enumerate(probes)]
+    passages, groups = [probe.passage for probe in probes], _sharing_groups(probes)
     prefix = compute_prefix_activations(base, site, layer, passages, batch_tokens, all_layers=True, groups=groups)
     batch = Batch.from_passages(passages, range(len(passages)), base.pad_token_id, base.device)
     return prefix, _read_answers(base, batch, prefix.base_hidden(batch))
+
+
+def _sharing_groups(probes: Sequence[EncodedProbe]) -> list[int]:
+    """One number for each probe; those with the same may share a prefix."""
+    return [-1 - row if probe.base_written else probe.edit for row, probe in enumerate(probes)]
 
 
 def _read_answers(base: BaseModel, batch: Batch, hidden: Tensor) -> list[Answer]:
@@ -151,7 +156,7 @@ def answer_greedily(
         with adaptor.bypassed() if adaptor else nullcontext():
             before = generate_batch(base, prompts, count)
         after = generate_batch(base, prompts, count) if adaptor else before
-        routes = adaptor.router.explain(prompts) if adaptor else [UNROUTED] * len(prompts)
+        routes = adaptor.explain(prompts, batch_tokens) if adaptor else [UNROUTED] * len(prompts)
         rows, pairs = [], []
         for prompt, one, other, route in zip(prompts, before, after, routes, strict=True):
             for row in sharing[prompt]:

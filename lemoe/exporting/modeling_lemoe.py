@@ -104,7 +104,8 @@ class Edits:
         router = self._router.to_live(self._host, self._settings)
         site = Site(modules["entry"], modules["exit"], modules["activation"])
         with torch.device("cpu"):
-            return LiveAdaptor(modules["decoder"], site, router, self._experts.to(device))
+            experts = self._experts.to(device)
+            return LiveAdaptor(modules["decoder"], site, router, experts, modules.get("layer_read"))
 
 
 def _read_lineages(rounds: list[dict[str, Any]]) -> list[Lineage]:

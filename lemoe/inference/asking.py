@@ -83,7 +83,7 @@ def _answer_before(
 def _answer_after(
     base: BaseModel, replies: Sequence[Reply], passages: Sequence[Passage], edited: InsertedAdaptor, tokens: int
 ) -> list[Reply]:
-    routes = edited.router.explain([passage.prompt for passage in passages])
+    routes = edited.explain([passage.prompt for passage in passages])
     names = _name_nearest(edited.state, routes)
     return [
         replace(reply, after=text, edit=name if route.expert >= 0 else None, nearest=name, route=route)

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from lemoe.adaptor.checkpoint import AdaptorFile
 from lemoe.adaptor.state import AdaptorState, check_base
-from lemoe.base.frozen import FrozenBatch
+from lemoe.base.frozen import FrozenBatch, read_layer_inputs
 from lemoe.base.loading import BaseModel
 from lemoe.base.structure import FFNSite
 from lemoe.base.tokens import Passage
 from lemoe.errors import AdaptorError
 from lemoe.inference.expert_cache import ExpertCache
 from lemoe.inference.live_adaptor import ExpertSource, LiveAdaptor
-from lemoe.routing.router import Routing, Sequences
+from lemoe.routing.router import Explanation, Routing
 
 
 class InsertedAdaptor(LiveAdaptor):
@@ -60,7 +60,12 @@ class InsertedAdaptor(LiveAdaptor):
         self.state = state
         site = base.ffn_site(state.base.layer, state.settings.layer_path)
         router = state.router.to_live(base, state.settings)
-        super().__init__(base.decoder, site, router, experts or state.experts.to(base.device))
+        if router.layer_read is not None and router.layer_read > state.base.layer:
+            raise AdaptorError(
+                f"the adaptor reads layer {router.layer_read}, above layer {state.base.layer} that it edits"
+            )
+        layer_read = None if router.layer_read is None else base.layers[router.layer_read]
+        super().__init__(base.decoder, site, router, experts or state.experts.to(base.device), layer_read)
         self._inserted.enter_context(_wrapped_generate(base.model, self.generate))
 
     def __enter__(self) -> "InsertedAdaptor":
@@ -69,18 +74,39 @@ class InsertedAdaptor(LiveAdaptor):
     def __exit__(self, *exception: object) -> None:
         self.remove()
 
-    def route_passage(self, passage: Passage) -> Routing:
-        """The route that a passage takes, explained."""
-        ids = torch.tensor([passage.input_ids], device=self.base.device)
-        prompt = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0) < len(passage.prompt)
-        return self.router.route(Sequences(ids, None, torch.ones_like(prompt), prompt))[0]
+    def route_passages(
+        self, passages: Sequence[Passage], batch_tokens: int = 4096, groups: Sequence[int] | None = None
+    ) -> list[Routing]:
+        """The route that each passage takes, explained.
+
+        Args:
+            batch_tokens: padded tokens that run through the layers up to the one that the router reads.
+            groups: one number per passage; the route of a passage then depends on its group alone, bit for bit.
+        """
+        hidden = self._read_hidden([passage.input_ids for passage in passages], batch_tokens, groups)
+        return [
+            self.router.route_text(passage.input_ids, len(passage.prompt), states)
+            for passage, states in zip(passages, hidden, strict=True)
+        ]
+
+    def explain(self, prompts: Sequence[Sequence[int]], batch_tokens: int = 4096) -> list[Explanation]:
+        """Why each prompt (token ids) takes its route."""
+        routes = self.route_passages([Passage(tuple(prompt)) for prompt in prompts], batch_tokens)
+        return [route.explained[0] for route in routes]
 
     def acts_on(self, ids: Sequence[int]) -> bool:
         """Whether any expert acts anywhere on a text (token ids)."""
-        tokens = torch.tensor([list(ids)], device=self.base.device)
-        everywhere = torch.ones_like(tokens, dtype=torch.bool)
-        routing, _ = self.router.route(Sequences(tokens, None, everywhere, everywhere))
+        routing = self.route_passages([Passage(tuple(ids))], len(ids))[0]
         return bool((routing.experts >= 0).any())
+
+    def _read_hidden(
+        self, texts: Sequence[Sequence[int]], batch_tokens: int, groups: Sequence[int] | None
+    ) -> Sequence[Tensor | None]:
+        """The states `[seq, hidden]` of each text that the router reads; None where it reads none."""
+        if self.router.layer_read is None:
+            return [None] * len(texts)
+        with self.bypassed():
+            return read_layer_inputs(self.base, self.router.layer_read, texts, batch_tokens, groups)
 
     @torch.no_grad()
     def replay(self, frozen: FrozenBatch, routings: Sequence[Routing]) -> Tensor:

@@ -7,6 +7,7 @@ The route of a sequence travels in the model's own key/value cache, as one more 
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicLayer
 
 from lemoe.adaptor.experts import Activation
-from lemoe.base.hooks import Site, added_to_residual
+from lemoe.base.hooks import Site, added_to_residual, hidden_argument
 from lemoe.errors import AdaptorError
 from lemoe.routing.router import LiveRouter, Routing, Sequences
 
@@ -44,20 +45,36 @@ class LiveAdaptor:
     its prompt: the tokens of the forward pass that starts it, or, with `mark_prompts`, the first of them.
     """
 
-    def __init__(self, decoder: nn.Module, site: Site, router: LiveRouter, experts: ExpertSource):
+    def __init__(
+        self,
+        decoder: nn.Module,
+        site: Site,
+        router: LiveRouter,
+        experts: ExpertSource,
+        layer_read: nn.Module | None = None,
+    ):
+        """Insert experts.
+
+        Args:
+            layer_read: the decoder layer whose incoming hidden states the router reads, if it reads any.
+        """
         self.site = site
         self.router = router
         self._experts = experts
         self._signature = inspect.signature(decoder.forward)
+        self._sequences: Sequences | None = None
         self._routing: Routing | None = None
         self._memory: Tensor | None = None
         self._prompt_columns: Tensor | int | None = None
         self._bypass = False
         self._inserted = ExitStack()
-        hooks = (
+        self._reads_layer = layer_read is not None
+        hooks = [
             decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             decoder.register_forward_hook(self._after_forward),
-        )
+        ]
+        if layer_read is not None:
+            hooks.append(layer_read.register_forward_pre_hook(self._before_layer_read, with_kwargs=True))
         for hook in hooks:
             self._inserted.callback(hook.remove)
         self._inserted.enter_context(added_to_residual(site, self._expert_delta))
@@ -117,12 +134,25 @@ class LiveAdaptor:
         assert given is not None, "transformers calls a decoder with ids or embeddings"
         mask = _token_mask(given, call.get("attention_mask"))
         prompt = mask & _prompt_columns(given, self._prompt_columns)
-        sequences = Sequences(ids, embeddings, mask, prompt, memory).to(self.router.device)
-        self._routing, self._memory = self.router.route(sequences)
+        self._sequences = Sequences(ids, embeddings, mask, prompt, memory).to(self.router.device)
+        if not self._reads_layer:
+            self._route()
+
+    def _before_layer_read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._bypass or self._sequences is None:
+            return
+        hidden = hidden_argument(args, kwargs)
+        self._sequences = replace(self._sequences, hidden=hidden.reshape(*self._sequences.mask.shape, -1))
+        self._route()
+
+    def _route(self) -> None:
+        assert self._sequences is not None
+        self._routing, self._memory = self.router.route(self._sequences)
+        self._sequences = None
         self._experts.prefetch(self._routing)
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._routing = None
+        self._routing = self._sequences = None
         cache = getattr(output, "past_key_values", None)
         if self._bypass or not isinstance(cache, Cache) or self._memory is None:
             return

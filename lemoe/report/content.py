@@ -14,7 +14,7 @@ from lemoe.evaluation.metrics import Decode
 from lemoe.report.clusters import Clusters, build_clusters
 from lemoe.report.failures import Failures, find_failures
 from lemoe.report.rounds import Forgetting, RoundQuality, build_forgetting, round_numbers, score_rounds
-from lemoe.report.routes import Destinations, Gate, OwnExperts, build_gate, count_destinations
+from lemoe.report.routes import Destinations, Gate, GateMeasure, OwnExperts, build_gate, count_destinations
 from lemoe.report.scores import MetricScores, group_scores
 from lemoe.report.studies import MethodRow, OrderTable, make_method_rows, make_order_table
 from lemoe.report.text import clean_text, format_count
@@ -80,7 +80,7 @@ def build_report(
     """
     numbers = round_numbers(state, edits)
     own_experts = OwnExperts(state, edits)
-    threshold = state.settings.gate_conflict if state and state.router.gated else None
+    measure = GateMeasure.of_state(state) if state else None
     return Report(
         source=clean_text(source),
         edited=state is not None,
@@ -89,9 +89,9 @@ def build_report(
         metrics=group_scores(result.metrics),
         rounds=score_rounds(result, numbers, decode),
         routes=count_destinations(result.records, own_experts) if state else (),
-        gate=None if threshold is None else build_gate(result.records, threshold),
+        gate=None if measure is None else build_gate(result.records, measure),
         clusters=_cluster_rounds(base, edits, numbers),
-        failures=find_failures(result.records, edits, own_experts, numbers, threshold) if state else (),
+        failures=find_failures(result.records, edits, own_experts, numbers, measure) if state else (),
         forgetting=build_forgetting(factors.forgetting) if factors else None,
         routed=build_forgetting(factors.routing) if factors and factors.routing else None,
         orders=make_order_table(factors) if factors and factors.orders else None,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from lemoe.data.edits import Edit
 from lemoe.evaluation.evaluate import Record
-from lemoe.report.routes import Destination, OwnExperts
+from lemoe.report.routes import Destination, GateMeasure, OwnExperts
 from lemoe.report.text import clean_text
 
 FAILURES_SHOWN = 10  # of each metric
@@ -48,13 +48,13 @@ def find_failures(
     edits: Sequence[Edit],
     own_experts: OwnExperts,
     numbers: Mapping[str, int],
-    threshold: float | None,
+    measure: GateMeasure | None,
 ) -> tuple[Failures, ...]:
     """The worst failures of each metric: those with the least right first, and among them those that were right before.
 
     Args:
         numbers: the round of each edit, by id.
-        threshold: of the gate; None where there is none.
+        measure: of the gate; None where there is none.
     """
     groups: dict[str, list[Record]] = {}
     for record in records:
@@ -65,14 +65,16 @@ def find_failures(
         failed = [record for record in group if record.token_accuracy_after < 1.0]
         failed.sort(key=lambda record: (record.token_accuracy_after, -record.token_accuracy_before))
         worst = [
-            _describe_failure(record, own_experts.find_destination(record), named, threshold)
+            _describe_failure(record, own_experts.find_destination(record), named, measure)
             for record in failed[:FAILURES_SHOWN]
         ]
         found.append(Failures(name, tuple(worst), len(failed), len(group)))
     return tuple(found)
 
 
-def _describe_failure(record: Record, went: Destination, named: Mapping[str, str], threshold: float | None) -> Failure:
+def _describe_failure(
+    record: Record, went: Destination, named: Mapping[str, str], measure: GateMeasure | None
+) -> Failure:
     return Failure(
         edit=clean_text(record.edit, ID_SHOWN),
         kind=clean_text(record.kind, ID_SHOWN),
@@ -82,7 +84,7 @@ def _describe_failure(record: Record, went: Destination, named: Mapping[str, str
         after=clean_text(record.after),
         accuracy=record.token_accuracy_after,
         why=_explain_route(record, went, named),
-        scores="" if threshold is None or record.nearest is None else _describe_scores(record, threshold),
+        scores="" if measure is None or record.nearest is None else _describe_scores(record, measure),
     )
 
 
@@ -105,7 +107,8 @@ def _explain_route(record: Record, went: Destination, named: Mapping[str, str]) 
     return f"no expert, mentions {of} but is read as another question"
 
 
-def _describe_scores(record: Record, threshold: float) -> str:
-    route = record.route
-    sign = "≤" if route.conflict <= threshold else ">"
-    return f"conflict {route.conflict:.2f} {sign} {threshold:.2f}, coverage {route.coverage:.2f}, fit {route.fit:.2f}"
+def _describe_scores(record: Record, measure: GateMeasure) -> str:
+    route, value = record.route, measure.score(record.route)
+    sign = "≤" if value <= measure.threshold else ">"
+    meaning = f", meaning {route.meaning:.1f}" if measure.name == "doubt" else f", fit {route.fit:.2f}"
+    return f"{measure.name} {value:.2f} {sign} {measure.threshold:.2f}, coverage {route.coverage:.2f}{meaning}"

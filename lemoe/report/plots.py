@@ -117,6 +117,7 @@ class Histograms:
         beyond, absent: positions of the bars for scores beyond it and for prompts that have none.
     """
 
+    measure: str
     height: float
     panels: tuple[Panel, ...]
     x_ticks: tuple[Tick, ...]
@@ -229,7 +230,7 @@ def heat_map(forgetting: Forgetting) -> HeatMap:
 
 
 def gate_plot(gate: Gate) -> Histograms:
-    """How far prompts ask something else than the edit whose subject they mention, by metric."""
+    """How far prompts are from asking for the edit whose subject they mention, by metric."""
     usual = 0 < gate.threshold <= 100
     step = gate.threshold / 7 if usual else 0.5
     edges = [step * index for index in range(22)]  # three times the threshold
@@ -241,6 +242,7 @@ def gate_plot(gate: Gate) -> Histograms:
     )
     inside = 0 <= gate.threshold <= edges[-1]
     return Histograms(
+        measure=gate.measure,
         height=26.0 + 92.0 * len(panels) + 22.0,
         panels=panels,
         x_ticks=tuple(Tick(across(edge), f"{edge:g}") for edge in edges[::7]),
@@ -257,7 +259,7 @@ def _build_panel(
     """A histogram; two separate bars follow it, for scores beyond the axis and for prompts without one."""
     bottom = top + 58.0
     # A score at an edge belongs to the bin on its left, as the gate opens up to and including its threshold.
-    bins = numpy.clip(numpy.searchsorted(edges, numpy.asarray(scores.conflicts), side="left") - 1, 0, len(edges) - 1)
+    bins = numpy.clip(numpy.searchsorted(edges, numpy.asarray(scores.values), side="left") - 1, 0, len(edges) - 1)
     counts = numpy.bincount(bins, minlength=len(edges)).tolist()
     most = max(1, *counts, scores.unmentioned)
 

@@ -10,6 +10,7 @@ from lemoe.evaluation.evaluate import Record
 from lemoe.evaluation.metrics import DEFINITIONS
 from lemoe.report.scores import KIND_SHOWN
 from lemoe.report.text import clean_text
+from lemoe.routing.router import Explanation
 
 Destination = Literal["own", "other", "relation", "subject"]
 METRIC_NAMES = list(DEFINITIONS)
@@ -42,27 +43,49 @@ class GateScores:
     """How the gate scored the probes of one metric.
 
     Attributes:
-        conflicts: of those that mention an edit's subject: how far they ask something else; 0 is the same question.
+        values: of those that mention an edit's subject, by the gate's measure.
         unmentioned: how many mention none.
         opened: how many opened the gate.
     """
 
     name: str
-    conflicts: tuple[float, ...]
+    values: tuple[float, ...]
     unmentioned: int
     opened: int
 
     @property
     def n(self) -> int:
-        return len(self.conflicts) + self.unmentioned
+        return len(self.values) + self.unmentioned
 
 
 @dataclass(frozen=True)
 class Gate:
-    """All scores, and the conflict up to which the gate opens."""
+    """All scores by one measure, and its threshold, up to which the gate opens."""
 
+    measure: str
     threshold: float
     scores: tuple[GateScores, ...]
+
+
+@dataclass(frozen=True)
+class GateMeasure:
+    """What a gate opens up to `threshold` of: `conflict` of words, or `doubt` that the edit is asked for."""
+
+    name: Literal["conflict", "doubt"]
+    threshold: float
+
+    @classmethod
+    def of_state(cls, state: AdaptorState) -> "GateMeasure | None":
+        """The measure of an adaptor's gate; None if it has no gate."""
+        if not state.router.gated:
+            return None
+        if state.router.reads_meaning:
+            return cls("doubt", 1 - state.settings.gate_probability)
+        return cls("conflict", state.settings.gate_conflict)
+
+    def score(self, route: Explanation) -> float:
+        """Of one route."""
+        return route.conflict if self.name == "conflict" else 1 - route.probability
 
 
 class OwnExperts:
@@ -93,7 +116,7 @@ def count_destinations(records: Sequence[Record], own_experts: OwnExperts) -> tu
     )
 
 
-def build_gate(records: Sequence[Record], threshold: float) -> Gate:
+def build_gate(records: Sequence[Record], measure: GateMeasure) -> Gate:
     """The gate's scores of the probes of each metric."""
     groups: dict[str, list[Record]] = {}
     for record in records:
@@ -101,10 +124,10 @@ def build_gate(records: Sequence[Record], threshold: float) -> Gate:
     scores = [
         GateScores(
             name=name,
-            conflicts=tuple(record.route.conflict for record in group if record.nearest is not None),
+            values=tuple(measure.score(record.route) for record in group if record.nearest is not None),
             unmentioned=sum(record.nearest is None for record in group),
             opened=sum(record.route.expert >= 0 for record in group),
         )
         for name, group in groups.items()
     ]
-    return Gate(threshold, tuple(scores))
+    return Gate(measure.name, measure.threshold, tuple(scores))

@@ -36,6 +36,8 @@ class RouterSettings(Protocol):
     @property
     def gate_conflict(self) -> float: ...
     @property
+    def gate_probability(self) -> float: ...
+    @property
     def gate_slack(self) -> int: ...
 
 
@@ -51,6 +53,8 @@ class Explanation:
         coverage: share of the nearest edit's subject that was read, 0 to 1.
         conflict: how far the question read differs from the nearest edit's; 0 is not at all.
         fit: matched share of the two questions, 0 to 2.
+        meaning: log-likelihood ratio (nats) of both asking the same.
+        probability: that this edit is asked for, by all evidence.
         edit: number of the nearest edit, -1 if there is none or the router does not tell edits apart.
     """
 
@@ -61,6 +65,8 @@ class Explanation:
     coverage: float = 1.0
     conflict: float = 0.0
     fit: float = 0.0
+    meaning: float = 0.0
+    probability: float = 1.0
     edit: int = -1
 
 
@@ -116,6 +122,7 @@ class Sequences(TensorEquality):
         mask: `[batch, seq]`, bool; False on padding.
         prompt: `[batch, seq]`, bool; tokens of the prompt, if its end is known, else all tokens.
         memory: `[batch, 1, past, k]`, the router's memory of the tokens before these, or None at the start.
+        hidden: `[batch, seq, hidden]`, the states that enter the decoder layer which the router reads, if it reads one.
     """
 
     ids: Tensor | None
@@ -123,6 +130,7 @@ class Sequences(TensorEquality):
     mask: Tensor
     prompt: Tensor
     memory: Tensor | None = None
+    hidden: Tensor | None = None
 
     def to(self, device: torch.device) -> "Sequences":
         """The same, on `device`."""
@@ -134,19 +142,18 @@ class LiveRouter(ABC):
     """A router at work in one base model, on `device`."""
 
     device: torch.device
+    layer_read: int | None = None  # the decoder layer whose incoming hidden states it reads, if any
 
     @abstractmethod
     def route(self, sequences: Sequences) -> tuple[Routing, Tensor]:
         """The routes of new tokens, and their memory `[batch, 1, seq, k]`, which is kept in the KV cache."""
 
-    def explain(self, prompts: Sequence[Sequence[int]]) -> list[Explanation]:
-        """Why each prompt (token ids) takes its route."""
-        return [self._route_prompt(prompt).explained[0] for prompt in prompts]
-
-    def _route_prompt(self, prompt: Sequence[int]) -> Routing:
-        ids = torch.tensor([list(prompt)], device=self.device)
-        all_tokens = torch.ones_like(ids, dtype=torch.bool)
-        return self.route(Sequences(ids, None, all_tokens, all_tokens))[0]
+    def route_text(self, ids: Sequence[int], prompt: int, hidden: Tensor | None = None) -> Routing:
+        """The route of a text (token ids) with its states `[seq, hidden]`; the first `prompt` tokens are its prompt."""
+        tokens = torch.tensor([list(ids)], device=self.device)
+        is_prompt = torch.arange(len(ids), device=self.device).unsqueeze(0) < prompt
+        states = None if hidden is None else hidden.unsqueeze(0)
+        return self.route(Sequences(tokens, None, torch.ones_like(is_prompt), is_prompt, hidden=states))[0]
 
 
 class Router(ABC):
@@ -155,6 +162,7 @@ class Router(ABC):
     method: ClassVar[str]
     shared: ClassVar[bool] = False  # whether each expert is trained on all edits
     gated: ClassVar[bool] = False  # whether a prompt may reach no expert, by a threshold on `Explanation.conflict`
+    reads_meaning: bool = False  # whether hidden states of the base model take part in the decision
     by_prompt: ClassVar[bool] = False  # whether a sequence is routed once, by its prompt, whose end must be known
 
     @abstractmethod

@@ -182,8 +182,9 @@ def _compact_round(base: BaseModel, part: AdaptorState, neurons: float) -> Adapt
     site = base.ffn_site(layer, settings.layer_path)
     passages = [Passage(anchor.prompt, anchor.target) for anchor in anchors]
     seed = _compaction_seed(record)
+    meaning = _stored_router(part).meaning
     rng, generator = random.Random(seed), torch.Generator(base.device).manual_seed(seed)
-    builder = TrainingBatchBuilder(base, site, layer, settings, edits, passages, anchors, rng, owners)
+    builder = TrainingBatchBuilder(base, site, layer, settings, edits, passages, anchors, rng, meaning, owners)
     trainable = TrainableExperts(smaller.experts, site, width, float(part.experts.scale[0]), settings.seed).to(
         base.device
     )
@@ -200,7 +201,7 @@ def _compact_round(base: BaseModel, part: AdaptorState, neurons: float) -> Adapt
     )
     groups = tuple(tuple(anchors[index] for index in edit_range) for edit_range in smaller.edit_ranges)
     experts = trainable.to_experts().to_dtype(part.experts.up.dtype)
-    return replace(part, rounds=(smaller,), experts=experts, router=Anchors(groups))
+    return replace(part, rounds=(smaller,), experts=experts, router=replace(_stored_router(part), groups=groups))
 
 
 def _compaction_settings(settings: Settings) -> Settings:
@@ -224,8 +225,12 @@ def _compaction_seed(record: RoundRecord) -> int:
 
 
 def _state_anchors(part: AdaptorState) -> tuple[Anchor, ...]:
+    return _stored_router(part).anchors
+
+
+def _stored_router(part: AdaptorState) -> Anchors:
     assert isinstance(part.router, Anchors)
-    return part.router.anchors
+    return part.router
 
 
 def _decode_edits(base: BaseModel, part: AdaptorState) -> list[Edit]:

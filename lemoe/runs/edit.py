@@ -28,6 +28,7 @@ from lemoe.data.files import remove_scratch
 from lemoe.errors import AdaptorError, InputError, LemoeError, OutputError
 from lemoe.evaluation.evaluate import evaluate
 from lemoe.report.card import write_card
+from lemoe.routing.anchor.fitting import fitted_meaning
 from lemoe.runs.engines import Engine
 from lemoe.runs.engines.local import LocalEngine
 from lemoe.runs.folder import ROUNDS_NAME, check_round_range, resumed_round_range
@@ -135,6 +136,7 @@ def edit(
         for difference in check_base(base, start, allow=allow_base_mismatch):
             progress.note(f"another base than the adaptor was made for: {difference}")
         check_settings(start, settings)
+        settings = replace(settings, gate=start.settings.gate)
     layer = start.base.layer if start else settings.resolve_layer(len(base.layers), base.source.layers)
     site = base.ffn_site(layer, settings.layer_path)
     with _lock_folder(folder):
@@ -154,6 +156,8 @@ def edit(
         write_run_files(folder, chosen, overwrite=force or resume)
         progress.planned(len(rounds), sum(len(round_.edits) for round_ in rounds))
         settings = _shrink_batches(base, site, settings, progress)
+        if start is None:
+            _prepare_gate(base, layer, settings, progress)
         began = time.monotonic()
         records = _train_rounds(base, rounds, settings, folder, start, engine, progress, force=force, resume=resume)
         seconds = time.monotonic() - began
@@ -247,6 +251,13 @@ def _lock_folder(folder: Path) -> Iterator[None]:
             if not any(folder.iterdir()):
                 folder.rmdir()
         lock.release()
+
+
+def _prepare_gate(base: BaseModel, layer: int, settings: Settings, progress: ProgressCallback) -> None:
+    """Fit the gate to a model that it has not seen; the cache keeps the fit for all rounds and workers."""
+    router = method_of(settings).router
+    if router is not None and router.gated and settings.gate == "meaning" and base.decoder_reads_tokens:
+        fitted_meaning(base, layer, progress.note)
 
 
 def _shrink_batches(base: BaseModel, site: FFNSite, settings: Settings, progress: ProgressCallback) -> Settings:

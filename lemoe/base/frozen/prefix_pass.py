@@ -23,7 +23,7 @@ from lemoe.base.frozen.check import check_replay
 from lemoe.base.frozen.hooks import replaced_outputs
 from lemoe.base.frozen.replay import FrozenBatch, LayerCall, constant_cache, extract_hidden
 from lemoe.base.frozen.token_trees import TokenForest, TokenTree, TreeBatch
-from lemoe.base.hooks import removed_on_exit
+from lemoe.base.hooks import hidden_argument, removed_on_exit
 from lemoe.base.loading import BaseModel
 from lemoe.base.placement import index_on_device
 from lemoe.base.structure import FFNSite
@@ -41,7 +41,7 @@ class _EmptyCacheLayer(DynamicLayer):
         return key_states, value_states
 
 
-class _StopForward(Exception):
+class StopForward(Exception):
     """Raised in a hook to end a forward pass early; always caught here."""
 
 
@@ -59,6 +59,7 @@ class PrefixActivations(TensorEquality):
         in_tuple: whether the layers return their hidden states in a tuple.
         keys_values_suffice: whether layers keep nothing of a text besides keys and values; if they do, replays start
             at the first column.
+        read: `[nodes, hidden]`, the input of the layer that was to be read; None if none was.
     """
 
     base: BaseModel
@@ -71,6 +72,7 @@ class PrefixActivations(TensorEquality):
     prefix_keys_values: list[tuple[Tensor, Tensor]]
     in_tuple: bool
     keys_values_suffice: bool
+    read: Tensor | None = None
 
     def base_hidden(self, batch: Batch) -> Tensor:
         """`[targets, hidden]`, the base model's last hidden states at a batch's target positions."""
@@ -109,7 +111,7 @@ class PrefixActivations(TensorEquality):
         output = self.output[nodes]
         cache = self._prefix_cache(prefix) if first else None
         with removed_on_exit(handles), replaced_outputs(list(layers), (output,) if self.in_tuple else output):
-            _forward_decoder(self.base, cache, input_ids=batch.ids[:, first:], attention_mask=batch.mask)
+            forward_decoder(self.base, cache, input_ids=batch.ids[:, first:], attention_mask=batch.mask)
         return FrozenBatch(
             batch=batch,
             start=start,
@@ -140,6 +142,7 @@ def compute_prefix_activations(
     max_tokens: int,
     all_layers: bool = False,
     groups: Sequence[int] | None = None,
+    layer_read: int | None = None,
 ) -> PrefixActivations:
     """Run `passages` through the layers up to `layer`, whose FFN is at `site`.
 
@@ -149,12 +152,13 @@ def compute_prefix_activations(
             so that replays can start after a prefix.
         groups: one number per passage. The activations of a passage then depend on its group alone, bit for bit on a
             CPU in float32, however many other passages share the batch.
+        layer_read: a layer, no later than `layer`, whose input is kept too.
 
     Raises:
         ModelError: if replaying the layers above differs from running the model itself.
     """
     check_replay(base, site, layer, _compute_unchecked)
-    return _compute_unchecked(base, site, layer, passages, max_tokens, all_layers, groups)
+    return _compute_unchecked(base, site, layer, passages, max_tokens, all_layers, groups, layer_read)
 
 
 def _compute_unchecked(
@@ -165,6 +169,7 @@ def _compute_unchecked(
     max_tokens: int,
     all_layers: bool = False,
     groups: Sequence[int] | None = None,
+    layer_read: int | None = None,
 ) -> PrefixActivations:
     """`compute_prefix_activations` without `check_replay`, which itself needs it."""
     keys_values_suffice = keeps_only_keys_values(base)
@@ -177,7 +182,7 @@ def _compute_unchecked(
         widths = [batch_invariant_width(width, None if shared else base.max_length) for width in widths]
     for members in length_buckets(widths, max_tokens):
         trees, width = [forest.trees[tree] for tree in members], max(widths[tree] for tree in members)
-        parts.append(_run_trees(base, site, layer, trees, width, shared, all_layers, keys_values_suffice))
+        parts.append(_run_trees(base, site, layer, trees, width, shared, all_layers, keys_values_suffice, layer_read))
         for tree in members:
             firsts[tree], total = total, total + len(forest.trees[tree])
     return PrefixActivations(
@@ -194,6 +199,7 @@ def _compute_unchecked(
         ],
         parts[0].in_tuple,
         keys_values_suffice,
+        None if layer_read is None else torch.cat([part.read for part in parts if part.read is not None]),
     )
 
 
@@ -206,6 +212,7 @@ class _TreePassOutput(TensorEquality):
     last: Tensor | None
     keys_values: list[tuple[Tensor, Tensor]]
     in_tuple: bool
+    read: Tensor | None
 
 
 def _run_trees(
@@ -217,6 +224,7 @@ def _run_trees(
     shared: bool,
     all_layers: bool,
     with_cache: bool,
+    layer_read: int | None,
 ) -> _TreePassOutput:
     rows = TreeBatch.from_trees(trees, base.pad_token_id, base.device, width)
     sizes = torch.tensor([len(tree) for tree in trees], device=base.device)
@@ -230,7 +238,10 @@ def _run_trees(
     def record_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         seen["output"] = output
         if not all_layers:
-            raise _StopForward
+            raise StopForward
+
+    def record_read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen["read"] = drop_padding(hidden_argument(args, kwargs))
 
     def record_last(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         seen["last"] = drop_padding(extract_hidden(output))
@@ -240,12 +251,14 @@ def _run_trees(
         base.layers[-1].register_forward_hook(record_last),
         base.layers[layer].register_forward_hook(record_output),
     ]
-    with removed_on_exit(handles), suppress(_StopForward):
+    if layer_read is not None:
+        handles.append(base.layers[layer_read].register_forward_pre_hook(record_read, with_kwargs=True))
+    with removed_on_exit(handles), suppress(StopForward):
         if shared:
             mask = rows.attention_mask(base.dtype)
-            _forward_decoder(base, cache, input_ids=rows.ids, attention_mask=mask, position_ids=rows.positions)
+            forward_decoder(base, cache, input_ids=rows.ids, attention_mask=mask, position_ids=rows.positions)
         else:
-            _forward_decoder(base, cache, input_ids=rows.ids, attention_mask=real.long())
+            forward_decoder(base, cache, input_ids=rows.ids, attention_mask=real.long())
     return _TreePassOutput(
         inputs=drop_padding(seen["inputs"]),
         output=drop_padding(extract_hidden(seen["output"])),
@@ -255,6 +268,7 @@ def _run_trees(
             for each in (cache.layers[layer + 1 :] if cache else [])
         ],
         in_tuple=isinstance(seen["output"], tuple),
+        read=seen.get("read"),
     )
 
 
@@ -276,7 +290,7 @@ def keeps_only_keys_values(base: BaseModel) -> bool:
     if base not in _keys_values_support:
         ids, cache = torch.tensor([[0, 1]], device=base.device), _cache_above(len(base.layers) - 1)
         try:
-            _forward_decoder(base, cache, input_ids=ids, attention_mask=torch.ones_like(ids))
+            forward_decoder(base, cache, input_ids=ids, attention_mask=torch.ones_like(ids))
             _keys_values_support[base] = all(layer.used for layer in cache.layers)
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
             _keys_values_support[base] = False
@@ -321,11 +335,11 @@ def _run_last_hidden(base: BaseModel, **inputs: Any) -> Tensor:
     seen: list[Tensor] = []
     handle = base.layers[-1].register_forward_hook(lambda module, args, output: seen.append(extract_hidden(output)[0]))
     with removed_on_exit([handle]):
-        _forward_decoder(base, **inputs)
+        forward_decoder(base, **inputs)
     return seen[0]
 
 
-def _forward_decoder(base: BaseModel, past_key_values: Cache | None = None, **inputs: Any) -> None:
+def forward_decoder(base: BaseModel, past_key_values: Cache | None = None, **inputs: Any) -> None:
     base.decoder(**inputs, past_key_values=past_key_values, use_cache=past_key_values is not None)
 
 

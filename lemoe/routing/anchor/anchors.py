@@ -3,7 +3,7 @@
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, chain, islice, pairwise
 from weakref import WeakKeyDictionary
@@ -12,9 +12,11 @@ import numpy
 import torch
 from torch import Tensor
 
+from lemoe.base.equality import TensorEquality
 from lemoe.errors import AdaptorError
 from lemoe.routing.anchor.gate import Anchor, Gate
 from lemoe.routing.anchor.lexicon import Lexicon
+from lemoe.routing.anchor.meaning import PREFIX, Meaning, Vector
 from lemoe.routing.anchor.route import SHUT, GateState, Route
 from lemoe.routing.anchor.route_cache import PADDING, Ids, RouteCache, RoutedPrefix, build_cells
 from lemoe.routing.router import (
@@ -32,22 +34,40 @@ from lemoe.routing.router import (
 CACHE_BYTES = 64 << 20  # of the routes of sequences that may be continued: about 10,000 sentences of 40 words
 
 
-@dataclass(frozen=True)
-class Anchors(Router):
+@dataclass(frozen=True, eq=False)
+class Anchors(TensorEquality, Router):
     """The anchors of each expert, in order: one, or several for an expert that edits share.
 
     Of two anchors with the same question, the later takes precedence.
+
+    Attributes:
+        groups: the anchors of each expert.
+        meaning: how the base model tells what questions mean; None where words alone decide.
+        keys: `[keys, rank]`, what the anchors' questions mean: of each its own prompt, then its rephrases.
+        key_counts: how many of them each anchor has; empty without `meaning`.
     """
 
     method = "anchor"
     gated = True
 
     groups: tuple[tuple[Anchor, ...], ...]
+    meaning: Meaning | None = None
+    keys: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
+    key_counts: tuple[int, ...] = ()
 
     @classmethod
-    def from_anchors(cls, anchors: Sequence[Anchor]) -> "Anchors":
-        """Anchors that each have an expert of their own."""
-        return cls(tuple((anchor,) for anchor in anchors))
+    def from_anchors(
+        cls, anchors: Sequence[Anchor], meaning: Meaning | None = None, keys: Sequence[Vector] = ()
+    ) -> "Anchors":
+        """Anchors that each have an expert of their own; `keys`: of each, `[keys, rank]`."""
+        groups = tuple((anchor,) for anchor in anchors)
+        if meaning is None:
+            return cls(groups)
+        return cls(groups, meaning, torch.from_numpy(numpy.concatenate(keys)), tuple(map(len, keys)))
+
+    @property
+    def reads_meaning(self) -> bool:  # type: ignore[override]
+        return self.meaning is not None
 
     @cached_property
     def anchors(self) -> tuple[Anchor, ...]:
@@ -60,13 +80,17 @@ class Anchors(Router):
         return [expert for expert, group in enumerate(self.groups) for _ in group]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Token ids, concatenated, with offsets `[edits + 1]`; subjects as UTF-8 bytes, empty where inferred."""
+        """Token ids, concatenated, with offsets `[edits + 1]`; subjects as UTF-8 bytes, empty where inferred; keys."""
         anchors = self.anchors
-        return {
+        tensors = {
             **_pack_rows("anchors.prompt", [anchor.prompt for anchor in anchors], torch.int32),
             **_pack_rows("anchors.target", [anchor.target for anchor in anchors], torch.int32),
             **_pack_rows("anchors.subject", [(anchor.subject or "").encode() for anchor in anchors], torch.uint8),
         }
+        if self.meaning is None:
+            return tensors
+        offsets = torch.from_numpy(numpy.fromiter(accumulate(self.key_counts, initial=0), numpy.int64))
+        return {**tensors, "anchors.keys": self.keys, "anchors.keys_offsets": offsets, **self.meaning.tensors()}
 
     @classmethod
     def expected_tensors(
@@ -79,6 +103,8 @@ class Anchors(Router):
             total = int(offsets.flatten()[-1]) if offsets is not None and offsets.numel() else 0
             shapes[name] = ((total,), dtype)
             shapes[f"{name}_offsets"] = ((edits + 1,), torch.int64)
+        if any(name.startswith(PREFIX) or name.startswith("anchors.keys") for name in tensors):
+            shapes |= _expected_of_meaning(hidden, edits, tensors)
         return shapes
 
     @classmethod
@@ -92,14 +118,44 @@ class Anchors(Router):
             Anchor(prompt, target, bytes(subject).decode("utf-8") or None)
             for prompt, target, subject in zip(prompts, targets, subjects, strict=True)
         )
-        return cls(tuple(tuple(islice(anchors, lineage.edits)) for lineage in lineages))
+        groups = tuple(tuple(islice(anchors, lineage.edits)) for lineage in lineages)
+        meaning = Meaning.from_tensors(tensors)
+        if meaning is None:
+            return cls(groups)
+        keys, offsets = tensors["anchors.keys"], tensors["anchors.keys_offsets"]
+        counts = offsets.diff()
+        if not are_valid_offsets(offsets, len(keys)) or bool((counts < 1).any()):
+            raise ValueError("anchors.keys_offsets: out of order, or an anchor without a key")
+        if int(meaning.layer) < 0:
+            raise ValueError("meaning.layer: below 0")
+        return cls(groups, meaning, keys, tuple(counts.tolist()))
 
     def select(self, experts: Sequence[int]) -> "Anchors":
-        return Anchors(tuple(self.groups[index] for index in experts))
+        groups = tuple(self.groups[index] for index in experts)
+        if self.meaning is None:
+            return Anchors(groups)
+        anchor_ends = list(accumulate(map(len, self.groups), initial=0))
+        chosen = [number for index in experts for number in range(anchor_ends[index], anchor_ends[index + 1])]
+        key_ends = list(accumulate(self.key_counts, initial=0))
+        rows = [row for number in chosen for row in range(key_ends[number], key_ends[number + 1])]
+        return Anchors(groups, self.meaning, self.keys[rows], tuple(self.key_counts[number] for number in chosen))
 
     @classmethod
     def stack(cls, parts: "Sequence[tuple[Anchors, Sequence[Lineage]]]") -> "Anchors":
-        return cls(tuple(group for part, _ in parts for group in part.groups))
+        groups = tuple(group for part, _ in parts for group in part.groups)
+        first = parts[0][0].meaning
+        for part, _ in parts[1:]:
+            if (first is None) != (part.meaning is None):
+                raise AdaptorError("one adaptor routes by meaning, another by words alone; train one of them anew")
+            if first is not None and part.meaning is not None and not first.is_close_to(part.meaning):
+                raise AdaptorError(
+                    "these adaptors read questions in different ways (fitted in another precision or by another "
+                    "version of lemoe): train the later one on top of the earlier, with --from"
+                )
+        if first is None:
+            return cls(groups)
+        keys = torch.cat([part.keys for part, _ in parts])
+        return cls(groups, first, keys, tuple(count for part, _ in parts for count in part.key_counts))
 
     def superseded(self) -> dict[int, int]:
         """Anchors with the same prompt as a later one, by number: earlier to latest."""
@@ -113,11 +169,31 @@ class Anchors(Router):
             number: latest[anchor.prompt] for number, anchor in enumerate(anchors) if latest[anchor.prompt] != number
         }
 
+    def split_keys(self) -> Sequence[Vector]:
+        """The keys of each anchor, `[keys, rank]`."""
+        return [part.numpy() for part in self.keys.split(self.key_counts)] if self.key_counts else ()
+
     def to_live(self, base: Host, settings: RouterSettings) -> "LiveAnchors":
         return LiveAnchors(base, self, settings)
 
 
 _STORED_TENSORS = (("anchors.prompt", torch.int32), ("anchors.target", torch.int32), ("anchors.subject", torch.uint8))
+
+
+def _expected_of_meaning(
+    hidden: int, edits: int, tensors: Mapping[str, Tensor]
+) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+    """Shapes and types of the tensors of an adaptor that routes by meaning."""
+    directions, offsets = tensors.get(f"{PREFIX}directions"), tensors.get("anchors.keys_offsets")
+    rank = directions.shape[-1] if directions is not None and directions.dim() else 0
+    cohort = tensors.get(f"{PREFIX}cohort")
+    relations = cohort.shape[0] if cohort is not None and cohort.dim() else 0
+    keys = int(offsets.flatten()[-1]) if offsets is not None and offsets.numel() else 0
+    return {
+        "anchors.keys": ((keys, rank), torch.float32),
+        "anchors.keys_offsets": ((edits + 1,), torch.int64),
+        **Meaning.expected_tensors(hidden, rank, relations),
+    }
 
 
 def _pack_rows(name: str, rows: Sequence[Sequence[int]], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -136,12 +212,24 @@ def _unpack_rows(name: str, tensors: Mapping[str, Tensor]) -> list[tuple[int, ..
     return [tuple(shared.setdefault(value, value) for value in row) for row in rows]
 
 
-def build_gate(base: Host, anchors: Sequence[Anchor], settings: RouterSettings) -> Gate:
-    """A gate over `anchors`, with the thresholds of `settings`."""
-    gate = Gate(get_lexicon(base), threshold=settings.gate_conflict, slack=settings.gate_slack)
+def build_gate(
+    base: Host,
+    anchors: Sequence[Anchor],
+    settings: RouterSettings,
+    meaning: Meaning | None = None,
+    keys: Sequence[Vector] = (),
+) -> Gate:
+    """A gate over `anchors`, with the thresholds of `settings`; by `meaning` too, if `keys` are given with it."""
+    gate = Gate(
+        get_lexicon(base),
+        threshold=settings.gate_conflict,
+        slack=settings.gate_slack,
+        meaning=meaning,
+        probability=settings.gate_probability,
+    )
     with _pause_garbage_collection():
-        for anchor in anchors:
-            gate.add(anchor)
+        for number, anchor in enumerate(anchors):
+            gate.add(anchor, keys[number] if meaning is not None else None)
     return gate
 
 
@@ -186,7 +274,9 @@ class LiveAnchors(LiveRouter):
         vocabulary = len(base.embedding.weight)
         if any(max((*anchor.prompt, *anchor.target)) >= vocabulary for anchor in anchors.anchors):
             raise AdaptorError("the adaptor's anchors hold tokens that the base model does not know")
-        self.gate = build_gate(base, anchors.anchors, settings)
+        self.meaning = anchors.meaning
+        self.layer_read = None if self.meaning is None else int(self.meaning.layer)
+        self.gate = build_gate(base, anchors.anchors, settings, self.meaning, anchors.split_keys())
         for number in anchors.superseded():
             self.gate.retire(number)
         self.device = base.device
@@ -200,9 +290,13 @@ class LiveAnchors(LiveRouter):
         prefixes = self._resume_prefixes(sequences.memory, len(ids))
         starts = [prefix.name for prefix in prefixes]
         before = [prefix.copy() for prefix in prefixes if prefix.columns] if ids.shape[1] > 1 else []
-        rows = [prefix.read(new) for prefix, new in zip(prefixes, ids, strict=True)]
+        projected = self._project(sequences.hidden)
+        rows = [
+            prefix.read(new, None if projected is None else projected[row])
+            for row, (prefix, new) in enumerate(zip(prefixes, ids, strict=True))
+        ]
         self._route_cache.store([*before, *prefixes])
-        cells = torch.from_numpy(build_cells(ids, starts, [prefix.name for prefix in prefixes]))
+        cells = torch.from_numpy(build_cells(ids, projected, starts, [prefix.name for prefix in prefixes]))
         acting = [[self._experts[state.edit] for state in row] for row in rows]
         experts = torch.tensor(acting, device=self.device).unsqueeze(-1)
         ends = _last_prompt_columns(sequences.prompt.expand_as(sequences.mask))
@@ -221,16 +315,26 @@ class LiveAnchors(LiveRouter):
             for row, prefix in enumerate(found)
         ]
 
-    def explain(self, prompts: Sequence[Sequence[int]]) -> list[Explanation]:
-        """Why each prompt (token ids) takes its route; nothing of it is cached."""
-        return [self._explain_state(self.final_state(prompt)) for prompt in prompts]
+    def _project(self, hidden: Tensor | None) -> Vector | None:
+        """What the base model makes of each token, `[batch, seq, rank]`; None where meaning does not count."""
+        if self.meaning is None:
+            return None
+        if hidden is None:
+            raise AdaptorError(f"this adaptor reads the states that enter decoder layer {self.layer_read}")
+        return self.meaning.project(hidden).cpu().numpy()
 
-    def final_state(self, prompt: Sequence[int]) -> GateState:
-        """The gate's state at the end of a prompt."""
+    def explain(self, prompts: Sequence[Sequence[int]], hidden: Sequence[Tensor] | None = None) -> list[Explanation]:
+        """Why each prompt (token ids) takes its route, with its states `[seq, hidden]`; nothing of it is cached."""
+        states = [None] * len(prompts) if hidden is None else hidden
+        return [self._explain_state(self.final_state(*each)) for each in zip(prompts, states, strict=True)]
+
+    def final_state(self, prompt: Sequence[int], hidden: Tensor | None = None) -> GateState:
+        """The gate's state at the end of a prompt, whose states are `hidden` `[seq, hidden]`."""
         route = Route(self.gate)
         state = SHUT
-        for token in prompt:
-            state = route.push(token)
+        projected = self._project(hidden)
+        for column, token in enumerate(prompt):
+            state = route.push(token, None if projected is None else projected[column])
         return state
 
     def _explain_state(self, state: GateState) -> Explanation:
@@ -242,6 +346,8 @@ class LiveAnchors(LiveRouter):
             coverage=state.coverage,
             conflict=state.conflict,
             fit=state.fit,
+            meaning=state.meaning,
+            probability=self.gate.decision.probability(state.score) if state.nearest >= 0 else 0.0,
             edit=state.nearest,
         )
 

@@ -4,117 +4,101 @@ Both ways give the same numbers, bit for bit: sums run in the order of the words
 products.
 """
 
-from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
 from numpy.typing import NDArray
 
 from lemoe.routing.anchor.lexicon import Lexicon, Vector
-from lemoe.routing.anchor.questions import MIN_EVIDENCE, Comparison, Question, StoredQuestion
+from lemoe.routing.anchor.questions import MIN_EVIDENCE, MIN_SAME_WORDS, Comparison, Question, StoredQuestion
 
 VECTORISED_FROM = 16  # anchors of one subject from which arrays are faster; see `tests/benchmarks/speed.py crowd`
 CACHED_VALUES = 1 << 23  # values that the cached arrays of all subjects may have together
 
 Values = NDArray[numpy.float64]
-MatchedWeights = Sequence[float] | Values  # matched weight of each anchor's question
+Indices = NDArray[numpy.intp]
+Flags = NDArray[numpy.bool_]
 
 
-class Comparisons(ABC):
-    """The comparisons of one question with each anchor of a subject; an anchor's index is that in `numbers`."""
+@dataclass(frozen=True, eq=False)
+class Comparisons:
+    """One question, compared with each anchor of a subject; an anchor's index is that in `numbers`.
 
-    def __init__(self, numbers: Sequence[int]):
-        self.numbers = numbers  # the anchors' numbers in the gate, ascending
+    Attributes:
+        numbers: the anchors' numbers in the gate, ascending.
+        words: what words say; meaning, score: `[anchors]`, see `Comparison`.
+        rank: `[anchors]`, by which one is chosen among those for which the gate opens.
+        evidence: `[anchors]`, what must rise for the gate to open again.
+    """
 
-    @abstractmethod
+    numbers: Sequence[int]
+    words: "WordComparisons"
+    meaning: Values
+    score: Values
+    rank: Values
+    evidence: Values
+
     def comparison_with(self, index: int) -> Comparison:
         """The comparison with one anchor."""
+        return self.words.comparison_with(index)._replace(
+            meaning=float(self.meaning[index]), score=float(self.score[index])
+        )
 
-    @abstractmethod
-    def best_index(self, threshold: float) -> int | None:
-        """The index of the anchor with the best fit among those of at most this conflict; the latest of several."""
-
-    @abstractmethod
-    def nearest_index(self) -> int | None:
-        """The index of the anchor with the least conflict; the first of several."""
-
-    @abstractmethod
-    def most_matched(self, before: MatchedWeights | None) -> MatchedWeights:
-        """The matched weight of each anchor's question, now or `before`, whichever is higher."""
-
-    def fit_of(self, number: int) -> float | None:
-        """The fit of the anchor of this number; None if it is not one of the subject's."""
-        if number < 0:
-            return None
-        index = bisect_left(self.numbers, number)
-        found = index < len(self.numbers) and self.numbers[index] == number
-        return self.comparison_with(index).fit if found else None
-
-
-class PairwiseComparisons(Comparisons):
-    """Comparisons made pair by pair; most subjects have one anchor only."""
-
-    def __init__(self, numbers: Sequence[int], compared: Sequence[Comparison]):
-        super().__init__(numbers)
-        self._compared = compared
-
-    def comparison_with(self, index: int) -> Comparison:
-        return self._compared[index]
-
-    def best_index(self, threshold: float) -> int | None:
-        in_scope = [
-            index for index, each in enumerate(self._compared) if each.enough_evidence and each.conflict <= threshold
-        ]
+    def best_index(self) -> int | None:
+        """The index of the anchor of the highest rank among those that are in scope; the latest of several."""
+        in_scope = numpy.flatnonzero(self.words.enough_evidence & (self.score >= 0))
         if len(in_scope) < 2:
-            return in_scope[0] if in_scope else None
-        return max(in_scope, key=lambda index: (round(self._compared[index].fit, 3), index))
+            return int(in_scope[0]) if len(in_scope) else None
+        ranks = self.rank[in_scope]
+        best = round(float(ranks.max()), 3)
+        candidates = in_scope[ranks > best - 0.001][::-1].tolist()
+        return next(index for index in candidates if round(float(self.rank[index]), 3) == best)
 
     def nearest_index(self) -> int | None:
-        if len(self._compared) == 1:
-            return 0
-        return min(range(len(self._compared)), key=lambda index: self._compared[index].conflict, default=None)
+        """The index of the anchor of the highest score; the first of several."""
+        return int(self.score.argmax()) if len(self.score) else None
 
-    def most_matched(self, before: MatchedWeights | None) -> MatchedWeights:
-        if before is None:
-            return [each.matched for each in self._compared]
-        return [max(each.matched, earlier) for each, earlier in zip(self._compared, before, strict=True)]
+    def index_of(self, number: int) -> int | None:
+        """The index of the anchor of this number; None if it is not one of the subject's."""
+        index = bisect_left(self.numbers, number)
+        return index if number >= 0 and index < len(self.numbers) and self.numbers[index] == number else None
 
 
-class VectorisedComparisons(Comparisons):
-    """Comparisons as arrays: `conflict`, `fit`, `matched` and `enough_evidence`, each `[anchors]`."""
+@dataclass(frozen=True, eq=False)
+class WordComparisons:
+    """What words say of each anchor of a subject, each `[anchors]`; see `Comparison`."""
 
-    def __init__(
-        self,
-        numbers: Sequence[int],
-        conflict: Values,
-        fit: Values,
-        matched: Values,
-        enough_evidence: NDArray[numpy.bool_],
-    ):
-        super().__init__(numbers)
-        self._conflict, self._fit, self._matched, self._enough_evidence = conflict, fit, matched, enough_evidence
+    conflict: Values
+    fit: Values
+    matched: Values
+    contradiction: Values
+    unread: Values
+    enough_evidence: Flags
+    substituted: Flags
 
     def comparison_with(self, index: int) -> Comparison:
-        conflict, fit, matched = (float(values[index]) for values in (self._conflict, self._fit, self._matched))
-        return Comparison(conflict, fit, matched, bool(self._enough_evidence[index]))
+        """The comparison with one anchor."""
+        return Comparison(
+            conflict=float(self.conflict[index]),
+            fit=float(self.fit[index]),
+            matched=float(self.matched[index]),
+            contradiction=float(self.contradiction[index]),
+            unread=float(self.unread[index]),
+            enough_evidence=bool(self.enough_evidence[index]),
+            substituted=bool(self.substituted[index]),
+        )
 
-    def best_index(self, threshold: float) -> int | None:
-        in_scope = numpy.flatnonzero(self._enough_evidence & (self._conflict <= threshold))
-        if not len(in_scope):
-            return None
-        fits = self._fit[in_scope]
-        best_fit = round(float(fits.max()), 3)
-        candidates = in_scope[fits > best_fit - 0.001][::-1].tolist()
-        return next(index for index in candidates if round(float(self._fit[index]), 3) == best_fit)
-
-    def nearest_index(self) -> int | None:
-        return int(self._conflict.argmin())
-
-    def most_matched(self, before: MatchedWeights | None) -> MatchedWeights:
-        return self._matched if before is None else numpy.maximum(self._matched, before)
+    @classmethod
+    def from_pairs(cls, compared: Sequence[Comparison]) -> "WordComparisons":
+        """Of comparisons made pair by pair."""
+        flags = [(each.enough_evidence, each.substituted) for each in compared]
+        conflict, fit, matched, contradiction, unread = numpy.array([each[:5] for each in compared]).reshape(-1, 5).T
+        enough_evidence, substituted = numpy.array(flags, numpy.bool_).reshape(-1, 2).T
+        return cls(conflict, fit, matched, contradiction, unread, enough_evidence, substituted)
 
 
 class ArrayCache:
@@ -146,8 +130,7 @@ class QuestionTable:
     sentence that grows by a word costs one comparison more.
     """
 
-    def __init__(self, numbers: Sequence[int], asked: Iterable[StoredQuestion], lexicon: Lexicon, cache: ArrayCache):
-        self._numbers = numbers
+    def __init__(self, asked: Sequence[StoredQuestion], lexicon: Lexicon, cache: ArrayCache):
         self._lexicon = lexicon
         self._cache = cache
         columns: dict[str, int] = {"": 0}  # an empty question has the empty word, which is similar to no other
@@ -164,6 +147,8 @@ class QuestionTable:
             fronts.append(stored.front_share)
             for stemmed in stored.answer_stems:
                 answers.setdefault(stemmed, []).append(index)
+        self._stem_numbers: dict[str, int] = {}
+        self._by_length = self._number_stems([stored.question.stems for stored in asked])
         self._distinct = tuple(columns)[1:]
         self._words, self._starts = numpy.array(words, numpy.intp), numpy.array(starts, numpy.intp)
         self._anchor_of_word = numpy.repeat(numpy.arange(len(starts)), numpy.diff([*starts, len(words)]))
@@ -174,13 +159,27 @@ class QuestionTable:
         for column, word in enumerate(self._distinct, 1):
             self._columns_by_stem.setdefault(lexicon.stem(word), []).append(column)
 
-    def compare(self, read: Question) -> VectorisedComparisons:
+    def _number_stems(self, questions: Sequence[Sequence[str]]) -> dict[int, tuple[Indices, Indices]]:
+        """By number of words: the indices of the questions that have as many, and their stems as numbers."""
+        rows: dict[int, list[list[int]]] = {}
+        indices: dict[int, list[int]] = {}
+        for index, stems in enumerate(questions):
+            numbers = [self._stem_numbers.setdefault(stemmed, len(self._stem_numbers)) for stemmed in stems]
+            rows.setdefault(len(stems), []).append(numbers)
+            indices.setdefault(len(stems), []).append(index)
+        return {length: (numpy.array(indices[length]), numpy.array(rows[length])) for length in rows}
+
+    def compare(self, read: Question) -> WordComparisons:
         """All anchors' questions against the question read; see `lemoe.routing.anchor.questions.compare_questions`."""
         count = len(self._totals)
         most_similar = numpy.zeros(len(self._distinct) + 1)
+        shared, same_read = numpy.zeros(len(self._distinct) + 1), numpy.zeros(count)
         total_read, matched_read = numpy.full(count, float(read.total_weight)), numpy.zeros(count)
         for word, stemmed, weight in zip(read.words, read.stems, read.weights, strict=True):
             similarities, best = self._compare_word(word)
+            columns = self._columns_by_stem.get(stemmed, [])
+            shared[columns] = 1.0
+            best_stem = self._anchors_with(stemmed)
             numpy.maximum(most_similar, similarities, out=most_similar)
             gained = weight * best
             answered = self._anchors_by_answer.get(stemmed)
@@ -188,6 +187,10 @@ class QuestionTable:
                 total_read[answered] -= weight
                 gained[answered] = 0.0
             matched_read += gained
+            gained = numpy.where(best_stem, weight, 0.0)
+            if answered is not None:
+                gained[answered] = 0.0
+            same_read += gained
         total = self._totals
         gathered = numpy.bincount(self._anchor_of_word, self._weights * most_similar[self._words], count)
         matched: Values = numpy.asarray(gathered, numpy.float64)
@@ -195,7 +198,30 @@ class QuestionTable:
         fit = (matched + 1) / (total + 1) + (matched_read + 1) / (total_read + 1)
         shares = self._front_shares
         enough_evidence = (shares < 0.5) | ((total_read > 0) & (total_read >= MIN_EVIDENCE * total * shares))
-        return VectorisedComparisons(self._numbers, conflict, fit, matched, enough_evidence)
+        same = numpy.bincount(self._anchor_of_word, self._weights * shared[self._words], count)
+        contradiction = numpy.minimum(total - same, total_read - same_read) / (1 + same + same_read)
+        unread = (total - same) / (1 + same + same_read)
+        return WordComparisons(
+            conflict, fit, matched, contradiction, unread, enough_evidence, self._find_substituted(read.stems)
+        )
+
+    def _find_substituted(self, stems: Sequence[str]) -> Flags:
+        """`[anchors]`, whether a question is the same but for one word; see `are_one_word_apart`."""
+        substituted = numpy.zeros(len(self._totals), numpy.bool_)
+        if len(stems) >= MIN_SAME_WORDS and len(stems) in self._by_length:
+            indices, numbers = self._by_length[len(stems)]
+            read = numpy.array([self._stem_numbers.get(stemmed, -1) for stemmed in stems])
+            substituted[indices] = (numbers != read).sum(1) == 1
+        return substituted
+
+    def _anchors_with(self, stemmed: str) -> Flags:
+        """`[anchors]`, whose question has a word of this stem."""
+        cached = self._cache.get((self, "stem", stemmed))
+        if cached is None:
+            found = numpy.isin(self._words, self._columns_by_stem.get(stemmed, []))
+            cached = (numpy.logical_or.reduceat(found, self._starts),)
+            self._cache.put((self, "stem", stemmed), cached)
+        return cached[0]
 
     def _compare_word(self, word: str) -> tuple[NDArray[Any], ...]:
         """Similarities of a word to each distinct word, and to each anchor's most similar word."""

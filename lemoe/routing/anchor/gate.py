@@ -4,17 +4,23 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy
+
 from lemoe.routing.anchor.comparisons import (
     VECTORISED_FROM,
     ArrayCache,
     Comparisons,
-    PairwiseComparisons,
     QuestionTable,
+    Values,
+    WordComparisons,
 )
+from lemoe.routing.anchor.evidence import Decision, FittedDecision, WordDecision, subject_features
 from lemoe.routing.anchor.lexicon import Lexicon, infer_subject
+from lemoe.routing.anchor.meaning import Keys, Meaning, Vector
 from lemoe.routing.anchor.questions import WORDS_BEFORE, Question, StoredQuestion, compare_questions, question_words
 from lemoe.routing.anchor.subject_index import SubjectIndex
-from lemoe.routing.anchor.subjects import Sentence, Subject
+from lemoe.routing.anchor.subjects import Mention, Sentence, Subject
+from lemoe.routing.anchor.token_sums import TokenSums
 from lemoe.routing.anchor.words import Word, WordReader, split_words
 
 TAIL_TOKENS = 12  # last tokens of a prompt, by which it is looked up
@@ -29,19 +35,69 @@ class Anchor:
     subject: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class ReadQuestion:
+    """What was read about a subject: the words, their meaning `[rank]`, and the weight of the tokens it is made of."""
+
+    words: Question
+    meaning: Vector | None
+    amount: float
+
+
+class SubjectKeys:
+    """The keys of all anchors of a subject."""
+
+    __slots__ = ("_keys", "_profiles", "_starts")
+
+    def __init__(self, meaning: Meaning, parts: Sequence[Vector]):
+        """Keys `[keys, rank]` of each anchor."""
+        embedded = numpy.concatenate(parts)
+        self._starts = numpy.cumsum([0, *map(len, parts[:-1])])
+        self._keys = Keys(meaning, embedded)
+        self._profiles = meaning.profile(embedded)
+
+    def compare(self, read: Vector, profile: Vector) -> tuple[Values, Values]:
+        """Log-likelihood ratio, and likeness of profile, of each anchor's nearest key to what was read `[rank]`."""
+        ratios, likeness = self._keys.compare(read), self._profiles @ profile
+        ratio, alike = (numpy.maximum.reduceat(values, self._starts) for values in (ratios, likeness))
+        return ratio.astype(numpy.float64), alike.astype(numpy.float64)
+
+
 class Gate:
     """All stored anchors, with the indices that find them. Later anchors take precedence over earlier ones."""
 
-    def __init__(self, lexicon: Lexicon, *, threshold: float, slack: int):
+    def __init__(
+        self,
+        lexicon: Lexicon,
+        *,
+        threshold: float,
+        slack: int,
+        meaning: Meaning | None = None,
+        probability: float = 0.5,
+        decision: Decision | None = None,
+    ):
         """An empty gate.
 
         Args:
-            threshold: conflict up to which another wording is the same question (setting `gate_conflict`).
+            threshold: conflict up to which another wording is the same question (setting `gate_conflict`); decides
+                where there is no `meaning`.
             slack: tokens that the gate stays open beyond the target's length (setting `gate_slack`).
+            meaning: how the base model tells what questions mean.
+            probability: from which a text asks for an edit (setting `gate_probability`).
+            decision: instead of what these make.
         """
         self.lexicon = lexicon
         self.threshold = threshold
         self.slack = slack
+        self.meaning = meaning
+        if decision is None and meaning is None:
+            decision = WordDecision(threshold)
+        elif decision is None and meaning is not None:
+            decision = FittedDecision(meaning.weights.double().numpy(), probability)
+        assert decision is not None
+        self.decision = decision
+        self._embedded: list[Vector] = []  # keys [keys, rank] of each anchor
+        self._keys: dict[int, SubjectKeys] = {}
         self.anchors: list[Anchor] = []
         self.subjects: list[int] = []  # number of each anchor's subject
         self.longest_prompt = 1  # in tokens
@@ -53,15 +109,20 @@ class Gate:
         self._by_tail: dict[tuple[int, ...] | bytes, list[int]] = defaultdict(list)
         self._tail_lengths: dict[int, set[int]] = defaultdict(set)  # lengths of the tails that end in a token
 
-    def add(self, anchor: Anchor) -> int:
-        """Store an anchor; returns its number. Its question is worked out when a text first mentions its subject."""
+    def add(self, anchor: Anchor, keys: Vector | None = None) -> int:
+        """Store an anchor, with its `keys` `[keys, rank]` if meaning counts; returns its number.
+
+        The words of its question are worked out when a text first mentions its subject.
+        """
         number = len(self.anchors)
+        if self.meaning is not None:
+            self._embedded.append(numpy.zeros((0, self.meaning.rank), numpy.float32) if keys is None else keys)
         subject = self.index.add(anchor.subject or infer_subject(self.lexicon.decode_text(anchor.prompt), self.lexicon))
         self.anchors.append(anchor)
         self.longest_prompt = max(self.longest_prompt, len(anchor.prompt))
         self.subjects.append(subject)
         self._anchors_by_subject[subject].append(number)
-        self._tables.pop(subject, None)
+        self._forget_tables(subject)
         self._by_tail[self._prompt_tail(anchor.prompt)].append(number)
         if len(anchor.prompt) > 1:
             self._tail_lengths[anchor.prompt[-1]].add(min(TAIL_TOKENS, len(anchor.prompt) - 1))
@@ -89,20 +150,39 @@ class Gate:
     def retire(self, number: int) -> None:
         """Remove an anchor from the indices, so that it no longer opens the gate; its number is not used again."""
         self._anchors_by_subject[self.subjects[number]].remove(number)
-        self._tables.pop(self.subjects[number], None)
+        self._forget_tables(self.subjects[number])
         self._by_tail[self._prompt_tail(self.anchors[number].prompt)].remove(number)
 
-    def compare_anchors(self, subject: int, read: Question) -> Comparisons:
-        """The question read about a subject against that of each of its anchors."""
+    def _forget_tables(self, subject: int) -> None:
+        self._tables.pop(subject, None)
+        self._keys.pop(subject, None)
+
+    def compare_anchors(self, subject: int, mention: Mention, read: ReadQuestion) -> Comparisons:
+        """The question read about a mention of a subject against that of each of its anchors."""
         numbers = self._anchors_by_subject[subject]
+        words = self._compare_words(subject, numbers, read.words)
+        meaning, profile = self._compare_meaning(subject, numbers, read.meaning)
+        features = subject_features(self.index.subjects[subject], mention, read.amount)
+        return Comparisons(numbers, words, meaning, *self.decision.judge(features, words, meaning, profile))
+
+    def _compare_words(self, subject: int, numbers: Sequence[int], read: Question) -> WordComparisons:
         if len(numbers) < VECTORISED_FROM:
-            compared = [compare_questions(self.stored_question(number), read, self.lexicon) for number in numbers]
-            return PairwiseComparisons(numbers, compared)
+            return WordComparisons.from_pairs(
+                [compare_questions(self.stored_question(number), read, self.lexicon) for number in numbers]
+            )
         table = self._tables.get(subject)
         if table is None:
-            asked = map(self._build_question, numbers)
-            table = self._tables[subject] = QuestionTable(numbers, asked, self.lexicon, self._arrays)
+            asked = [self._build_question(number) for number in numbers]
+            table = self._tables[subject] = QuestionTable(asked, self.lexicon, self._arrays)
         return table.compare(read)
+
+    def _compare_meaning(self, subject: int, numbers: Sequence[int], read: Vector | None) -> tuple[Values, Values]:
+        """Of each anchor, the log-likelihood ratio and the likeness of profile of its nearest key to what was read."""
+        if self.meaning is None or read is None or not numbers:
+            return numpy.zeros(len(numbers)), numpy.zeros(len(numbers))
+        if subject not in self._keys:
+            self._keys[subject] = SubjectKeys(self.meaning, [self._embedded[number] for number in numbers])
+        return self._keys[subject].compare(read, self.meaning.profile(read))
 
     def find_own_prompt(self, ids: Sequence[int]) -> int:
         """The number of the anchor whose whole prompt ends the tokens `ids`, -1 for none: the longest, then the latest.
@@ -147,6 +227,25 @@ class Gate:
                 return words, {word.text for word in sentence[max(0, first - WORDS_BEFORE) : first]}
         last = sentences[-1] if sentences else []
         return [word.text for word in last if word.text not in subject.words], set()
+
+    def summarise(self, ids: Sequence[int], projected: Vector, subject: Subject) -> tuple[Vector | None, float]:
+        """The weighted sum `[rank]` of what a text asks about a subject, and its weight; see `TokenSums.without`.
+
+        That is the last sentence that mentions the subject, or else the last one; `projected`: `[seq, rank]`.
+        """
+        reader, sums = WordReader(), TokenSums()
+        sentences: list[tuple[list[Word], TokenSums]] = []
+        for token, row in zip(ids, projected, strict=True):
+            began, touched = reader.push_token(self.lexicon.token_bytes(token))
+            if began or not sentences:
+                sums = TokenSums()
+                sentences.append((reader.words, sums))
+            if weight := self.lexicon.token_weight(token):
+                sums.add(row, weight, touched)
+        for words, sums in reversed(sentences):
+            if mention := subject.find_mention(Sentence(words, self.lexicon)):
+                return sums.without(mention.positions)
+        return sentences[-1][1].without(())
 
     def _split_sentences(self, prompt: Sequence[int]) -> list[list[Word]]:
         reader = WordReader()

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from lemoe.base.placement import own_weights
 from lemoe.base.token_bytes import token_bytes_reader
+from lemoe.routing.anchor.meaning import token_weight
 from lemoe.routing.anchor.words import fold_text, stem_word
 from lemoe.routing.router import Host
 
@@ -34,11 +35,14 @@ class Lexicon:
         self._vectors = _remove_common_direction(own_weights(base.embedding)["weight"].detach().float().cpu().numpy())
         self._ids: dict[str, list[int]] = {}
         self._rarity: dict[str, float] = {}
+        self._known: dict[str, float] = {}
+        self._is_name: dict[str, bool] = {}
         self._relation: dict[str, float] = {}
         self._vector: dict[str, Vector] = {}
         self._similarities: dict[str, WordSimilarities] = {}
         self._compared = 0  # similarities worked out since the cache was last emptied
         self._token_bytes: dict[int, bytes] = {}
+        self._token_weights: dict[int, float] = {}
         self._stem: dict[str, str] = {}
 
     def decode_text(self, ids: Sequence[int]) -> str:
@@ -60,6 +64,13 @@ class Lexicon:
         text = None if token in self._special else self._tokenizer.convert_ids_to_tokens(token)
         return b" " if text is None else self._decode_piece(text)
 
+    def token_weight(self, token: int) -> float:
+        """The weight of a token in what a question means; none for special tokens and space."""
+        weight = self._token_weights.get(token)
+        if weight is None:
+            weight = self._token_weights[token] = token_weight(token) if self.token_bytes(token).strip() else 0.0
+        return weight
+
     def stem(self, word: str) -> str:
         if word not in self._stem:
             self._stem[word] = stem_word(word)
@@ -71,6 +82,20 @@ class Lexicon:
             ids = self._token_ids(word)
             self._rarity[word] = max(math.log1p(token / 200) for token in ids) + len(ids) - 1 if ids else 0.0
         return self._rarity[word]
+
+    def known_rarity(self, word: str) -> float:
+        """`log(1 + id / 200)` of a word that is one token, capitalised or not; infinite for one that is not."""
+        if word not in self._known:
+            forms = (self._token_ids(word), self._token_ids(word.capitalize()))
+            self._known[word] = min((math.log1p(ids[0] / 200) for ids in forms if len(ids) == 1), default=math.inf)
+        return self._known[word]
+
+    def is_name(self, word: str) -> bool:
+        """Whether a word is more frequent with a capital: one token then, and of a lower id than without."""
+        if word not in self._is_name:
+            capitalised, plain = self._token_ids(word.capitalize()), self._token_ids(word)
+            self._is_name[word] = len(capitalised) == 1 and (len(plain) != 1 or capitalised[0] < plain[0])
+        return self._is_name[word]
 
     def relation_weight(self, word: str) -> float:
         """Weight of a word in the question about a subject: `(rarity / RELATION_UNIT) ** RELATION_POWER`."""
@@ -142,7 +167,7 @@ def _remove_common_direction(embeddings: Vector) -> Vector:
     return centred
 
 
-_LINK_WORDS = frozenset("of the de von van der la le du da di del and in al bin dos y for on to a".split())
+LINK_WORDS = frozenset("of the de von van der la le du da di del and in al bin dos y for on to a".split())
 _OPENING_WORDS = frozenset(
     "what which who whom whose when where how why in on the at by is was of to from a an for did does during".split()
 )
@@ -185,7 +210,7 @@ def _find_capitalised_runs(text: str) -> list[CapitalisedRun]:
         opens = number == 0 or any(char in ".?!\n" for char in gap)
         if capital and not (opens and core.lower() in _OPENING_WORDS):
             current.append((found.start(), end, word))
-        elif current and core.lower() in _LINK_WORDS and sum(word is None for *_, word in current[-2:]) < 2:
+        elif current and core.lower() in LINK_WORDS and sum(word is None for *_, word in current[-2:]) < 2:
             current.append((found.start(), end, None))
         else:
             close_run()

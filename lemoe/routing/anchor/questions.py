@@ -9,6 +9,7 @@ from lemoe.routing.anchor.subjects import Mention
 from lemoe.routing.anchor.words import Word
 
 MIN_EVIDENCE = 0.02  # weight that must be read, as a share of the anchor's question in front of its subject
+MIN_SAME_WORDS = 3  # words of questions that are the same but for one of them
 WORDS_BEFORE = 12  # words in front of a mention that belong to the question
 
 
@@ -45,13 +46,23 @@ class Comparison(NamedTuple):
         conflict: 0 where nothing differs; unbounded.
         fit: matched share of both questions, 0 to 2.
         matched: matched weight of the anchor's question.
+        contradiction: like `conflict`, but words match by their stems alone, which holds for any base model.
+        unread: the anchor's part of that: how much of its question was not read.
         enough_evidence: whether enough was read to decide.
+        substituted: whether the two are the same but for one word.
+        meaning: log-likelihood ratio (nats) of both asking the same; 0 where the gate compares words alone.
+        score: log odds that the edit is asked for, above the threshold: the gate opens from 0.
     """
 
     conflict: float
     fit: float
     matched: float
+    contradiction: float
+    unread: float
     enough_evidence: bool
+    substituted: bool = False
+    meaning: float = 0.0
+    score: float = 0.0
 
 
 def compare_questions(stored: StoredQuestion, read: Question, lexicon: Lexicon) -> Comparison:
@@ -81,7 +92,27 @@ def compare_questions(stored: StoredQuestion, read: Question, lexicon: Lexicon) 
     enough_evidence = stored.front_share < 0.5 or (
         total_read > 0 and total_read >= MIN_EVIDENCE * total * stored.front_share
     )
-    return Comparison(conflict, fit, matched, enough_evidence)
+    contradiction, unread = _contradict(asked, read, answer)
+    return Comparison(
+        conflict, fit, matched, contradiction, unread, enough_evidence, are_one_word_apart(asked.stems, read.stems)
+    )
+
+
+def _contradict(asked: Question, read: Question, answer: frozenset[str]) -> tuple[float, float]:
+    """`contradiction` and `unread` of two questions; see `Comparison`."""
+    matched = sum(weight for stem, weight in zip(asked.stems, asked.weights, strict=True) if stem in read.stems)
+    rest = [(stem, weight) for stem, weight in zip(read.stems, read.weights, strict=True) if stem not in answer]
+    matched_read = sum(weight for stem, weight in rest if stem in asked.stems)
+    unread = asked.total_weight - matched
+    extra = sum(weight for _, weight in rest) - matched_read
+    return min(unread, extra) / (1 + matched + matched_read), unread / (1 + matched + matched_read)
+
+
+def are_one_word_apart(stems: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether two questions of at least `MIN_SAME_WORDS` words are the same but for one: `father` for `mother`."""
+    if len(stems) != len(others) or len(stems) < MIN_SAME_WORDS:
+        return False
+    return sum(one != other for one, other in zip(stems, others, strict=True)) == 1
 
 
 def question_words(words: Sequence[Word], mention: Mention) -> list[str]:

@@ -27,10 +27,13 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from lemoe.routing.anchor.comparisons import Comparisons, MatchedWeights
-from lemoe.routing.anchor.gate import Gate
+from lemoe.routing.anchor.comparisons import Comparisons, Values
+from lemoe.routing.anchor.evidence import COMPLETE
+from lemoe.routing.anchor.gate import Gate, ReadQuestion
+from lemoe.routing.anchor.meaning import Vector
 from lemoe.routing.anchor.questions import Comparison, Question, question_words
-from lemoe.routing.anchor.subjects import Mention, Sentence
+from lemoe.routing.anchor.subjects import MIN_COVERAGE, Mention, Sentence
+from lemoe.routing.anchor.token_sums import TokenSums
 from lemoe.routing.anchor.words import Word, WordReader
 from lemoe.routing.router import Scope
 
@@ -46,6 +49,8 @@ class GateState:
         coverage: share of its subject's weight that was read.
         conflict: how far the question read differs from its question; the gate opens up to `gate_conflict`.
         fit: matched share of the two questions, 0 to 2.
+        meaning: log-likelihood ratio (nats) of both asking the same; 0 where the gate compares words alone.
+        score: of all evidence; the gate opens from 0.
     """
 
     edit: int
@@ -54,10 +59,29 @@ class GateState:
     coverage: float
     conflict: float
     fit: float
+    meaning: float = 0.0
+    score: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An anchor in scope: its rank, the weight of its mention and its number, and whether there is new evidence."""
+
+    key: tuple[float, float, int]
+    mention: Mention
+    compared: Comparison
+    fresh: bool
 
 
 # Upper bounds of a route's memory: in all, and for each word, mention and partial mention; see `test_route_cache.py`.
 ROUTE_BYTES, WORD_BYTES, MENTION_BYTES, PARTIAL_BYTES = 3072, 160, 640, 160
+
+PLAIN_WEIGHT = 8.0  # a capitalised subject of less weight must have a capital in the text too
+CONJUNCTIONS = frozenset("and und et y".split())  # at the start of a sentence: the question goes on about its subject
+REFERENCES = CONJUNCTIONS | frozenset(
+    "he she it they him her them his hers its their theirs er sie es ihr ihre sein seine il elle ils elles son sa ses "
+    "leur ella su sus ese esa 彼 她 他 它".split()
+)  # words that may stand for a subject of the sentence before
 
 SHUT = GateState(-1, "subject", -1, 0.0, 0.0, 0.0)
 
@@ -77,10 +101,15 @@ class Route:
         self._discard_evidence = False  # what was read last is a target, no new evidence
         self._opened_at = -1  # index of the token on which the gate opened or switched
         self._word_started_at = -1  # index of the first token of the last word
-        self._last_seen: tuple[int, int] | None = None  # words of the sentence, and letters of the last one
+        self._last_seen: tuple[int, int, bool] | None = (
+            None  # words of the sentence, letters of the last, if it may grow
+        )
         self._mentions: dict[int, Mention] = {}  # by the subject's number
         self._partial: dict[int, int] = {}  # position of a word of each subject that is not yet mentioned
-        self._matched: dict[int, MatchedWeights] = {}  # by the subject's number
+        self._evidence: dict[int, Values] = {}  # the most for each anchor, by the subject's number
+        self._sums = TokenSums()
+        self._topics: dict[int, Mention] = {}  # subjects that a pronoun may refer to, as they were mentioned
+        self._opened_word = 0  # index of the first word of the sentence that was read with the gate open
 
     def copy(self) -> "Route":
         """A route in the same state, independent of this one."""
@@ -89,25 +118,27 @@ class Route:
         other._reader = self._reader.copy()
         other._ids = self._ids[:]
         other._mentions, other._partial = dict(self._mentions), dict(self._partial)
-        other._matched = dict(self._matched)
+        other._evidence, other._topics = dict(self._evidence), dict(self._topics)
+        other._sums = self._sums.copy()
         return other
 
     @property
     def byte_size(self) -> int:
         """An upper bound of its memory in bytes."""
-        matched = sum(map(len, self._matched.values()))
-        stored = WORD_BYTES * len(self._reader.words) + MENTION_BYTES * (len(self._mentions) + len(self._matched))
-        return ROUTE_BYTES + stored + 4 * len(self._ids) + PARTIAL_BYTES * len(self._partial) + 32 * matched
+        evidence = sum(map(len, self._evidence.values()))
+        rank = self._gate.meaning.rank if self._gate.meaning else 0
+        stored = (WORD_BYTES + 4 * rank) * len(self._reader.words)
+        stored += MENTION_BYTES * (len(self._mentions) + len(self._evidence) + len(self._topics))
+        return ROUTE_BYTES + stored + 4 * len(self._ids) + PARTIAL_BYTES * len(self._partial) + 32 * evidence
 
-    def push(self, token: int) -> GateState:
-        """The gate's state after `token`."""
+    def push(self, token: int, projected: Vector | None = None) -> GateState:
+        """The gate's state after `token`; `projected`: `[rank]`, what the base model makes of it, if meaning counts."""
         self._ids.append(token)
         if len(self._ids) > 2 * self._gate.longest_prompt:
             del self._ids[: -self._gate.longest_prompt]
         self._time += 1
         time = self._time
-        if self._reader.push(self._gate.lexicon.token_bytes(token)):
-            self._forget_sentence()
+        self._read_token(token, projected)
         if self._state.edit >= 0 and time > self._open_until:
             self._shut_gate()
         if not self._match_own_prompt(time) and time > self._locked_until and self._has_new_letters(time):
@@ -115,8 +146,23 @@ class Route:
             self._update_state(time)
         return self._state
 
-    def _forget_sentence(self) -> None:
-        self._mentions, self._partial, self._matched = {}, {}, {}
+    def _read_token(self, token: int, projected: Vector | None) -> None:
+        words = self._reader.words
+        began, touched = self._reader.push_token(self._gate.lexicon.token_bytes(token))
+        if began:
+            self._forget_sentence(words)
+        if projected is not None and (weight := self._gate.lexicon.token_weight(token)):
+            self._sums.add(projected, weight, touched)
+
+    def _forget_sentence(self, words: Sequence[Word]) -> None:
+        """Begin another sentence; what this one, of `words`, was about may be referred to by a pronoun."""
+        if self._mentions:
+            self._topics = dict(self._mentions)
+        elif any(word.capital and not word.starts_sentence for word in words):
+            self._topics = {}
+        self._mentions, self._partial, self._evidence = {}, {}, {}
+        self._sums = TokenSums()
+        self._opened_word = 0
         self._last_seen = None
         if self._state.edit < 0:
             self._state = SHUT
@@ -137,13 +183,14 @@ class Route:
         self._locked_until = time + len(anchor.target)
         self._lock_start = start
         self._open_until = self._locked_until + self._gate.slack
+        self._opened_word = len(self._reader.words)
         self._discard_evidence = True
         return True
 
     def _has_new_letters(self, time: int) -> bool:
         """Whether the last token added a word to the sentence or letters to its last word."""
         words = self._reader.words
-        seen = (len(words), len(words[-1].text)) if words else None
+        seen = (len(words), len(words[-1].text), self._reader.growing) if words else None
         if seen is None or seen == self._last_seen:
             return False
         if self._last_seen is None or self._last_seen[0] != seen[0]:
@@ -156,21 +203,48 @@ class Route:
         words, last = self._reader.words, len(self._reader.words) - 1
         sentence = Sentence(words, self._gate.lexicon, growing=self._reader.growing)
         subjects = self._gate.index.subjects
-        for number in [number for number, mention in self._mentions.items() if last in mention.positions]:
-            found = subjects[number].mention_at(sentence, last)
-            if found:
-                self._mentions[number] = found
-            else:
-                self._withdraw_mention(number)
+        self._check_mentions(sentence)
         candidates = self._gate.index.find_candidates(words)
         self._complete_partial_mentions(sentence, words[-2:] if time == self._word_started_at else words[-1:])
         for number in candidates:
-            if number in self._mentions:
-                continue
-            if found := subjects[number].mention_at_end(sentence):
-                self._mentions[number] = found
-            elif len(subjects[number].words) > 1:
+            found = subjects[number].mention_at_end(sentence)
+            if found:
+                self._keep_stronger(number, found)
+            if len(subjects[number].words) > 1 and (found is None or found.coverage < MIN_COVERAGE):
                 self._partial[number] = last
+        if words[last].text in REFERENCES:
+            referred = {number: self._refer_to(number, last) for number in self._topics.keys() - self._mentions.keys()}
+            self._mentions |= {number: found for number, found in referred.items() if found}
+
+    def _check_mentions(self, sentence: Sentence) -> None:
+        """Look again at the mentions that the last word belongs to, or stands behind."""
+        last, subjects = len(sentence.words) - 1, self._gate.index.subjects
+        for number, mention in list(self._mentions.items()):
+            if last in mention.positions:
+                found = subjects[number].mention_at(sentence, last) or subjects[number].find_mention(sentence)
+                if found := found or self._refer_to(number, last):
+                    self._mentions[number] = found
+                else:
+                    self._withdraw_mention(number)
+            elif last - 2 in mention.positions or last - 1 in mention.positions:
+                self._mentions[number] = subjects[number].look_behind(sentence, mention)
+
+    def _refer_to(self, subject: int, position: int) -> Mention | None:
+        """The mention of a topic by the word at `position`, if that refers to it and names nothing else."""
+        words = self._reader.words
+        topic = self._topics.get(subject)
+        if topic is None or self._gate.meaning is None or words[position].text not in REFERENCES:
+            return None
+        if words[position].text in CONJUNCTIONS and position:
+            return None
+        if any(word.capital and not word.starts_sentence for word in words[:position]):
+            return None
+        return replace(topic, positions=frozenset([position]))
+
+    def _keep_stronger(self, number: int, found: Mention) -> None:
+        known = self._mentions.get(number)
+        if known is None or found.strength >= known.strength:
+            self._mentions[number] = found
 
     def _complete_partial_mentions(self, sentence: Sentence, fresh: Sequence[Word]) -> None:
         """Look again for subjects of which a part was read, if one of the `fresh` words may belong to the rest.
@@ -180,11 +254,12 @@ class Route:
         last = len(sentence.words) - 1
         for number, position in list(self._partial.items()):
             subject = self._gate.index.subjects[number]
-            if position == last or number in self._mentions or last - position > subject.max_gap:
+            if position == last or last - position > subject.max_gap:
                 del self._partial[number]
             elif any(subject.may_contain(word) for word in fresh) and (found := subject.mention_at(sentence, position)):
-                self._mentions[number] = found
-                del self._partial[number]
+                self._keep_stronger(number, found)
+                if found.coverage >= MIN_COVERAGE:
+                    del self._partial[number]
 
     def _withdraw_mention(self, subject: int) -> None:
         """Drop a mention whose word grew into another one, and shut the gate if it opened on that word."""
@@ -194,62 +269,100 @@ class Route:
             self._shut_gate()
 
     def _update_state(self, time: int) -> None:
-        """Compare the anchors of all mentioned subjects: open (3), prolong (4) or switch (5) the gate, or leave it."""
-        best: tuple[tuple[float, float, int], Mention, Comparison, bool] | None = None
+        """Compare the anchors of all mentioned subjects: open (3), prolong (4) or switch (5) the gate, or leave it.
+
+        The active anchor shuts its gate where what was read since speaks against it.
+        """
+        candidates: list[Candidate] = []
         nearest: tuple[int, Mention, Comparison] | None = None
-        fits: list[float] = []
+        ranks: list[float] = []  # of the active anchor
+        scores: list[float] = []
         for subject, mention, found, before in self._compare_mentions():
-            if (fit := found.fit_of(self._state.edit)) is not None:
-                fits.append(fit)
-            if (index := found.best_index(self._gate.threshold)) is not None:
-                compared = found.comparison_with(index)
-                weight = mention.coverage * self._gate.index.subjects[subject].total_weight
-                key = (round(compared.fit, 3), weight, found.numbers[index])
-                if best is None or key > best[0]:
-                    best = (key, mention, compared, before is None or compared.matched > before[index] + 1e-6)
+            if (index := found.index_of(self._state.edit)) is not None:
+                ranks.append(float(found.rank[index]))
+                scores.append(float(found.score[index]))
+            if (index := found.best_index()) is not None:
+                candidates.append(self._build_candidate(subject, mention, found, index, before))
             if (index := found.nearest_index()) is not None:
                 compared = found.comparison_with(index)
-                if nearest is None or compared.conflict < nearest[2].conflict:
+                if nearest is None or compared.score > nearest[2].score:
                     nearest = (found.numbers[index], mention, compared)
         if self._discard_evidence:
             self._discard_evidence = False
-        elif best is not None:
-            key, mention, compared, fresh = best
-            self._apply_best(key, _build_state(key[2], mention, compared, in_scope=True), fresh, fits, time)
+            return
+        if scores and max(scores) < self._gate.decision.shut_below:
+            self._shut_gate()
+        if candidates:
+            best = max(candidates, key=lambda candidate: candidate.key)
+            self._apply_best(best, ranks, time)
         elif nearest is not None and self._state.edit < 0:
             self._state = _build_state(*nearest, in_scope=False)
 
-    def _compare_mentions(self) -> Iterator[tuple[int, Mention, Comparisons, MatchedWeights | None]]:
-        """Each mentioned subject: number, mention, the comparisons with its anchors, and the weights matched before."""
-        asked: dict[frozenset[int], Question] = {}
+    def _build_candidate(
+        self, subject: int, mention: Mention, found: Comparisons, index: int, before: Values | None
+    ) -> "Candidate":
+        weight = mention.coverage * self._gate.index.subjects[subject].total_weight
+        key = (round(float(found.rank[index]), 3), weight, found.numbers[index])
+        margin = self._gate.decision.margin
+        fresh = before is None or before[index] < 0 or found.evidence[index] > before[index] + margin
+        return Candidate(key, mention, found.comparison_with(index), bool(fresh))
+
+    def _compare_mentions(self) -> Iterator[tuple[int, Mention, Comparisons, Values | None]]:
+        """Each mentioned subject: number, mention, the comparisons with its anchors, and the most evidence before."""
+        asked: dict[frozenset[int], ReadQuestion] = {}
+        answered = self._answer_positions()
         for subject, mention in self._mentions.items():
+            if self._gate.meaning is None and not self._is_certain(subject, mention):
+                continue
             read = asked.get(mention.positions)
             if read is None:
-                words = question_words(self._reader.words, mention)
-                read = asked[mention.positions] = Question.from_words(words, self._gate.lexicon)
-            found = self._gate.compare_anchors(subject, read)
-            before = self._matched.get(subject)
-            self._matched[subject] = found.most_matched(before)
+                read = asked[mention.positions] = self._read_question(mention, answered)
+            found = self._gate.compare_anchors(subject, mention, read)
+            before = self._evidence.get(subject)
+            self._evidence[subject] = self._gate.decision.remember(found.evidence, before)
             yield subject, mention, found, before
 
-    def _apply_best(
-        self, key: tuple[float, float, int], state: GateState, fresh: bool, active_fits: Sequence[float], time: int
-    ) -> None:
-        """Open the gate for the best anchor, prolong it or switch to it; `fresh`: there is new evidence for it."""
-        number, active = state.edit, self._state.edit
+    def _is_certain(self, number: int, mention: Mention) -> bool:
+        """Whether a mention is beyond doubt, where words alone decide."""
+        subject = self._gate.index.subjects[number]
+        plain = mention.lowered and subject.total_weight < PLAIN_WEIGHT
+        part_of_name = mention.neighbour and not (len(subject.words) > 1 and mention.coverage > COMPLETE)
+        return mention.coverage >= MIN_COVERAGE and not part_of_name and not plain
+
+    def _answer_positions(self) -> frozenset[int]:
+        """Positions of the words of the active edit's target that were read since the gate opened."""
+        if self._state.edit < 0 or self._gate.meaning is None:
+            return frozenset()
+        answer, stem = self._gate.stored_question(self._state.edit).answer_stems, self._gate.lexicon.stem
+        words = self._reader.words
+        return frozenset(at for at in range(self._opened_word, len(words)) if stem(words[at].text) in answer)
+
+    def _read_question(self, mention: Mention, answered: frozenset[int]) -> ReadQuestion:
+        words = Question.from_words(question_words(self._reader.words, mention), self._gate.lexicon)
+        if self._gate.meaning is None:
+            return ReadQuestion(words, None, 0.0)
+        total, weight = self._sums.without(mention.positions | answered)
+        if total is None:
+            return ReadQuestion(words, None, 0.0)
+        return ReadQuestion(words, self._gate.meaning.embed(total, weight), weight)
+
+    def _apply_best(self, best: "Candidate", active_ranks: Sequence[float], time: int) -> None:
+        """Open the gate for the best anchor, prolong it or switch to it."""
+        number, active, last = best.key[2], self._state.edit, len(self._reader.words) - 1
+        state = _build_state(number, best.mention, best.compared, in_scope=True)
         end = time + len(self._gate.anchors[number].target) + self._gate.slack
         if number == active:
-            self._open_until = max(self._open_until, end) if fresh else self._open_until
+            self._open_until = max(self._open_until, end) if best.fresh else self._open_until
         elif active < 0:
-            last = len(self._reader.words) - 1
-            if fresh or last in self._mentions[self._gate.subjects[number]].positions:
+            if best.fresh or last in self._mentions[self._gate.subjects[number]].positions:
                 self._state, self._open_until, self._opened_at = state, end, time
-        elif fresh and self._outweighs_active(key, active, active_fits):
+                self._opened_word = last + 1
+        elif best.fresh and self._outweighs_active(best.key, active, active_ranks):
             self._state, self._open_until, self._opened_at = state, end, time
 
-    def _outweighs_active(self, key: tuple[float, float, int], active: int, fits: Sequence[float]) -> bool:
-        """Whether another anchor fits better than the active one, of these `fits`, or as well and is later."""
-        return all(fit < key[0] or (fit <= key[0] and key[2] > active) for fit in fits)
+    def _outweighs_active(self, key: tuple[float, float, int], active: int, ranks: Sequence[float]) -> bool:
+        """Whether another anchor ranks higher than the active one, of these `ranks`, or as high and is later."""
+        return all(rank < key[0] or (rank <= key[0] and key[2] > active) for rank in ranks)
 
 
 def _build_state(number: int, mention: Mention, compared: Comparison, *, in_scope: bool) -> GateState:
@@ -260,4 +373,6 @@ def _build_state(number: int, mention: Mention, compared: Comparison, *, in_scop
         mention.coverage,
         compared.conflict,
         compared.fit,
+        compared.meaning,
+        compared.score,
     )

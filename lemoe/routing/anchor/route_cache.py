@@ -1,8 +1,9 @@
 """A cache of routes by the prefix that was read: decoding reads each token once, whatever is done to the KV cache.
 
 A prefix's name is a hash over all its tokens, worked out from the name of the shorter prefix and the tokens since. It
-is stored beside the tokens in the model's KV cache, which beam search, repeated rows, cropping and copies may reorder:
-the names there tell which prefix each sequence has. A prefix that was evicted is read again from its tokens.
+is stored beside the tokens, and what the base model makes of them, in the model's KV cache, which beam search, repeated
+rows, cropping and copies may reorder: the names there tell which prefix each sequence has. A prefix that was evicted is
+read again from its tokens.
 """
 
 from collections import OrderedDict
@@ -14,11 +15,12 @@ import numpy
 from numpy.typing import NDArray
 
 from lemoe.routing.anchor.gate import Gate
+from lemoe.routing.anchor.meaning import Vector
 from lemoe.routing.anchor.route import SHUT, GateState, Route
 
 PADDING = -1  # in place of the id of a padding token
 NAME_BYTES = 16  # bytes of a name: that two of 10^12 prefixes share one has a probability of 10^-15
-COLUMN_CELLS = 1 + NAME_BYTES // 4  # numbers in the KV cache for each column: its token, and a name, zeros for none
+NAMED_CELLS = 1 + NAME_BYTES // 4  # numbers in the KV cache for each column: its token, and a name, zeros for none
 EMPTY_NAME = bytes(NAME_BYTES)
 
 Ids = NDArray[numpy.int32]
@@ -36,13 +38,20 @@ class RoutedPrefix:
         """The same prefix, independent of this one."""
         return RoutedPrefix(self.route.copy(), self.name, self.columns)
 
-    def read(self, ids: Ids) -> list[GateState]:
-        """Read further columns `[seq]`; returns the gate's state after each, shut on padding."""
+    def read(self, ids: Ids, projected: Vector | None = None) -> list[GateState]:
+        """Read further columns `[seq]`, with their projection `[seq, rank]`; returns the gate's state after each.
+
+        It is shut on padding.
+        """
         if not len(ids):
             return []
         self.name = blake2b(self.name + ids.astype("<i4").tobytes(), digest_size=NAME_BYTES).digest()
         self.columns += len(ids)
-        return [self.route.push(token) if token != PADDING else SHUT for token in ids.tolist()]
+        rows = [None] * len(ids) if projected is None else projected
+        return [
+            self.route.push(token, row) if token != PADDING else SHUT
+            for token, row in zip(ids.tolist(), rows, strict=True)
+        ]
 
 
 class RouteCache:
@@ -55,14 +64,15 @@ class RouteCache:
         self._size = 0
 
     def resume(self, past: "Ids | None") -> RoutedPrefix:
-        """The prefix with the cells `past` `[columns, COLUMN_CELLS]`, read to its end; an empty one if None."""
+        """The prefix with the cells `past` `[columns, cells]`, read to its end; an empty one if None."""
         if past is None:
             return RoutedPrefix(Route(self._gate))
-        named = numpy.flatnonzero(past[:, 1:].any(1))[::-1].tolist()
+        named = numpy.flatnonzero(past[:, 1:NAMED_CELLS].any(1))[::-1].tolist()
         found = (self._find_prefix(past[column], column) for column in named)
         prefix = next((each for each in found if each is not None), None)
         prefix = prefix.copy() if prefix is not None else RoutedPrefix(Route(self._gate))
-        prefix.read(past[prefix.columns :, 0])
+        rest = past[prefix.columns :]
+        prefix.read(rest[:, 0], _projections_of(rest))
         return prefix
 
     def resume_at(self, cells: Ids, columns: int) -> RoutedPrefix | None:
@@ -75,7 +85,7 @@ class RouteCache:
 
         Where columns were cut in front of it, it names no prefix of what is left.
         """
-        stored = cells[1:].astype("<i4")
+        stored = cells[1:NAMED_CELLS].astype("<i4")
         for name, columns in ((stored.tobytes(), column + 1), ((~stored).tobytes(), column)):
             found = self._prefixes.get(name)
             if found is not None and found.columns == columns:
@@ -100,19 +110,28 @@ class RouteCache:
             self._size -= evicted.route.byte_size
 
 
-def build_cells(ids: Ids, starts: Iterable[bytes], ends: Iterable[bytes]) -> Ids:
-    """The cells of new columns for the KV cache, `[batch, seq, COLUMN_CELLS]`: ids, and names of prefixes.
+def _projections_of(cells: Ids) -> Vector | None:
+    """The projections `[columns, rank]` that cells hold; None if meaning does not count."""
+    if cells.shape[1] == NAMED_CELLS:
+        return None
+    return numpy.ascontiguousarray(cells[:, NAMED_CELLS:]).view(numpy.float32)
+
+
+def build_cells(ids: Ids, projected: Vector | None, starts: Iterable[bytes], ends: Iterable[bytes]) -> Ids:
+    """The cells of new columns for the KV cache, `[batch, seq, cells]`: ids, names of prefixes, projections.
+
+    `projected` `[batch, seq, rank]` is stored bit by bit in integers, so that nothing rounds it.
 
     The last column names the prefix that ends with it; the first of several names, with all bits inverted, the prefix
     before it, from which a sequence that is cropped in between is read again.
     """
-    cells = numpy.zeros((*ids.shape, COLUMN_CELLS), numpy.int32)
+    cells = numpy.zeros((*ids.shape, NAMED_CELLS), numpy.int32)
     cells[..., 0] = ids
     cells[:, 0, 1:] = ~_names_to_cells(starts)
     cells[:, -1, 1:] = _names_to_cells(ends)
-    return cells
+    return cells if projected is None else numpy.concatenate([cells, projected.view(numpy.int32)], axis=-1)
 
 
 def _names_to_cells(names: Iterable[bytes]) -> Ids:
-    """Names as int32 `[names, COLUMN_CELLS - 1]`."""
-    return numpy.frombuffer(b"".join(names), "<i4").reshape(-1, COLUMN_CELLS - 1)
+    """Names as int32 `[names, NAMED_CELLS - 1]`."""
+    return numpy.frombuffer(b"".join(names), "<i4").reshape(-1, NAMED_CELLS - 1)

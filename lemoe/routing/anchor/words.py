@@ -3,15 +3,20 @@
 import codecs
 import re
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 _BASE_LETTERS = str.maketrans(
     {"ł": "l", "ø": "o", "đ": "d", "ı": "i", "æ": "ae", "œ": "oe", "ß": "ss", "’": "'", "ʼ": "'", "ʻ": "'"}
 )
 _SUFFIXES = (("ies", "y"), ("ied", "y"), ("ing", ""), ("ed", ""), ("es", "e"), ("s", ""))
-_ABBREVIATIONS = frozenset("dr mr mrs ms st jr sr prof rev capt lt col gen no mt ft sgt".split())
-_ASCII_WORD = re.compile("[a-z0-9]+")
+ABBREVIATIONS = frozenset("dr mr mrs ms st jr sr prof rev capt lt col gen no mt ft sgt".split())
+_ASCII_WORD = re.compile("[a-z0-9]+(?:(?<=[a-z])[+#]+)?")
+_SIGNS = frozenset("+#")  # directly behind a letter, part of its word: C++, C#
+_UNSPACED = re.compile(  # scripts without spaces, and Hangul, in which particles are written on to a name
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3041-\u3096\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\ua9e0-\ua9ff\uaa60-\uaa7f\uac00-\ud7a3\uf900-\ufaff\uff66-\uff9d\U00020000-\U0003ffff]"
+)
 _ROMAN_NUMERAL = re.compile(r"^(?=[ivxl])(l?x{0,3})(ix|iv|v?i{0,3})$")
 
 
@@ -24,7 +29,21 @@ def fold_text(text: str) -> str:
 @lru_cache(4096)
 def _fold_char(char: str) -> str:
     """The folded letters and digits of one character; empty if it belongs to no word."""
-    return "".join(c for c in fold_text(char) if c.isalnum()) if char.isalnum() else ""
+    return "".join(filter(_belongs_to_word, fold_text(char))) if _belongs_to_word(char) else ""
+
+
+def _belongs_to_word(char: str) -> bool:
+    return char.isalnum() or is_unspaced(char)
+
+
+def is_unspaced(word: str) -> bool:
+    """Whether a word is one character of a script without spaces: Han, Kana, Hangul, Thai, Lao, Khmer, Burmese."""
+    return not word.isascii() and _UNSPACED.match(unicodedata.normalize("NFC", word)) is not None
+
+
+def _goes_on(word: str, char: str) -> bool:
+    """Whether a letter directly behind a word is part of it."""
+    return word[-1] not in _SIGNS and not is_unspaced(char)
 
 
 def stem_word(word: str) -> str:
@@ -42,18 +61,24 @@ def stem_word(word: str) -> str:
 
 
 def split_words(text: str) -> list[str]:
-    """The folded words of a text: runs of letters and digits, the same that a `WordReader` gives."""
+    """The folded words of a text, the same that a `WordReader` gives.
+
+    A word is a run of letters and digits, with the signs of `C++` and `C#`; or one character of an unspaced script.
+    """
     if text.isascii():
         return _ASCII_WORD.findall(text.lower())
     words: list[str] = []
     growing = False
     for char in text:
         letters = _fold_char(char)
-        if letters and growing:
+        if letters and growing and _goes_on(words[-1], char):
             words[-1] += letters
         elif letters:
             words.append(letters)
-        growing = bool(letters) or (growing and bool(unicodedata.combining(char)))
+        elif growing and char in _SIGNS and not words[-1][-1].isdigit():
+            words[-1] += char
+            continue
+        growing = bool(letters and not is_unspaced(char)) or (growing and bool(unicodedata.combining(char)))
     return words
 
 
@@ -64,7 +89,7 @@ def needs_exact_match(word: str) -> bool:
 
 
 def one_edit_apart(first: str, second: str) -> bool:
-    """Whether two words have an edit distance of at most one."""
+    """Whether the edit distance of two words is at most one, two neighbouring letters swapped being one edit."""
     if len(first) > len(second):
         first, second = second, first
     if len(second) - len(first) > 1:
@@ -72,17 +97,28 @@ def one_edit_apart(first: str, second: str) -> bool:
     same = 0
     while same < len(first) and first[same] == second[same]:
         same += 1
-    rest = first[same + 1 :] if len(first) == len(second) else first[same:]
-    return rest == second[same + 1 :]
+    if len(first) < len(second):
+        return first[same:] == second[same + 1 :]
+    swapped = first[same : same + 2] == second[same : same + 2][::-1] and first[same + 2 :] == second[same + 2 :]
+    return swapped or first[same + 1 :] == second[same + 1 :]
 
 
 @dataclass(slots=True)
 class Word:
-    """A folded word; `capital`: whether it starts with a capital or a digit."""
+    """A folded word.
+
+    Attributes:
+        capital: whether it has a capital anywhere (`iPhone`), or starts with a digit.
+        starts_sentence: whether it is the first of its sentence.
+        upper: whether all its letters are capitals.
+        adjacent: whether nothing but spaces, a hyphen or a stop that ends no sentence parts it from the word before.
+    """
 
     text: str
     capital: bool
     starts_sentence: bool
+    upper: bool = False
+    adjacent: bool = False
 
 
 _new_decoder = partial(codecs.getincrementaldecoder("utf-8"), "replace")
@@ -98,6 +134,7 @@ class WordReader:
     def __init__(self) -> None:
         self.words: list[Word] = []
         self.growing = False
+        self._adjacent = False  # what was read behind the last word does not part it from the next one
         self._decoder = _new_decoder()
         self._sentence_end = 0  # 0: no sentence end read, 1: its punctuation mark, 2: the mark and a space
         self._ends_surely = False  # the mark was not `.`, which abbreviations use too
@@ -108,8 +145,8 @@ class WordReader:
         other.words = self.words[:]
         if self.words:  # the only one that may still change
             last = self.words[-1]
-            other.words[-1] = Word(last.text, last.capital, last.starts_sentence)
-        other.growing = self.growing
+            other.words[-1] = replace(last)
+        other.growing, other._adjacent = self.growing, self._adjacent
         other._decoder.setstate(self._decoder.getstate())
         other._sentence_end, other._ends_surely = self._sentence_end, self._ends_surely
         return other
@@ -124,20 +161,40 @@ class WordReader:
         for char in self._decoder.decode(token):
             if letters := _fold_char(char):
                 new_sentence |= self._read_letters(char, letters)
+            elif self.growing and char in _SIGNS and not self.words[-1].text[-1].isdigit():
+                self.words[-1].text += char
             elif not (unicodedata.combining(char) and self.growing):
                 self._read_separator(char)
         return new_sentence
 
+    def push_token(self, token: bytes) -> tuple[bool, range]:
+        """Read one token's bytes.
+
+        Returns:
+            whether a new sentence began with it, and the positions of the words that it added letters to.
+        """
+        count, letters = len(self.words), len(self.words[-1].text) if self.words else 0
+        began = self.push(token)
+        if began:
+            count = 0
+        grown = count > 0 and len(self.words[count - 1].text) > letters
+        return began, range(count - 1 if grown else count, len(self.words))
+
     def _read_letters(self, char: str, letters: str) -> bool:
-        capital = char.isupper() or char.isdigit()
+        upper = char.isupper()
+        capital = upper or char.isdigit()
         new_sentence = self._sentence_end == 2 and not self.growing and (capital or self._ends_surely)
         if new_sentence:
             self.words = []
-        if self.growing:
-            self.words[-1].text += letters
+        if self.growing and _goes_on(self.words[-1].text, char):
+            last = self.words[-1]
+            last.text += letters
+            last.capital |= upper
+            last.upper &= upper
         else:
-            self.words.append(Word(letters, capital, not self.words))
-            self.growing = True
+            self.words.append(Word(letters, capital, not self.words, upper, self._adjacent and bool(self.words)))
+        self.growing = not is_unspaced(char)
+        self._adjacent = True
         self._sentence_end = 0
         return new_sentence
 
@@ -145,16 +202,19 @@ class WordReader:
         if char in ".?!。？！":
             abbreviation = char == "." and self._ends_abbreviation()
             self._sentence_end, self._ends_surely = (0, False) if abbreviation else (1, char != ".")
+            self._adjacent &= char == "."  # until a space follows
         elif char == "\n":
             self._sentence_end, self._ends_surely = 2, True
         elif char.isspace():
+            self._adjacent &= self._sentence_end == 0
             self._sentence_end = 2 if self._sentence_end else 0
         elif char not in "\"')]}”’" and self._sentence_end == 1:
             self._sentence_end = 0
+        self._adjacent &= char.isspace() or char in "-.'’"
         self.growing = False
 
     def _ends_abbreviation(self) -> bool:
         if not self.growing:
             return False
         word = self.words[-1]
-        return len(word.text) == 1 or (word.capital and word.text in _ABBREVIATIONS)
+        return len(word.text) == 1 or (word.capital and word.text in ABBREVIATIONS)

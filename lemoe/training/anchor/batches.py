@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -22,7 +23,8 @@ from lemoe.base.tensors import rms_normalise
 from lemoe.base.tokens import Batch, Passage, encode_passage, encode_passages, replay_buckets
 from lemoe.data.edits import Edit
 from lemoe.routing.anchor.anchors import build_gate
-from lemoe.routing.anchor.gate import Anchor
+from lemoe.routing.anchor.gate import Anchor, Gate
+from lemoe.routing.anchor.meaning import Meaning, Vector
 from lemoe.routing.anchor.route import Route
 from lemoe.settings import Settings
 from lemoe.training.anchor.examples import make_negative_prompts, make_paraphrases
@@ -87,19 +89,19 @@ class TrainingBatches:
 
 @dataclass(frozen=True)
 class TrainingText:
-    """A text of the round: the edit it is made for, its tokens, and the column from which that edit's expert acts."""
+    """A text of the round: the edit it is made for, and its tokens."""
 
     edit: int
     passage: Passage
-    start: int
 
 
 class TrainingBatchBuilder:
     """Builds training batches from a round's edits.
 
     1. The texts: own prompts, synthetic paraphrases, prompts as chat turns, negative prompts.
-    2. The frozen pass: all texts run once through the layers up to the edited one.
-    3. The batches, of all experts or, for a retry, of some; they reuse the frozen pass.
+    2. The frozen pass: all texts run once through the model.
+    3. The gate of each edit, with what its own prompt (and rephrases) mean, and where it opens on each text.
+    4. The batches, of all experts or, for a retry, of some; they reuse the frozen pass.
     """
 
     def __init__(
@@ -112,13 +114,18 @@ class TrainingBatchBuilder:
         passages: Sequence[Passage],
         anchors: Sequence[Anchor],
         rng: random.Random,
+        meaning: Meaning | None = None,
         owners: Sequence[int] | None = None,
     ):
-        """Each edit trains an expert of its own, or the expert that `owners` gives for it."""
+        """Each edit trains an expert of its own, or the expert that `owners` gives for it.
+
+        Args:
+            meaning: how the gates tell what questions mean; None where words alone decide.
+        """
         self._base, self._site, self._layer, self._settings = base, site, layer, settings
         self._edits, self._passages, self._anchors, self._rng = edits, passages, anchors, rng
         self._owners = range(len(edits)) if owners is None else owners
-        self._gates = [build_gate(base, [anchor], settings) for anchor in anchors]
+        self._meaning = meaning
 
     def build(self, experts: Collection[int] | None = None) -> TrainingBatches:
         """The batches of all experts, or of those with the indices `experts`."""
@@ -132,6 +139,29 @@ class TrainingBatchBuilder:
             [self._negative_batch(rows) for rows in self._bucket_texts(negatives)],
             len({self._texts[text].edit for text in prompts}),
         )
+
+    @cached_property
+    def keys(self) -> list[Vector]:
+        """What each edit's questions mean, `[keys, rank]`: its own prompt, and the rephrases that are trained on."""
+        meaning = self._meaning
+        if meaning is None:
+            return []
+        gate = build_gate(self._base, self._anchors, self._settings)
+        keys: list[list[Vector]] = [[] for _ in self._edits]
+        for index in self._group_ranges[0]:
+            text = self._texts[index]
+            projected = self._projected(index)[: len(text.passage.prompt)]
+            subject = gate.index.subjects[gate.subjects[text.edit]]
+            keys[text.edit].append(meaning.embed(*gate.summarise(text.passage.prompt, projected, subject)))
+        return [numpy.stack(each) for each in keys]
+
+    def _projected(self, index: int) -> Vector:
+        """What the base model makes of the tokens `[seq, rank]` of the text with this index."""
+        read, nodes = self._prefix_activations.read, self._prefix_activations.text_nodes[index]
+        assert read is not None
+        assert self._meaning is not None
+        projected: Vector = self._meaning.project(read[nodes]).cpu().numpy()
+        return projected
 
     def _owner_of_text(self, index: int) -> int:
         """The expert that the text with this index trains."""
@@ -165,8 +195,18 @@ class TrainingBatchBuilder:
             self._layer,
             [text.passage for text in self._texts],
             self._settings.batch_tokens,
-            all_layers=any(text.start for text in self._texts),
+            all_layers=True,
+            layer_read=None if self._meaning is None else int(self._meaning.layer),
         )
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """The column of each text from which its edit's expert acts."""
+        gates = [
+            build_gate(self._base, [anchor], self._settings, self._meaning, self.keys[index : index + 1])
+            for index, anchor in enumerate(self._anchors)
+        ]
+        return [self._gate_start(gates[text.edit], index) for index, text in enumerate(self._texts)]
 
     def _paraphrase_texts(self) -> list[list[TrainingText]]:
         """Synthetic paraphrases, by kind."""
@@ -205,7 +245,7 @@ class TrainingBatchBuilder:
         for edit in range(len(self._edits)):
             prompts = make_negative_prompts(gate, self._edits, edit, self._settings.negatives, self._rng)
             for passage in self._encode_usable([(prompt, None) for prompt in prompts]):
-                texts.append(TrainingText(edit, passage, self._gate_start(edit, passage)))
+                texts.append(TrainingText(edit, passage))
         return texts
 
     def _encode_usable(self, texts: Sequence[tuple[str, str | None]]) -> list[Passage]:
@@ -218,21 +258,21 @@ class TrainingBatchBuilder:
 
     def _positive_text(self, edit: int, passage: Passage) -> TrainingText:
         """A text with the token that ends an answer after its target."""
-        ended = Passage(passage.prompt, (*passage.target, self._base.eos_token_id))
-        return TrainingText(edit, ended, self._gate_start(edit, ended))
+        return TrainingText(edit, Passage(passage.prompt, (*passage.target, self._base.eos_token_id)))
 
-    def _gate_start(self, edit: int, passage: Passage) -> int:
+    def _gate_start(self, gate: Gate, index: int) -> int:
         """The column at which the gate opens on a text at inference; the prompt's last token if it would not open."""
-        route = Route(self._gates[edit])
-        for column, token in enumerate(passage.prompt):
-            if route.push(token).edit >= 0:
+        prompt, route = self._texts[index].passage.prompt, Route(gate)
+        projected = None if self._meaning is None else self._projected(index)
+        for column, token in enumerate(prompt):
+            if route.push(token, None if projected is None else projected[column]).edit >= 0:
                 return column
-        return len(passage.prompt) - 1
+        return len(prompt) - 1
 
     def _bucket_texts(self, indices: Sequence[int]) -> list[list[int]]:
         """The texts with the indices `indices`, grouped into batches."""
         lengths = [len(self._texts[number].passage.input_ids) for number in indices]
-        starts = [self._texts[index].start for index in indices]
+        starts = [self._starts[index] for index in indices]
         buckets = replay_buckets(lengths, starts, self._settings.batch_tokens)
         return [[indices[position] for position in bucket] for bucket in buckets]
 
@@ -245,8 +285,8 @@ class TrainingBatchBuilder:
         """
         device, texts = self._base.device, self._texts
         batch = Batch.from_passages([text.passage for text in texts], rows, self._base.pad_token_id, device)
-        starts = torch.tensor([texts[row].start for row in rows], device=device)
-        first = min(texts[row].start for row in rows)
+        starts = torch.tensor([self._starts[row] for row in rows], device=device)
+        first = min(self._starts[row] for row in rows)
         columns = torch.arange(first, batch.ids.shape[1], device=device)
         active = (columns >= starts.unsqueeze(1)) & batch.mask[:, first:].bool()
         return batch, first, active, torch.tensor([self._owner_of_text(row) for row in rows], device=device)

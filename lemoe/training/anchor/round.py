@@ -24,7 +24,9 @@ from lemoe.base.tokens import encode_edits
 from lemoe.data.edits import Edit, digest_edits
 from lemoe.errors import ModelError
 from lemoe.routing.anchor.anchors import Anchors
+from lemoe.routing.anchor.fitting import fitted_meaning
 from lemoe.routing.anchor.gate import Anchor
+from lemoe.routing.anchor.meaning import Meaning
 from lemoe.settings import Settings
 from lemoe.training.anchor.batches import PositiveBatch, TrainingBatchBuilder, TrainingBatches
 from lemoe.training.steps import OnStep, Step
@@ -81,7 +83,7 @@ def train_round(
     layer = before.base.layer if before else settings.resolve_layer(len(base.layers), base.source.layers)
     own_fingerprint = base.fingerprint(layer, settings.layer_path)
     fingerprint = before.base if before else own_fingerprint
-    settings = replace(settings, layer=layer)
+    settings = replace(settings, layer=layer, gate=before.settings.gate if before else settings.gate)
     identity = round_id(own_fingerprint, base.tokenizer.chat_template, settings, edits, None)
     torch_seed = training_seed(identity)
     site = base.ffn_site(layer, settings.layer_path)
@@ -94,7 +96,9 @@ def train_round(
     anchors = [
         Anchor(passage.prompt, passage.target, edit.subject) for edit, passage in zip(edits, passages, strict=True)
     ]
-    builder = TrainingBatchBuilder(base, site, layer, settings, edits, passages, anchors, random.Random(torch_seed))
+    meaning = _choose_meaning(base, layer, settings, before)
+    rng = random.Random(torch_seed)
+    builder = TrainingBatchBuilder(base, site, layer, settings, edits, passages, anchors, rng, meaning)
     width = settings.width or DEFAULT_WIDTH
     experts = TrainableExperts(len(edits), site, width, residual_scale(base, layer), settings.seed).to(base.device)
     generator = torch.Generator(base.device).manual_seed(torch_seed)
@@ -118,7 +122,16 @@ def train_round(
         base_differences=tuple(fingerprint.describe_differences(own_fingerprint)),
         routed=_count_routed(base, anchors, settings),
     )
-    return AdaptorState(fingerprint, settings, (record,), experts.to_experts(), Anchors.from_anchors(anchors))
+    router = Anchors.from_anchors(anchors, meaning, builder.keys)
+    return AdaptorState(fingerprint, settings, (record,), experts.to_experts(), router)
+
+
+def _choose_meaning(base: BaseModel, layer: int, settings: Settings, before: AdaptorState | None) -> Meaning | None:
+    """How questions are read: as in the rounds before, whose gate the round joins, or as fitted to the model."""
+    if before is None:
+        return fitted_meaning(base, layer) if settings.gate == "meaning" else None
+    assert isinstance(before.router, Anchors)
+    return before.router.meaning
 
 
 def training_seed(identity: str) -> int:

@@ -1,0 +1,117 @@
+"""From evidence to a decision: how likely a text asks for an edit, from its subject, its words and its meaning.
+
+One logistic regression for each base model, fitted on the bank of questions (`lemoe.routing.anchor.fitting`); without
+one, words alone decide, by how far they conflict.
+"""
+
+import math
+from abc import ABC, abstractmethod
+
+import numpy
+
+from lemoe.routing.anchor.comparisons import Values, WordComparisons
+from lemoe.routing.anchor.meaning import SUBJECT_FEATURES
+from lemoe.routing.anchor.subjects import Mention, Subject
+
+MAX_RATIO = 20.0  # log-likelihood ratios (nats) beyond which more is no further evidence
+MAX_VOUCHED = 1.0  # score where all words of an edit's question were read
+COMPLETE = 0.95  # coverage of a name of several words that was read whole; beside another it may be a longer form
+DOUBTS = slice(2, None)  # of `SUBJECT_FEATURES`, those that speak against a mention
+LIGHT_WEIGHT = 8.0  # a subject of less weight is made of common words
+
+
+def subject_features(subject: Subject, mention: Mention, amount: float) -> tuple[float, ...]:
+    """`SUBJECT_FEATURES` of a mention; `amount`: the weight of the question's tokens."""
+    lightness = max(0.0, 1 - subject.total_weight / LIGHT_WEIGHT)
+    return (
+        1.0,
+        math.log1p(amount),
+        1 - mention.coverage,
+        float(mention.lowered),
+        lightness * mention.lowered,
+        float(mention.misspelt),
+        float(mention.neighbour),
+        float(mention.neighbour and len(subject.words) > 1 and mention.coverage > COMPLETE),
+    )
+
+
+def question_features(words: WordComparisons, meaning: Values, profile: Values) -> Values:
+    """`QUESTION_FEATURES` `[features, anchors]` of comparisons."""
+    ratio = numpy.clip(meaning, -MAX_RATIO, MAX_RATIO)
+    contradiction = words.contradiction
+    return numpy.stack([ratio, profile, numpy.log1p(contradiction), numpy.exp(-contradiction), words.substituted])
+
+
+Judgement = tuple[Values, Values, Values]
+
+
+class Decision(ABC):
+    """Judges comparisons.
+
+    Attributes:
+        margin: by which the evidence must rise for the gate to open again.
+        shut_below: score of the active anchor below which the gate shuts.
+    """
+
+    margin: float
+    shut_below: float
+
+    def remember(self, evidence: Values, before: Values | None) -> Values:
+        """What the next evidence is compared with, from this and what was remembered `before`."""
+        return evidence
+
+    def probability(self, score: float) -> float:
+        """That an edit is asked for, by its score."""
+        return 1 / (1 + math.exp(-max(min(score, 500.0), -500.0)))
+
+    @abstractmethod
+    def judge(self, subject: tuple[float, ...], words: WordComparisons, meaning: Values, profile: Values) -> Judgement:
+        """Score, rank and evidence `[anchors]` of comparisons; see `Comparisons`.
+
+        Args:
+            subject: `SUBJECT_FEATURES`.
+            meaning, profile: `[anchors]`, log-likelihood ratio, and likeness to the relations that were fitted.
+        """
+
+
+class WordDecision(Decision):
+    """Words alone decide: a question may conflict up to `threshold`, and the best fit is chosen."""
+
+    margin = 1e-6
+    shut_below = -math.inf
+
+    def __init__(self, threshold: float):
+        self._threshold = threshold
+
+    def remember(self, evidence: Values, before: Values | None) -> Values:
+        return evidence if before is None else numpy.maximum(evidence, before)
+
+    def judge(self, subject: tuple[float, ...], words: WordComparisons, meaning: Values, profile: Values) -> Judgement:
+        return self._threshold - words.conflict, words.fit, words.matched
+
+
+class FittedDecision(Decision):
+    """Log odds by fitted weights, above those of `probability`; the likeliest is chosen.
+
+    Where all that an edit asks for was read, word for word, this is enough: what a short or vague question means is too
+    uncertain to contradict it.
+    """
+
+    margin = 0.25
+    shut_below = 0.0
+
+    def __init__(self, weights: Values, probability: float):
+        self._subject, self._question = weights[: len(SUBJECT_FEATURES)], weights[len(SUBJECT_FEATURES) :]
+        self._threshold = math.log(probability / (1 - probability))
+
+    def probability(self, score: float) -> float:
+        return super().probability(score + self._threshold)
+
+    def judge(self, subject: tuple[float, ...], words: WordComparisons, meaning: Values, profile: Values) -> Judgement:
+        found = numpy.array(subject)
+        asked = self._question @ question_features(words, meaning, profile)
+        fitted = float(self._subject @ found) + asked - self._threshold
+        doubt = float(self._subject[DOUBTS] @ found[DOUBTS])
+        vouched = MAX_VOUCHED - words.unread + doubt + self._question[-1] * words.substituted
+        score: Values = numpy.maximum(fitted, vouched)
+        return score, score, score
