@@ -50,7 +50,7 @@ class PairwiseRoute(Route):
         nearest: tuple[int, Mention, Comparison] | None = None
         fits: dict[int, float] = {}
         for subject, mention in self._mentions.items():
-            if not self._is_certain(subject, mention):
+            if not self._gate.decision.admits(self._gate.index.subjects[subject], mention):
                 continue
             read = Question.from_words(question_words(self._reader.words, mention), self._gate.lexicon)
             for number in [n for n, of in enumerate(self._gate.subjects) if of == subject]:

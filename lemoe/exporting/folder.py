@@ -147,9 +147,8 @@ def _config_additions(base: BaseModel, state: AdaptorState) -> Mapping[str, Any]
     site = base.ffn_site(state.base.layer, state.settings.layer_path)
     paths = {module: path for path, module in base.model.named_modules()}
     modules = {"decoder": base.decoder, "entry": site.entry, "exit": site.exit, "activation": site.activation}
-    layer_read = state.router.to_live(base, state.settings).layer_read
-    if layer_read is not None:
-        modules["layer_read"] = base.layers[layer_read]
+    if state.router.layer_read is not None:
+        modules["layer_read"] = base.layers[state.router.layer_read]
     return {
         "model_type": "lemoe",
         "architectures": ["LemoeForCausalLM"],

@@ -79,7 +79,7 @@ class GateMeasure:
         """The measure of an adaptor's gate; None if it has no gate."""
         if not state.router.gated:
             return None
-        if state.router.reads_meaning:
+        if state.router.layer_read is not None:
             return cls("doubt", 1 - state.settings.gate_probability)
         return cls("conflict", state.settings.gate_conflict)
 

@@ -162,8 +162,12 @@ class Router(ABC):
     method: ClassVar[str]
     shared: ClassVar[bool] = False  # whether each expert is trained on all edits
     gated: ClassVar[bool] = False  # whether a prompt may reach no expert, by a threshold on `Explanation.conflict`
-    reads_meaning: bool = False  # whether hidden states of the base model take part in the decision
     by_prompt: ClassVar[bool] = False  # whether a sequence is routed once, by its prompt, whose end must be known
+
+    @property
+    def layer_read(self) -> int | None:
+        """The decoder layer whose incoming hidden states it reads, if it reads any."""
+        return None
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:

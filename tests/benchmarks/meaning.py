@@ -20,11 +20,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy
-import torch
 from numpy.typing import NDArray
 
 import lemoe
 from lemoe.base.frozen import read_layer_inputs
+from lemoe.base.tensors import rms_normalise
 from lemoe.data.question_bank import ENGLISH_FORMS, KEY_FORMS, LANGUAGE_FORMS, REMARK, Wording, read_question_bank
 from lemoe.routing.anchor.anchors import get_lexicon
 from lemoe.routing.anchor.fitting import BATCH_TOKENS, CHUNK, FOLDS, RANK, layer_to_read
@@ -45,7 +45,7 @@ def read_vectors(base: lemoe.BaseModel, layer: int, wordings: Sequence[Wording])
     for first in range(0, len(texts), CHUNK):
         states = read_layer_inputs(base, layer, ids[first : first + CHUNK], BATCH_TOKENS)
         for row, hidden in enumerate(states, first):
-            normalised = torch.nn.functional.rms_norm(hidden, hidden.shape[-1:]).cpu().numpy()
+            normalised = rms_normalise(hidden).cpu().numpy()
             total, weight = gate.summarise(ids[row], normalised, Subject(names[row], gate.lexicon))
             if total is not None:
                 vectors[row] = total / weight

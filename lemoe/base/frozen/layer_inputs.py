@@ -1,17 +1,14 @@
 """The hidden states with which texts enter a decoder layer: a pass that ends there."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lemoe.base.frozen.prefix_pass import StopForward, forward_decoder, keeps_only_keys_values, supports_token_trees
-from lemoe.base.frozen.token_trees import TokenForest, TreeBatch
+from lemoe.base.frozen.prefix_pass import StopForward, lay_out_trees
 from lemoe.base.hooks import hidden_argument, removed_on_exit
 from lemoe.base.loading import BaseModel
-from lemoe.base.tokens import batch_invariant_width, length_buckets
 
 
 @torch.no_grad()
@@ -31,35 +28,17 @@ def read_layer_inputs(
         groups: one number per text. The states of a text then depend on its group alone, bit for bit on a CPU in
             float32, however many other texts share the batch.
     """
-    longest = max(map(len, texts), default=0)
-    shared = keeps_only_keys_values(base) and supports_token_trees(base, longest)
-    forest = TokenForest.from_texts([tuple(text) for text in texts], shared, groups)
-    widths = [len(tree) for tree in forest.trees]
-    if groups is not None:
-        widths = [batch_invariant_width(width, None if shared else base.max_length) for width in widths]
-    states: dict[int, Tensor] = {}
-    for members in length_buckets(widths, max_tokens):
-        width = max(widths[tree] for tree in members)
-        rows = TreeBatch.from_trees([forest.trees[tree] for tree in members], base.pad_token_id, base.device, width)
-        if shared:
-            inputs = {"attention_mask": rows.attention_mask(base.dtype), "position_ids": rows.positions}
-        else:
-            sizes = torch.tensor([len(forest.trees[tree]) for tree in members], device=base.device)
-            inputs = {"attention_mask": (torch.arange(width, device=base.device) < sizes.unsqueeze(1)).long()}
-        entered = _run_until(base, base.layers[layer], input_ids=rows.ids, **inputs)
-        entered = entered.to(base.device).float().reshape(*rows.ids.shape, -1)
-        states.update(zip(members, entered, strict=True))
-    return [states[tree][torch.tensor(nodes, device=base.device)] for tree, nodes in forest.locations]
-
-
-def _run_until(base: BaseModel, layer: nn.Module, **inputs: Tensor) -> Tensor:
-    """What enters `layer` in a forward pass, which ends there."""
+    layout = lay_out_trees(base, [tuple(text) for text in texts], max_tokens, groups)
     seen: list[Tensor] = []
 
-    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def record_and_stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append(hidden_argument(args, kwargs))
         raise StopForward
 
-    with removed_on_exit([layer.register_forward_pre_hook(stop, with_kwargs=True)]), suppress(StopForward):
-        forward_decoder(base, **inputs)
-    return seen[0]
+    states: dict[int, Tensor] = {}
+    with removed_on_exit([base.layers[layer].register_forward_pre_hook(record_and_stop, with_kwargs=True)]):
+        for members, rows in layout.batch_rows(base):
+            rows.run(base)
+            entered = seen.pop().to(base.device).float().reshape(*rows.real.shape, -1)
+            states.update(zip(members, entered, strict=True))
+    return [states[tree][torch.tensor(nodes, device=base.device)] for tree, nodes in layout.forest.locations]

@@ -7,7 +7,7 @@
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +22,7 @@ from lemoe.base.equality import TensorEquality
 from lemoe.base.frozen.check import check_replay
 from lemoe.base.frozen.hooks import replaced_outputs
 from lemoe.base.frozen.replay import FrozenBatch, LayerCall, constant_cache, extract_hidden
-from lemoe.base.frozen.token_trees import TokenForest, TokenTree, TreeBatch
+from lemoe.base.frozen.token_trees import TokenForest, TreeBatch
 from lemoe.base.hooks import hidden_argument, removed_on_exit
 from lemoe.base.loading import BaseModel
 from lemoe.base.placement import index_on_device
@@ -111,7 +111,7 @@ class PrefixActivations(TensorEquality):
         output = self.output[nodes]
         cache = self._prefix_cache(prefix) if first else None
         with removed_on_exit(handles), replaced_outputs(list(layers), (output,) if self.in_tuple else output):
-            forward_decoder(self.base, cache, input_ids=batch.ids[:, first:], attention_mask=batch.mask)
+            _forward_decoder(self.base, cache, input_ids=batch.ids[:, first:], attention_mask=batch.mask)
         return FrozenBatch(
             batch=batch,
             start=start,
@@ -172,17 +172,11 @@ def _compute_unchecked(
     layer_read: int | None = None,
 ) -> PrefixActivations:
     """`compute_prefix_activations` without `check_replay`, which itself needs it."""
-    keys_values_suffice = keeps_only_keys_values(base)
-    longest = max((len(passage.input_ids) for passage in passages), default=0)
-    shared = keys_values_suffice and supports_token_trees(base, longest)
-    forest = TokenForest.from_texts([passage.input_ids for passage in passages], shared, groups)
+    layout = lay_out_trees(base, [passage.input_ids for passage in passages], max_tokens, groups)
+    forest, keys_values_suffice = layout.forest, keeps_only_keys_values(base)
     firsts, parts, total = [0] * len(forest.trees), [], 0
-    widths = [len(tree) for tree in forest.trees]
-    if groups is not None:
-        widths = [batch_invariant_width(width, None if shared else base.max_length) for width in widths]
-    for members in length_buckets(widths, max_tokens):
-        trees, width = [forest.trees[tree] for tree in members], max(widths[tree] for tree in members)
-        parts.append(_run_trees(base, site, layer, trees, width, shared, all_layers, keys_values_suffice, layer_read))
+    for members, rows in layout.batch_rows(base):
+        parts.append(_record_pass(base, site, layer, rows, all_layers, keys_values_suffice, layer_read))
         for tree in members:
             firsts[tree], total = total, total + len(forest.trees[tree])
     return PrefixActivations(
@@ -215,20 +209,71 @@ class _TreePassOutput(TensorEquality):
     read: Tensor | None
 
 
-def _run_trees(
+@dataclass(frozen=True, eq=False)
+class TreeRows(TensorEquality):
+    """Token trees that run through the model at once, one per row.
+
+    Attributes:
+        batch: their tokens.
+        real: `[batch, nodes]`, bool; False on padding.
+        shared: whether texts share a tree, or each has one of its own.
+    """
+
+    batch: TreeBatch
+    real: Tensor
+    shared: bool
+
+    def run(self, base: BaseModel, cache: Cache | None = None) -> None:
+        """Run them through the decoder, which hooks may watch or end early (`StopForward`)."""
+        ids = self.batch.ids
+        with suppress(StopForward):
+            if self.shared:
+                mask = self.batch.attention_mask(base.dtype)
+                _forward_decoder(base, cache, input_ids=ids, attention_mask=mask, position_ids=self.batch.positions)
+            else:
+                _forward_decoder(base, cache, input_ids=ids, attention_mask=self.real.long())
+
+
+@dataclass(frozen=True)
+class TreeLayout:
+    """Texts as token trees, and which of the trees run at once, padded to which width."""
+
+    forest: TokenForest
+    shared: bool
+    batches: list[tuple[list[int], int]]
+
+    def batch_rows(self, base: BaseModel) -> Iterator[tuple[list[int], TreeRows]]:
+        """The trees of each batch, by index, and their rows."""
+        for members, width in self.batches:
+            trees = [self.forest.trees[tree] for tree in members]
+            batch = TreeBatch.from_trees(trees, base.pad_token_id, base.device, width)
+            sizes = torch.tensor([len(tree) for tree in trees], device=base.device)
+            yield members, TreeRows(batch, torch.arange(width, device=base.device) < sizes.unsqueeze(1), self.shared)
+
+
+def lay_out_trees(
+    base: BaseModel, texts: Sequence[tuple[int, ...]], max_tokens: int, groups: Sequence[int] | None
+) -> TreeLayout:
+    """Lay `texts` out for passes of at most `max_tokens` padded tokens; `groups`: see `compute_prefix_activations`."""
+    shared = keeps_only_keys_values(base) and supports_token_trees(base, max(map(len, texts), default=0))
+    forest = TokenForest.from_texts(texts, shared, groups)
+    widths = [len(tree) for tree in forest.trees]
+    if groups is not None:
+        widths = [batch_invariant_width(width, None if shared else base.max_length) for width in widths]
+    buckets = length_buckets(widths, max_tokens)
+    return TreeLayout(forest, shared, [(members, max(widths[tree] for tree in members)) for members in buckets])
+
+
+def _record_pass(
     base: BaseModel,
     site: FFNSite,
     layer: int,
-    trees: Sequence[TokenTree],
-    width: int,
-    shared: bool,
+    rows: TreeRows,
     all_layers: bool,
     with_cache: bool,
     layer_read: int | None,
 ) -> _TreePassOutput:
-    rows = TreeBatch.from_trees(trees, base.pad_token_id, base.device, width)
-    sizes = torch.tensor([len(tree) for tree in trees], device=base.device)
-    real = torch.arange(rows.ids.shape[1], device=base.device) < sizes.unsqueeze(1)
+    real = rows.real
     seen: dict[str, Any] = {}
     cache = _cache_above(layer) if with_cache else None
 
@@ -253,12 +298,8 @@ def _run_trees(
     ]
     if layer_read is not None:
         handles.append(base.layers[layer_read].register_forward_pre_hook(record_read, with_kwargs=True))
-    with removed_on_exit(handles), suppress(StopForward):
-        if shared:
-            mask = rows.attention_mask(base.dtype)
-            forward_decoder(base, cache, input_ids=rows.ids, attention_mask=mask, position_ids=rows.positions)
-        else:
-            forward_decoder(base, cache, input_ids=rows.ids, attention_mask=real.long())
+    with removed_on_exit(handles):
+        rows.run(base, cache)
     return _TreePassOutput(
         inputs=drop_padding(seen["inputs"]),
         output=drop_padding(extract_hidden(seen["output"])),
@@ -290,7 +331,7 @@ def keeps_only_keys_values(base: BaseModel) -> bool:
     if base not in _keys_values_support:
         ids, cache = torch.tensor([[0, 1]], device=base.device), _cache_above(len(base.layers) - 1)
         try:
-            forward_decoder(base, cache, input_ids=ids, attention_mask=torch.ones_like(ids))
+            _forward_decoder(base, cache, input_ids=ids, attention_mask=torch.ones_like(ids))
             _keys_values_support[base] = all(layer.used for layer in cache.layers)
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
             _keys_values_support[base] = False
@@ -335,11 +376,11 @@ def _run_last_hidden(base: BaseModel, **inputs: Any) -> Tensor:
     seen: list[Tensor] = []
     handle = base.layers[-1].register_forward_hook(lambda module, args, output: seen.append(extract_hidden(output)[0]))
     with removed_on_exit([handle]):
-        forward_decoder(base, **inputs)
+        _forward_decoder(base, **inputs)
     return seen[0]
 
 
-def forward_decoder(base: BaseModel, past_key_values: Cache | None = None, **inputs: Any) -> None:
+def _forward_decoder(base: BaseModel, past_key_values: Cache | None = None, **inputs: Any) -> None:
     base.decoder(**inputs, past_key_values=past_key_values, use_cache=past_key_values is not None)
 
 

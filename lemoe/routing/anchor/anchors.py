@@ -66,8 +66,8 @@ class Anchors(TensorEquality, Router):
         return cls(groups, meaning, torch.from_numpy(numpy.concatenate(keys)), tuple(map(len, keys)))
 
     @property
-    def reads_meaning(self) -> bool:  # type: ignore[override]
-        return self.meaning is not None
+    def layer_read(self) -> int | None:
+        return None if self.meaning is None else int(self.meaning.layer)
 
     @cached_property
     def anchors(self) -> tuple[Anchor, ...]:
@@ -275,7 +275,7 @@ class LiveAnchors(LiveRouter):
         if any(max((*anchor.prompt, *anchor.target)) >= vocabulary for anchor in anchors.anchors):
             raise AdaptorError("the adaptor's anchors hold tokens that the base model does not know")
         self.meaning = anchors.meaning
-        self.layer_read = None if self.meaning is None else int(self.meaning.layer)
+        self.layer_read = anchors.layer_read
         self.gate = build_gate(base, anchors.anchors, settings, self.meaning, anchors.split_keys())
         for number in anchors.superseded():
             self.gate.retire(number)

@@ -10,8 +10,8 @@ from abc import ABC, abstractmethod
 import numpy
 
 from lemoe.routing.anchor.comparisons import Values, WordComparisons
-from lemoe.routing.anchor.meaning import SUBJECT_FEATURES
-from lemoe.routing.anchor.subjects import Mention, Subject
+from lemoe.routing.anchor.meaning import SUBJECT_FEATURES, Meaning
+from lemoe.routing.anchor.subjects import MIN_COVERAGE, Mention, Subject
 
 MAX_RATIO = 20.0  # log-likelihood ratios (nats) beyond which more is no further evidence
 MAX_VOUCHED = 1.0  # score where all words of an edit's question were read
@@ -31,8 +31,13 @@ def subject_features(subject: Subject, mention: Mention, amount: float) -> tuple
         lightness * mention.lowered,
         float(mention.misspelt),
         float(mention.neighbour),
-        float(mention.neighbour and len(subject.words) > 1 and mention.coverage > COMPLETE),
+        float(is_longer_form(subject, mention)),
     )
+
+
+def is_longer_form(subject: Subject, mention: Mention) -> bool:
+    """Whether a name of several words was read whole beside another: more likely its longer form than another name."""
+    return mention.neighbour and len(subject.words) > 1 and mention.coverage > COMPLETE
 
 
 def question_features(words: WordComparisons, meaning: Values, profile: Values) -> Values:
@@ -56,6 +61,10 @@ class Decision(ABC):
     margin: float
     shut_below: float
 
+    def admits(self, subject: Subject, mention: Mention) -> bool:
+        """Whether a mention is compared at all."""
+        return True
+
     def remember(self, evidence: Values, before: Values | None) -> Values:
         """What the next evidence is compared with, from this and what was remembered `before`."""
         return evidence
@@ -75,13 +84,21 @@ class Decision(ABC):
 
 
 class WordDecision(Decision):
-    """Words alone decide: a question may conflict up to `threshold`, and the best fit is chosen."""
+    """Words alone decide: a question may conflict up to `threshold`, and the best fit is chosen.
+
+    Nothing weighs how sure a mention is, so that those in doubt do not count.
+    """
 
     margin = 1e-6
     shut_below = -math.inf
 
     def __init__(self, threshold: float):
         self._threshold = threshold
+
+    def admits(self, subject: Subject, mention: Mention) -> bool:
+        plain = mention.lowered and subject.total_weight < LIGHT_WEIGHT
+        part_of_name = mention.neighbour and not is_longer_form(subject, mention)
+        return mention.coverage >= MIN_COVERAGE and not part_of_name and not plain
 
     def remember(self, evidence: Values, before: Values | None) -> Values:
         return evidence if before is None else numpy.maximum(evidence, before)
@@ -115,3 +132,8 @@ class FittedDecision(Decision):
         vouched = MAX_VOUCHED - words.unread + doubt + self._question[-1] * words.substituted
         score: Values = numpy.maximum(fitted, vouched)
         return score, score, score
+
+
+def choose_decision(meaning: Meaning | None, threshold: float, probability: float) -> Decision:
+    """From `probability` on by all evidence, or, without `meaning`, up to `threshold` by words alone."""
+    return WordDecision(threshold) if meaning is None else FittedDecision(meaning.weights.double().numpy(), probability)

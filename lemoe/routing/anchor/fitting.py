@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
-from torch.nn import functional
 
 from lemoe.base.chat import encode_chat_turn
 from lemoe.base.embedded import cache_root
@@ -31,6 +30,7 @@ from lemoe.base.equality import TensorEquality
 from lemoe.base.fingerprint import tokenizer_sha256, weights_sha256
 from lemoe.base.frozen.layer_inputs import read_layer_inputs
 from lemoe.base.loading import BaseModel
+from lemoe.base.tensors import rms_normalise
 from lemoe.data.files import write_atomically
 from lemoe.data.question_bank import ENGLISH_FORMS, KEY_FORMS, REMARK, Wording, digest_bank, read_question_bank
 from lemoe.errors import OutputError
@@ -42,7 +42,7 @@ from lemoe.routing.anchor.meaning import FEATURES, Keys, Meaning, Vector, build_
 from lemoe.routing.anchor.route import Route
 from lemoe.routing.anchor.subjects import Subject
 
-VERSION = 1  # of the fit; raised whenever an equal bank would give another one
+VERSION = 2  # of the fit; raised whenever an equal bank would give another one
 RANK = 96  # directions that are kept
 FOLDS = 4
 DEPTH = 1 / 3  # relative depth of the layer that is read
@@ -235,7 +235,7 @@ def _read_texts(base: BaseModel, layer: int, texts: Sequence[BankText], for_weig
         part = texts[first : first + CHUNK]
         states = read_layer_inputs(base, layer, [text.ids for text in part], BATCH_TOKENS)
         for index, (text, entered) in enumerate(zip(part, states, strict=True), first):
-            normalised = functional.rms_norm(entered, entered.shape[-1:]).cpu()
+            normalised = rms_normalise(entered).cpu()
             total, weight = gate.summarise(text.ids, normalised.numpy(), Subject(text.written, gate.lexicon))
             if total is not None and weight > 0:
                 mean = torch.from_numpy(total).double() / weight
@@ -307,25 +307,32 @@ def _read_examples(
 ) -> Iterator[tuple[Values, bool, float]]:
     """Features of one text with edits that it asks for, and with others."""
     assert each.states is not None
-    wording = each.text.wording
     projected = fit.project(each.states.float()).numpy()
     if each.text.copy:
-        own = [key for key in keys if key.wording == wording]
-        for features, wanted, _ in _run_gate(base, fit, each.text, projected, each.text.name, own, [], rng):
-            yield features, wanted, COPY_SHARE
-        return
+        own = [key for key in keys if key.wording == each.text.wording]
+        runs = iter([(each.text.name, own, list[_Key](), COPY_SHARE)])
+    else:
+        runs = _choose_runs(fit, each, keys, rng)
+    for name, same, other, share in runs:
+        for features, wanted, weight in _run_gate(base, fit, each.text, projected, name, same, other, rng):
+            yield features, wanted, weight * share
+
+
+def _choose_runs(
+    fit: Meaning, each: _ReadText, keys: Sequence[_Key], rng: random.Random
+) -> Iterator[tuple[str, list[_Key], list[_Key], float]]:
+    """What a text is read with: subject, edits that it asks for, others, and what each example counts."""
+    wording, name = each.text.wording, each.text.name
     same = [key for key in keys if key.wording.relation == wording.relation and key.wording != wording]
     other = [key for key in keys if key.wording.relation != wording.relation and wording.kind in ("", key.wording.kind)]
     same = rng.sample(same, min(KEYS_SAME, len(same)))
     nearest = _nearest_keys(fit, each, other)
     hard = rng.sample(nearest, min(KEYS_HARD, len(nearest)))
-    other = rng.sample(other, min(KEYS_OTHER, len(other)))
-    for group, share in ((other, 1.0), (hard, HARD_SHARE)):
-        examples = _run_gate(base, fit, each.text, projected, each.text.name, same if share == 1 else [], group, rng)
-        yield from ((features, wanted, weight * share) for features, wanted, weight in examples)
+    yield name, same, rng.sample(other, min(KEYS_OTHER, len(other))), 1.0
+    yield name, [], hard, HARD_SHARE
     near = _near_name(each.text, rng)
     if near and same:
-        yield from _run_gate(base, fit, each.text, projected, near, [], same[:1], rng)
+        yield near, [], same[:1], 1.0
 
 
 def _nearest_keys(fit: Meaning, each: _ReadText, keys: Sequence[_Key]) -> list[_Key]:

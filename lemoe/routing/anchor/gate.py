@@ -14,7 +14,7 @@ from lemoe.routing.anchor.comparisons import (
     Values,
     WordComparisons,
 )
-from lemoe.routing.anchor.evidence import Decision, FittedDecision, WordDecision, subject_features
+from lemoe.routing.anchor.evidence import Decision, choose_decision, subject_features
 from lemoe.routing.anchor.lexicon import Lexicon, infer_subject
 from lemoe.routing.anchor.meaning import Keys, Meaning, Vector
 from lemoe.routing.anchor.questions import WORDS_BEFORE, Question, StoredQuestion, compare_questions, question_words
@@ -90,12 +90,7 @@ class Gate:
         self.threshold = threshold
         self.slack = slack
         self.meaning = meaning
-        if decision is None and meaning is None:
-            decision = WordDecision(threshold)
-        elif decision is None and meaning is not None:
-            decision = FittedDecision(meaning.weights.double().numpy(), probability)
-        assert decision is not None
-        self.decision = decision
+        self.decision = decision or choose_decision(meaning, threshold, probability)
         self._embedded: list[Vector] = []  # keys [keys, rank] of each anchor
         self._keys: dict[int, SubjectKeys] = {}
         self.anchors: list[Anchor] = []
@@ -115,8 +110,8 @@ class Gate:
         The words of its question are worked out when a text first mentions its subject.
         """
         number = len(self.anchors)
-        if self.meaning is not None:
-            self._embedded.append(numpy.zeros((0, self.meaning.rank), numpy.float32) if keys is None else keys)
+        if keys is not None:
+            self._embedded.append(keys)
         subject = self.index.add(anchor.subject or infer_subject(self.lexicon.decode_text(anchor.prompt), self.lexicon))
         self.anchors.append(anchor)
         self.longest_prompt = max(self.longest_prompt, len(anchor.prompt))
@@ -207,7 +202,7 @@ class Gate:
             return False
         if self.lexicon.token_bytes(ids[start]).strip() != self.lexicon.token_bytes(prompt[0]).strip():
             return False
-        return self._begins_line(ids, start) or any(self._split_sentences(prompt))
+        return self._begins_line(ids, start) or any(words for words, _ in self._read_sentences(prompt))
 
     def _begins_line(self, ids: Sequence[int], start: int) -> bool:
         if start == 0 or self.lexicon.is_special(ids[start - 1]):
@@ -216,42 +211,42 @@ class Gate:
 
     def _question_words(self, prompt: Sequence[int], subject: Subject) -> tuple[list[str], set[str]]:
         """The words of a prompt's question, around its last mention of the subject, and those in front of it."""
-        sentences = self._split_sentences(prompt)
-        for number in range(len(sentences) - 1, -1, -1):
-            sentence = sentences[number]
-            mention = subject.find_mention(Sentence(sentence, self.lexicon))
-            if mention:
-                words = question_words(sentence, mention)
-                words += [word.text for later in sentences[number + 1 :] for word in later]
-                first = min(mention.positions)
-                return words, {word.text for word in sentence[max(0, first - WORDS_BEFORE) : first]}
-        last = sentences[-1] if sentences else []
-        return [word.text for word in last if word.text not in subject.words], set()
+        sentences = [words for words, _ in self._read_sentences(prompt)]
+        found = self._find_last_mention(sentences, subject)
+        if found is None:
+            return [word.text for word in sentences[-1] if word.text not in subject.words] if sentences else [], set()
+        number, mention = found
+        words = question_words(sentences[number], mention)
+        words += [word.text for later in sentences[number + 1 :] for word in later]
+        first = min(mention.positions)
+        return words, {word.text for word in sentences[number][max(0, first - WORDS_BEFORE) : first]}
 
     def summarise(self, ids: Sequence[int], projected: Vector, subject: Subject) -> tuple[Vector | None, float]:
         """The weighted sum `[rank]` of what a text asks about a subject, and its weight; see `TokenSums.without`.
 
         That is the last sentence that mentions the subject, or else the last one; `projected`: `[seq, rank]`.
         """
-        reader, sums = WordReader(), TokenSums()
-        sentences: list[tuple[list[Word], TokenSums]] = []
-        for token, row in zip(ids, projected, strict=True):
+        sentences = self._read_sentences(ids, projected)
+        found = self._find_last_mention([words for words, _ in sentences], subject)
+        number, positions = (-1, frozenset[int]()) if found is None else (found[0], found[1].positions)
+        return sentences[number][1].without(positions)
+
+    def _find_last_mention(self, sentences: Sequence[list[Word]], subject: Subject) -> tuple[int, Mention] | None:
+        """The last of the sentences that mentions a subject, by index, and the mention."""
+        for number in reversed(range(len(sentences))):
+            if mention := subject.find_mention(Sentence(sentences[number], self.lexicon)):
+                return number, mention
+        return None
+
+    def _read_sentences(
+        self, ids: Sequence[int], projected: Vector | None = None
+    ) -> list[tuple[list[Word], TokenSums]]:
+        """The words of each sentence of a text, and the sums of its tokens where they are `projected` `[seq, rank]`."""
+        reader, sentences = WordReader(), list[tuple[list[Word], TokenSums]]()
+        for column, token in enumerate(ids):
             began, touched = reader.push_token(self.lexicon.token_bytes(token))
             if began or not sentences:
-                sums = TokenSums()
-                sentences.append((reader.words, sums))
-            if weight := self.lexicon.token_weight(token):
-                sums.add(row, weight, touched)
-        for words, sums in reversed(sentences):
-            if mention := subject.find_mention(Sentence(words, self.lexicon)):
-                return sums.without(mention.positions)
-        return sentences[-1][1].without(())
-
-    def _split_sentences(self, prompt: Sequence[int]) -> list[list[Word]]:
-        reader = WordReader()
-        sentences: list[list[Word]] = []
-        for token in prompt:
-            if reader.push(self.lexicon.token_bytes(token)) or not sentences:
-                sentences.append(reader.words)
-            sentences[-1] = reader.words
+                sentences.append((reader.words, TokenSums()))
+            if projected is not None and (weight := self.lexicon.token_weight(token)):
+                sentences[-1][1].add(projected[column], weight, touched)
         return sentences

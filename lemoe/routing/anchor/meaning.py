@@ -18,9 +18,9 @@ import numpy
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from lemoe.base.equality import TensorEquality
+from lemoe.base.tensors import rms_normalise
 
 RARE_TOKEN = 200.0  # a token weighs log(1 + id / RARE_TOKEN), since ids grow with rarity,
 COMMON_WEIGHT = 0.2  # and this much more
@@ -67,8 +67,15 @@ class Meaning(TensorEquality):
 
     def project(self, hidden: Tensor) -> Tensor:
         """`[..., rank]` in float32, of hidden states `[..., hidden]`."""
-        normalised = functional.rms_norm(hidden.float(), hidden.shape[-1:])
-        return normalised @ self.directions.to(hidden.device)
+        directions = self._directions.get(hidden.device)
+        if directions is None:
+            directions = self._directions[hidden.device] = self.directions.to(hidden.device)
+        return rms_normalise(hidden) @ directions
+
+    @cached_property
+    def _directions(self) -> dict[torch.device, Tensor]:
+        """The directions on each device that they were used on."""
+        return {}
 
     def embed(self, total: Vector | None, weight: float) -> Vector:
         """The vector `[rank]` of a question, from the weighted sum of its projected tokens and their weight.

@@ -28,7 +28,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from lemoe.routing.anchor.comparisons import Comparisons, Values
-from lemoe.routing.anchor.evidence import COMPLETE
 from lemoe.routing.anchor.gate import Gate, ReadQuestion
 from lemoe.routing.anchor.meaning import Vector
 from lemoe.routing.anchor.questions import Comparison, Question, question_words
@@ -76,7 +75,6 @@ class Candidate:
 # Upper bounds of a route's memory: in all, and for each word, mention and partial mention; see `test_route_cache.py`.
 ROUTE_BYTES, WORD_BYTES, MENTION_BYTES, PARTIAL_BYTES = 3072, 160, 640, 160
 
-PLAIN_WEIGHT = 8.0  # a capitalised subject of less weight must have a capital in the text too
 CONJUNCTIONS = frozenset("and und et y".split())  # at the start of a sentence: the question goes on about its subject
 REFERENCES = CONJUNCTIONS | frozenset(
     "he she it they him her them his hers its their theirs er sie es ihr ihre sein seine il elle ils elles son sa ses "
@@ -312,7 +310,7 @@ class Route:
         asked: dict[frozenset[int], ReadQuestion] = {}
         answered = self._answer_positions()
         for subject, mention in self._mentions.items():
-            if self._gate.meaning is None and not self._is_certain(subject, mention):
+            if not self._gate.decision.admits(self._gate.index.subjects[subject], mention):
                 continue
             read = asked.get(mention.positions)
             if read is None:
@@ -321,13 +319,6 @@ class Route:
             before = self._evidence.get(subject)
             self._evidence[subject] = self._gate.decision.remember(found.evidence, before)
             yield subject, mention, found, before
-
-    def _is_certain(self, number: int, mention: Mention) -> bool:
-        """Whether a mention is beyond doubt, where words alone decide."""
-        subject = self._gate.index.subjects[number]
-        plain = mention.lowered and subject.total_weight < PLAIN_WEIGHT
-        part_of_name = mention.neighbour and not (len(subject.words) > 1 and mention.coverage > COMPLETE)
-        return mention.coverage >= MIN_COVERAGE and not part_of_name and not plain
 
     def _answer_positions(self) -> frozenset[int]:
         """Positions of the words of the active edit's target that were read since the gate opened."""

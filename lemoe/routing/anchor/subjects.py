@@ -153,9 +153,9 @@ class Subject:
         self.capitals = _find_capitals(text, len(self.words))
         self.capitalised = any(self.capitals)
         self.joined = "".join(self.words)
-        self.upper = len(self.joined) <= EXACT_LETTERS and text == text.upper()  # an acronym: "Us" is not "US"
-        self.contiguous = any(map(is_unspaced, self.words))  # found only whole, as its characters are common words
         short = len(self.joined) <= EXACT_LETTERS
+        self.upper = short and text == text.upper()  # an acronym: "Us" is not "US"
+        self.contiguous = any(map(is_unspaced, self.words))  # found only whole, as its characters are common words
         self.exact = tuple(short or needs_exact_match(word) for word in self.words)
         links = tuple(word in LINK_WORDS for word in self.words)
         self.links = links if not all(links) else (False,) * len(links)

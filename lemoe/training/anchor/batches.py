@@ -157,10 +157,15 @@ class TrainingBatchBuilder:
 
     def _projected(self, index: int) -> Vector:
         """What the base model makes of the tokens `[seq, rank]` of the text with this index."""
-        read, nodes = self._prefix_activations.read, self._prefix_activations.text_nodes[index]
+        return self._projected_nodes[self._prefix_activations.text_nodes[index].cpu().numpy()]
+
+    @cached_property
+    def _projected_nodes(self) -> Vector:
+        """The same `[nodes, rank]` of every distinct prefix."""
+        read = self._prefix_activations.read
         assert read is not None
         assert self._meaning is not None
-        projected: Vector = self._meaning.project(read[nodes]).cpu().numpy()
+        projected: Vector = self._meaning.project(read).cpu().numpy()
         return projected
 
     def _owner_of_text(self, index: int) -> int:
