@@ -52,7 +52,9 @@ class PairwiseRoute(Route):
         for subject, mention in self._mentions.items():
             if not self._gate.decision.admits(self._gate.index.subjects[subject], mention):
                 continue
-            read = Question.from_words(question_words(self._reader.words, mention), self._gate.lexicon)
+            read = Question.from_words(
+                question_words(self._reader.words, mention, mention.positions), self._gate.lexicon
+            )
             for number in [n for n, of in enumerate(self._gate.subjects) if of == subject]:
                 compared = compare_questions(self._gate.stored_question(number), read, self._gate.lexicon)
                 compared = compared._replace(score=self._gate.threshold - compared.conflict)

@@ -128,6 +128,8 @@ class Anchors(TensorEquality, Router):
             raise ValueError("anchors.keys_offsets: out of order, or an anchor without a key")
         if int(meaning.layer) < 0:
             raise ValueError("meaning.layer: below 0")
+        if bool((meaning.marked < 0).any()):
+            raise ValueError("meaning.marked: below 0")
         return cls(groups, meaning, keys, tuple(counts.tolist()))
 
     def select(self, experts: Sequence[int]) -> "Anchors":
@@ -188,11 +190,13 @@ def _expected_of_meaning(
     rank = directions.shape[-1] if directions is not None and directions.dim() else 0
     cohort = tensors.get(f"{PREFIX}cohort")
     relations = cohort.shape[0] if cohort is not None and cohort.dim() else 0
+    terms = tensors.get(f"{PREFIX}terms")
+    entries = len(terms) if terms is not None and terms.dim() else 0
     keys = int(offsets.flatten()[-1]) if offsets is not None and offsets.numel() else 0
     return {
         "anchors.keys": ((keys, rank), torch.float32),
         "anchors.keys_offsets": ((edits + 1,), torch.int64),
-        **Meaning.expected_tensors(hidden, rank, relations),
+        **Meaning.expected_tensors(hidden, rank, relations, entries),
     }
 
 

@@ -30,14 +30,15 @@ class Comparisons:
 
     Attributes:
         numbers: the anchors' numbers in the gate, ascending.
-        words: what words say; meaning, score: `[anchors]`, see `Comparison`.
+        words, meaning: what words and the base model's reading say.
+        score: `[anchors]`, see `Comparison`.
         rank: `[anchors]`, by which one is chosen among those for which the gate opens.
         evidence: `[anchors]`, what must rise for the gate to open again.
     """
 
     numbers: Sequence[int]
     words: "WordComparisons"
-    meaning: Values
+    meaning: "MeaningComparisons"
     score: Values
     rank: Values
     evidence: Values
@@ -45,7 +46,7 @@ class Comparisons:
     def comparison_with(self, index: int) -> Comparison:
         """The comparison with one anchor."""
         return self.words.comparison_with(index)._replace(
-            meaning=float(self.meaning[index]), score=float(self.score[index])
+            meaning=float(self.meaning.ratio[index]), score=float(self.score[index])
         )
 
     def best_index(self) -> int | None:
@@ -101,6 +102,26 @@ class WordComparisons:
         return cls(conflict, fit, matched, contradiction, unread, enough_evidence, substituted)
 
 
+@dataclass(frozen=True, eq=False)
+class MeaningComparisons:
+    """What the base model's reading and the bank of questions say of each anchor of a subject, each `[anchors]`.
+
+    Attributes:
+        ratio: log-likelihood ratio (nats) of both asking the same.
+        profile: likeness, -1 to 1, to the same relations that were fitted.
+        relation: nats by which words mark the same relation; see `lemoe.routing.anchor.relation_words`.
+    """
+
+    ratio: Values
+    profile: Values
+    relation: Values
+
+    @classmethod
+    def none(cls, anchors: int) -> "MeaningComparisons":
+        """Where nothing but words was read."""
+        return cls(*numpy.zeros((3, anchors)))
+
+
 class ArrayCache:
     """A least-recently-used cache of arrays with at most `max_values` values together; the last put always stays."""
 
@@ -130,7 +151,14 @@ class QuestionTable:
     sentence that grows by a word costs one comparison more.
     """
 
-    def __init__(self, asked: Sequence[StoredQuestion], lexicon: Lexicon, cache: ArrayCache):
+    def __init__(
+        self,
+        asked: Sequence[StoredQuestion],
+        lexicon: Lexicon,
+        cache: ArrayCache,
+        min_evidence: float = MIN_EVIDENCE,
+    ):
+        self._min_evidence = min_evidence
         self._lexicon = lexicon
         self._cache = cache
         columns: dict[str, int] = {"": 0}  # an empty question has the empty word, which is similar to no other
@@ -197,7 +225,7 @@ class QuestionTable:
         conflict = numpy.minimum(total - matched, total_read - matched_read) / (1 + matched + matched_read)
         fit = (matched + 1) / (total + 1) + (matched_read + 1) / (total_read + 1)
         shares = self._front_shares
-        enough_evidence = (shares < 0.5) | ((total_read > 0) & (total_read >= MIN_EVIDENCE * total * shares))
+        enough_evidence = (shares < 0.5) | ((total_read > 0) & (total_read >= self._min_evidence * total * shares))
         same = numpy.bincount(self._anchor_of_word, self._weights * shared[self._words], count)
         contradiction = numpy.minimum(total - same, total_read - same_read) / (1 + same + same_read)
         unread = (total - same) / (1 + same + same_read)

@@ -9,23 +9,23 @@ from abc import ABC, abstractmethod
 
 import numpy
 
-from lemoe.routing.anchor.comparisons import Values, WordComparisons
-from lemoe.routing.anchor.meaning import SUBJECT_FEATURES, Meaning
+from lemoe.routing.anchor.comparisons import MeaningComparisons, Values, WordComparisons
+from lemoe.routing.anchor.meaning import QUESTION_FEATURES, SUBJECT_FEATURES, Meaning
 from lemoe.routing.anchor.subjects import MIN_COVERAGE, Mention, Subject
 
 MAX_RATIO = 20.0  # log-likelihood ratios (nats) beyond which more is no further evidence
 MAX_VOUCHED = 1.0  # score where all words of an edit's question were read
 COMPLETE = 0.95  # coverage of a name of several words that was read whole; beside another it may be a longer form
-DOUBTS = slice(2, None)  # of `SUBJECT_FEATURES`, those that speak against a mention
+DOUBTS = slice(1, None)  # of `SUBJECT_FEATURES`, those that speak against a mention
+MARKED = [QUESTION_FEATURES.index(name) for name in ("relation", "overlap", "substituted")]  # of another relation
 LIGHT_WEIGHT = 8.0  # a subject of less weight is made of common words
 
 
-def subject_features(subject: Subject, mention: Mention, amount: float) -> tuple[float, ...]:
-    """`SUBJECT_FEATURES` of a mention; `amount`: the weight of the question's tokens."""
+def subject_features(subject: Subject, mention: Mention) -> tuple[float, ...]:
+    """`SUBJECT_FEATURES` of a mention."""
     lightness = max(0.0, 1 - subject.total_weight / LIGHT_WEIGHT)
     return (
         1.0,
-        math.log1p(amount),
         1 - mention.coverage,
         float(mention.lowered),
         lightness * mention.lowered,
@@ -40,11 +40,15 @@ def is_longer_form(subject: Subject, mention: Mention) -> bool:
     return mention.neighbour and len(subject.words) > 1 and mention.coverage > COMPLETE
 
 
-def question_features(words: WordComparisons, meaning: Values, profile: Values) -> Values:
-    """`QUESTION_FEATURES` `[features, anchors]` of comparisons."""
-    ratio = numpy.clip(meaning, -MAX_RATIO, MAX_RATIO)
-    contradiction = words.contradiction
-    return numpy.stack([ratio, profile, numpy.log1p(contradiction), numpy.exp(-contradiction), words.substituted])
+def question_features(words: WordComparisons, meaning: MeaningComparisons) -> Values:
+    """`QUESTION_FEATURES` `[features, anchors]` of comparisons.
+
+    `overlap` is what the words that mark a relation and the likeness of profiles say twice.
+    """
+    read = (numpy.clip(meaning.ratio, -MAX_RATIO, MAX_RATIO), meaning.profile)
+    marked = (meaning.relation, meaning.relation * meaning.profile)
+    missing = words.contradiction
+    return numpy.stack([*read, *marked, numpy.log1p(missing), numpy.exp(-missing), words.substituted])
 
 
 Judgement = tuple[Values, Values, Values]
@@ -74,12 +78,11 @@ class Decision(ABC):
         return 1 / (1 + math.exp(-max(min(score, 500.0), -500.0)))
 
     @abstractmethod
-    def judge(self, subject: tuple[float, ...], words: WordComparisons, meaning: Values, profile: Values) -> Judgement:
+    def judge(self, subject: tuple[float, ...], words: WordComparisons, meaning: MeaningComparisons) -> Judgement:
         """Score, rank and evidence `[anchors]` of comparisons; see `Comparisons`.
 
         Args:
             subject: `SUBJECT_FEATURES`.
-            meaning, profile: `[anchors]`, log-likelihood ratio, and likeness to the relations that were fitted.
         """
 
 
@@ -103,7 +106,7 @@ class WordDecision(Decision):
     def remember(self, evidence: Values, before: Values | None) -> Values:
         return evidence if before is None else numpy.maximum(evidence, before)
 
-    def judge(self, subject: tuple[float, ...], words: WordComparisons, meaning: Values, profile: Values) -> Judgement:
+    def judge(self, subject: tuple[float, ...], words: WordComparisons, meaning: MeaningComparisons) -> Judgement:
         return self._threshold - words.conflict, words.fit, words.matched
 
 
@@ -124,12 +127,13 @@ class FittedDecision(Decision):
     def probability(self, score: float) -> float:
         return super().probability(score + self._threshold)
 
-    def judge(self, subject: tuple[float, ...], words: WordComparisons, meaning: Values, profile: Values) -> Judgement:
+    def judge(self, subject: tuple[float, ...], words: WordComparisons, meaning: MeaningComparisons) -> Judgement:
         found = numpy.array(subject)
-        asked = self._question @ question_features(words, meaning, profile)
-        fitted = float(self._subject @ found) + asked - self._threshold
+        features = question_features(words, meaning)
+        fitted = float(self._subject @ found) + self._question @ features - self._threshold
         doubt = float(self._subject[DOUBTS] @ found[DOUBTS])
-        vouched = MAX_VOUCHED - words.unread + doubt + self._question[-1] * words.substituted
+        other = numpy.minimum(self._question[MARKED] @ features[MARKED], 0.0)
+        vouched = MAX_VOUCHED - words.unread + doubt + other
         score: Values = numpy.maximum(fitted, vouched)
         return score, score, score
 

@@ -10,14 +10,23 @@ from lemoe.routing.anchor.comparisons import (
     VECTORISED_FROM,
     ArrayCache,
     Comparisons,
+    MeaningComparisons,
     QuestionTable,
-    Values,
     WordComparisons,
 )
 from lemoe.routing.anchor.evidence import Decision, choose_decision, subject_features
 from lemoe.routing.anchor.lexicon import Lexicon, infer_subject
 from lemoe.routing.anchor.meaning import Keys, Meaning, Vector
-from lemoe.routing.anchor.questions import WORDS_BEFORE, Question, StoredQuestion, compare_questions, question_words
+from lemoe.routing.anchor.questions import (
+    MIN_EVIDENCE,
+    WORDS_BEFORE,
+    Question,
+    StoredQuestion,
+    compare_questions,
+    description_positions,
+    question_words,
+)
+from lemoe.routing.anchor.relation_words import compare_profiles
 from lemoe.routing.anchor.subject_index import SubjectIndex
 from lemoe.routing.anchor.subjects import Mention, Sentence, Subject
 from lemoe.routing.anchor.token_sums import TokenSums
@@ -37,30 +46,38 @@ class Anchor:
 
 @dataclass(frozen=True, slots=True)
 class ReadQuestion:
-    """What was read about a subject: the words, their meaning `[rank]`, and the weight of the tokens it is made of."""
+    """What was read about a subject.
+
+    Attributes:
+        words: the words.
+        meaning: `[rank]`, what they mean; None where words alone were read.
+        relations: `[relations + 1]`, which relation they mark; see `RelationWords.profile`.
+    """
 
     words: Question
-    meaning: Vector | None
-    amount: float
+    meaning: Vector | None = None
+    relations: Vector | None = None
 
 
 class SubjectKeys:
     """The keys of all anchors of a subject."""
 
-    __slots__ = ("_keys", "_profiles", "_starts")
+    __slots__ = ("_keys", "_profiles", "_relations", "_starts")
 
-    def __init__(self, meaning: Meaning, parts: Sequence[Vector]):
-        """Keys `[keys, rank]` of each anchor."""
+    def __init__(self, meaning: Meaning, parts: Sequence[Vector], questions: Sequence[Question]):
+        """Keys `[keys, rank]` of each anchor, and its question."""
         embedded = numpy.concatenate(parts)
         self._starts = numpy.cumsum([0, *map(len, parts[:-1])])
         self._keys = Keys(meaning, embedded)
         self._profiles = meaning.profile(embedded)
+        self._relations = numpy.stack([meaning.relation_words.profile(question.words) for question in questions])
 
-    def compare(self, read: Vector, profile: Vector) -> tuple[Values, Values]:
-        """Log-likelihood ratio, and likeness of profile, of each anchor's nearest key to what was read `[rank]`."""
+    def compare(self, read: Vector, profile: Vector, relations: Vector) -> MeaningComparisons:
+        """What was read `[rank]` against the nearest key of each anchor, and the relation that its words mark."""
         ratios, likeness = self._keys.compare(read), self._profiles @ profile
         ratio, alike = (numpy.maximum.reduceat(values, self._starts) for values in (ratios, likeness))
-        return ratio.astype(numpy.float64), alike.astype(numpy.float64)
+        relation = compare_profiles(self._relations, relations)
+        return MeaningComparisons(ratio.astype(numpy.float64), alike.astype(numpy.float64), relation)
 
 
 class Gate:
@@ -90,6 +107,7 @@ class Gate:
         self.threshold = threshold
         self.slack = slack
         self.meaning = meaning
+        self._min_evidence = MIN_EVIDENCE if meaning is None else 0.0
         self.decision = decision or choose_decision(meaning, threshold, probability)
         self._embedded: list[Vector] = []  # keys [keys, rank] of each anchor
         self._keys: dict[int, SubjectKeys] = {}
@@ -156,28 +174,33 @@ class Gate:
         """The question read about a mention of a subject against that of each of its anchors."""
         numbers = self._anchors_by_subject[subject]
         words = self._compare_words(subject, numbers, read.words)
-        meaning, profile = self._compare_meaning(subject, numbers, read.meaning)
-        features = subject_features(self.index.subjects[subject], mention, read.amount)
-        return Comparisons(numbers, words, meaning, *self.decision.judge(features, words, meaning, profile))
+        meaning = self._compare_meaning(subject, numbers, read)
+        features = subject_features(self.index.subjects[subject], mention)
+        return Comparisons(numbers, words, meaning, *self.decision.judge(features, words, meaning))
 
     def _compare_words(self, subject: int, numbers: Sequence[int], read: Question) -> WordComparisons:
         if len(numbers) < VECTORISED_FROM:
             return WordComparisons.from_pairs(
-                [compare_questions(self.stored_question(number), read, self.lexicon) for number in numbers]
+                [
+                    compare_questions(self.stored_question(number), read, self.lexicon, self._min_evidence)
+                    for number in numbers
+                ]
             )
         table = self._tables.get(subject)
         if table is None:
             asked = [self._build_question(number) for number in numbers]
-            table = self._tables[subject] = QuestionTable(asked, self.lexicon, self._arrays)
+            table = self._tables[subject] = QuestionTable(asked, self.lexicon, self._arrays, self._min_evidence)
         return table.compare(read)
 
-    def _compare_meaning(self, subject: int, numbers: Sequence[int], read: Vector | None) -> tuple[Values, Values]:
-        """Of each anchor, the log-likelihood ratio and the likeness of profile of its nearest key to what was read."""
-        if self.meaning is None or read is None or not numbers:
-            return numpy.zeros(len(numbers)), numpy.zeros(len(numbers))
-        if subject not in self._keys:
-            self._keys[subject] = SubjectKeys(self.meaning, [self._embedded[number] for number in numbers])
-        return self._keys[subject].compare(read, self.meaning.profile(read))
+    def _compare_meaning(self, subject: int, numbers: Sequence[int], read: ReadQuestion) -> MeaningComparisons:
+        if self.meaning is None or read.meaning is None or read.relations is None or not numbers:
+            return MeaningComparisons.none(len(numbers))
+        keys = self._keys.get(subject)
+        if keys is None:
+            asked = [self._build_question(number).question for number in numbers]
+            keys = SubjectKeys(self.meaning, [self._embedded[number] for number in numbers], asked)
+            self._keys[subject] = keys
+        return keys.compare(read.meaning, self.meaning.profile(read.meaning), read.relations)
 
     def find_own_prompt(self, ids: Sequence[int]) -> int:
         """The number of the anchor whose whole prompt ends the tokens `ids`, -1 for none: the longest, then the latest.
@@ -216,7 +239,7 @@ class Gate:
         if found is None:
             return [word.text for word in sentences[-1] if word.text not in subject.words] if sentences else [], set()
         number, mention = found
-        words = question_words(sentences[number], mention)
+        words = question_words(sentences[number], mention, self.silent_positions(sentences[number], mention))
         words += [word.text for later in sentences[number + 1 :] for word in later]
         first = min(mention.positions)
         return words, {word.text for word in sentences[number][max(0, first - WORDS_BEFORE) : first]}
@@ -228,8 +251,18 @@ class Gate:
         """
         sentences = self._read_sentences(ids, projected)
         found = self._find_last_mention([words for words, _ in sentences], subject)
-        number, positions = (-1, frozenset[int]()) if found is None else (found[0], found[1].positions)
-        return sentences[number][1].without(positions)
+        if found is None:
+            return sentences[-1][1].without(())
+        words, sums = sentences[found[0]]
+        return sums.without(self.silent_positions(words, found[1]))
+
+    def silent_positions(self, words: Sequence[Word], mention: Mention) -> frozenset[int]:
+        """Positions of the words that say nothing of what is asked: those of a mention, and where meaning counts, also
+        those that describe it.
+        """
+        if self.meaning is None:
+            return mention.positions
+        return mention.positions.union(description_positions(words, mention))
 
     def _find_last_mention(self, sentences: Sequence[list[Word]], subject: Subject) -> tuple[int, Mention] | None:
         """The last of the sentences that mentions a subject, by index, and the mention."""

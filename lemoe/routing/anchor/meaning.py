@@ -21,14 +21,15 @@ from torch import Tensor
 
 from lemoe.base.equality import TensorEquality
 from lemoe.base.tensors import rms_normalise
+from lemoe.routing.anchor.relation_words import RelationWords
 
 RARE_TOKEN = 200.0  # a token weighs log(1 + id / RARE_TOKEN), since ids grow with rarity,
 COMMON_WEIGHT = 0.2  # and this much more
 
 Vector = NDArray[numpy.float32]
 PREFIX = "meaning."
-SUBJECT_FEATURES = ("bias", "amount", "missing", "lowered", "light", "misspelt", "neighbour", "longer")
-QUESTION_FEATURES = ("meaning", "profile", "contradiction", "agreement", "substituted")
+SUBJECT_FEATURES = ("bias", "missing", "lowered", "light", "misspelt", "neighbour", "longer")
+QUESTION_FEATURES = ("meaning", "profile", "relation", "overlap", "contradiction", "agreement", "substituted")
 FEATURES = (*SUBJECT_FEATURES, *QUESTION_FEATURES)  # what `Meaning.weights` weigh
 
 
@@ -49,6 +50,8 @@ class Meaning(TensorEquality):
         rotation: `[rank, rank]`, to axes on which wordings of one relation have variance 1 and no covariance.
         between: `[rank]`, variance of the relations on these axes.
         cohort: `[relations, rank]`, the mean of each relation that was fitted, on these axes.
+        terms, marked, ratios: `[entries]`, which words mark which relations; see
+            `lemoe.routing.anchor.relation_words.RelationWords`.
         weights: `[features]`, of the evidence; see `lemoe.routing.anchor.evidence`.
     """
 
@@ -59,6 +62,9 @@ class Meaning(TensorEquality):
     rotation: Tensor
     between: Tensor
     cohort: Tensor
+    terms: Tensor
+    marked: Tensor
+    ratios: Tensor
     weights: Tensor
 
     @property
@@ -112,6 +118,11 @@ class Meaning(TensorEquality):
         return profile
 
     @cached_property
+    def relation_words(self) -> RelationWords:
+        """Which words mark which relations."""
+        return RelationWords(self.terms, self.marked, self.ratios)
+
+    @cached_property
     def _cohort_keys(self) -> "Keys":
         return Keys(self, self.cohort.numpy())
 
@@ -121,7 +132,7 @@ class Meaning(TensorEquality):
 
     @classmethod
     def expected_tensors(
-        cls, hidden: int, rank: int, relations: int
+        cls, hidden: int, rank: int, relations: int, entries: int
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
         """Shape and type of each of its tensors in an adaptor file."""
         shapes = {
@@ -132,9 +143,12 @@ class Meaning(TensorEquality):
             "rotation": (rank, rank),
             "between": (rank,),
             "cohort": (relations, rank),
+            "terms": (entries,),
+            "marked": (entries,),
+            "ratios": (entries,),
             "weights": (len(FEATURES),),
         }
-        types = {"layer": torch.int64}
+        types = {"layer": torch.int64, "terms": torch.int64, "marked": torch.int16}
         return {f"{PREFIX}{name}": (shape, types.get(name, torch.float32)) for name, shape in shapes.items()}
 
     @classmethod
@@ -148,9 +162,9 @@ class Meaning(TensorEquality):
     @property
     def is_whole(self) -> bool:
         """Whether its tensors have the shapes and types of one fit, and hold numbers."""
-        if self.directions.dim() != 2 or self.cohort.dim() != 2:
+        if self.directions.dim() != 2 or self.cohort.dim() != 2 or self.terms.dim() != 1:
             return False
-        expected = self.expected_tensors(len(self.directions), self.rank, len(self.cohort))
+        expected = self.expected_tensors(len(self.directions), self.rank, len(self.cohort), len(self.terms))
         return all(
             (tuple(tensor.shape), tensor.dtype) == expected[name] and bool(tensor.isfinite().all())
             for name, tensor in self.tensors().items()
@@ -190,7 +204,7 @@ class Keys:
 
 
 def build_projection(layer: int, vectors: NDArray[numpy.float64], relations: Sequence[str], rank: int) -> Meaning:
-    """Fit everything but the weights, in closed form.
+    """Fit everything but words and weights, in closed form.
 
     Args:
         vectors: `[questions, hidden]`, each the weighted mean of a question's hidden states.
@@ -224,6 +238,9 @@ def build_projection(layer: int, vectors: NDArray[numpy.float64], relations: Seq
         rotation=_to_tensor(rotation),
         between=_to_tensor(variances),
         cohort=_to_tensor((means - means.mean(0)) @ rotation),
+        terms=torch.zeros(0, dtype=torch.int64),
+        marked=torch.zeros(0, dtype=torch.int16),
+        ratios=torch.zeros(0),
         weights=torch.zeros(len(FEATURES)),
     )
 

@@ -13,6 +13,9 @@ _PLAIN_CAPITALS = ABBREVIATIONS | frozenset(  # words with a capital beside a na
     "i president vice dr doctor prof professor mr mrs ms miss mx sir dame lord lady king queen prince princess "
     "emperor empress pope saint st ceo cto cfo coo chairman chairwoman chancellor minister premier prime senator "
     "governor mayor general captain colonel judge justice secretary director author actor actress singer inc "
+    "reverend rev honourable honorable hon rabbi archbishop bishop cardinal maulana sheikh pandit commander major "
+    "lieutenant brigadier admiral sergeant corporal constable inspector ambassador congressman congresswoman "
+    "viscount viscountess baroness countess duchess herr frau monsieur madame mademoiselle senor senora signor signora "
     "incorporated corp corporation company co ltd limited llc plc gmbh ag se sa jr sr phd "
     "monday tuesday wednesday thursday friday saturday sunday".split()
 )

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lemoe.routing.anchor.lexicon import Lexicon
+from lemoe.routing.anchor.lexicon import LINK_WORDS, Lexicon
 from lemoe.routing.anchor.subjects import Mention
 from lemoe.routing.anchor.words import Word
 
-MIN_EVIDENCE = 0.02  # weight that must be read, as a share of the anchor's question in front of its subject
+MIN_EVIDENCE = 0.02  # weight that must be read, as a share of the anchor's question in front of its subject, by words
 MIN_SAME_WORDS = 3  # words of questions that are the same but for one of them
 WORDS_BEFORE = 12  # words in front of a mention that belong to the question
+DESCRIPTION_WORDS = 4  # at most, with `the`, of what describes a mention in front of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +66,16 @@ class Comparison(NamedTuple):
     score: float = 0.0
 
 
-def compare_questions(stored: StoredQuestion, read: Question, lexicon: Lexicon) -> Comparison:
+def compare_questions(
+    stored: StoredQuestion, read: Question, lexicon: Lexicon, min_evidence: float = MIN_EVIDENCE
+) -> Comparison:
     """How well the question read matches an anchor's question, and how far the two contradict each other.
 
     Each word counts by its weight times its similarity to the most similar word of the other side. With `t` the total
     and `m` the matched weight of a side, `conflict = min(t - m, t' - m') / (1 + m + m')` and
     `fit = (m + 1) / (t + 1) + (m' + 1) / (t' + 1)`: a side without content is no conflict. The words of the answer are
-    no evidence on the side that was read, so that reading the answer changes nothing.
+    no evidence on the side that was read, so that reading the answer changes nothing. Too little was read to decide if
+    it is less than `min_evidence` of what stands in front of the anchor's subject.
     """
     asked, answer = stored.question, stored.answer_stems
     total, total_read = asked.total_weight, read.total_weight
@@ -90,7 +94,7 @@ def compare_questions(stored: StoredQuestion, read: Question, lexicon: Lexicon) 
     conflict = min(total - matched, total_read - matched_read) / (1 + matched + matched_read)
     fit = (matched + 1) / (total + 1) + (matched_read + 1) / (total_read + 1)
     enough_evidence = stored.front_share < 0.5 or (
-        total_read > 0 and total_read >= MIN_EVIDENCE * total * stored.front_share
+        total_read > 0 and total_read >= min_evidence * total * stored.front_share
     )
     contradiction, unread = _contradict(asked, read, answer)
     return Comparison(
@@ -115,7 +119,22 @@ def are_one_word_apart(stems: Sequence[str], others: Sequence[str]) -> bool:
     return sum(one != other for one, other in zip(stems, others, strict=True)) == 1
 
 
-def question_words(words: Sequence[Word], mention: Mention) -> list[str]:
-    """The words of the question about a mention: `WORDS_BEFORE` before it, and all after it."""
+def question_words(words: Sequence[Word], mention: Mention, silent: frozenset[int]) -> list[str]:
+    """The words of the question about a mention: `WORDS_BEFORE` before it, and all after it, but those at `silent`."""
     start = min(mention.positions) - WORDS_BEFORE
-    return [word.text for position, word in enumerate(words) if position not in mention.positions and position >= start]
+    return [word.text for position, word in enumerate(words) if position not in silent and position >= start]
+
+
+def description_positions(words: Sequence[Word], mention: Mention) -> range:
+    """Positions of what says directly in front of a mention what kind of thing it is: `the space probe` Calyx-7.
+
+    That is `the` and few words that are no link words (`of`), with nothing between them.
+    """
+    end = position = min(mention.positions)
+    while position and end - position < DESCRIPTION_WORDS and words[position].adjacent:
+        position -= 1
+        if words[position].text == "the" and end - position > 1:
+            return range(position, end)
+        if words[position].text in LINK_WORDS:
+            break
+    return range(0)

@@ -329,13 +329,16 @@ class Route:
         return frozenset(at for at in range(self._opened_word, len(words)) if stem(words[at].text) in answer)
 
     def _read_question(self, mention: Mention, answered: frozenset[int]) -> ReadQuestion:
-        words = Question.from_words(question_words(self._reader.words, mention), self._gate.lexicon)
-        if self._gate.meaning is None:
-            return ReadQuestion(words, None, 0.0)
-        total, weight = self._sums.without(mention.positions | answered)
+        words, meaning = self._reader.words, self._gate.meaning
+        silent = self._gate.silent_positions(words, mention)
+        question = Question.from_words(question_words(words, mention, silent), self._gate.lexicon)
+        if meaning is None:
+            return ReadQuestion(question)
+        total, weight = self._sums.without(silent | answered)
         if total is None:
-            return ReadQuestion(words, None, 0.0)
-        return ReadQuestion(words, self._gate.meaning.embed(total, weight), weight)
+            return ReadQuestion(question)
+        relations = meaning.relation_words.profile(question_words(words, mention, silent | answered))
+        return ReadQuestion(question, meaning.embed(total, weight), relations)
 
     def _apply_best(self, best: "Candidate", active_ranks: Sequence[float], time: int) -> None:
         """Open the gate for the best anchor, prolong it or switch to it."""

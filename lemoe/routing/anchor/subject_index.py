@@ -6,7 +6,7 @@ from itertools import combinations, permutations
 
 from lemoe.routing.anchor.lexicon import Lexicon
 from lemoe.routing.anchor.neighbours import begins_other_name
-from lemoe.routing.anchor.subjects import MIN_COVERAGE, Subject
+from lemoe.routing.anchor.subjects import MIN_COVERAGE, SURNAME_WORDS, Subject
 from lemoe.routing.anchor.vocabulary import Vocabulary
 from lemoe.routing.anchor.word_forms import MISSPELT
 from lemoe.routing.anchor.words import Word, needs_exact_match
@@ -72,7 +72,7 @@ class SubjectIndex:
         min_weight, weight = MIN_COVERAGE * subject.total_weight, subject.weights[heaviest]
         if len(subject.words) <= 3:
             _add_posting(self._by_joined, subject.joined, number)
-        if subject.surname >= 0:
+        if 0 <= subject.surname < SURNAME_WORDS:
             _add_posting(self._by_surname, subject.words[-1], number)
         if weight >= min_weight:
             for stemmed in {spelling[heaviest] for spelling in subject.spellings}:
@@ -86,7 +86,8 @@ class SubjectIndex:
         heavy = _words_needed_in_pairs(order, subject.weights, min_weight)
         indices = set(combinations(heavy, 2))
         if subject.surname > 0:  # which is not looked up by itself behind a first name
-            indices.add((subject.surname - 1, subject.surname))
+            before = subject.surname - 1 if subject.surname < SURNAME_WORDS else 0
+            indices.add((before, subject.surname))
         pairs = {_sort_pair(spelling[one], spelling[other]) for spelling in subject.spellings for one, other in indices}
         for first, second in pairs:
             _add_posting(self._by_pair[first], second, number)

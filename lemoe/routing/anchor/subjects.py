@@ -9,13 +9,14 @@ from typing import NamedTuple
 
 from lemoe.routing.anchor.lexicon import LINK_WORDS, Lexicon
 from lemoe.routing.anchor.neighbours import Surroundings
-from lemoe.routing.anchor.word_forms import WordForm, find_word_form
+from lemoe.routing.anchor.word_forms import INITIAL, WordForm, find_word_form
 from lemoe.routing.anchor.words import Word, is_unspaced, needs_exact_match, split_words
 
 MIN_COVERAGE = 0.75  # share of the subject's weight that a mention must have, unless it is a surname
 MIN_GROWING_LETTERS = 3  # letters from which a word that may still grow counts by itself
 EXACT_LETTERS = 3  # letters up to which a whole subject must be read exactly
-MIN_SURNAME_LETTERS, MIN_SURNAME_RARITY = 4, 4.0  # of the last word of a name that may stand for all of it
+MIN_SURNAME_LETTERS, MIN_SURNAME_RARITY = 4, 4.0  # of the last word of a name that may stand for all of it,
+SURNAME_WORDS = 3  # which has so many words at most; a longer one needs its first word too
 STRICT_LETTERS = 5  # letters up to which a word that is one token is another word, and no misspelling
 
 _ARTICLES = frozenset("the a an".split())
@@ -166,8 +167,8 @@ class Subject:
         self.surname = count - 1 if self._has_surname() else -1
 
     def _has_surname(self) -> bool:
-        """Whether its last word may stand for all of it: of two or three words with a capital, a rare one."""
-        if len(self.words) not in (2, 3) or not all(self.capitals):
+        """Whether its last word may stand for all of it: a rare one of several words with a capital."""
+        if len(self.words) < 2 or not all(self.capitals):
             return False
         word = self.words[-1]
         rarity = self._lexicon.known_rarity(word)
@@ -323,6 +324,7 @@ class Subject:
                 if position not in used
                 and position != sentence.unfinished
                 and (form := self._find_form(index, sentence.words[position]))
+                and (form.credit != INITIAL or not {position - 1, position + 1}.isdisjoint(used))
             }
             if forms:
                 best = max(forms, key=lambda position: (forms[position].credit, -abs(position - centre)))
@@ -340,7 +342,10 @@ class Subject:
                 read.add(index, position)
 
     def _read_surname(self, sentence: Sentence, position: int) -> ReadWords | None:
-        """The last word of a name at `position`, with those of its other words that stand in front of it."""
+        """The last word of a name at `position`, with those of its other words that stand in front of it.
+
+        Of a long name that is its first word at least: what stands between the two may be missing.
+        """
         index = self.surname
         if index < 0 or sentence.words[position].text not in (self.words[index], f"{self.words[index]}s"):
             return None
@@ -349,6 +354,11 @@ class Subject:
         while index and position and self._is_word(index - 1, sentence.words[position - 1]):
             index, position = index - 1, position - 1
             read.add(index, position)
+        if len(self.words) <= SURNAME_WORDS or 0 in read.forms:
+            return read
+        if not position or not self._is_word(0, sentence.words[position - 1]):
+            return None
+        read.add(0, position - 1)
         return read
 
     def _describe_joined(self, sentence: Sentence, first: int, last: int) -> Mention:

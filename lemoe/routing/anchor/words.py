@@ -10,7 +10,9 @@ _BASE_LETTERS = str.maketrans(
     {"ł": "l", "ø": "o", "đ": "d", "ı": "i", "æ": "ae", "œ": "oe", "ß": "ss", "’": "'", "ʼ": "'", "ʻ": "'"}
 )
 _SUFFIXES = (("ies", "y"), ("ied", "y"), ("ing", ""), ("ed", ""), ("es", "e"), ("s", ""))
-ABBREVIATIONS = frozenset("dr mr mrs ms st jr sr prof rev capt lt col gen no mt ft sgt".split())
+ABBREVIATIONS = frozenset(
+    "dr mr mrs ms st jr sr prof rev hon capt lt col gen gov sen rep cmdr maj no mt ft sgt".split()
+)
 _ASCII_WORD = re.compile("[a-z0-9]+(?:(?<=[a-z])[+#]+)?")
 _SIGNS = frozenset("+#")  # directly behind a letter, part of its word: C++, C#
 _UNSPACED = re.compile(  # scripts without spaces, and Hangul, in which particles are written on to a name

@@ -179,9 +179,8 @@ def make_negative_prompts(gate: Gate, edits: Sequence[Edit], index: int, count: 
         mention = subject_words.find_mention(Sentence(words, gate.lexicon))
         if mention is None:
             continue
-        compared = compare_questions(
-            stored, Question.from_words(question_words(words, mention), gate.lexicon), gate.lexicon
-        )
+        asked = question_words(words, mention, gate.silent_positions(words, mention))
+        compared = compare_questions(stored, Question.from_words(asked, gate.lexicon), gate.lexicon)
         if compared.conflict >= MIN_NEGATIVE_CONFLICT:
             scored.append((not (compared.enough_evidence and compared.conflict <= gate.threshold), text))
     scored.sort(key=lambda pair: pair[0])
