@@ -1,9 +1,9 @@
 """Edits that contradict edits taught before, in other words: `Who is the CEO of X?` and `The CEO of X is`.
 
-Compared are edits about one subject, by their keys alone: no base model is needed. The base model reads the questions
-as the same from `ASKS_THE_SAME` nats on. Where their words agree as well (`lemoe.routing.anchor.wording`) and the
-targets differ, the later edit contradicts the earlier one for certain; else it may, and a person must judge: meaning
-alone confuses father and mother.
+Compared are edits about one subject whose targets differ, by their keys and words alone: no base model is needed. Where
+their words ask the same (`lemoe.routing.anchor.wording`) and the base model does not read them as different, the later
+edit contradicts the earlier one for certain. Where only the base model reads them as the same, it may, and a person must
+judge: meaning alone confuses father and mother.
 """
 
 from bisect import bisect_left, bisect_right
@@ -19,7 +19,8 @@ from lemoe.data.conflicts import normalise_question
 from lemoe.routing.anchor.meaning import Keys, Meaning, Vector
 from lemoe.routing.anchor.wording import Wording, has_digits, read_wording
 
-ASKS_THE_SAME = 10.0  # log-likelihood ratio (nats) of one question against two
+CERTAIN_RATIO = 5.0  # log-likelihood ratio (nats) of one question against two from which equal words are certain,
+LIKELY_RATIO = 10.0  # and from which other words are likely to ask the same
 COMPARED_VALUES = 1 << 22  # ratios that are worked out at a time
 
 
@@ -112,13 +113,13 @@ class _SubjectQuestions:
     def _find_certain(self, index: int, ratios: Vector) -> Iterator[Contradiction]:
         wording = self._wordings[index]
         for earlier in self._by_wording.get(wording, ()) if wording else ():
-            if earlier < self._earlier[index] and ratios[earlier] >= ASKS_THE_SAME and self._contradict(earlier, index):
+            if earlier < self._earlier[index] and ratios[earlier] >= CERTAIN_RATIO and self._contradict(earlier, index):
                 yield Contradiction(self._numbers[earlier], self._numbers[index], certain=True)
 
     def _find_nearest(self, index: int, ratios: Vector) -> Iterator[Contradiction]:
         answering = numpy.where(self._retired, -numpy.inf, ratios)[: self._earlier[index]]
         earlier = int(answering.argmax())
-        if answering[earlier] >= ASKS_THE_SAME and self._contradict(earlier, index):
+        if answering[earlier] >= LIKELY_RATIO and self._contradict(earlier, index):
             yield Contradiction(self._numbers[earlier], self._numbers[index], certain=False)
 
     def _contradict(self, earlier: int, later: int) -> bool:

@@ -24,8 +24,8 @@ class Wording(NamedTuple):
 
     Attributes:
         content: stems of the content words, and whether each stands behind the subject.
-        roles: the prepositions and question words that say what is asked of them; helping verbs where there is nothing
-            else.
+        roles: the prepositions and question words that say what is asked of them; articles and helping verbs too where
+            there is no content.
     """
 
     content: frozenset[tuple[str, bool]]
@@ -49,7 +49,7 @@ def read_wording(prompt: str, target: str, subject: str) -> Wording | None:
     if roles & _LOCATING:
         roles = (roles - _LOCATING) | {"when" if has_digits(target) else "where"}
     if not content:
-        roles |= _HELPERS.intersection([*before, *after])
+        roles |= (_HELPERS | _ARTICLES).intersection([*before, *after])
     elif "by" in roles and all(is_behind for _, is_behind in content):
         content, roles = {(stem, False) for stem, _ in content}, roles - {"by"}
     return Wording(frozenset(content), frozenset(roles))
