@@ -1,9 +1,9 @@
 """Edits that contradict edits taught before, in other words: `Who is the CEO of X?` and `The CEO of X is`.
 
-Compared are edits about one subject whose targets differ, by their keys and words alone: no base model is needed. Where
-their words ask the same (`lemoe.routing.anchor.wording`) and the base model does not read them as different, the later
-edit contradicts the earlier one for certain. Where only the base model reads them as the same, it may, and a person must
-judge: meaning alone confuses father and mother.
+Compared are edits about one subject whose targets differ, by their keys and words alone: no base model is needed.
+Where their words ask the same (`lemoe.routing.anchor.wording`) and the base model does not read them as different, the
+later edit contradicts the earlier one for certain. Where only the base model reads them as the same, it may, and a
+person must judge: meaning alone confuses father and mother.
 """
 
 from bisect import bisect_left, bisect_right

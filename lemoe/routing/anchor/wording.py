@@ -9,12 +9,11 @@ from typing import NamedTuple
 
 from lemoe.routing.anchor.words import split_words, stem_word
 
-_HELPERS = frozenset("do does did has have had will would can".split())
 _ARTICLES = frozenset("the a an".split())
-_NEUTRAL = _ARTICLES | frozenset(
-    "is are was were be been being s and or that this it its what which who whom whose "
-    "name names current currently now today please tell me".split()
-)
+_NAMES = frozenset("name names".split())
+_NEUTRAL = frozenset("is are was were be been being s and or that this it its what which who whom whose".split())
+_FILLERS = _ARTICLES | _NAMES | frozenset("do does did has have had will would can".split())
+_FILLERS |= frozenset("current currently now today please tell me".split())
 _LOCATING = frozenset("in on at".split())
 _ROLES = _LOCATING | frozenset("to for from by with of as when where why how".split())
 
@@ -24,8 +23,8 @@ class Wording(NamedTuple):
 
     Attributes:
         content: stems of the content words, and whether each stands behind the subject.
-        roles: the prepositions and question words that say what is asked of them; articles and helping verbs too where
-            there is no content.
+        roles: the prepositions and question words that say what is asked of them; where there is no content, articles,
+            helping verbs and the like too.
     """
 
     content: frozenset[tuple[str, bool]]
@@ -43,13 +42,14 @@ def read_wording(prompt: str, target: str, subject: str) -> Wording | None:
     if not name or not starts:
         return None
     before, after = _strip_link(words[: starts[-1]]), words[starts[-1] + len(name) :]
-    behind = after[:1] != ["s"]
+    others = {*before, *after}
+    behind = not _is_possessive(prompt, subject)
     content = {(stem, False) for stem in _content_stems(before)} | {(stem, behind) for stem in _content_stems(after)}
-    roles = _ROLES.intersection([*before, *after])
+    roles = (_ROLES & others) - ({"of"} if _NAMES & others else set())
     if roles & _LOCATING:
         roles = (roles - _LOCATING) | {"when" if has_digits(target) else "where"}
     if not content:
-        roles |= (_HELPERS | _ARTICLES).intersection([*before, *after])
+        roles |= _FILLERS & others
     elif "by" in roles and all(is_behind for _, is_behind in content):
         content, roles = {(stem, False) for stem, _ in content}, roles - {"by"}
     return Wording(frozenset(content), frozenset(roles))
@@ -60,6 +60,12 @@ def has_digits(text: str) -> bool:
     return any(char.isdigit() for char in text)
 
 
+def _is_possessive(prompt: str, subject: str) -> bool:
+    """Whether a subject is followed by an apostrophe: `Ada's`, `the Falks'`."""
+    written = prompt.casefold().replace("’", "'")
+    return f"{subject.casefold()}'" in written
+
+
 def _strip_link(words: list[str]) -> list[str]:
     """The words in front of a subject, without its article and the `of` that links it."""
     while words and words[-1] in _ARTICLES:
@@ -68,4 +74,4 @@ def _strip_link(words: list[str]) -> list[str]:
 
 
 def _content_stems(words: list[str]) -> set[str]:
-    return {stem_word(word) for word in words if word not in _NEUTRAL | _ROLES | _HELPERS}
+    return {stem_word(word) for word in words if word not in _NEUTRAL | _ROLES | _FILLERS}
