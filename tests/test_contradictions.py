@@ -84,6 +84,12 @@ def test_a_prompt_that_does_not_name_its_subject_has_no_wording(prompt: str) -> 
     assert ask(prompt) is None
 
 
+@given(st.text(), st.text(), st.text())
+def test_any_text_has_a_wording_or_none(prompt: str, target: str, subject: str) -> None:
+    read_wording(prompt, target, subject)
+    read_wording(f"{prompt} {subject} {target}", target, subject)
+
+
 def make_meaning(hidden: int = RANK) -> Meaning:
     """A fit in which keys along one axis ask the same, and keys along two do not."""
     return Meaning(
@@ -288,12 +294,34 @@ class Notes(NullProgress):
 
 
 def continue_run(
-    base: lemoe.BaseModel, start: lemoe.AdaptorState, edits: Sequence[lemoe.Edit], folder: Path, choice: OnConflict
+    base: lemoe.BaseModel,
+    start: lemoe.AdaptorState,
+    edits: Sequence[lemoe.Edit],
+    folder: Path,
+    choice: OnConflict,
+    **given_: object,
 ) -> tuple[lemoe.AdaptorState, list[str]]:
     notes = Notes()
-    settings = lemoe.resolve_settings("anchor", None, {})
+    settings = lemoe.resolve_settings("anchor", None, given_)
     report = lemoe.edit(base, edits, settings, folder, start=start, on_conflict=choice, progress=notes)
+    assert report.kept_out == len(edits) - report.taught
     return report.state, notes.texts
+
+
+def test_where_words_alone_decide_the_very_same_prompt_is_refused_or_left_out(
+    base: lemoe.BaseModel, anchor: SettingsOf, tmp_path: Path
+) -> None:
+    quick = {"layer": 1, "steps": 1, "retries": 0}
+    start = lemoe.train_round(base, [CEO], anchor(**quick))
+    edits = [replace(CEO, id="newer", target="Peter Lang"), MOTHER]
+    with pytest.raises(AdaptorError, match=r"ceo \(.* -> Anna Berg\) is superseded by newer \(.* -> Peter Lang\)"):
+        continue_run(base, start, edits, tmp_path / "run", "error", **quick)
+    assert not (tmp_path / "run").exists()
+    kept, notes = continue_run(base, start, edits, tmp_path / "run", "keep", **quick)
+    assert [edit.id for edit in kept.edits] == ["ceo", "mother"]
+    assert all(name in notes[0] for name in ("newer", "Peter Lang", "Anna Berg"))
+    both, _ = continue_run(base, start, edits, tmp_path / "other", "both", **quick)
+    assert superseded_ids(both) == [("ceo", "newer")]
 
 
 def answer(base: lemoe.BaseModel, state: lemoe.AdaptorState, prompt: str) -> str:

@@ -58,8 +58,7 @@ def contradiction_notes(pairs: Sequence[EditPair]) -> list[str]:
 
 def conflicts_with(start: AdaptorState, edits: Sequence[Edit], anchors: Anchors) -> list[EditPair]:
     """The edits of `start` that would be superseded by new `edits` with these `anchors`, each with every such edit."""
-    if not isinstance(start.router, Anchors):
-        return []
+    assert isinstance(start.router, Anchors)
     router, before = Anchors.stack([(start.router, []), (anchors, [])]), len(start.edits)
     fresh = [TaughtEdit(each.id, each.digest, each.prompt, each.target, len(start.rounds) + 1) for each in edits]
     both = [*start.edits, *fresh]

@@ -26,7 +26,7 @@ COMPARED_VALUES = 1 << 22  # ratios that are worked out at a time
 
 @dataclass(frozen=True, eq=False)
 class AskedQuestion:
-    """What an edit asks and answers, with its keys `[keys, rank]`; equal subjects are one."""
+    """What an edit asks and answers, the subject it is about, and its keys `[keys, rank]`."""
 
     prompt: str
     target: str
@@ -80,8 +80,9 @@ class _SubjectQuestions:
         self._wordings = [read_wording(each.prompt, each.target, each.subject) for each in self._questions]
         own = [sources[number] for number in numbers]
         self._earlier = [bisect_left(own, source) for source in own]  # how many are of an earlier source
-        self._keys = Keys(meaning, numpy.concatenate([question.keys for question in self._questions]))
-        self._starts = _find_starts([question.keys for question in self._questions])
+        parts = [question.keys for question in self._questions]
+        self._keys, self._starts = Keys(meaning, numpy.concatenate(parts)), _find_starts(parts)
+        self._ratios_each = sum(map(len, parts)) * max(map(len, parts))  # of one question with all, at most
         self._retired = numpy.array([number in retired for number in numbers])
         self._first_asked: dict[str, int] = {}
         self._by_wording: dict[Wording, list[int]] = defaultdict(list)
@@ -93,7 +94,7 @@ class _SubjectQuestions:
     def find_contradictions(self) -> Iterator[Contradiction]:
         """The contradictions of each question with those of earlier sources."""
         first = bisect_right(self._earlier, 0)
-        rows = max(1, COMPARED_VALUES // len(self._numbers))
+        rows = max(1, COMPARED_VALUES // self._ratios_each)
         for start in range(first, len(self._numbers), rows):
             later = range(start, min(start + rows, len(self._numbers)))
             for index, ratios in zip(later, self._compare(later), strict=True):
