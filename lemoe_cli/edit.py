@@ -9,6 +9,7 @@ import click
 
 from lemoe_cli.options import (
     AUTO,
+    CONFLICT_CHOICES,
     FILE,
     LayerChoice,
     check_inputs,
@@ -26,6 +27,7 @@ from lemoe_cli.options import (
 )
 
 if TYPE_CHECKING:
+    from lemoe.adaptor.merging import OnConflict
     from lemoe.data.edits import Edit
     from lemoe.runs.edit import EditReport
     from lemoe.runs.engines import Engine
@@ -68,6 +70,13 @@ _SETTINGS = (
 @click.option("--plan", "plan_file", type=FILE, help="Follow this plan; edits not in it are left out and counted.")
 @click.option("--rounds", type=RoundRange(), help="Train only these rounds of the plan, from 0, as a part to merge.")
 @click.option("--from", "start", type=FILE, help="Continue this adaptor; its edits stay as they are.")
+@click.option(
+    "--on-conflict",
+    type=click.Choice(CONFLICT_CHOICES),
+    default="latest",
+    show_default=True,
+    help="Which edit answers where EDITS ask what the adaptor of --from answers; keep takes the earlier.",
+)
 @settings_options
 @click.option("--layer", type=LayerChoice(), help="Decoder layer to edit, from 0; auto measures on your first edits.")
 @click.option("--layer-path", help="Path of the FFN within the layer, where it is not recognised.")
@@ -98,6 +107,7 @@ def edit_command(
     plan_file: Path | None,
     rounds: range | None,
     start: Path | None,
+    on_conflict: "OnConflict",
     allow_base_mismatch: bool,
     engine: str,
     address: str | None,
@@ -114,6 +124,10 @@ def edit_command(
 
     With --plan and --rounds, parts of a plan are taught apart, on as many machines as there are: `lemoe merge` of all
     parts, in order, gives the adaptor of one run, byte for byte.
+
+    With --from, an edit that asks what the adaptor answers already, in the same or in other words ("Who is the CEO of
+    X?", "The CEO of X is"), supersedes it, is refused or is left out, as --on-conflict says; with both, only the very
+    same prompt is the same question. What may be the same question is named, and both answer.
 
     --resume goes on from the finished rounds of an interrupted run, with its plan and its --rounds, which the folder
     knows. It is refused, before anything is trained, where EDITS has grown or a setting or the model differs from
@@ -165,6 +179,7 @@ def edit_command(
             plan_file=plan_file,
             round_range=rounds,
             start=earlier,
+            on_conflict=on_conflict,
             force=force,
             resume=resume,
             allow_base_mismatch=allow_base_mismatch,
@@ -226,6 +241,7 @@ def _describe_left_out(report: "EditReport") -> str:
     """How many of the edits are in no new round, and why."""
     counts = (
         (report.already_taught, "already in the adaptor"),
+        (report.kept_out, "answered by the adaptor in another way"),
         (report.repeated, "repeated or superseded by later ones"),
         (len(report.unplanned), "not in the plan"),
     )

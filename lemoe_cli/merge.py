@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lemoe_cli.options import FILE, check_inputs, force_option, model_options_without_dtype, quiet_option
+from lemoe_cli.options import (
+    CONFLICT_CHOICES,
+    FILE,
+    check_inputs,
+    force_option,
+    model_options_without_dtype,
+    quiet_option,
+)
 
 if TYPE_CHECKING:
     from lemoe.adaptor.merging import MergeResult, OnConflict
@@ -19,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--output", "-o", type=FILE, help="The stacked adaptor's file.")
 @click.option(
     "--on-conflict",
-    type=click.Choice(["latest", "error", "keep"]),
+    type=click.Choice(CONFLICT_CHOICES),
     default="latest",
     show_default=True,
     help="Which edit answers where several adaptors answer the same question; keep takes the earliest.",
@@ -65,6 +72,10 @@ def merge_command(
     A round that several of them hold counts once. Adaptors of different bases, layers or methods are refused with
     the differences listed. One adaptor with --drop is that adaptor as if it had never had what is dropped. Where
     several edits have one id, 3/ID is the one of round 3; `lemoe show --edits` lists them so.
+
+    "Who is the CEO of X?" and "The CEO of X is" are one question: --on-conflict lets the latest adaptor answer it,
+    refuses, or keeps the answer of the earliest. With both, only the very same prompt is one question. What may be one
+    question is named, and both answer.
 
     --compact measures the adaptor before and after, and keeps the smallest that stays within the tolerance; where
     none does, nothing is written, and the exit code is 1.
@@ -143,6 +154,7 @@ def _show_export(count: int, exported: "ExportResult") -> None:
 
 
 def _show_merged(count: int, merged: "MergeResult", output: Path | None, *, dry_run: bool) -> None:
+    from lemoe.adaptor.contradictions import contradiction_notes
     from lemoe.adaptor.state import superseded_note
     from lemoe_cli.ui import print_note, print_table, size_text
 
@@ -167,3 +179,5 @@ def _show_merged(count: int, merged: "MergeResult", output: Path | None, *, dry_
         print_note(f"edit {later.label} is left out: {earlier.label} answers its question")
     for earlier, later in state.superseded_edits:
         print_note(superseded_note(earlier, later))
+    for note in contradiction_notes(merged.possible):
+        print_note(note)

@@ -106,6 +106,7 @@ expert_cache_option = click.option(
 mismatch_option = click.option(
     "--allow-base-mismatch", is_flag=True, help="Take an adaptor of another base model, if it fits at all."
 )
+CONFLICT_CHOICES = ("latest", "error", "keep", "both")
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress, only results and errors.")
 force_option = click.option("--force", is_flag=True, help="Replace what is there.")
 

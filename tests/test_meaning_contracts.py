@@ -439,11 +439,19 @@ def test_each_edit_is_keyed_by_what_its_own_prompt_asks(
         subject = live.gate.index.subjects[live.gate.subjects[number]]
         total, weight = live.gate.summarise(stored.prompt, meaning.project(hidden).numpy(), subject)
         assert numpy.allclose(keys, [meaning.embed(total, weight)], atol=1e-3)
+
+
+def test_training_on_rephrases_makes_each_of_them_a_key(
+    wide: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, meaning: Meaning
+) -> None:
     asked = ("Where does one see the Eiffel Tower?", "The city of the Eiffel Tower is")
     told = replace(facts[0], rephrases=tuple(Probe(prompt, None, "rephrase") for prompt in asked))
-    several = get_anchors(lemoe.train_round(wide, [told, facts[1]], anchor(train_rephrases=True, steps=1, retries=0)))
+    settings = anchor(train_rephrases=True, steps=1, retries=0)
+    several = get_anchors(lemoe.train_round(wide, [told, facts[1]], settings))
     assert several.key_counts == (3, 1)
-    assert numpy.allclose(several.split_keys()[0][0], router.split_keys()[0][0], atol=1e-3)
+    each = [replace(told, prompt=prompt, rephrases=()) for prompt in (told.prompt, *asked)]
+    alone = [get_anchors(lemoe.train_round(wide, [edit], anchor(steps=1, retries=0))).keys[0] for edit in each]
+    assert numpy.allclose(several.split_keys()[0], torch.stack(alone), atol=1e-3)
     assert len(numpy.unique(several.keys.numpy().round(3), axis=0)) == 4
 
 

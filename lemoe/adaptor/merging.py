@@ -4,19 +4,20 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
 from lemoe.adaptor.checkpoint import MATRICES, AdaptorFile, expert_matrices, write_adaptor
+from lemoe.adaptor.contradictions import EditPair, possible_contradictions, split_sources, update_contradicted
 from lemoe.adaptor.state import AdaptorState, RoundRecord, TaughtEdit, stack
 from lemoe.adaptor.tensor_file import CHUNK_BYTES, TensorEntry
 from lemoe.base.tensors import DTYPES
 from lemoe.data.files import check_overwrite, remove_scratch
 from lemoe.errors import AdaptorError, InputError
 
-OnConflict = Literal["latest", "error", "keep"]
+OnConflict = Literal["latest", "error", "keep", "both"]
 MAX_LISTED = 20  # conflicts named in an error
 MIN_PREFIX = 6  # hexadecimal digits of a round's id or an edit's digest that a name must have
 DIGEST_DIGITS = 12  # of an edit's digest in a message
@@ -52,13 +53,16 @@ class MergeResult:
         repeated_rounds: rounds that came more than once, and count once.
         dropped: edits that were named in `drop`.
         kept_out: with `on_conflict` keep, edits that an earlier adaptor answers already, each with that one.
+        possible: edits of different adaptors that both answer although they may contradict each other, the earlier
+            first.
         size: of the file, bytes; 0 if none was written.
     """
 
     state: AdaptorState
     repeated_rounds: int
     dropped: tuple[TaughtEdit, ...]
-    kept_out: tuple[tuple[TaughtEdit, TaughtEdit], ...]
+    kept_out: tuple[EditPair, ...]
+    possible: tuple[EditPair, ...]
     size: int
 
 
@@ -77,9 +81,10 @@ def merge_adaptors(
 
     Args:
         output: None writes nothing.
-        on_conflict: where edits of several adaptors answer the same question, let the `latest` answer (the others
-            stay in the file and are listed in `AdaptorState.superseded_edits`), raise an `error`, or `keep` the
-            earliest and leave the others out.
+        on_conflict: where edits of several adaptors answer the same question, by the same prompt or, for certain, in
+            other words (`lemoe.routing.anchor.contradictions`), let the `latest` answer (the others stay in the file
+            and are listed in `AdaptorState.superseded_edits`), raise an `error`, or `keep` the earliest and leave the
+            others out. `both` lets `latest` answer the same prompt, and keeps what is asked in other words.
         drop: rounds, by number in the stack or by the start of their id, and edits, by id or by the start of their
             digest, to take out; `round:` and `edit:` in front tell them apart, and `ROUND/` in front of an edit says
             of which round it is.
@@ -119,9 +124,13 @@ def merge_in_memory(
 
 
 def write_stack(
-    parts: Sequence[AdaptorState | AdaptorFile], path: Path | str, *, overwrite: bool = False
+    parts: Sequence[AdaptorState | AdaptorFile], path: Path | str, *, continued: int = 0, overwrite: bool = False
 ) -> AdaptorState:
     """Stack states and files, in order, into the file `path`; experts of files are copied chunk by chunk.
+
+    Args:
+        continued: rounds, the first ones, on top of which the others were taught: later edits supersede those of them
+            that they contradict.
 
     Returns:
         the stack; its experts have shapes only, their values are in the file.
@@ -135,6 +144,7 @@ def write_stack(
             part.check_hash()
     inputs: list[StackInput] = [_InMemoryInput(part) if isinstance(part, AdaptorState) else part for part in parts]
     state = stack([part.state for part in inputs])
+    state = update_contradicted(state, split_sources(state, continued))
     write_adaptor(state, _matrix_entries(inputs, state), path, overwrite=overwrite)
     return state
 
@@ -157,7 +167,8 @@ def _stack_and_drop(
     if dtype:
         state = replace(state, experts=state.experts.to_dtype(DTYPES[dtype]))
     rounds = [record.id for file in files for record in file.state.rounds]
-    return files, MergeResult(state, len(rounds) - len(set(rounds)), dropped, kept_out, 0)
+    possible = possible_contradictions(state, _round_sources(state, files))
+    return files, MergeResult(state, len(rounds) - len(set(rounds)), dropped, kept_out, possible, 0)
 
 
 def _matrix_entries(parts: Sequence[StackInput], state: AdaptorState) -> dict[str, TensorEntry]:
@@ -168,32 +179,58 @@ def _matrix_entries(parts: Sequence[StackInput], state: AdaptorState) -> dict[st
 
 def _stack_files(
     files: Sequence[AdaptorFile], paths: Sequence[Path | str], on_conflict: OnConflict
-) -> tuple[AdaptorState, tuple[tuple[TaughtEdit, TaughtEdit], ...]]:
+) -> tuple[AdaptorState, tuple[EditPair, ...]]:
     """The stack of all files, and what `keep` left out of it."""
     try:
+        if on_conflict in ("error", "keep"):
+            return _stack_apart(files, on_conflict)
         merged = stack([file.state for file in files])
-        if on_conflict == "latest":
-            return merged, ()
-        merged = files[0].state
-        kept_out: list[tuple[TaughtEdit, TaughtEdit]] = []
-        conflicts: list[tuple[TaughtEdit, TaughtEdit]] = []
-        for file in files[1:]:
-            before = len(merged.edits)
-            merged = stack([merged, file.state])
-            while fresh := [(old, new) for old, new in merged.router.superseded().items() if old < before <= new]:
-                edits = merged.edits
-                conflicts += [(edits[old], edits[new]) for old, new in fresh]
-                kept_out += [(edits[new], edits[old]) for old, new in fresh]
-                if on_conflict == "error":
-                    break
-                merged = merged.drop_experts(merged.experts_holding([new for _, new in fresh]))
+        return merged if on_conflict == "both" else update_contradicted(merged, _round_sources(merged, files)), ()
     except AdaptorError as error:
         names = "".join(f"\n  adaptor {number} is {path}" for number, path in enumerate(paths, 1))
         raise AdaptorError(f"{error}{names}") from None
-    if conflicts and on_conflict == "error":
-        pairs = [f"edit {earlier.label} is superseded by {later.label}" for earlier, later in conflicts]
-        raise AdaptorError("\n  ".join([f"{len(conflicts)} edit(s) would be superseded:", *pairs[:MAX_LISTED]]))
+
+
+def _stack_apart(files: Sequence[AdaptorFile], on_conflict: OnConflict) -> tuple[AdaptorState, tuple[EditPair, ...]]:
+    """The stack of files of which none supersedes an edit of another, and what was left out of it.
+
+    Raises:
+        AdaptorError: with `on_conflict` error, listing the edits that would be superseded.
+    """
+    merged = files[0].state
+    kept_out: list[EditPair] = []
+    for file in files[1:]:
+        before, rounds = len(merged.edits), len(merged.rounds)
+        merged = stack([merged, file.state])
+        merged = update_contradicted(merged, split_sources(merged, rounds))
+        while fresh := [(old, new) for old, new in merged.router.superseded().items() if old < before <= new]:
+            edits = merged.edits
+            kept_out += [(edits[new], edits[old]) for old, new in fresh]
+            if on_conflict == "error":
+                break
+            merged = merged.drop_experts(merged.experts_holding({new for _, new in fresh}))
+    if kept_out and on_conflict == "error":
+        refuse_conflicts([(earlier, later) for later, earlier in kept_out])
     return merged, tuple(kept_out)
+
+
+def refuse_conflicts(pairs: Sequence[EditPair]) -> NoReturn:
+    """Refuse to let later edits supersede earlier ones.
+
+    Raises:
+        AdaptorError: listing both of each pair.
+    """
+    lines = [f"edit {earlier.label} is superseded by {later.label}" for earlier, later in pairs]
+    raise AdaptorError("\n  ".join([f"{len(pairs)} edit(s) would be superseded:", *lines[:MAX_LISTED]]))
+
+
+def _round_sources(state: AdaptorState, files: Sequence[AdaptorFile]) -> list[int]:
+    """The index of the first of the files that holds each round of their stack."""
+    first: dict[str, int] = {}
+    for index, file in enumerate(files):
+        for record in file.state.rounds:
+            first.setdefault(record.id, index)
+    return [first[record.id] for record in state.rounds]
 
 
 def _find_experts(state: AdaptorState, name: str, numbers: Mapping[str, list[int]]) -> list[int]:

@@ -281,6 +281,8 @@ def superseded_note(earlier: TaughtEdit, later: TaughtEdit) -> str:
 def stack(states: Sequence[AdaptorState]) -> AdaptorState:
     """One state with the rounds of all `states`, in order; a round that comes twice counts once.
 
+    Of edits with one prompt the latest answers; that they ask the same in other words, `merge_in_memory` finds.
+
     Raises:
         AdaptorError: if bases, layers or methods differ, listing the differences; or if one state holds a round whole
             and another without some of its edits, or as it was trained and compacted.

@@ -201,7 +201,7 @@ class Router(ABC):
         """One router for the experts of all parts, in order; a part comes with the lineage of each of its experts."""
 
     def superseded(self) -> dict[int, int]:
-        """Edits whose prompt a later edit has too, by number: earlier to latest. None by default."""
+        """Edits that a later one with the same question supersedes, by number: earlier to latest. None by default."""
         return {}
 
     @abstractmethod

@@ -169,7 +169,8 @@ def _compact_state(base: BaseModel, state: AdaptorState, neurons: float) -> Adap
         _compact_round(base, part, neurons) if _has_own_experts(part.rounds[0]) else part
         for part in _split_rounds(state)
     ]
-    return stack(parts)
+    smaller = stack(parts)
+    return replace(smaller, router=_stored_router(smaller).with_updates(_stored_router(state).updates))
 
 
 def _compact_round(base: BaseModel, part: AdaptorState, neurons: float) -> AdaptorState:

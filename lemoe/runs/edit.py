@@ -16,8 +16,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from lemoe.adaptor.checkpoint import AdaptorFile, load_adaptor, save_adaptor
+from lemoe.adaptor.contradictions import contradiction_notes, possible_contradictions, split_sources
 from lemoe.adaptor.header import ADAPTOR_NAME
-from lemoe.adaptor.merging import write_stack
+from lemoe.adaptor.merging import OnConflict, write_stack
 from lemoe.adaptor.state import AdaptorState, RoundRecord, check_base, check_settings, round_id, stack, superseded_note
 from lemoe.base.loading import BaseModel
 from lemoe.base.memory import fit_batch_tokens, free_memory
@@ -29,6 +30,7 @@ from lemoe.errors import AdaptorError, InputError, LemoeError, OutputError
 from lemoe.evaluation.evaluate import evaluate
 from lemoe.report.card import write_card
 from lemoe.routing.anchor.fitting import fitted_meaning
+from lemoe.runs.conflicts import resolve_conflicts
 from lemoe.runs.engines import Engine
 from lemoe.runs.engines.local import LocalEngine
 from lemoe.runs.folder import ROUNDS_NAME, check_round_range, resumed_round_range
@@ -60,6 +62,8 @@ class EditReport:
         rounds: how many it holds.
         taught: the edits that are in the new rounds.
         already_taught: how many edits were left out because the adaptor to continue holds them already.
+        kept_out: how many were left out because the adaptor to continue answers their question, and it was asked to
+            keep its answers.
         repeated: how many were left out because a later one repeats or supersedes them.
         unplanned: names of those left out because the plan does not name them.
         reliability_before, reliability_after: share of their target tokens that the model predicts.
@@ -74,6 +78,7 @@ class EditReport:
     rounds: int
     taught: int
     already_taught: int
+    kept_out: int
     repeated: int
     unplanned: tuple[str, ...]
     reliability_before: float
@@ -100,6 +105,7 @@ def edit(
     plan_file: Path | str | None = None,
     round_range: range | None = None,
     start: AdaptorState | None = None,
+    on_conflict: OnConflict = "latest",
     force: bool = False,
     resume: bool = False,
     allow_base_mismatch: bool = False,
@@ -114,6 +120,9 @@ def edit(
         round_range: train only the plan file's rounds with these indices, from 0; the adaptors of all rounds, stacked
             in the plan's order, are the adaptor of one run.
         start: an earlier adaptor to continue; its experts stay as they are, and edits it holds are left out.
+        on_conflict: where edits ask what `start` answers already, by the same prompt or, for certain, in other words:
+            let the `latest` answer, raise an `error`, or `keep` the answer and leave the new edits out. `both` lets
+            `latest` answer the same prompt, and keeps what is asked in other words.
         force: write into a folder that holds an earlier run, replacing its files.
         resume: keep the rounds that an unfinished run of the same edits and settings left in `folder`, and go on with
             its plan and its rounds unless they are given; edits added since are refused unless `plan_file` is given.
@@ -124,7 +133,8 @@ def edit(
     Raises:
         InputError: for edits or a plan that cannot be used, or rounds that cannot be trained by themselves; or if the
             run to resume was started for other edits, other rounds or another adaptor.
-        AdaptorError: if `start` belongs to another base model.
+        AdaptorError: if `start` belongs to another base model; or if edits of it would be superseded and `on_conflict`
+            is `error`.
         OutputError: if the folder holds an earlier run, is in use by another run or cannot be written; or if finished
             rounds of the run to resume were trained with other settings or another base.
     """
@@ -144,7 +154,8 @@ def edit(
         interrupted = read_interrupted_run(folder, start) if resume else InterruptedRun(None, None)
         round_range = resumed_round_range(folder, interrupted.run, round_range)
         check_round_range(round_range, settings, planned=plan_file is not None or interrupted.plan is not None)
-        new = select_new_edits(edits, start, progress)
+        untaught = select_new_edits(edits, start, progress)
+        new = resolve_conflicts(base, untaught, start, settings, on_conflict, progress) if start else untaught
         if plan_file is not None or interrupted.plan is not None:
             chosen = follow_plan(plan_file, interrupted, round_range, edits, new, start, progress)
         else:
@@ -161,11 +172,11 @@ def edit(
         began = time.monotonic()
         records = _train_rounds(base, rounds, settings, folder, start, engine, progress, force=force, resume=resume)
         seconds = time.monotonic() - began
-        _write_adaptor(base, rounds, folder, start, progress, overwrite=force or resume)
+        _write_adaptor(base, rounds, folder, start, on_conflict, progress, overwrite=force or resume)
         if force:
             _remove_leftovers(folder, rounds)
-        already_taught = len(edits) - len(new)
-        return _build_report(base, folder / ADAPTOR_NAME, chosen, already_taught, records, settings, seconds, progress)
+        left_out = len(edits) - len(untaught), len(untaught) - len(new)
+        return _build_report(base, folder / ADAPTOR_NAME, chosen, left_out, records, settings, seconds, progress)
 
 
 def _write_adaptor(
@@ -173,15 +184,24 @@ def _write_adaptor(
     rounds: Sequence[Round],
     folder: Path,
     start: AdaptorState | None,
+    on_conflict: OnConflict,
     progress: ProgressCallback,
     *,
     overwrite: bool,
 ) -> None:
     """Stack what the run started from and the files of its rounds, with a card beside."""
     files = [AdaptorFile(_round_path(folder, round_)) for round_ in rounds]
-    state = write_stack([start, *files] if start else files, folder / ADAPTOR_NAME, overwrite=overwrite)
+    continued = len(start.rounds) if start else 0
+    state = write_stack(
+        [start, *files] if start else files,
+        folder / ADAPTOR_NAME,
+        continued=0 if on_conflict == "both" else continued,
+        overwrite=overwrite,
+    )
     for earlier, later in state.superseded_edits:
         progress.note(superseded_note(earlier, later))
+    for note in contradiction_notes(possible_contradictions(state, split_sources(state, continued))):
+        progress.note(note)
     write_card(folder, base, state)
 
 
@@ -189,13 +209,16 @@ def _build_report(
     base: BaseModel,
     path: Path,
     chosen: RunPlan,
-    already_taught: int,
+    left_out: tuple[int, int],
     records: Sequence[RoundRecord],
     settings: Settings,
     seconds: float,
     progress: ProgressCallback,
 ) -> EditReport:
-    """The final reliability check of the adaptor at `path`, and what the rounds with these `records` did."""
+    """The final reliability check of the adaptor at `path`, and what the rounds with these `records` did.
+
+    `left_out`: how many edits were left out as taught already, and as answered already.
+    """
     taught = [edit for round_ in chosen.rounds for edit in round_.edits]
     adaptor = AdaptorFile(path)
     measured = evaluate(
@@ -213,7 +236,8 @@ def _build_report(
         size=path.stat().st_size,
         rounds=len(adaptor.state.rounds),
         taught=len(taught),
-        already_taught=already_taught,
+        already_taught=left_out[0],
+        kept_out=left_out[1],
         repeated=chosen.repeated,
         unplanned=tuple(edit.id for edit in chosen.unplanned),
         reliability_before=measured.value("reliability", stage="before"),

@@ -1,9 +1,9 @@
 """The router of preset `anchor`: its stored anchors as tensors, which stack by concatenation, and its live gate."""
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, chain, islice, pairwise
 from weakref import WeakKeyDictionary
@@ -45,6 +45,8 @@ class Anchors(TensorEquality, Router):
         meaning: how the base model tells what questions mean; None where words alone decide.
         keys: `[keys, rank]`, what the anchors' questions mean: of each its own prompt, then its rephrases.
         key_counts: how many of them each anchor has; empty without `meaning`.
+        updates: pairs of anchors by number, ascending: of the same question in other words, the later was taught on top
+            of the earlier, with another target (`lemoe.routing.anchor.contradictions`).
     """
 
     method = "anchor"
@@ -54,6 +56,7 @@ class Anchors(TensorEquality, Router):
     meaning: Meaning | None = None
     keys: Tensor = field(default_factory=lambda: torch.zeros(0, 0))
     key_counts: tuple[int, ...] = ()
+    updates: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def from_anchors(
@@ -90,6 +93,8 @@ class Anchors(TensorEquality, Router):
         if self.meaning is None:
             return tensors
         offsets = torch.from_numpy(numpy.fromiter(accumulate(self.key_counts, initial=0), numpy.int64))
+        if self.updates:
+            tensors["anchors.updates"] = torch.tensor(self.updates)
         return {**tensors, "anchors.keys": self.keys, "anchors.keys_offsets": offsets, **self.meaning.tensors()}
 
     @classmethod
@@ -103,7 +108,7 @@ class Anchors(TensorEquality, Router):
             total = int(offsets.flatten()[-1]) if offsets is not None and offsets.numel() else 0
             shapes[name] = ((total,), dtype)
             shapes[f"{name}_offsets"] = ((edits + 1,), torch.int64)
-        if any(name.startswith(PREFIX) or name.startswith("anchors.keys") for name in tensors):
+        if any(name.startswith((PREFIX, "anchors.keys")) for name in tensors):
             shapes |= _expected_of_meaning(hidden, edits, tensors)
         return shapes
 
@@ -130,7 +135,7 @@ class Anchors(TensorEquality, Router):
             raise ValueError("meaning.layer: below 0")
         if bool((meaning.marked < 0).any()):
             raise ValueError("meaning.marked: below 0")
-        return cls(groups, meaning, keys, tuple(counts.tolist()))
+        return cls(groups, meaning, keys, tuple(counts.tolist()), _unpack_updates(tensors, len(prompts)))
 
     def select(self, experts: Sequence[int]) -> "Anchors":
         groups = tuple(self.groups[index] for index in experts)
@@ -140,7 +145,19 @@ class Anchors(TensorEquality, Router):
         chosen = [number for index in experts for number in range(anchor_ends[index], anchor_ends[index + 1])]
         key_ends = list(accumulate(self.key_counts, initial=0))
         rows = [row for number in chosen for row in range(key_ends[number], key_ends[number + 1])]
-        return Anchors(groups, self.meaning, self.keys[rows], tuple(self.key_counts[number] for number in chosen))
+        counts = tuple(self.key_counts[number] for number in chosen)
+        return Anchors(groups, self.meaning, self.keys[rows], counts, self._select_updates(chosen))
+
+    def _select_updates(self, chosen: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        """The pairs of which both anchors are `chosen`, by their new numbers."""
+        if not self.updates:
+            return ()
+        numbers = {number: index for index, number in enumerate(chosen)}
+        return tuple(
+            (numbers[earlier], numbers[later])
+            for earlier, later in self.updates
+            if earlier in numbers and later in numbers
+        )
 
     @classmethod
     def stack(cls, parts: "Sequence[tuple[Anchors, Sequence[Lineage]]]") -> "Anchors":
@@ -157,19 +174,35 @@ class Anchors(TensorEquality, Router):
         if first is None:
             return cls(groups)
         keys = torch.cat([part.keys for part, _ in parts])
-        return cls(groups, first, keys, tuple(count for part, _ in parts for count in part.key_counts))
+        counts = tuple(count for part, _ in parts for count in part.key_counts)
+        starts = accumulate((len(part.anchors) for part, _ in parts), initial=0)
+        updates = tuple(
+            (start + earlier, start + later)
+            for (part, _), start in zip(parts, starts, strict=False)
+            for earlier, later in part.updates
+        )
+        return cls(groups, first, keys, counts, updates)
+
+    def with_updates(self, found: Iterable[tuple[int, int]]) -> "Anchors":
+        """The same anchors with these `updates` too."""
+        return replace(self, updates=tuple(sorted({*self.updates, *found})))
 
     def superseded(self) -> dict[int, int]:
-        """Anchors with the same prompt as a later one, by number: earlier to latest."""
+        """Anchors that a later one with the same prompt, or one that updates them, supersedes: earlier to latest."""
         return dict(self._superseded)
 
     @cached_property
     def _superseded(self) -> dict[int, int]:
         anchors = self.anchors
         latest = {anchor.prompt: number for number, anchor in enumerate(anchors)}
-        return {
+        found = {
             number: latest[anchor.prompt] for number, anchor in enumerate(anchors) if latest[anchor.prompt] != number
         }
+        for earlier, later in self.updates:
+            found[earlier] = max(later, found.get(earlier, later))
+        for number in sorted(found, reverse=True):
+            found[number] = found.get(found[number], found[number])
+        return dict(sorted(found.items()))
 
     def split_keys(self) -> Sequence[Vector]:
         """The keys of each anchor, `[keys, rank]`."""
@@ -180,6 +213,16 @@ class Anchors(TensorEquality, Router):
 
 
 _STORED_TENSORS = (("anchors.prompt", torch.int32), ("anchors.target", torch.int32), ("anchors.subject", torch.uint8))
+
+
+def _unpack_updates(tensors: Mapping[str, Tensor], anchors: int) -> tuple[tuple[int, int], ...]:
+    """The pairs of `Anchors.updates`."""
+    if "anchors.updates" not in tensors:
+        return ()
+    pairs = tuple((earlier, later) for earlier, later in tensors["anchors.updates"].tolist())
+    if list(pairs) != sorted(set(pairs)) or not all(0 <= earlier < later < anchors for earlier, later in pairs):
+        raise ValueError("anchors.updates: numbers out of order or range")
+    return pairs
 
 
 def _expected_of_meaning(
@@ -193,7 +236,10 @@ def _expected_of_meaning(
     terms = tensors.get(f"{PREFIX}terms")
     entries = len(terms) if terms is not None and terms.dim() else 0
     keys = int(offsets.flatten()[-1]) if offsets is not None and offsets.numel() else 0
+    updates = tensors.get("anchors.updates")
+    pairs = {} if updates is None else {"anchors.updates": ((len(updates) if updates.dim() else 0, 2), torch.int64)}
     return {
+        **pairs,
         "anchors.keys": ((keys, rank), torch.float32),
         "anchors.keys_offsets": ((edits + 1,), torch.int64),
         **Meaning.expected_tensors(hidden, rank, relations, entries),

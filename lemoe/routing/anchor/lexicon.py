@@ -182,10 +182,21 @@ def infer_subject(text: str, lexicon: Lexicon) -> str:
     best = max(runs, key=lambda run: rarity[run], default=None)
     if best is None or rarity[best] < _MIN_NAME_RARITY:
         return text.strip()
-    return re.sub(r"['’]s?$", "", text[best[0] : best[1]].rstrip("."))
+    return _written_run(text, best)
+
+
+def guess_subject(text: str) -> str:
+    """The same where there is no base model to tell what is rare: the run with the most letters."""
+    best = max(_find_capitalised_runs(text), key=lambda run: sum(map(len, run[2])), default=None)
+    return text.strip() if best is None else _written_run(text, best)
 
 
 CapitalisedRun = tuple[int, int, tuple[str, ...]]  # start and end in the text, and its capitalised words
+
+
+def _written_run(text: str, run: CapitalisedRun) -> str:
+    """A run as the text writes it, without a possessive ending."""
+    return re.sub(r"['’]s?$", "", text[run[0] : run[1]].rstrip("."))
 
 
 def _find_capitalised_runs(text: str) -> list[CapitalisedRun]:
