@@ -100,6 +100,9 @@ def make_meaning(hidden: int = RANK) -> Meaning:
         rotation=torch.eye(RANK),
         between=torch.ones(RANK),
         cohort=torch.zeros(2, RANK),
+        terms=torch.zeros(0, dtype=torch.int64),
+        marked=torch.zeros(0, dtype=torch.int32),
+        ratios=torch.zeros(0),
         weights=torch.zeros(len(FEATURES)),
     )
 

@@ -42,6 +42,7 @@ from lemoe.exporting.folder import export_model
 from lemoe.inference.live_adaptor import RouteMemory
 from lemoe.routing.anchor import fitting
 from lemoe.routing.anchor.anchors import Anchors, LiveAnchors
+from lemoe.routing.anchor.bank_fit import RANK
 from lemoe.routing.anchor.fitting import fit_meaning, fitted_meaning
 from lemoe.routing.anchor.gate import Anchor
 from lemoe.routing.anchor.meaning import FEATURES, Meaning
@@ -79,7 +80,7 @@ def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = hf.LlamaConfig(
         vocab_size=len(tokenizer),
         num_hidden_layers=3,
-        hidden_size=fitting.RANK,
+        hidden_size=RANK,
         intermediate_size=48,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -523,7 +524,7 @@ Damage = Callable[[Tensor], Tensor | None]
 DAMAGES: dict[str, tuple[str, Damage]] = {
     **{
         f"{name} is missing": (name, lambda tensor: None)
-        for name in ("anchors.keys", "anchors.keys_offsets", *Meaning.expected_tensors(1, 1, 1))
+        for name in ("anchors.keys", "anchors.keys_offsets", *Meaning.expected_tensors(1, 1, 1, 1))
     },
     "a narrower model's directions": ("meaning.directions", lambda tensor: tensor[:-1]),
     "directions in a row": ("meaning.directions", lambda tensor: tensor.flatten()),
@@ -533,6 +534,9 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
     "a layer as a real number": ("meaning.layer", lambda tensor: tensor.float()),
     "a layer below zero": ("meaning.layer", lambda tensor: tensor - 9),
     "a variance that is not a number": ("meaning.between", lambda tensor: tensor * torch.nan),
+    "a term too many": ("meaning.marked", lambda tensor: tensor[:-1]),
+    "terms in a column": ("meaning.ratios", lambda tensor: tensor[:, None]),
+    "a relation below zero": ("meaning.marked", lambda tensor: tensor - 99),
     "an endless weight": ("meaning.weights", lambda tensor: tensor + torch.inf),
     "a key that is not a number": ("anchors.keys", lambda tensor: tensor.index_fill(0, torch.tensor([1]), torch.nan)),
     "keys of another type": ("anchors.keys", lambda tensor: tensor.half()),
@@ -736,7 +740,7 @@ def test_a_model_with_too_few_hidden_states_has_no_fit_and_its_adaptors_no_keys(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fitting, "fit_meaning", refuse_fit)
-    assert base.hidden_size < fitting.RANK
+    assert base.hidden_size < RANK
     assert fitted_meaning(base, 1) is None
     state = lemoe.train_round(base, facts[:1], anchor(steps=1, retries=0))
     assert sorted(state.router.tensors()) == sorted(

@@ -22,8 +22,9 @@ import lemoe
 from lemoe.base.frozen import read_layer_inputs
 from lemoe.data.question_bank import KEY_FORMS, REMARK, read_question_bank
 from lemoe.routing.anchor.anchors import get_lexicon
+from lemoe.routing.anchor.bank_texts import BATCH_TOKENS, CHUNK
 from lemoe.routing.anchor.contradictions import CERTAIN_RATIO, LIKELY_RATIO
-from lemoe.routing.anchor.fitting import BATCH_TOKENS, CHUNK, fitted_meaning
+from lemoe.routing.anchor.fitting import fitted_meaning
 from lemoe.routing.anchor.gate import Gate
 from lemoe.routing.anchor.meaning import Keys, Meaning, Vector
 from lemoe.routing.anchor.subjects import Subject

@@ -27,10 +27,13 @@ from lemoe.base.frozen import read_layer_inputs
 from lemoe.base.tensors import rms_normalise
 from lemoe.data.question_bank import ENGLISH_FORMS, KEY_FORMS, LANGUAGE_FORMS, REMARK, Wording, read_question_bank
 from lemoe.routing.anchor.anchors import get_lexicon
-from lemoe.routing.anchor.fitting import BATCH_TOKENS, CHUNK, FOLDS, RANK, layer_to_read
+from lemoe.routing.anchor.bank_fit import RANK
+from lemoe.routing.anchor.bank_texts import BATCH_TOKENS, CHUNK
+from lemoe.routing.anchor.fitting import layer_to_read
 from lemoe.routing.anchor.gate import Gate
 from lemoe.routing.anchor.meaning import SHRINKAGE, Keys, Meaning, Vector, build_projection, covariance_within
 from lemoe.routing.anchor.subjects import Subject
+from lemoe.routing.anchor.weight_fit import FOLDS
 
 Vectors = NDArray[numpy.float64]
 

@@ -14,7 +14,14 @@ import numpy
 from numpy.typing import NDArray
 
 from lemoe.routing.anchor.lexicon import Lexicon, Vector
-from lemoe.routing.anchor.questions import MIN_EVIDENCE, MIN_SAME_WORDS, Comparison, Question, StoredQuestion
+from lemoe.routing.anchor.questions import (
+    MIN_EVIDENCE,
+    MIN_SAME_WORDS,
+    MORE_WORDS,
+    Comparison,
+    Question,
+    StoredQuestion,
+)
 
 VECTORISED_FROM = 16  # anchors of one subject from which arrays are faster; see `tests/benchmarks/speed.py crowd`
 CACHED_VALUES = 1 << 23  # values that the cached arrays of all subjects may have together
@@ -236,10 +243,12 @@ class QuestionTable:
     def _find_substituted(self, stems: Sequence[str]) -> Flags:
         """`[anchors]`, whether a question is the same but for one word; see `are_one_word_apart`."""
         substituted = numpy.zeros(len(self._totals), numpy.bool_)
-        if len(stems) >= MIN_SAME_WORDS and len(stems) in self._by_length:
-            indices, numbers = self._by_length[len(stems)]
-            read = numpy.array([self._stem_numbers.get(stemmed, -1) for stemmed in stems])
-            substituted[indices] = (numbers != read).sum(1) == 1
+        read = numpy.array([self._stem_numbers.get(stemmed, -1) for stemmed in stems])
+        for length in range(len(stems) - MORE_WORDS, len(stems) + MORE_WORDS + 1):
+            compared = min(length, len(stems))
+            if compared >= MIN_SAME_WORDS and length in self._by_length:
+                indices, numbers = self._by_length[length]
+                substituted[indices] = (numbers[:, :compared] != read[:compared]).sum(1) == 1
         return substituted
 
     def _anchors_with(self, stemmed: str) -> Flags:

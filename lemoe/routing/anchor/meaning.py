@@ -148,7 +148,7 @@ class Meaning(TensorEquality):
             "ratios": (entries,),
             "weights": (len(FEATURES),),
         }
-        types = {"layer": torch.int64, "terms": torch.int64, "marked": torch.int16}
+        types = {"layer": torch.int64, "terms": torch.int64, "marked": torch.int32}
         return {f"{PREFIX}{name}": (shape, types.get(name, torch.float32)) for name, shape in shapes.items()}
 
     @classmethod
@@ -175,7 +175,7 @@ class Meaning(TensorEquality):
         pairs = [(mine.float(), other.tensors()[name].float()) for name, mine in self.tensors().items()]
         if any(one.shape != two.shape for one, two in pairs):
             return False
-        return all(bool(((one - two).abs() <= TOLERANCE * one.abs().max()).all()) for one, two in pairs)
+        return all(torch.allclose(one, two, rtol=0.0, atol=TOLERANCE * _largest(one)) for one, two in pairs)
 
 
 MAX_COHORT_RATIO = 40.0  # nats, to which the ratios of a profile are cut
@@ -239,7 +239,7 @@ def build_projection(layer: int, vectors: NDArray[numpy.float64], relations: Seq
         between=_to_tensor(variances),
         cohort=_to_tensor((means - means.mean(0)) @ rotation),
         terms=torch.zeros(0, dtype=torch.int64),
-        marked=torch.zeros(0, dtype=torch.int16),
+        marked=torch.zeros(0, dtype=torch.int32),
         ratios=torch.zeros(0),
         weights=torch.zeros(len(FEATURES)),
     )
@@ -262,6 +262,10 @@ def covariance_within(
     means /= numpy.bincount(owner)[:, None]
     apart = vectors - means[owner]
     return apart.T @ apart / len(apart), means
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
 
 
 def _to_tensor(array: NDArray[numpy.float64]) -> Tensor:

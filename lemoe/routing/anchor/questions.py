@@ -9,7 +9,7 @@ from lemoe.routing.anchor.subjects import Mention
 from lemoe.routing.anchor.words import Word
 
 MIN_EVIDENCE = 0.02  # weight that must be read, as a share of the anchor's question in front of its subject, by words
-MIN_SAME_WORDS = 3  # words of questions that are the same but for one of them
+MIN_SAME_WORDS, MORE_WORDS = 3, 2  # words of questions that are the same but for one of them, and behind them
 WORDS_BEFORE = 12  # words in front of a mention that belong to the question
 DESCRIPTION_WORDS = 4  # at most, with `the`, of what describes a mention in front of it
 
@@ -113,10 +113,14 @@ def _contradict(asked: Question, read: Question, answer: frozenset[str]) -> tupl
 
 
 def are_one_word_apart(stems: Sequence[str], others: Sequence[str]) -> bool:
-    """Whether two questions of at least `MIN_SAME_WORDS` words are the same but for one: `father` for `mother`."""
-    if len(stems) != len(others) or len(stems) < MIN_SAME_WORDS:
+    """Whether two questions of at least `MIN_SAME_WORDS` words are the same but for one: `father` for `mother`.
+
+    One of them may have up to `MORE_WORDS` more, since a question that is still being read has not ended.
+    """
+    length = min(len(stems), len(others))
+    if length < MIN_SAME_WORDS or max(len(stems), len(others)) > length + MORE_WORDS:
         return False
-    return sum(one != other for one, other in zip(stems, others, strict=True)) == 1
+    return sum(one != other for one, other in zip(stems, others, strict=False)) == 1
 
 
 def question_words(words: Sequence[Word], mention: Mention, silent: frozenset[int]) -> list[str]:

@@ -80,7 +80,7 @@ class RelationWords(TensorEquality):
         terms, numbers, values = zip(*sorted(entries), strict=True) if entries else ((), (), ())
         return cls(
             torch.tensor(terms, dtype=torch.int64),
-            torch.tensor(numbers, dtype=torch.int16),
+            torch.tensor(numbers, dtype=torch.int32),
             torch.tensor(values, dtype=torch.float32),
         )
 

@@ -142,7 +142,7 @@ def _choose_probes(
         yield text.name, [_Probe(key, True, COPY_SHARE) for key in keys if key.wording == wording]
         return
     if wording.form == FRAME:
-        yield text.name, _choose_framed(wording, keys, rng)
+        yield text.name, _choose_framed(fit, each, keys, rng)
         return
     keys = [key for key in keys if key.wording.form != FRAME]
     same = [key for key in keys if key.wording.relation == wording.relation and key.wording != wording]
@@ -163,8 +163,9 @@ def _choose_probes(
         yield near, [_Probe(same[0], False, 1.0)]
 
 
-def _choose_framed(wording: Wording, keys: Sequence[_Key], rng: random.Random) -> list[_Probe]:
-    """One edit of the relation in other words, and edits of other relations in the same ones."""
+def _choose_framed(fit: Meaning, each: ReadText, keys: Sequence[_Key], rng: random.Random) -> list[_Probe]:
+    """One edit of the relation in other words, and the nearest edits of other relations in the same ones."""
+    wording = each.text.wording
     frame = wording.template.split("{}")[1]
     others = [
         key
@@ -177,7 +178,7 @@ def _choose_framed(wording: Wording, keys: Sequence[_Key], rng: random.Random) -
     same = [key for key in keys if key.wording.form != FRAME and key.wording.relation == wording.relation]
     return [
         *(_Probe(key, True, 1.0) for key in rng.sample(same, min(1, len(same)))),
-        *(_Probe(key, False, 1.0) for key in rng.sample(others, min(FRAMES_READ, len(others)))),
+        *(_Probe(key, False, 1.0) for key in _nearest_keys(fit, each, others)[:FRAMES_READ]),
     ]
 
 
