@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lemoe.base.chat import encode_chat_turn
 from lemoe.base.equality import TensorEquality
-from lemoe.base.frozen import FrozenBatch, PrefixActivations, compute_prefix_activations
+from lemoe.base.frozen import FrozenBatch, PrefixActivations, compute_prefix_activations, read_layer_inputs
 from lemoe.base.loading import BaseModel
 from lemoe.base.structure import FFNSite
 from lemoe.base.tensors import rms_normalise
@@ -27,7 +27,8 @@ from lemoe.routing.anchor.gate import Anchor, Gate
 from lemoe.routing.anchor.meaning import Meaning, Vector
 from lemoe.routing.anchor.route import Route
 from lemoe.settings import Settings
-from lemoe.training.anchor.examples import make_negative_prompts, make_paraphrases
+from lemoe.training.anchor.examples import ask_question, make_negative_prompts, make_paraphrases
+from lemoe.training.anchor.wordings import Wordings, choose_wordings
 
 LAST_TOKEN_WEIGHT = 3.0  # of a negative prompt's last token, which decides the answer; its other tokens weigh 1
 
@@ -147,13 +148,25 @@ class TrainingBatchBuilder:
         if meaning is None:
             return []
         gate = build_gate(self._base, self._anchors, self._settings)
+        prompts = [text.passage.prompt for text in self._own_texts]
+        read = read_layer_inputs(self._base, int(meaning.layer), prompts, self._settings.batch_tokens)
         keys: list[list[Vector]] = [[] for _ in self._edits]
-        for index in self._group_ranges[0]:
-            text = self._texts[index]
-            projected = self._projected(index)[: len(text.passage.prompt)]
+        for text, states in zip(self._own_texts, read, strict=True):
             subject = gate.index.subjects[gate.subjects[text.edit]]
+            projected = meaning.project(states).cpu().numpy()
             keys[text.edit].append(meaning.embed(*gate.summarise(text.passage.prompt, projected, subject)))
         return [numpy.stack(each) for each in keys]
+
+    @cached_property
+    def _wordings(self) -> list[Wordings]:
+        """How else each edit is asked for."""
+        return choose_wordings(self._meaning, self.keys) if self._meaning else [Wordings() for _ in self._edits]
+
+    @cached_property
+    def _own_texts(self) -> list[TrainingText]:
+        """Own prompts, and the user's rephrases where they are trained on."""
+        prompts = [self._positive_text(edit, passage) for edit, passage in enumerate(self._passages)]
+        return prompts + (self._rephrase_texts() if self._settings.train_rephrases else [])
 
     def _projected(self, index: int) -> Vector:
         """What the base model makes of the tokens `[seq, rank]` of the text with this index."""
@@ -175,11 +188,8 @@ class TrainingBatchBuilder:
     @cached_property
     def _text_groups(self) -> list[list[TrainingText]]:
         """Own prompts, paraphrases by kind, negative prompts."""
-        prompts = [self._positive_text(edit, passage) for edit, passage in enumerate(self._passages)]
-        if self._settings.train_rephrases:
-            prompts += self._rephrase_texts()
-        chat = [self._chat_texts()] if self._settings.variants and self._base.tokenizer.chat_template else []
-        return [prompts, *self._paraphrase_texts(), *chat, self._negative_texts()]
+        chat = self._chat_texts() if self._settings.variants and self._base.tokenizer.chat_template else []
+        return [self._own_texts, *self._paraphrase_texts(), *chat, self._negative_texts()]
 
     @cached_property
     def _texts(self) -> list[TrainingText]:
@@ -216,7 +226,7 @@ class TrainingBatchBuilder:
     def _paraphrase_texts(self) -> list[list[TrainingText]]:
         """Synthetic paraphrases, by kind."""
         edits, settings = self._edits, self._settings
-        texts = make_paraphrases(edits, settings.variants, self._rng)
+        texts = make_paraphrases(edits, settings.variants, self._rng, self._wordings)
         usable = [
             self._encode_usable([(text, edit.target) for text in own]) for own, edit in zip(texts, edits, strict=True)
         ]
@@ -225,18 +235,16 @@ class TrainingBatchBuilder:
             for kind in range(max(map(len, usable), default=0))
         ]
 
-    def _chat_texts(self) -> list[TrainingText]:
-        """Own prompts as a user's chat turn.
-
-        The answer is the target's tokens with a space in front, as in all other texts: without it the same word is
-        often split into other tokens, and an expert hardly learns both.
-        """
-        texts = []
-        for index, (edit, passage) in enumerate(zip(self._edits, self._passages, strict=True)):
-            with suppress(ValueError):
-                turn = encode_chat_turn(self._base, edit.prompt)
-                texts.append(self._positive_text(index, Passage(turn.prompt, passage.target)))
-        return texts
+    def _chat_texts(self) -> list[list[TrainingText]]:
+        kinds = []
+        for ask in (lambda e, w, r: e.prompt, ask_question):
+            texts = []
+            for index, (edit, passage) in enumerate(zip(self._edits, self._passages, strict=True)):
+                with suppress(ValueError):
+                    turn = encode_chat_turn(self._base, ask(edit, self._wordings[index].asking, self._rng))
+                    texts.append(self._positive_text(index, Passage(turn.prompt, passage.target)))
+            kinds.append(texts)
+        return kinds
 
     def _rephrase_texts(self) -> list[TrainingText]:
         """The user's own rephrases; one that cannot be encoded is an error, since the user can correct it."""

@@ -15,6 +15,7 @@ from lemoe.routing.anchor.lexicon import infer_subject
 from lemoe.routing.anchor.questions import Question, compare_questions, question_words
 from lemoe.routing.anchor.subjects import Sentence
 from lemoe.routing.anchor.words import Word, WordReader
+from lemoe.training.anchor.wordings import Wordings
 
 LONG_PROMPT = 400  # characters; a longer prompt is a passage, whose wording is not what generalises
 MIN_NEGATIVE_CONFLICT = 1.0  # with less conflict, a prompt asks the same question as the edit
@@ -74,22 +75,51 @@ _NEGATIVE_TEMPLATES = (
 )
 
 
-def make_paraphrases(edits: Sequence[Edit], count: int, rng: random.Random) -> list[list[str]]:
+def make_paraphrases(
+    edits: Sequence[Edit], count: int, rng: random.Random, wordings: Sequence[Wordings] = ()
+) -> list[list[str]]:
     """Make `count` synthetic paraphrases of each of `edits`; none of a long prompt.
-
-    In turn: words outside the subject dropped; a distracting sentence in front, which states another edit or is a stock
-    one; a question turned into a statement or the reverse (after a question mark models start a sentence, elsewhere
-    they complete a phrase); a neutral prefix; and several of these together. Edits share a prefix where they can, so
-    that the frozen pass computes it once.
     """
     made: list[list[str]] = [[] for _ in edits]
     for number in range(count):
-        choose_prefix, reword = _PARAPHRASE_KINDS[number % len(_PARAPHRASE_KINDS)]
+        choose_prefix, reword, behind = _PARAPHRASE_KINDS[number % len(_PARAPHRASE_KINDS)]
         prefix_of = choose_prefix(edits, rng)
         for index, edit in enumerate(edits):
             if len(edit.prompt) <= LONG_PROMPT:
-                made[index].append(prefix_of(edit) + reword(edit, rng))
+                asked = wordings[index].asking if wordings else {}
+                made[index].append(prefix_of(edit) + reword(edit, asked, rng) + (rng.choice(behind) if behind else ""))
     return made
+
+
+def _is_question(text):
+    return text.rstrip().endswith("?")
+
+
+def _from_bank(form, edit, asked, rng):
+    subject = edit.subject or ""
+    pool = [t for t in asked.get(form, ()) if subject]
+    if not pool: return None
+    return rng.choice(pool).replace("{}", subject)
+
+
+def ask_question(edit, asked, rng):
+    return _from_bank("questions", edit, asked, rng) or (edit.prompt if _is_question(edit.prompt) else _convert_question(edit.prompt, rng))
+
+
+def ask_phrase(edit, asked, rng):
+    return _from_bank("phrases", edit, asked, rng) or (edit.prompt if not _is_question(edit.prompt) else _convert_question(edit.prompt, rng))
+
+
+def ask_request(edit, asked, rng):
+    return _from_bank("requests", edit, asked, rng) or rng.choice(_REQUEST_FORMS).replace("{}", edit.prompt.rstrip(" ?."))
+
+
+def ask_casual(edit, asked, rng):
+    return (_from_bank("casual", edit, asked, rng) or edit.prompt.rstrip(" ?.")).lower()
+
+
+_REQUEST_FORMS = ("Tell me this: {}.", "Please answer this: {}.", "I need to know this: {}.", "Complete this for me: {}.")
+_BEHIND = (" Please answer in one word.", " Be brief.", " Answer:", "\nA:", " I need it for a form.", " Thanks!")
 
 
 def _drop_words(edit: Edit, rng: random.Random) -> str:
@@ -144,13 +174,15 @@ def _state_another_edit(edits: Sequence[Edit], rng: random.Random) -> PrefixOf:
     return lambda edit: f"{stock if _subject_key(edit) == _subject_key(other) else stated} "
 
 
-_PARAPHRASE_KINDS = (  # the prefix, and how the prompt is reworded
-    (_no_prefix, _drop_words),
-    (_state_another_edit, lambda edit, rng: edit.prompt),
-    (_no_prefix, lambda edit, rng: _convert_question(edit.prompt, rng)),
-    (_draw_prefix_from(_DISTRACTING_SENTENCES), _drop_words),
-    (_draw_prefix_from(_NEUTRAL_PREFIXES), lambda edit, rng: _convert_question(_drop_words(edit, rng), rng)),
-    (_state_another_edit, _drop_words),
+_PARAPHRASE_KINDS = (
+    (_no_prefix, ask_question, ()),
+    (_no_prefix, ask_casual, ()),
+    (_state_another_edit, lambda edit, asked, rng: _drop_words(edit, rng), ()),
+    (_no_prefix, ask_request, ()),
+    (_no_prefix, ask_phrase, ()),
+    (_draw_prefix_from(_DISTRACTING_SENTENCES), ask_question, ()),
+    (_no_prefix, ask_question, _BEHIND),
+    (_draw_prefix_from(_NEUTRAL_PREFIXES), lambda edit, asked, rng: _convert_question(_drop_words(edit, rng), rng), ()),
 )
 
 
