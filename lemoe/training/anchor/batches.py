@@ -14,7 +14,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from lemoe.base.chat import encode_chat_turn
+from lemoe.base.chat import Turn, encode_chat_turn
 from lemoe.base.equality import TensorEquality
 from lemoe.base.frozen import FrozenBatch, PrefixActivations, compute_prefix_activations, read_layer_inputs
 from lemoe.base.loading import BaseModel
@@ -22,15 +22,23 @@ from lemoe.base.structure import FFNSite
 from lemoe.base.tensors import rms_normalise
 from lemoe.base.tokens import Batch, Passage, encode_passage, encode_passages, replay_buckets
 from lemoe.data.edits import Edit
-from lemoe.routing.anchor.anchors import build_gate
+from lemoe.routing.anchor.anchors import build_gate, get_lexicon
 from lemoe.routing.anchor.gate import Anchor, Gate
 from lemoe.routing.anchor.meaning import Meaning, Vector
 from lemoe.routing.anchor.route import Route
 from lemoe.settings import Settings
-from lemoe.training.anchor.examples import ask_question, make_negative_prompts, make_paraphrases
-from lemoe.training.anchor.wordings import Wordings, choose_wordings
+from lemoe.training.anchor.examples import find_subject, make_chat_questions, make_negative_prompts, make_paraphrases
+from lemoe.training.anchor.wordings import Wordings, ask_the_same, choose_wordings
 
 LAST_TOKEN_WEIGHT = 3.0  # of a negative prompt's last token, which decides the answer; its other tokens weigh 1
+
+
+CHAT_OPENINGS: Sequence[Sequence[Turn]] = (  # of conversations; half of them begin with the question
+    (),
+    (),
+    (("system", "You answer questions."),),
+    (("user", "Hi!"), ("assistant", "Hello! How can I help you?")),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,13 +48,14 @@ class PositiveBatch(TensorEquality):
     Attributes:
         owners: `[batch]`, the expert that each text trains.
         active: `[batch, seq]`, where the expert acts, from the frozen batch's first column on.
-        ends: `[targets]`, which labels end an answer.
+        firsts, ends: `[targets]`, which labels begin and which end an answer.
         weights: `[targets]`, of each label, so that every text counts the same.
     """
 
     frozen: FrozenBatch
     owners: Tensor
     active: Tensor
+    firsts: Tensor
     ends: Tensor
     weights: Tensor
 
@@ -159,8 +168,11 @@ class TrainingBatchBuilder:
 
     @cached_property
     def _wordings(self) -> list[Wordings]:
-        """How else each edit is asked for."""
-        return choose_wordings(self._meaning, self.keys) if self._meaning else [Wordings() for _ in self._edits]
+        """How the bank of questions asks for each edit, and for something else about its subject."""
+        if self._meaning is None:
+            return [Wordings() for _ in self._edits]
+        subjects = [find_subject(edit, get_lexicon(self._base)) for edit in self._edits]
+        return choose_wordings(self._meaning, self.keys, subjects)
 
     @cached_property
     def _own_texts(self) -> list[TrainingText]:
@@ -188,7 +200,7 @@ class TrainingBatchBuilder:
     @cached_property
     def _text_groups(self) -> list[list[TrainingText]]:
         """Own prompts, paraphrases by kind, negative prompts."""
-        chat = self._chat_texts() if self._settings.variants and self._base.tokenizer.chat_template else []
+        chat = [self._chat_texts()] if self._settings.variants and self._base.tokenizer.chat_template else []
         return [self._own_texts, *self._paraphrase_texts(), *chat, self._negative_texts()]
 
     @cached_property
@@ -235,16 +247,19 @@ class TrainingBatchBuilder:
             for kind in range(max(map(len, usable), default=0))
         ]
 
-    def _chat_texts(self) -> list[list[TrainingText]]:
-        kinds = []
-        for ask in (lambda e, w, r: e.prompt, ask_question):
-            texts = []
-            for index, (edit, passage) in enumerate(zip(self._edits, self._passages, strict=True)):
-                with suppress(ValueError):
-                    turn = encode_chat_turn(self._base, ask(edit, self._wordings[index].asking, self._rng))
-                    texts.append(self._positive_text(index, Passage(turn.prompt, passage.target)))
-            kinds.append(texts)
-        return kinds
+    def _chat_texts(self) -> list[TrainingText]:
+        """A question of each edit as a user's turn of a conversation.
+
+        The answer is the target's tokens with a space in front, as in all other texts: without it the same word is
+        often split into other tokens, and an expert hardly learns both.
+        """
+        texts = []
+        questions = make_chat_questions(self._edits, self._rng, self._wordings)
+        for edit, (question, passage) in enumerate(zip(questions, self._passages, strict=True)):
+            with suppress(ValueError):
+                turn = encode_chat_turn(self._base, question, self._rng.choice(CHAT_OPENINGS))
+                texts.append(self._positive_text(edit, Passage(turn.prompt, passage.target)))
+        return texts
 
     def _rephrase_texts(self) -> list[TrainingText]:
         """The user's own rephrases; one that cannot be encoded is an error, since the user can correct it."""
@@ -256,10 +271,19 @@ class TrainingBatchBuilder:
         gate = build_gate(self._base, self._anchors, self._settings)
         texts = []
         for edit in range(len(self._edits)):
-            prompts = make_negative_prompts(gate, self._edits, edit, self._settings.negatives, self._rng)
+            others = [other for number, other in enumerate(self._edits) if self._asks_otherwise(edit, number)]
+            prompts = make_negative_prompts(
+                gate, self._edits, edit, self._settings.negatives, self._rng, others, self._wordings[edit]
+            )
             for passage in self._encode_usable([(prompt, None) for prompt in prompts]):
                 texts.append(TrainingText(edit, passage))
         return texts
+
+    def _asks_otherwise(self, edit: int, other: int) -> bool:
+        """Whether another edit asks something else than this one, as far as that is known by meaning."""
+        if self._meaning is None or edit == other:
+            return edit != other
+        return not ask_the_same(self._meaning, self.keys[edit], self.keys[other])
 
     def _encode_usable(self, texts: Sequence[tuple[str, str | None]]) -> list[Passage]:
         """The passages of synthetic texts; one that the tokenizer or the context length does not allow is left out."""
@@ -312,6 +336,7 @@ class TrainingBatchBuilder:
             frozen=self._prefix_activations.freeze_batch(batch, first),
             owners=owners,
             active=active,
+            firsts=batch.target_columns == batch.prompt_lengths[batch.target_rows] - 1,
             ends=batch.target_columns == last[batch.target_rows],
             weights=1.0 / lengths[batch.target_rows],
         )
