@@ -146,7 +146,7 @@ class TrainingBatchBuilder:
         return TrainingBatches(
             [self._positive_batch(rows) for rows in self._bucket_texts(prompts)],
             [[self._positive_batch(rows) for rows in self._bucket_texts(kind)] for kind in kinds],
-            [self._negative_batch(rows) for rows in self._bucket_texts(negatives)],
+            [self._negative_batch(rows) for rows in self._bucket_texts(list(filter(self._opens_gate, negatives)))],
             len({self._texts[text].edit for text in prompts}),
         )
 
@@ -226,14 +226,26 @@ class TrainingBatchBuilder:
             layer_read=None if self._meaning is None else int(self._meaning.layer),
         )
 
+    def _opens_gate(self, index: int) -> bool:
+        """Whether the text with this index reaches its edit's expert at inference."""
+        return self._openings[index] is not None
+
     @cached_property
     def _starts(self) -> list[int]:
-        """The column of each text from which its edit's expert acts."""
+        """The column of each text from which its edit's expert acts; the prompt's last where the gate stays shut."""
+        return [
+            len(text.passage.prompt) - 1 if opening is None else opening
+            for text, opening in zip(self._texts, self._openings, strict=True)
+        ]
+
+    @cached_property
+    def _openings(self) -> list[int | None]:
+        """The column at which its edit's gate opens on each text; None where it stays shut."""
         gates = [
             build_gate(self._base, [anchor], self._settings, self._meaning, self.keys[index : index + 1])
             for index, anchor in enumerate(self._anchors)
         ]
-        return [self._gate_start(gates[text.edit], index) for index, text in enumerate(self._texts)]
+        return [self._find_opening(gates[text.edit], index) for index, text in enumerate(self._texts)]
 
     def _paraphrase_texts(self) -> list[list[TrainingText]]:
         """Synthetic paraphrases, by kind."""
@@ -297,14 +309,14 @@ class TrainingBatchBuilder:
         """A text with the token that ends an answer after its target."""
         return TrainingText(edit, Passage(passage.prompt, (*passage.target, self._base.eos_token_id)))
 
-    def _gate_start(self, gate: Gate, index: int) -> int:
-        """The column at which the gate opens on a text at inference; the prompt's last token if it would not open."""
-        prompt, route = self._texts[index].passage.prompt, Route(gate)
+    def _find_opening(self, gate: Gate, index: int) -> int | None:
+        """The column at which the gate opens on a text's prompt at inference; None if it stays shut."""
+        route = Route(gate)
         projected = None if self._meaning is None else self._projected(index)
-        for column, token in enumerate(prompt):
+        for column, token in enumerate(self._texts[index].passage.prompt):
             if route.push(token, None if projected is None else projected[column]).edit >= 0:
                 return column
-        return len(prompt) - 1
+        return None
 
     def _bucket_texts(self, indices: Sequence[int]) -> list[list[int]]:
         """The texts with the indices `indices`, grouped into batches."""
