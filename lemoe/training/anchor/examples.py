@@ -117,7 +117,7 @@ class Asker:
 
     def casual(self) -> str:
         """As somebody types in haste."""
-        return (self._from_bank("casual", self.draw) or self.fewer_words().rstrip(" ?.")).lower()
+        return (self._from_bank("casual", self.draw) or self._bare_prompt).lower()
 
     def fewer_words(self) -> str:
         return _drop_words(self.edit, self.rng)
