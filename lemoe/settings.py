@@ -48,7 +48,7 @@ class Settings:
         weight_decay: of AdamW.
         loss_target: mean cross entropy of the target tokens (nats) at which a round stops early.
         noise: standard deviation of the noise on an expert's input, of RMS 1, while it is trained.
-        variants: synthetic paraphrases per prompt to train on, made from the edits' own words.
+        variants: synthetic paraphrases per prompt to train on, from the bank of questions and the edits' own words.
         train_rephrases: train on the edits' own rephrases too; their generality is then no longer a measurement.
         negatives: negative prompts per edit: synthetic other questions about its subject, which keep the base's answer.
         negative_weight: weight of the squared expert output on those.

@@ -1,5 +1,6 @@
 """A prompt as the user's turn of a conversation, by the tokenizer's own chat template."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
@@ -10,18 +11,26 @@ if TYPE_CHECKING:
     from lemoe.base.loading import BaseModel
 
 
-def encode_chat_turn(base: "BaseModel", prompt: str) -> Passage:
-    """Tokenise a conversation whose one turn is `prompt`, up to where the model answers.
+Turn = tuple[str, str]  # role and what it says
+
+
+def encode_chat_turn(base: "BaseModel", prompt: str, before: Sequence[Turn] = ()) -> Passage:
+    """Tokenise a conversation whose last turn is the user's `prompt`, up to where the model answers.
+
+    Args:
+        before: the turns before it, the system prompt among them; left out where the template does not take them.
 
     Raises:
-        ValueError: if the tokenizer has no chat template, if the template cannot render a single user turn, or if the
+        ValueError: if the tokenizer has no chat template, if the template cannot render a user turn, or if the
             passage is longer than the context.
     """
     if not base.tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template")
-    messages = [{"role": "user", "content": prompt}]
+    messages = [{"role": role, "content": text} for role, text in (*before, ("user", prompt))]
     try:
         encoded = base.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     except TemplateError as problem:
+        if before:
+            return encode_chat_turn(base, prompt)
         raise ValueError(f"the chat template cannot be used: {problem}") from None
     return check_context_length(base, Passage(tuple(encoded["input_ids"])))

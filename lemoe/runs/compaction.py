@@ -27,12 +27,13 @@ from lemoe.base.tokens import Passage, encode_passage
 from lemoe.data.edits import Edit, Probe
 from lemoe.errors import AdaptorError
 from lemoe.evaluation.evaluate import evaluate
-from lemoe.routing.anchor.anchors import Anchors, build_gate
+from lemoe.routing.anchor.anchors import Anchors, build_gate, get_lexicon
 from lemoe.routing.anchor.gate import Anchor
 from lemoe.settings import Settings
 from lemoe.training.anchor.batches import TrainingBatchBuilder
-from lemoe.training.anchor.examples import make_negative_prompts, make_paraphrases
+from lemoe.training.anchor.examples import find_subject, make_negative_prompts, make_paraphrases
 from lemoe.training.anchor.round import TrainableExperts, train_experts, training_seed
+from lemoe.training.anchor.wordings import Wordings, choose_wordings
 
 EDITS_PER_EXPERT = 10  # at most
 NEURONS_PER_EDIT = (2.0, 1.0, 0.5, 0.25)  # tried in turn
@@ -250,9 +251,10 @@ def _make_probes(base: BaseModel, part: AdaptorState) -> list[Edit]:
     """The edits of a round with paraphrases that no expert of it, old or new, is trained on, and negative prompts."""
     record, settings, edits = part.rounds[0], _compaction_settings(part.settings), _decode_edits(base, part)
     rng = random.Random(_compaction_seed(record) + 1)
-    trained_before = make_paraphrases(edits, part.settings.variants, random.Random(training_seed(record.id)))
-    trained_now = make_paraphrases(edits, settings.variants, random.Random(_compaction_seed(record)))
-    fresh = make_paraphrases(edits, settings.variants, rng)
+    wordings = _bank_wordings(base, part, edits)
+    trained_before = make_paraphrases(edits, part.settings.variants, random.Random(training_seed(record.id)), wordings)
+    trained_now = make_paraphrases(edits, settings.variants, random.Random(_compaction_seed(record)), wordings)
+    fresh = make_paraphrases(edits, settings.variants, rng, wordings)
     gate = build_gate(base, _state_anchors(part), settings)
     probed = []
     for index, edit in enumerate(edits):
@@ -271,6 +273,15 @@ def _make_probes(base: BaseModel, part: AdaptorState) -> list[Edit]:
             )
             probed.append(replace(edit, rephrases=usable_rephrases, locality=usable_locality))
     return probed
+
+
+def _bank_wordings(base: BaseModel, part: AdaptorState, edits: Sequence[Edit]) -> list[Wordings]:
+    """How the bank of questions asks for each edit of a round, as its training found it."""
+    router = _stored_router(part)
+    if router.meaning is None:
+        return []
+    subjects = [find_subject(edit, get_lexicon(base)) for edit in edits]
+    return choose_wordings(router.meaning, router.split_keys(), subjects)
 
 
 def _is_encodable(base: BaseModel, probe: Probe) -> bool:

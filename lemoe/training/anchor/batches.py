@@ -14,22 +14,31 @@ import numpy
 import torch
 from torch import Tensor
 
-from lemoe.base.chat import encode_chat_turn
+from lemoe.base.chat import Turn, encode_chat_turn
 from lemoe.base.equality import TensorEquality
-from lemoe.base.frozen import FrozenBatch, PrefixActivations, compute_prefix_activations
+from lemoe.base.frozen import FrozenBatch, PrefixActivations, compute_prefix_activations, read_layer_inputs
 from lemoe.base.loading import BaseModel
 from lemoe.base.structure import FFNSite
 from lemoe.base.tensors import rms_normalise
 from lemoe.base.tokens import Batch, Passage, encode_passage, encode_passages, replay_buckets
 from lemoe.data.edits import Edit
-from lemoe.routing.anchor.anchors import build_gate
+from lemoe.routing.anchor.anchors import build_gate, get_lexicon
 from lemoe.routing.anchor.gate import Anchor, Gate
 from lemoe.routing.anchor.meaning import Meaning, Vector
 from lemoe.routing.anchor.route import Route
 from lemoe.settings import Settings
-from lemoe.training.anchor.examples import make_negative_prompts, make_paraphrases
+from lemoe.training.anchor.examples import find_subject, make_chat_questions, make_negative_prompts, make_paraphrases
+from lemoe.training.anchor.wordings import Wordings, ask_the_same, choose_wordings
 
 LAST_TOKEN_WEIGHT = 3.0  # of a negative prompt's last token, which decides the answer; its other tokens weigh 1
+
+
+CHAT_OPENINGS: Sequence[Sequence[Turn]] = (  # of conversations; half of them begin with the question
+    (),
+    (),
+    (("system", "You answer questions."),),
+    (("user", "Hi!"), ("assistant", "Hello! How can I help you?")),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,13 +48,14 @@ class PositiveBatch(TensorEquality):
     Attributes:
         owners: `[batch]`, the expert that each text trains.
         active: `[batch, seq]`, where the expert acts, from the frozen batch's first column on.
-        ends: `[targets]`, which labels end an answer.
+        firsts, ends: `[targets]`, which labels begin and which end an answer.
         weights: `[targets]`, of each label, so that every text counts the same.
     """
 
     frozen: FrozenBatch
     owners: Tensor
     active: Tensor
+    firsts: Tensor
     ends: Tensor
     weights: Tensor
 
@@ -136,7 +146,7 @@ class TrainingBatchBuilder:
         return TrainingBatches(
             [self._positive_batch(rows) for rows in self._bucket_texts(prompts)],
             [[self._positive_batch(rows) for rows in self._bucket_texts(kind)] for kind in kinds],
-            [self._negative_batch(rows) for rows in self._bucket_texts(negatives)],
+            [self._negative_batch(rows) for rows in self._bucket_texts(list(filter(self._opens_gate, negatives)))],
             len({self._texts[text].edit for text in prompts}),
         )
 
@@ -147,13 +157,28 @@ class TrainingBatchBuilder:
         if meaning is None:
             return []
         gate = build_gate(self._base, self._anchors, self._settings)
+        prompts = [text.passage.prompt for text in self._own_texts]
+        read = read_layer_inputs(self._base, int(meaning.layer), prompts, self._settings.batch_tokens)
         keys: list[list[Vector]] = [[] for _ in self._edits]
-        for index in self._group_ranges[0]:
-            text = self._texts[index]
-            projected = self._projected(index)[: len(text.passage.prompt)]
+        for text, states in zip(self._own_texts, read, strict=True):
             subject = gate.index.subjects[gate.subjects[text.edit]]
+            projected = meaning.project(states).cpu().numpy()
             keys[text.edit].append(meaning.embed(*gate.summarise(text.passage.prompt, projected, subject)))
         return [numpy.stack(each) for each in keys]
+
+    @cached_property
+    def _wordings(self) -> list[Wordings]:
+        """How the bank of questions asks for each edit, and for something else about its subject."""
+        if self._meaning is None:
+            return [Wordings() for _ in self._edits]
+        subjects = [find_subject(edit, get_lexicon(self._base)) for edit in self._edits]
+        return choose_wordings(self._meaning, self.keys, subjects)
+
+    @cached_property
+    def _own_texts(self) -> list[TrainingText]:
+        """Own prompts, and the user's rephrases where they are trained on."""
+        prompts = [self._positive_text(edit, passage) for edit, passage in enumerate(self._passages)]
+        return prompts + (self._rephrase_texts() if self._settings.train_rephrases else [])
 
     def _projected(self, index: int) -> Vector:
         """What the base model makes of the tokens `[seq, rank]` of the text with this index."""
@@ -175,11 +200,8 @@ class TrainingBatchBuilder:
     @cached_property
     def _text_groups(self) -> list[list[TrainingText]]:
         """Own prompts, paraphrases by kind, negative prompts."""
-        prompts = [self._positive_text(edit, passage) for edit, passage in enumerate(self._passages)]
-        if self._settings.train_rephrases:
-            prompts += self._rephrase_texts()
         chat = [self._chat_texts()] if self._settings.variants and self._base.tokenizer.chat_template else []
-        return [prompts, *self._paraphrase_texts(), *chat, self._negative_texts()]
+        return [self._own_texts, *self._paraphrase_texts(), *chat, self._negative_texts()]
 
     @cached_property
     def _texts(self) -> list[TrainingText]:
@@ -204,19 +226,31 @@ class TrainingBatchBuilder:
             layer_read=None if self._meaning is None else int(self._meaning.layer),
         )
 
+    def _opens_gate(self, index: int) -> bool:
+        """Whether the text with this index reaches its edit's expert at inference."""
+        return self._openings[index] is not None
+
     @cached_property
     def _starts(self) -> list[int]:
-        """The column of each text from which its edit's expert acts."""
+        """The column of each text from which its edit's expert acts; the prompt's last where the gate stays shut."""
+        return [
+            len(text.passage.prompt) - 1 if opening is None else opening
+            for text, opening in zip(self._texts, self._openings, strict=True)
+        ]
+
+    @cached_property
+    def _openings(self) -> list[int | None]:
+        """The column at which its edit's gate opens on each text; None where it stays shut."""
         gates = [
             build_gate(self._base, [anchor], self._settings, self._meaning, self.keys[index : index + 1])
             for index, anchor in enumerate(self._anchors)
         ]
-        return [self._gate_start(gates[text.edit], index) for index, text in enumerate(self._texts)]
+        return [self._find_opening(gates[text.edit], index) for index, text in enumerate(self._texts)]
 
     def _paraphrase_texts(self) -> list[list[TrainingText]]:
         """Synthetic paraphrases, by kind."""
         edits, settings = self._edits, self._settings
-        texts = make_paraphrases(edits, settings.variants, self._rng)
+        texts = make_paraphrases(edits, settings.variants, self._rng, self._wordings)
         usable = [
             self._encode_usable([(text, edit.target) for text in own]) for own, edit in zip(texts, edits, strict=True)
         ]
@@ -226,16 +260,17 @@ class TrainingBatchBuilder:
         ]
 
     def _chat_texts(self) -> list[TrainingText]:
-        """Own prompts as a user's chat turn.
+        """A question of each edit as a user's turn of a conversation.
 
         The answer is the target's tokens with a space in front, as in all other texts: without it the same word is
         often split into other tokens, and an expert hardly learns both.
         """
         texts = []
-        for index, (edit, passage) in enumerate(zip(self._edits, self._passages, strict=True)):
+        questions = make_chat_questions(self._edits, self._rng, self._wordings)
+        for edit, (question, passage) in enumerate(zip(questions, self._passages, strict=True)):
             with suppress(ValueError):
-                turn = encode_chat_turn(self._base, edit.prompt)
-                texts.append(self._positive_text(index, Passage(turn.prompt, passage.target)))
+                turn = encode_chat_turn(self._base, question, self._rng.choice(CHAT_OPENINGS))
+                texts.append(self._positive_text(edit, Passage(turn.prompt, passage.target)))
         return texts
 
     def _rephrase_texts(self) -> list[TrainingText]:
@@ -248,10 +283,19 @@ class TrainingBatchBuilder:
         gate = build_gate(self._base, self._anchors, self._settings)
         texts = []
         for edit in range(len(self._edits)):
-            prompts = make_negative_prompts(gate, self._edits, edit, self._settings.negatives, self._rng)
+            others = [other for number, other in enumerate(self._edits) if self._asks_otherwise(edit, number)]
+            prompts = make_negative_prompts(
+                gate, self._edits, edit, self._settings.negatives, self._rng, others, self._wordings[edit]
+            )
             for passage in self._encode_usable([(prompt, None) for prompt in prompts]):
                 texts.append(TrainingText(edit, passage))
         return texts
+
+    def _asks_otherwise(self, edit: int, other: int) -> bool:
+        """Whether another edit asks something else than this one, as far as that is known by meaning."""
+        if self._meaning is None or edit == other:
+            return edit != other
+        return not ask_the_same(self._meaning, self.keys[edit], self.keys[other])
 
     def _encode_usable(self, texts: Sequence[tuple[str, str | None]]) -> list[Passage]:
         """The passages of synthetic texts; one that the tokenizer or the context length does not allow is left out."""
@@ -265,14 +309,14 @@ class TrainingBatchBuilder:
         """A text with the token that ends an answer after its target."""
         return TrainingText(edit, Passage(passage.prompt, (*passage.target, self._base.eos_token_id)))
 
-    def _gate_start(self, gate: Gate, index: int) -> int:
-        """The column at which the gate opens on a text at inference; the prompt's last token if it would not open."""
-        prompt, route = self._texts[index].passage.prompt, Route(gate)
+    def _find_opening(self, gate: Gate, index: int) -> int | None:
+        """The column at which the gate opens on a text's prompt at inference; None if it stays shut."""
+        route = Route(gate)
         projected = None if self._meaning is None else self._projected(index)
-        for column, token in enumerate(prompt):
+        for column, token in enumerate(self._texts[index].passage.prompt):
             if route.push(token, None if projected is None else projected[column]).edit >= 0:
                 return column
-        return len(prompt) - 1
+        return None
 
     def _bucket_texts(self, indices: Sequence[int]) -> list[list[int]]:
         """The texts with the indices `indices`, grouped into batches."""
@@ -304,6 +348,7 @@ class TrainingBatchBuilder:
             frozen=self._prefix_activations.freeze_batch(batch, first),
             owners=owners,
             active=active,
+            firsts=batch.target_columns == batch.prompt_lengths[batch.target_rows] - 1,
             ends=batch.target_columns == last[batch.target_rows],
             weights=1.0 / lengths[batch.target_rows],
         )

@@ -7,8 +7,9 @@ any order, on any machine, and stacked.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from lemoe.routing.anchor.gate import Anchor
 from lemoe.routing.anchor.meaning import Meaning
 from lemoe.settings import Settings
 from lemoe.training.anchor.batches import PositiveBatch, TrainingBatchBuilder, TrainingBatches
+from lemoe.training.anchor.detectors import fit_detectors
 from lemoe.training.steps import OnStep, Step
 
 DEFAULT_WIDTH = 4
@@ -36,6 +38,10 @@ ADAM_BETAS = (0.9, 0.95)
 WARM_UP_STEPS = 3
 FREQUENT_TOKENS = 4096  # the first token ids, which always take part in the loss
 CONFUSABLE_TOKENS = 64  # likeliest tokens of each target position that take part as well
+WINNING_TOKENS = 8  # the same while experts are trained, by what they make of it then,
+CONFUSABLE_SHARES = (1 / 6, 1 / 3, 2 / 3)  # after these shares of the steps
+FIRST_TOKEN_WEIGHT = 1.0  # of an answer's first token in the loss, besides its share of the mean over the answer
+LABEL_MARGIN = 2.0  # nats by which a label's logit is lowered in the loss
 
 
 class TrainableExperts(nn.Module):
@@ -62,6 +68,15 @@ class TrainableExperts(nn.Module):
         else:
             inner = self._activation(torch.bmm(normalised_inputs, self.gate[owners].transpose(1, 2))) * projected
         return torch.bmm(inner, self.down[owners])
+
+    @torch.no_grad()
+    def start_with(self, detectors: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+        """Let the first neuron of each expert start as a detector; see `lemoe.training.anchor.detectors`."""
+        for expert, (detector, constant) in detectors.items():
+            if self.gate is None:
+                self.up[expert, 0] = detector
+            else:
+                self.gate[expert, 0], self.up[expert, 0] = detector, constant
 
     def to_experts(self) -> Experts:
         """The trained experts, as an adaptor stores them."""
@@ -179,6 +194,7 @@ def train_experts(
     4. Evaluate those again; go on with step 3, at most `retries` times.
     """
     batches = builder.build()
+    experts.start_with(fit_detectors([*batches.prompts, *chain.from_iterable(batches.paraphrases)], len(experts.up)))
     vocabulary = _select_loss_vocabulary(base, batches)
     steps = _optimise_experts(base, experts, batches, settings, settings.steps, vocabulary, generator, on_step)
     evaluation = _evaluate_round(base, experts, batches, settings)
@@ -228,11 +244,17 @@ def _optimise_experts(
     step_loss: Tensor | None = None
     own_targets = sum(len(positive.weights) for positive in batches.prompts)
     logits = base.logits_over(vocabulary)
+    confusable_steps = {int(share * steps) for share in CONFUSABLE_SHARES}
     for number in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = settings.learning_rate * _learning_rate_factor(number, steps)
         optimiser.zero_grad()
-        losses = _compute_losses(experts, [*batches.prompts, *kinds[number]], settings, vocabulary, logits, generator)
+        positives = [*batches.prompts, *kinds[number]]
+        hidden = _replay_positives(experts, positives, settings, generator)
+        if number in confusable_steps:
+            vocabulary = _extend_vocabulary(base, vocabulary, hidden.detach())
+            logits = base.logits_over(vocabulary)
+        losses = _compute_losses(positives, hidden, vocabulary, logits)
         total = losses.sum()
         if settings.negative_weight and batches.negatives:
             total = total + settings.negative_weight * _compute_negative_loss(experts, batches)
@@ -262,29 +284,45 @@ def _draw_paraphrase_kinds(
     return [kinds[kind] for kind in torch.cat(order)[:steps].tolist()]
 
 
-def _compute_losses(
-    experts: TrainableExperts,
-    positives: Sequence[PositiveBatch],
-    settings: Settings,
-    vocabulary: Tensor,
-    logits: Callable[[Tensor], Tensor],
-    generator: torch.Generator,
+def _replay_positives(
+    experts: TrainableExperts, positives: Sequence[PositiveBatch], settings: Settings, generator: torch.Generator
 ) -> Tensor:
-    """Cross entropy `[targets]` of target and ending tokens, weighted so that each text's sum is a mean.
-
-    Args:
-        vocabulary: `[tokens]`, sorted token ids over which the loss is taken, every label among them.
-        logits: gives `[targets, tokens]` over them, for `[targets, hidden]`.
-    """
+    """Last hidden states `[targets, hidden]` with the experts at work, under noise on what they read."""
     hidden = []
     for positive in positives:
         inputs = positive.normalised_inputs
         if settings.noise:
             inputs = inputs + settings.noise * torch.randn(inputs.shape, generator=generator, device=inputs.device)
         hidden.append(positive.frozen.replay(_compute_delta(experts, positive, inputs)))
+    return torch.cat(hidden)
+
+
+def _compute_losses(
+    positives: Sequence[PositiveBatch], hidden: Tensor, vocabulary: Tensor, logits: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Cross entropy `[targets]` of target and ending tokens, weighted so that each text counts the same.
+
+    A text's sum is the mean over its answer, and that of the first token once more: an answer that does not begin is
+    none. Each label has to win by `LABEL_MARGIN` (additive margin: Wang et al. 2018).
+
+    Args:
+        hidden: `[targets, hidden]`, last hidden states.
+        vocabulary: `[tokens]`, sorted token ids over which the loss is taken, every label among them.
+        logits: gives `[targets, tokens]` over them, for `[targets, hidden]`.
+    """
     labels = torch.searchsorted(vocabulary, torch.cat([positive.frozen.batch.labels for positive in positives]))
-    weights = torch.cat([positive.weights for positive in positives])
-    return functional.cross_entropy(logits(torch.cat(hidden)).float(), labels, reduction="none") * weights
+    weights = torch.cat([positive.weights + FIRST_TOKEN_WEIGHT * positive.firsts for positive in positives])
+    values = logits(hidden).float()
+    margins = torch.full((len(labels), 1), -LABEL_MARGIN, device=values.device)
+    values = values.scatter_add(1, labels.unsqueeze(1), margins)
+    return functional.cross_entropy(values, labels, reduction="none") * weights
+
+
+@torch.no_grad()
+def _extend_vocabulary(base: BaseModel, vocabulary: Tensor, hidden: Tensor) -> Tensor:
+    """The token ids of the loss, sorted, and those that are likeliest by last hidden states `[targets, hidden]`."""
+    likeliest = [_top_tokens(logits, WINNING_TOKENS) for logits in base.logits_in_chunks(hidden)]
+    return torch.cat([vocabulary, *likeliest]).unique()
 
 
 def _compute_delta(experts: TrainableExperts, positive: PositiveBatch, inputs: Tensor) -> Tensor:
@@ -311,9 +349,9 @@ def _select_loss_vocabulary(base: BaseModel, batches: TrainingBatches) -> Tensor
     return torch.cat(parts).unique()
 
 
-def _top_tokens(logits: Tensor) -> Tensor:
-    """The likeliest token ids of all rows of `logits` `[rows, vocab]`, `[n]`."""
-    return logits.topk(min(CONFUSABLE_TOKENS, logits.shape[-1])).indices.unique()
+def _top_tokens(logits: Tensor, count: int = CONFUSABLE_TOKENS) -> Tensor:
+    """The `count` likeliest token ids of all rows of `logits` `[rows, vocab]`, `[n]`."""
+    return logits.topk(min(count, logits.shape[-1])).indices.unique()
 
 
 @dataclass(frozen=True, eq=False)
