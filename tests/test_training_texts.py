@@ -107,7 +107,7 @@ def test_the_bank_lends_its_wordings_to_edits_that_mean_the_same(real_base: lemo
         subject = gate.index.subjects[gate.subjects[number]]
         projected = meaning.project(states).numpy()
         keys.append(meaning.embed(*gate.summarise(passages[number].prompt, projected, subject))[None])
-    written, _, spoken = choose_wordings(meaning, keys, ["The Glass Orchard", "The Glass Orchard", ""])
+    written, _, spoken = choose_wordings(meaning, keys, gate, ["The Glass Orchard", "The Glass Orchard", ""])
     assert any("wr" in text or "author" in text for text in written.asking["questions"])
     assert all("The Glass Orchard" in text for text in written.asking["questions"])
     assert not spoken.asking

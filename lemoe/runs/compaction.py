@@ -27,7 +27,7 @@ from lemoe.base.tokens import Passage, encode_passage
 from lemoe.data.edits import Edit, Probe
 from lemoe.errors import AdaptorError
 from lemoe.evaluation.evaluate import evaluate
-from lemoe.routing.anchor.anchors import Anchors, build_gate, get_lexicon
+from lemoe.routing.anchor.anchors import Anchors, build_gate
 from lemoe.routing.anchor.gate import Anchor
 from lemoe.settings import Settings
 from lemoe.training.anchor.batches import TrainingBatchBuilder
@@ -280,8 +280,9 @@ def _bank_wordings(base: BaseModel, part: AdaptorState, edits: Sequence[Edit]) -
     router = _stored_router(part)
     if router.meaning is None:
         return []
-    subjects = [find_subject(edit, get_lexicon(base)) for edit in edits]
-    return choose_wordings(router.meaning, router.split_keys(), subjects)
+    gate = build_gate(base, router.anchors, part.settings)
+    subjects = [find_subject(edit, gate.lexicon) for edit in edits]
+    return choose_wordings(router.meaning, router.split_keys(), gate, subjects)
 
 
 def _is_encodable(base: BaseModel, probe: Probe) -> bool:

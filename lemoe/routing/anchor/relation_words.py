@@ -99,6 +99,12 @@ class RelationWords(TensorEquality):
         profile: Vector = (shares / shares.sum()).astype(numpy.float32)
         return profile
 
+    def evidence(self, words: Sequence[str]) -> Vector:
+        """`[relations]`, nats by which these words speak for each relation; 0 where they ask for none of the bank."""
+        profile = self.profile(words)
+        evidence: Vector = numpy.log(profile[:-1] * self.count + profile[-1])
+        return evidence
+
     def _row(self, term: str) -> Vector | None:
         """`[relations]`, nats of a term in each; None for one that was not counted."""
         number = _hash_term(term)

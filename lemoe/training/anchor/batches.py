@@ -22,7 +22,7 @@ from lemoe.base.structure import FFNSite
 from lemoe.base.tensors import rms_normalise
 from lemoe.base.tokens import Batch, Passage, encode_passage, encode_passages, replay_buckets
 from lemoe.data.edits import Edit
-from lemoe.routing.anchor.anchors import build_gate, get_lexicon
+from lemoe.routing.anchor.anchors import build_gate
 from lemoe.routing.anchor.gate import Anchor, Gate
 from lemoe.routing.anchor.meaning import Meaning, Vector
 from lemoe.routing.anchor.route import Route
@@ -171,8 +171,9 @@ class TrainingBatchBuilder:
         """How the bank of questions asks for each edit, and for something else about its subject."""
         if self._meaning is None:
             return [Wordings() for _ in self._edits]
-        subjects = [find_subject(edit, get_lexicon(self._base)) for edit in self._edits]
-        return choose_wordings(self._meaning, self.keys, subjects)
+        gate = build_gate(self._base, self._anchors, self._settings)
+        subjects = [find_subject(edit, gate.lexicon) for edit in self._edits]
+        return choose_wordings(self._meaning, self.keys, gate, subjects)
 
     @cached_property
     def _own_texts(self) -> list[TrainingText]:
