@@ -20,12 +20,12 @@ from lemoe.routing.anchor.subjects import Subject
 
 BATCH_TOKENS = 2048
 CHUNK = 2048  # texts whose hidden states are kept at once
-READ, SURROUNDED = 0.7, 0.15  # shares of the wordings that are read by themselves, and in other surroundings,
-WEIGHED = 0.35  # and of the English ones of those on which the weights are fitted
+READ, SURROUNDED = 0.4, 0.1  # shares of the wordings that are read by themselves, and in other surroundings,
+WEIGHED = 0.5  # and of the English ones of those on which the weights are fitted
 COPIED, DROPPED = 0.2, 0.35  # shares of the wordings that are copied, and of the words that a copy leaves out
 FRAME = "frames"  # the form of wordings that differ between relations by their names alone
 _COPY_FRAMES = ("Question: *", "* Answer:", "Please answer: *", "* It is", "Do you know this? *", "*")
-_RELATION_FRAMES = ("The * of {} is", "What is the * of {}?", "The name of the * of {} is")
+_RELATION_FRAMES = ("The * of {} is", "What is the * of {}?")
 _SENTENCES_BEFORE = (
     "I have a question for you.",
     "We talked about this at lunch.",
