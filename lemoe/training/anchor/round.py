@@ -41,6 +41,7 @@ CONFUSABLE_TOKENS = 64  # likeliest tokens of each target position that take par
 WINNING_TOKENS = 8  # the same while experts are trained, by what they make of it then,
 CONFUSABLE_SHARES = (1 / 6, 1 / 3, 2 / 3)  # after these shares of the steps
 FIRST_TOKEN_WEIGHT = 1.0  # of an answer's first token in the loss, besides its share of the mean over the answer
+LAST_RETRIES = 3  # further retries by the own prompt alone
 LABEL_MARGIN = 2.0  # nats by which a label's logit is lowered in the loss
 
 
@@ -192,6 +193,8 @@ def train_experts(
     2. Evaluate the round: which experts miss an own prompt's answer over the whole vocabulary.
     3. Retry those, with fresh optimiser state, half the steps, and the confusable tokens of step 2 added to the loss.
     4. Evaluate those again; go on with step 3, at most `retries` times.
+    5. Go on with those that still miss, by their own prompts alone and without noise, at most `LAST_RETRIES` times: an
+       edit that answers no other wording is worth more than one that does not answer.
     """
     batches = builder.build()
     experts.start_with(fit_detectors([*batches.prompts, *chain.from_iterable(batches.paraphrases)], len(experts.up)))
@@ -199,14 +202,16 @@ def train_experts(
     steps = _optimise_experts(base, experts, batches, settings, settings.steps, vocabulary, generator, on_step)
     evaluation = _evaluate_round(base, experts, batches, settings)
     sums, missed, retried = evaluation.loss_sums, evaluation.missed, frozenset[int]()
-    for _ in range(settings.retries):
+    for attempt in range(settings.retries + LAST_RETRIES if settings.retries else 0):
         if not missed:
             break
         retried |= missed
-        batches = builder.build(missed)
+        batches, eased = builder.build(missed), settings
+        if attempt >= settings.retries:
+            batches, eased = replace(batches, paraphrases=[]), replace(settings, noise=0.0)
         vocabulary = torch.cat([vocabulary, evaluation.confusable_tokens]).unique()
         steps += _optimise_experts(
-            base, experts, batches, settings, -(-settings.steps // 2), vocabulary, generator, on_step
+            base, experts, batches, eased, -(-settings.steps // 2), vocabulary, generator, on_step
         )
         evaluation = _evaluate_round(base, experts, batches, settings)
         trained_again = sorted(missed)
