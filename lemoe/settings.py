@@ -42,7 +42,8 @@ class Settings:
         experts: total number of experts, for `memoe`.
         top_k: experts that act on one sequence.
         steps: training steps per round, at most.
-        retries: how often edits that miss their target are trained further, for half as many steps each time.
+        retries: how often edits that miss their target are trained further, for half as many steps each time; 0 for
+            never, else those that still miss are trained by their own prompt alone in the end.
         learning_rate: of AdamW for experts, whose output is scaled so that one rate fits all widths.
         router_learning_rate: of AdamW for keys and projection.
         weight_decay: of AdamW.

@@ -32,10 +32,13 @@ def possible_contradictions(state: AdaptorState, sources: Sequence[int]) -> tupl
     Args:
         sources: of each round; ascending.
     """
+    found = _find_contradictions(state, sources)
+    if not found:
+        return ()
     edits, superseded = state.edits, state.router.superseded()
     return tuple(
         (edits[pair.earlier], edits[pair.later])
-        for pair in _find_contradictions(state, sources)
+        for pair in found
         if pair.earlier not in superseded and pair.later not in superseded
     )
 
@@ -74,7 +77,7 @@ def conflicts_with(start: AdaptorState, edits: Sequence[Edit], anchors: Anchors)
 
 def _find_contradictions(state: AdaptorState, sources: Sequence[int]) -> list[Contradiction]:
     """The contradictions between edits of rounds of different sources."""
-    if not isinstance(state.router, Anchors) or len(set(sources)) < 2:
+    if not isinstance(state.router, Anchors) or state.router.meaning is None or len(set(sources)) < 2:
         return []
     return _compare_edits(state.router, state.edits, [sources[edit.round - 1] for edit in state.edits])
 
