@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from lemoe.routing.anchor.lexicon import Lexicon, Vector
 from lemoe.routing.anchor.questions import (
     MIN_EVIDENCE,
+    MIN_READ,
     MIN_SAME_WORDS,
     MORE_WORDS,
     Comparison,
@@ -163,9 +164,9 @@ class QuestionTable:
         asked: Sequence[StoredQuestion],
         lexicon: Lexicon,
         cache: ArrayCache,
-        min_evidence: float = MIN_EVIDENCE,
+        anywhere: bool = False,
     ):
-        self._min_evidence = min_evidence
+        self._anywhere = anywhere
         self._lexicon = lexicon
         self._cache = cache
         columns: dict[str, int] = {"": 0}  # an empty question has the empty word, which is similar to no other
@@ -232,7 +233,10 @@ class QuestionTable:
         conflict = numpy.minimum(total - matched, total_read - matched_read) / (1 + matched + matched_read)
         fit = (matched + 1) / (total + 1) + (matched_read + 1) / (total_read + 1)
         shares = self._front_shares
-        enough_evidence = (shares < 0.5) | ((total_read > 0) & (total_read >= self._min_evidence * total * shares))
+        if self._anywhere:
+            enough_evidence = (total_read > 0) & (total_read >= MIN_READ * total)
+        else:
+            enough_evidence = (shares < 0.5) | ((total_read > 0) & (total_read >= MIN_EVIDENCE * total * shares))
         same = numpy.bincount(self._anchor_of_word, self._weights * shared[self._words], count)
         contradiction = numpy.minimum(total - same, total_read - same_read) / (1 + same + same_read)
         unread = (total - same) / (1 + same + same_read)

@@ -135,7 +135,7 @@ class FittedDecision(Decision):
         other = numpy.minimum(self._question[MARKED] @ features[MARKED], 0.0)
         vouched = MAX_VOUCHED - words.unread + doubt + other
         score: Values = numpy.maximum(fitted, vouched)
-        return score, score, score
+        return score, score, numpy.where(words.enough_evidence, score, -numpy.inf)
 
 
 def choose_decision(meaning: Meaning | None, threshold: float, probability: float) -> Decision:

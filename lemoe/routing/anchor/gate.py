@@ -18,7 +18,6 @@ from lemoe.routing.anchor.evidence import Decision, choose_decision, subject_fea
 from lemoe.routing.anchor.lexicon import Lexicon, infer_subject
 from lemoe.routing.anchor.meaning import Keys, Meaning, Vector
 from lemoe.routing.anchor.questions import (
-    MIN_EVIDENCE,
     WORDS_BEFORE,
     Question,
     StoredQuestion,
@@ -107,7 +106,6 @@ class Gate:
         self.threshold = threshold
         self.slack = slack
         self.meaning = meaning
-        self._min_evidence = MIN_EVIDENCE if meaning is None else 0.0
         self.decision = decision or choose_decision(meaning, threshold, probability)
         self._embedded: list[Vector] = []  # keys [keys, rank] of each anchor
         self._keys: dict[int, SubjectKeys] = {}
@@ -182,14 +180,14 @@ class Gate:
         if len(numbers) < VECTORISED_FROM:
             return WordComparisons.from_pairs(
                 [
-                    compare_questions(self.stored_question(number), read, self.lexicon, self._min_evidence)
+                    compare_questions(self.stored_question(number), read, self.lexicon, self.meaning is not None)
                     for number in numbers
                 ]
             )
         table = self._tables.get(subject)
         if table is None:
             asked = [self._build_question(number) for number in numbers]
-            table = self._tables[subject] = QuestionTable(asked, self.lexicon, self._arrays, self._min_evidence)
+            table = self._tables[subject] = QuestionTable(asked, self.lexicon, self._arrays, self.meaning is not None)
         return table.compare(read)
 
     def _compare_meaning(self, subject: int, numbers: Sequence[int], read: ReadQuestion) -> MeaningComparisons:
