@@ -74,7 +74,8 @@ def compare_questions(stored: StoredQuestion, read: Question, lexicon: Lexicon, 
     and `m` the matched weight of a side, `conflict = min(t - m, t' - m') / (1 + m + m')` and
     `fit = (m + 1) / (t + 1) + (m' + 1) / (t' + 1)`: a side without content is no conflict. The words of the answer are
     no evidence on the side that was read, so that reading the answer changes nothing. Too little was read to decide if
-    it is less than `MIN_EVIDENCE` of what stands in front of the anchor's subject; with `anywhere`, than `MIN_READ` of it all.
+    it is less than `MIN_EVIDENCE` of what stands in front of the anchor's subject; with `anywhere`, than `MIN_READ` of
+    its whole question.
     """
     asked, answer = stored.question, stored.answer_stems
     total, total_read = asked.total_weight, read.total_weight
