@@ -110,7 +110,7 @@ def test_anchors_compared_as_arrays_give_the_routes_of_each_by_itself(
     stored = make_gate(base, asked, conflict)
     name, before, behind, _ = asked[0]
     for text in (" ".join(["As", *parts]), f"Which {before} did {name} {behind} have? {' '.join(parts)}"):
-        ids = encode_passage(base, text).prompt
+        ids = base.tokenizer(text).input_ids
         expected = read_states(PairwiseRoute(stored), ids)
         for many in (1, comparisons.VECTORISED_FROM, 100):
             monkeypatch.setattr(gate, "VECTORISED_FROM", many)
