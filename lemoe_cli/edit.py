@@ -9,10 +9,10 @@ import click
 
 from lemoe_cli.options import (
     AUTO,
-    CONFLICT_CHOICES,
     FILE,
     LayerChoice,
     check_inputs,
+    conflict_option,
     edits_argument,
     force_option,
     make_loader,
@@ -70,13 +70,7 @@ _SETTINGS = (
 @click.option("--plan", "plan_file", type=FILE, help="Follow this plan; edits not in it are left out and counted.")
 @click.option("--rounds", type=RoundRange(), help="Train only these rounds of the plan, from 0, as a part to merge.")
 @click.option("--from", "start", type=FILE, help="Continue this adaptor; its edits stay as they are.")
-@click.option(
-    "--on-conflict",
-    type=click.Choice(CONFLICT_CHOICES),
-    default="latest",
-    show_default=True,
-    help="Which edit answers where EDITS ask what the adaptor of --from answers; keep takes the earlier.",
-)
+@conflict_option("Which edit answers where EDITS ask what the adaptor of --from answers; keep takes the earlier.")
 @settings_options
 @click.option("--layer", type=LayerChoice(), help="Decoder layer to edit, from 0; auto measures on your first edits.")
 @click.option("--layer-path", help="Path of the FFN within the layer, where it is not recognised.")

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lemoe_cli.options import (
-    CONFLICT_CHOICES,
     FILE,
     check_inputs,
+    conflict_option,
     force_option,
     model_options_without_dtype,
     quiet_option,
@@ -24,13 +24,7 @@ if TYPE_CHECKING:
 @click.command("merge")
 @click.argument("adaptors", type=FILE, nargs=-1, required=True, metavar="[MODEL] ADAPTORS...")
 @click.option("--output", "-o", type=FILE, help="The stacked adaptor's file.")
-@click.option(
-    "--on-conflict",
-    type=click.Choice(CONFLICT_CHOICES),
-    default="latest",
-    show_default=True,
-    help="Which edit answers where several adaptors answer the same question; keep takes the earliest.",
-)
+@conflict_option("Which edit answers where several adaptors answer the same question; keep takes the earliest.")
 @click.option(
     "--drop",
     multiple=True,

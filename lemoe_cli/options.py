@@ -106,7 +106,14 @@ expert_cache_option = click.option(
 mismatch_option = click.option(
     "--allow-base-mismatch", is_flag=True, help="Take an adaptor of another base model, if it fits at all."
 )
-CONFLICT_CHOICES = ("latest", "error", "keep", "both")
+
+
+def conflict_option(help_text: str) -> Callable[[Command], Command]:
+    """`--on-conflict`: which of several edits with one question answers."""
+    choices = click.Choice(["latest", "error", "keep", "both"])
+    return click.option("--on-conflict", type=choices, default="latest", show_default=True, help=help_text)
+
+
 quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress, only results and errors.")
 force_option = click.option("--force", is_flag=True, help="Replace what is there.")
 

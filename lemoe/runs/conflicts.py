@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from lemoe.adaptor.contradictions import conflicts_with
 from lemoe.adaptor.merging import OnConflict, refuse_conflicts
 from lemoe.adaptor.state import AdaptorState
-from lemoe.base.frozen.layer_inputs import read_layer_inputs
 from lemoe.base.loading import BaseModel
 from lemoe.base.tokens import encode_edits
 from lemoe.data.edits import Edit
 from lemoe.errors import InputError
 from lemoe.routing.anchor.anchors import Anchors, build_gate
 from lemoe.routing.anchor.gate import Anchor
-from lemoe.routing.anchor.meaning import Meaning, Vector
+from lemoe.routing.anchor.keys import embed_prompts
+from lemoe.routing.anchor.meaning import Meaning
 from lemoe.runs.progress import ProgressCallback
 from lemoe.settings import Settings
 
@@ -52,15 +52,9 @@ def _preview_anchors(base: BaseModel, new: Sequence[Edit], meaning: Meaning | No
         Anchor(passage.prompt, passage.target, edit.subject)
         for edit, passage in zip(new, encode_edits(base, new), strict=True)
     ]
-    return Anchors.from_anchors(anchors, meaning, [] if meaning is None else _embed(base, anchors, meaning, settings))
-
-
-def _embed(base: BaseModel, anchors: Sequence[Anchor], meaning: Meaning, settings: Settings) -> list[Vector]:
-    """What the prompt of each anchor means, `[1, rank]`."""
-    gate, embedded = build_gate(base, anchors, settings), []
+    if meaning is None:
+        return Anchors.from_anchors(anchors)
     prompts = [anchor.prompt for anchor in anchors]
-    states = read_layer_inputs(base, int(meaning.layer), prompts, settings.batch_tokens)
-    for prompt, entered, subject in zip(prompts, states, gate.subjects, strict=True):
-        projected = meaning.project(entered).cpu().numpy()
-        embedded.append(meaning.embed(*gate.summarise(prompt, projected, gate.index.subjects[subject])))
-    return [vector[None] for vector in embedded]
+    gate = build_gate(base, anchors, settings)
+    keys = embed_prompts(base, meaning, gate, prompts, range(len(anchors)), settings.batch_tokens)
+    return Anchors.from_anchors(anchors, meaning, [key[None] for key in keys])

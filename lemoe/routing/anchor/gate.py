@@ -195,7 +195,9 @@ class Gate:
             return MeaningComparisons.none(len(numbers))
         keys = self._keys.get(subject)
         if keys is None:
-            asked = [self._build_question(number).question for number in numbers]
+            few = len(numbers) < VECTORISED_FROM  # whose questions are kept
+            stored = [self.stored_question(number) if few else self._build_question(number) for number in numbers]
+            asked = [each.question for each in stored]
             keys = SubjectKeys(self.meaning, [self._embedded[number] for number in numbers], asked)
             self._keys[subject] = keys
         return keys.compare(read.meaning, self.meaning.profile(read.meaning), read.relations)

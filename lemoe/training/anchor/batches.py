@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lemoe.base.chat import Turn, encode_chat_turn
 from lemoe.base.equality import TensorEquality
-from lemoe.base.frozen import FrozenBatch, PrefixActivations, compute_prefix_activations, read_layer_inputs
+from lemoe.base.frozen import FrozenBatch, PrefixActivations, compute_prefix_activations
 from lemoe.base.loading import BaseModel
 from lemoe.base.structure import FFNSite
 from lemoe.base.tensors import rms_normalise
@@ -24,6 +24,7 @@ from lemoe.base.tokens import Batch, Passage, encode_passage, encode_passages, r
 from lemoe.data.edits import Edit
 from lemoe.routing.anchor.anchors import build_gate
 from lemoe.routing.anchor.gate import Anchor, Gate
+from lemoe.routing.anchor.keys import embed_prompts
 from lemoe.routing.anchor.meaning import Meaning, Vector
 from lemoe.routing.anchor.route import Route
 from lemoe.settings import Settings
@@ -157,13 +158,11 @@ class TrainingBatchBuilder:
         if meaning is None:
             return []
         gate = build_gate(self._base, self._anchors, self._settings)
-        prompts = [text.passage.prompt for text in self._own_texts]
-        read = read_layer_inputs(self._base, int(meaning.layer), prompts, self._settings.batch_tokens)
+        prompts, owners = [text.passage.prompt for text in self._own_texts], [text.edit for text in self._own_texts]
         keys: list[list[Vector]] = [[] for _ in self._edits]
-        for text, states in zip(self._own_texts, read, strict=True):
-            subject = gate.index.subjects[gate.subjects[text.edit]]
-            projected = meaning.project(states).cpu().numpy()
-            keys[text.edit].append(meaning.embed(*gate.summarise(text.passage.prompt, projected, subject)))
+        embedded = embed_prompts(self._base, meaning, gate, prompts, owners, self._settings.batch_tokens)
+        for edit, vector in zip(owners, embedded, strict=True):
+            keys[edit].append(vector)
         return [numpy.stack(each) for each in keys]
 
     @cached_property
