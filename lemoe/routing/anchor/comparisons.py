@@ -86,6 +86,7 @@ class WordComparisons:
     matched: Values
     contradiction: Values
     unread: Values
+    heard: Values
     enough_evidence: Flags
     substituted: Flags
 
@@ -97,6 +98,7 @@ class WordComparisons:
             matched=float(self.matched[index]),
             contradiction=float(self.contradiction[index]),
             unread=float(self.unread[index]),
+            heard=float(self.heard[index]),
             enough_evidence=bool(self.enough_evidence[index]),
             substituted=bool(self.substituted[index]),
         )
@@ -105,9 +107,8 @@ class WordComparisons:
     def from_pairs(cls, compared: Sequence[Comparison]) -> "WordComparisons":
         """Of comparisons made pair by pair."""
         flags = [(each.enough_evidence, each.substituted) for each in compared]
-        conflict, fit, matched, contradiction, unread = numpy.array([each[:5] for each in compared]).reshape(-1, 5).T
-        enough_evidence, substituted = numpy.array(flags, numpy.bool_).reshape(-1, 2).T
-        return cls(conflict, fit, matched, contradiction, unread, enough_evidence, substituted)
+        values = numpy.array([each[:6] for each in compared]).reshape(-1, 6).T
+        return cls(*values, *numpy.array(flags, numpy.bool_).reshape(-1, 2).T)
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,9 +241,9 @@ class QuestionTable:
         same = numpy.bincount(self._anchor_of_word, self._weights * shared[self._words], count)
         contradiction = numpy.minimum(total - same, total_read - same_read) / (1 + same + same_read)
         unread = (total - same) / (1 + same + same_read)
-        return WordComparisons(
-            conflict, fit, matched, contradiction, unread, enough_evidence, self._find_substituted(read.stems)
-        )
+        heard = 1 - numpy.exp(-numpy.maximum(total_read, 0.0))
+        substituted = self._find_substituted(read.stems)
+        return WordComparisons(conflict, fit, matched, contradiction, unread, heard, enough_evidence, substituted)
 
     def _find_substituted(self, stems: Sequence[str]) -> Flags:
         """`[anchors]`, whether a question is the same but for one word; see `are_one_word_apart`."""

@@ -15,6 +15,8 @@ from lemoe.routing.anchor.subjects import MIN_COVERAGE, Mention, Subject
 
 MAX_RATIO = 20.0  # log-likelihood ratios (nats) beyond which more is no further evidence
 MAX_VOUCHED = 1.0  # score where all words of an edit's question were read
+MAX_EARLIER = 3.0  # score by which the sentence before can speak against an edit,
+EARLIER_SHARE = 0.3  # of which so much counts however much was asked since
 COMPLETE = 0.95  # coverage of a name of several words that was read whole; beside another it may be a longer form
 DOUBTS = slice(1, None)  # of `SUBJECT_FEATURES`, those that speak against a mention
 MARKED = [QUESTION_FEATURES.index(name) for name in ("relation", "overlap", "substituted")]  # of another relation
@@ -43,12 +45,13 @@ def is_longer_form(subject: Subject, mention: Mention) -> bool:
 def question_features(words: WordComparisons, meaning: MeaningComparisons) -> Values:
     """`QUESTION_FEATURES` `[features, anchors]` of comparisons.
 
-    `overlap` is what the words that mark a relation and the likeness of profiles say twice.
+    `overlap` is what the words that mark a relation and the likeness of profiles say twice. Nothing read is no
+    agreement.
     """
     read = (numpy.clip(meaning.ratio, -MAX_RATIO, MAX_RATIO), meaning.profile)
     marked = (meaning.relation, meaning.relation * meaning.profile)
     missing = words.contradiction
-    return numpy.stack([*read, *marked, numpy.log1p(missing), numpy.exp(-missing), words.substituted])
+    return numpy.stack([*read, *marked, numpy.log1p(missing), numpy.exp(-missing) * words.heard, words.substituted])
 
 
 Judgement = tuple[Values, Values, Values]
@@ -78,11 +81,18 @@ class Decision(ABC):
         return 1 / (1 + math.exp(-max(min(score, 500.0), -500.0)))
 
     @abstractmethod
-    def judge(self, subject: tuple[float, ...], words: WordComparisons, meaning: MeaningComparisons) -> Judgement:
+    def judge(
+        self,
+        subject: tuple[float, ...],
+        words: WordComparisons,
+        meaning: MeaningComparisons,
+        earlier: Values | None,
+    ) -> Judgement:
         """Score, rank and evidence `[anchors]` of comparisons; see `Comparisons`.
 
         Args:
             subject: `SUBJECT_FEATURES`.
+            earlier: `[anchors]`, their scores by the sentence before; None if that did not mention the subject.
         """
 
 
@@ -106,7 +116,13 @@ class WordDecision(Decision):
     def remember(self, evidence: Values, before: Values | None) -> Values:
         return evidence if before is None else numpy.maximum(evidence, before)
 
-    def judge(self, subject: tuple[float, ...], words: WordComparisons, meaning: MeaningComparisons) -> Judgement:
+    def judge(
+        self,
+        subject: tuple[float, ...],
+        words: WordComparisons,
+        meaning: MeaningComparisons,
+        earlier: Values | None,
+    ) -> Judgement:
         return self._threshold - words.conflict, words.fit, words.matched
 
 
@@ -114,7 +130,8 @@ class FittedDecision(Decision):
     """Log odds by fitted weights, above those of `probability`; the likeliest is chosen.
 
     Where all that an edit asks for was read, word for word, this is enough: what a short or vague question means is too
-    uncertain to contradict it.
+    uncertain to contradict it. Where the sentence before asked something else about the subject, a sentence that asks
+    little is most likely the answer to that.
     """
 
     margin = 0.25
@@ -127,7 +144,13 @@ class FittedDecision(Decision):
     def probability(self, score: float) -> float:
         return super().probability(score + self._threshold)
 
-    def judge(self, subject: tuple[float, ...], words: WordComparisons, meaning: MeaningComparisons) -> Judgement:
+    def judge(
+        self,
+        subject: tuple[float, ...],
+        words: WordComparisons,
+        meaning: MeaningComparisons,
+        earlier: Values | None,
+    ) -> Judgement:
         found = numpy.array(subject)
         features = question_features(words, meaning)
         fitted = float(self._subject @ found) + self._question @ features - self._threshold
@@ -135,6 +158,9 @@ class FittedDecision(Decision):
         other = numpy.minimum(self._question[MARKED] @ features[MARKED], 0.0)
         vouched = MAX_VOUCHED - words.unread + doubt + other
         score: Values = numpy.maximum(fitted, vouched)
+        if earlier is not None:
+            fading = 1 - (1 - EARLIER_SHARE) * words.heard
+            score = score + fading * numpy.clip(earlier, -MAX_EARLIER, 0.0)
         return score, score, numpy.where(words.enough_evidence, score, -numpy.inf)
 
 

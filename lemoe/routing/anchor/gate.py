@@ -12,6 +12,7 @@ from lemoe.routing.anchor.comparisons import (
     Comparisons,
     MeaningComparisons,
     QuestionTable,
+    Values,
     WordComparisons,
 )
 from lemoe.routing.anchor.evidence import Decision, choose_decision, subject_features
@@ -168,13 +169,19 @@ class Gate:
         self._tables.pop(subject, None)
         self._keys.pop(subject, None)
 
-    def compare_anchors(self, subject: int, mention: Mention, read: ReadQuestion) -> Comparisons:
-        """The question read about a mention of a subject against that of each of its anchors."""
+    def compare_anchors(
+        self, subject: int, mention: Mention, read: ReadQuestion, earlier: Values | None
+    ) -> Comparisons:
+        """The question read about a mention of a subject against that of each of its anchors.
+
+        Args:
+            earlier: `[anchors]`, their scores by the sentence before that mentioned the subject.
+        """
         numbers = self._anchors_by_subject[subject]
         words = self._compare_words(subject, numbers, read.words)
         meaning = self._compare_meaning(subject, numbers, read)
         features = subject_features(self.index.subjects[subject], mention)
-        return Comparisons(numbers, words, meaning, *self.decision.judge(features, words, meaning))
+        return Comparisons(numbers, words, meaning, *self.decision.judge(features, words, meaning, earlier))
 
     def _compare_words(self, subject: int, numbers: Sequence[int], read: Question) -> WordComparisons:
         if len(numbers) < VECTORISED_FROM:

@@ -1,5 +1,6 @@
 """Questions: the words around a mention of a subject, and whether two questions ask the same."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -50,6 +51,7 @@ class Comparison(NamedTuple):
         matched: matched weight of the anchor's question.
         contradiction: like `conflict`, but words match by their stems alone, which holds for any base model.
         unread: the anchor's part of that: how much of its question was not read.
+        heard: from 0 to 1, how much was read that asks anything at all.
         enough_evidence: whether enough was read to decide.
         substituted: whether the two are the same but for one word.
         meaning: log-likelihood ratio (nats) of both asking the same; 0 where the gate compares words alone.
@@ -61,6 +63,7 @@ class Comparison(NamedTuple):
     matched: float
     contradiction: float
     unread: float
+    heard: float
     enough_evidence: bool
     substituted: bool = False
     meaning: float = 0.0
@@ -100,9 +103,9 @@ def compare_questions(stored: StoredQuestion, read: Question, lexicon: Lexicon, 
             total_read > 0 and total_read >= MIN_EVIDENCE * total * stored.front_share
         )
     contradiction, unread = _contradict(asked, read, answer)
-    return Comparison(
-        conflict, fit, matched, contradiction, unread, enough_evidence, are_one_word_apart(asked.stems, read.stems)
-    )
+    heard = 1 - math.exp(-max(total_read, 0.0))
+    substituted = are_one_word_apart(asked.stems, read.stems)
+    return Comparison(conflict, fit, matched, contradiction, unread, heard, enough_evidence, substituted)
 
 
 def _contradict(asked: Question, read: Question, answer: frozenset[str]) -> tuple[float, float]:

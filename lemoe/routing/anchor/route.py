@@ -107,6 +107,8 @@ class Route:
         self._evidence: dict[int, Values] = {}  # the most for each anchor, by the subject's number
         self._sums = TokenSums()
         self._topics: dict[int, Mention] = {}  # subjects that a pronoun may refer to, as they were mentioned
+        self._scores: dict[int, Values] = {}  # of each anchor of a mentioned subject
+        self._scores_before: dict[int, Values] = {}  # the same of the topics
         self._opened_word = 0  # index of the first word of the sentence that was read with the gate open
 
     def copy(self) -> "Route":
@@ -117,17 +119,19 @@ class Route:
         other._ids = self._ids[:]
         other._mentions, other._partial = dict(self._mentions), dict(self._partial)
         other._evidence, other._topics = dict(self._evidence), dict(self._topics)
+        other._scores, other._scores_before = dict(self._scores), dict(self._scores_before)
         other._sums = self._sums.copy()
         return other
 
     @property
     def byte_size(self) -> int:
         """An upper bound of its memory in bytes."""
-        evidence = sum(map(len, self._evidence.values()))
+        arrays = (self._evidence, self._scores, self._scores_before)
+        values = sum(len(array) for kept in arrays for array in kept.values())
         rank = self._gate.meaning.rank if self._gate.meaning else 0
         stored = (WORD_BYTES + 4 * rank) * len(self._reader.words)
-        stored += MENTION_BYTES * (len(self._mentions) + len(self._evidence) + len(self._topics))
-        return ROUTE_BYTES + stored + 4 * len(self._ids) + PARTIAL_BYTES * len(self._partial) + 32 * evidence
+        stored += MENTION_BYTES * (len(self._mentions) + sum(map(len, arrays)) + len(self._topics))
+        return ROUTE_BYTES + stored + 4 * len(self._ids) + PARTIAL_BYTES * len(self._partial) + 16 * values
 
     def push(self, token: int, projected: Vector | None = None) -> GateState:
         """The gate's state after `token`; `projected`: `[rank]`, what the base model makes of it, if meaning counts."""
@@ -155,10 +159,10 @@ class Route:
     def _forget_sentence(self, words: Sequence[Word]) -> None:
         """Begin another sentence; what this one, of `words`, was about may be referred to by a pronoun."""
         if self._mentions:
-            self._topics = dict(self._mentions)
+            self._topics, self._scores_before = dict(self._mentions), self._scores
         elif any(word.capital and not word.starts_sentence for word in words):
-            self._topics = {}
-        self._mentions, self._partial, self._evidence = {}, {}, {}
+            self._topics, self._scores_before = {}, {}
+        self._mentions, self._partial, self._evidence, self._scores = {}, {}, {}, {}
         self._sums = TokenSums()
         self._opened_word = 0
         self._last_seen = None
@@ -233,7 +237,7 @@ class Route:
         topic = self._topics.get(subject)
         if topic is None or self._gate.meaning is None or words[position].text not in REFERENCES:
             return None
-        if words[position].text in CONJUNCTIONS and position:
+        if words[position].text in CONJUNCTIONS and not words[position].starts_sentence:
             return None
         if any(word.capital and not word.starts_sentence for word in words[:position]):
             return None
@@ -315,7 +319,8 @@ class Route:
             read = asked.get(mention.positions)
             if read is None:
                 read = asked[mention.positions] = self._read_question(mention, answered)
-            found = self._gate.compare_anchors(subject, mention, read)
+            found = self._gate.compare_anchors(subject, mention, read, self._scores_before.get(subject))
+            self._scores[subject] = found.score
             before = self._evidence.get(subject)
             self._evidence[subject] = self._gate.decision.remember(found.evidence, before)
             yield subject, mention, found, before

@@ -27,8 +27,8 @@ from lemoe.routing.anchor.route import Route
 FOLDS = 4
 KEYS_SAME, KEYS_OTHER, KEYS_HARD = 2, 2, 2  # edits that each text is read with: its own, others, and near others,
 NEAREST, HARD_SHARE = 12, 0.3  # drawn from so many, each of which counts this much of an example
-PREFIXES = 2  # beginnings of a text that must not open the gate,
-PREFIX_SHARE = 0.15  # each of which counts this much of an example,
+PREFIXES = 4  # beginnings of a text that must not open the gate,
+PREFIX_SHARE = 0.8  # each of which counts this much of an example,
 REMARK_SHARE = 8.0  # and an edit with a remark, of which the bank has few, this much
 COPY_SHARE = 2.0  # each of which counts this much of an example
 FRAMES_READ = 3  # edits of other relations in the same words that each of these is read with
@@ -59,7 +59,13 @@ class _Recorder(Decision):
     def __init__(self) -> None:
         self.seen: list[Values] = []
 
-    def judge(self, subject: tuple[float, ...], words: WordComparisons, meaning: MeaningComparisons) -> Judgement:
+    def judge(
+        self,
+        subject: tuple[float, ...],
+        words: WordComparisons,
+        meaning: MeaningComparisons,
+        earlier: Values | None,
+    ) -> Judgement:
         asked = question_features(words, meaning)
         anchors = asked.shape[1]
         self.seen.append(numpy.concatenate([numpy.repeat(numpy.array(subject)[:, None], anchors, 1), asked]).T)

@@ -111,7 +111,7 @@ class Word:
 
     Attributes:
         capital: whether it has a capital anywhere (`iPhone`), or starts with a digit.
-        starts_sentence: whether it is the first of its sentence.
+        starts_sentence: whether it is the first of its sentence, or of what stands behind a colon.
         upper: whether all its letters are capitals.
         adjacent: whether nothing but spaces, a hyphen or a stop that ends no sentence parts it from the word before.
     """
@@ -137,6 +137,7 @@ class WordReader:
         self.words: list[Word] = []
         self.growing = False
         self._adjacent = False  # what was read behind the last word does not part it from the next one
+        self._behind_colon = False
         self._decoder = _new_decoder()
         self._sentence_end = 0  # 0: no sentence end read, 1: its punctuation mark, 2: the mark and a space
         self._ends_surely = False  # the mark was not `.`, which abbreviations use too
@@ -148,7 +149,7 @@ class WordReader:
         if self.words:  # the only one that may still change
             last = self.words[-1]
             other.words[-1] = replace(last)
-        other.growing, other._adjacent = self.growing, self._adjacent
+        other.growing, other._adjacent, other._behind_colon = self.growing, self._adjacent, self._behind_colon
         other._decoder.setstate(self._decoder.getstate())
         other._sentence_end, other._ends_surely = self._sentence_end, self._ends_surely
         return other
@@ -194,7 +195,9 @@ class WordReader:
             last.capital |= upper
             last.upper &= upper
         else:
-            self.words.append(Word(letters, capital, not self.words, upper, self._adjacent and bool(self.words)))
+            starts = not self.words or self._behind_colon
+            self.words.append(Word(letters, capital, starts, upper, self._adjacent and bool(self.words)))
+            self._behind_colon = False
         self.growing = not is_unspaced(char)
         self._adjacent = True
         self._sentence_end = 0
@@ -212,6 +215,7 @@ class WordReader:
             self._sentence_end = 2 if self._sentence_end else 0
         elif char not in "\"')]}”’" and self._sentence_end == 1:
             self._sentence_end = 0
+        self._behind_colon |= char in ":："
         self._adjacent &= char.isspace() or char in "-.'’"
         self.growing = False
 
