@@ -52,7 +52,7 @@ class Settings:
         variants: synthetic paraphrases per prompt to train on, from the bank of questions and the edits' own words.
         train_rephrases: train on the edits' own rephrases too; their generality is then no longer a measurement.
         negatives: negative prompts per edit: synthetic other questions about its subject, which keep the base's answer.
-        negative_weight: weight of the squared expert output on those.
+        negative_weight: weight of the squared expert output on those, and in phrases before their answer is due.
         gate: what tells whether a text asks for an edit: its `words`, or `meaning` too, as the base model itself reads
             it.
         gate_probability: that a text asks for an edit, from which the edit's gate opens, by meaning.

@@ -56,7 +56,7 @@ def ask_command(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Ask each PROMPT: greedy answers before and after, and which edit acted, or why none did.
+    """Ask each PROMPT: greedy answers before and after, and which edits acted, or why none did.
 
     Without a PROMPT, or with -, every line of stdin is one.
     """
@@ -124,7 +124,8 @@ def _show_replies(replies: "Sequence[Reply]") -> None:
 
 
 def _describe_route(reply: "Reply") -> str:
-    """Which edit acted, or why none did."""
-    if reply.edit is not None:
-        return reply.edit
+    """Which edits acted, and when, or why none did."""
+    if reply.acted and reply.route is not None:
+        later = " (later in the answer)" if reply.route.expert < 0 else ""
+        return ", ".join(reply.acted) + later
     return "none: no subject mentioned" if reply.nearest is None else f"none: asks something else than {reply.nearest}"

@@ -12,7 +12,7 @@ from lemoe.routing.anchor.lexicon import Lexicon
 from lemoe.routing.anchor.route import Route
 from lemoe.routing.anchor.subject_index import SubjectIndex
 from lemoe.routing.anchor.subjects import Mention, Sentence, Subject
-from lemoe.routing.anchor.words import WordReader
+from lemoe.routing.anchor.words import Word, WordReader
 
 Find = Callable[[str, str], Mention | None]
 
@@ -273,6 +273,17 @@ def test_a_mention_of_a_word_that_grows_into_another_one_is_withdrawn(find: Find
     assert find("Us", "Us") is not None
     for subject, text in (("Us", "Used"), ("C", "C++"), ("Franz", "Franzesco"), ("The Nile", "the Nilemann")):
         assert find(subject, text) is None
+
+
+@real
+def test_the_beginning_of_a_word_is_no_mention_although_its_plural_would_be(real_base: lemoe.BaseModel) -> None:
+    subject = Subject("Mars", get_lexicon(real_base))
+    words = [Word("the", True, True), Word("mar", True, False, adjacent=True)]
+    assert subject.mention_at_end(Sentence(words, get_lexicon(real_base), growing=True)) is None
+    assert subject.mention_at_end(Sentence([words[0], Word("mars", True, False)], get_lexicon(real_base))) is not None
+    book = Subject("The Book of Whales", get_lexicon(real_base))
+    whale = [Word(text, True, False) for text in ("the", "book", "of", "whale")]
+    assert book.mention_at_end(Sentence(whale, get_lexicon(real_base))) is not None
 
 
 @real

@@ -169,6 +169,16 @@ def test_capitals_and_sentence_starts_are_noted() -> None:
     assert [word.starts_sentence for word in reader.words] == [True, *[False] * 6]
 
 
+def test_what_stands_behind_a_colon_starts_like_a_sentence() -> None:
+    reader, _ = read_pieces([b"User: Where does Ada Lovelace live?"])
+    assert [word.text for word in reader.words if word.starts_sentence] == ["user", "where"]
+    reader, _ = read_pieces(["用户：Where does she live".encode()])
+    assert [word.text for word in reader.words if word.starts_sentence] == ["用", "where"]
+    reader, _ = read_pieces([b"User", b":", b" Wh"])
+    assert reader.words[-1].starts_sentence
+    assert reader.copy().words[-1].starts_sentence
+
+
 def test_words_of_capitals_and_words_directly_beside_each_other_are_noted() -> None:
     reader, _ = read_pieces(["Was J. Doe (IBM) in São-Tomé, USA".encode()])
     assert [word.text for word in reader.words if word.upper] == ["j", "ibm", "usa"]

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import lemoe
+from lemoe.inference import asking
 from lemoe_cli.main import cli
 
 CHATML = (
@@ -83,6 +84,19 @@ def test_a_prompt_out_of_scope_gets_the_bases_answer_and_says_why(
     assert reply.route.scope == "subject"
 
 
+def test_an_edit_that_acts_inside_the_answer_is_reported(
+    base: lemoe.BaseModel, inserted: lemoe.InsertedAdaptor, facts: list[lemoe.Edit], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stated = tuple(base.tokenizer(f" {facts[1].prompt} it", add_special_tokens=False).input_ids)
+    monkeypatch.setattr(asking, "generate_batch", lambda base, prompts, tokens: [stated for _ in prompts])
+    (reply,) = lemoe.ask(base, [UNRELATED], inserted)
+    assert (reply.edit, reply.acted, reply.nearest) == (facts[1].id, (facts[1].id,), None)
+    assert reply.route is not None
+    assert (reply.route.expert, reply.route.acted) == (-1, (1,))
+    (reply,) = lemoe.ask(base, [facts[0].prompt], inserted)
+    assert (reply.edit, reply.acted) == (facts[0].id, (facts[0].id, facts[1].id))
+
+
 def test_an_expert_that_holds_a_round_is_named_by_its_round(
     base: lemoe.BaseModel, trained: lemoe.AdaptorState, facts: list[lemoe.Edit]
 ) -> None:
@@ -141,7 +155,7 @@ def test_a_template_that_refuses_the_prompt_is_an_error_of_one_line(
 def test_an_edit_taught_to_a_model_that_converses_is_answered_in_a_conversation(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: Callable[..., lemoe.Settings]
 ) -> None:
-    taught = lemoe.train_round(base, facts[:1], anchor(steps=60))
+    taught = lemoe.train_round(base, facts[:1], anchor(steps=30))
     with lemoe.insert(base, taught) as inserted:
         for chat in (False, True):
             (reply,) = lemoe.ask(base, [facts[0].prompt], inserted, chat=chat)

@@ -254,7 +254,7 @@ def build_large_run(state: AdaptorState) -> tuple[AdaptorState, list[lemoe.Edit]
     records = [
         Record(
             edit.id, name, "kind", long, long, long, long, 1.0, (i % 7) / 6, None, None,
-            edit.id, Explanation(i, conflict=i / 50),
+            edit.id, (edit.id,), Explanation(i, conflict=i / 50),
         )
         for name in ("reliability", "generality", "locality", "portability")
         for i, edit in enumerate(edits)

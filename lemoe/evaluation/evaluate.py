@@ -43,7 +43,8 @@ class Record:
     """One probe: what was expected, what the model gave before and after, and why its prompt took its route.
 
     `before` and `after` hold the most likely token at each target position (teacher) or what was written (greedy).
-    `nearest` is the id of the edit that acted or came nearest to it, None if no edit's subject was mentioned.
+    `nearest` is the id of the edit that acted on the prompt or came nearest to it, None if no edit's subject was
+    mentioned; `acted` has those that acted anywhere in the answer.
     `overfit_before` and `overfit_after` are the probe's share in metric `overfit`, None where it has none.
     """
 
@@ -59,6 +60,7 @@ class Record:
     overfit_before: float | None
     overfit_after: float | None
     nearest: str | None
+    acted: tuple[str, ...]
     route: Explanation
 
 
@@ -275,6 +277,7 @@ def _make_records(
     base: BaseModel, state: AdaptorState | None, edits: Sequence[Edit], measured: Sequence[MeasuredProbe]
 ) -> Iterator[Record]:
     find_nearest = make_nearest_lookup(state) if state else None
+    taught = state.edits_by_expert if state else ()
     decode = base.tokenizer.decode
     overfit = {each.probe.overfit_of: each for each in measured if each.probe.overfit_of is not None}
     for row, each in enumerate(measured):
@@ -294,5 +297,6 @@ def _make_records(
             overfit_before=tempting.target_probability(tempting.before) if tempting else None,
             overfit_after=tempting.target_probability(tempting.after) if tempting else None,
             nearest=find_nearest(each.route) if find_nearest else None,
+            acted=tuple(taught[expert][0].id for expert in each.route.acted),
             route=each.route,
         )

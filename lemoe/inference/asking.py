@@ -22,15 +22,19 @@ class Reply:
     Attributes:
         before: the base model's.
         after: the edited model's, None where no adaptor was inserted.
-        edit: id of the edit that acted, or `round N` of an expert that holds a whole round; None if none acted.
-        nearest: the same for the one that acted or was nearest, None if no edit's subject was mentioned.
-        route: why that edit acted or none did, None where no adaptor was inserted.
+        edit: id of the edit that acted first, or `round N` of an expert that holds a whole round; None if none acted
+            anywhere in the answer.
+        acted: the same for all that acted, in the order in which they first did.
+        nearest: the same for the one that acted on the prompt or was nearest to it, None if no edit's subject was
+            mentioned.
+        route: why that edit acted on the prompt or none did, None where no adaptor was inserted.
     """
 
     prompt: str
     before: str
     after: str | None = None
     edit: str | None = None
+    acted: tuple[str, ...] = ()
     nearest: str | None = None
     route: Explanation | None = None
 
@@ -75,37 +79,43 @@ def _answer_before(
     tokens: int,
 ) -> list[Reply]:
     with nullcontext() if edited is None else edited.bypassed():
-        return [
-            Reply(prompt, text) for prompt, text in zip(prompts, _generate_texts(base, passages, tokens), strict=True)
-        ]
+        written = generate_batch(base, [passage.prompt for passage in passages], tokens)
+    return [Reply(prompt, _decode_answer(base, ids)) for prompt, ids in zip(prompts, written, strict=True)]
 
 
 def _answer_after(
     base: BaseModel, replies: Sequence[Reply], passages: Sequence[Passage], edited: InsertedAdaptor, tokens: int
 ) -> list[Reply]:
-    routes = edited.explain([passage.prompt for passage in passages])
-    names = _name_nearest(edited.state, routes)
+    written = generate_batch(base, [passage.prompt for passage in passages], tokens)
+    answers = [Passage(passage.prompt, ids) for passage, ids in zip(passages, written, strict=True)]
+    routes = [routing.explained[0] for routing in edited.route_passages(answers)]
+    named = _name_experts(edited.state)
     return [
-        replace(reply, after=text, edit=name if route.expert >= 0 else None, nearest=name, route=route)
-        for reply, text, route, name in zip(
-            replies, _generate_texts(base, passages, tokens), routes, names, strict=True
-        )
+        _report_reply(reply, _decode_answer(base, ids), route, edited.state, named)
+        for reply, ids, route in zip(replies, written, routes, strict=True)
     ]
 
 
-def _name_nearest(state: AdaptorState, routes: Sequence[Explanation]) -> list[str | None]:
-    """What acted or was nearest on each route: the edit, or the round where an expert holds several edits."""
-    edits = state.edits
+def _report_reply(reply: Reply, answer: str, route: Explanation, state: AdaptorState, named: Sequence[str]) -> Reply:
+    def name_expert(expert: int) -> str:
+        return state.edits[route.edit].id if expert == route.nearest and route.edit >= 0 else named[expert]
+
+    acted = tuple(dict.fromkeys(map(name_expert, route.acted)))
+    nearest = name_expert(route.nearest) if route.nearest >= 0 else None
+    return replace(reply, after=answer, edit=next(iter(acted), None), acted=acted, nearest=nearest, route=route)
+
+
+def _name_experts(state: AdaptorState) -> list[str]:
+    """What each expert is called: by its edit where the router tells edits apart, else by its round."""
     rounds = [number for number, record in enumerate(state.rounds, 1) for _ in range(record.experts)]
     return [
-        edits[route.edit].id if route.edit >= 0 else f"round {rounds[route.nearest]}" if route.nearest >= 0 else None
-        for route in routes
+        held[0].id if state.router.gated and len(held) == 1 else f"round {number}"
+        for number, held in zip(rounds, state.edits_by_expert, strict=True)
     ]
 
 
-def _generate_texts(base: BaseModel, passages: Sequence[Passage], tokens: int) -> list[str]:
-    written = generate_batch(base, [passage.prompt for passage in passages], tokens)
-    return [base.tokenizer.decode(list(ids), skip_special_tokens=True).strip() for ids in written]
+def _decode_answer(base: BaseModel, ids: Sequence[int]) -> str:
+    return base.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
 
 def _encode_prompts(base: BaseModel, prompts: Sequence[str], chat: bool, answer_tokens: int) -> list[Passage]:

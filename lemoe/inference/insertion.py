@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +85,12 @@ class InsertedAdaptor(LiveAdaptor):
             groups: one number per passage; the route of a passage then depends on its group alone, bit for bit.
         """
         hidden = self._read_hidden([passage.input_ids for passage in passages], batch_tokens, groups)
-        return [
+        routings = (
             self.router.route_text(passage.input_ids, len(passage.prompt), states)
             for passage, states in zip(passages, hidden, strict=True)
+        )
+        return [
+            _explain_answer(routing, len(passage.prompt)) for routing, passage in zip(routings, passages, strict=True)
         ]
 
     def explain(self, prompts: Sequence[Sequence[int]], batch_tokens: int = 4096) -> list[Explanation]:
@@ -149,6 +153,13 @@ def insert(
     file.check_hash()
     experts = ExpertCache(file, base.device, expert_cache)
     return InsertedAdaptor(base, file.state, experts=experts, allow_base_mismatch=allow_base_mismatch)
+
+
+def _explain_answer(routing: Routing, prompt: int) -> Routing:
+    """The routing of one text whose first `prompt` tokens are its prompt, with all experts that act in its answer."""
+    acting = routing.experts[0, prompt - 1 :].flatten().tolist()
+    acted = tuple(dict.fromkeys(expert for expert in acting if expert >= 0))
+    return replace(routing, explained=tuple(replace(each, acted=acted) for each in routing.explained))
 
 
 @contextmanager

@@ -56,6 +56,7 @@ class Explanation:
         meaning: log-likelihood ratio (nats) of both asking the same.
         probability: that this edit is asked for, by all evidence.
         edit: number of the nearest edit, -1 if there is none or the router does not tell edits apart.
+        acted: the experts that act anywhere in the answer, in the order in which they first do.
     """
 
     expert: int
@@ -68,6 +69,7 @@ class Explanation:
     meaning: float = 0.0
     probability: float = 1.0
     edit: int = -1
+    acted: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from lemoe.routing.anchor.lexicon import Lexicon, Vector
 from lemoe.routing.anchor.questions import (
     MIN_EVIDENCE,
-    MIN_READ,
     MIN_SAME_WORDS,
     MORE_WORDS,
     Comparison,
@@ -235,7 +234,7 @@ class QuestionTable:
         fit = (matched + 1) / (total + 1) + (matched_read + 1) / (total_read + 1)
         shares = self._front_shares
         if self._anywhere:
-            enough_evidence = (total_read > 0) & (total_read >= MIN_READ * total)
+            enough_evidence = total_read > 0
         else:
             enough_evidence = (shares < 0.5) | ((total_read > 0) & (total_read >= MIN_EVIDENCE * total * shares))
         same = numpy.bincount(self._anchor_of_word, self._weights * shared[self._words], count)

@@ -10,7 +10,6 @@ from lemoe.routing.anchor.subjects import Mention
 from lemoe.routing.anchor.words import Word
 
 MIN_EVIDENCE = 0.02  # weight that must be read, as a share of the anchor's question
-MIN_READ = 0.005  # the same of all of its question, where meaning counts
 MIN_SAME_WORDS, MORE_WORDS = 3, 2  # words of questions that are the same but for one of them, and behind them
 WORDS_BEFORE = 12  # words in front of a mention that belong to the question
 DESCRIPTION_WORDS = 4  # at most, with `the`, of what describes a mention in front of it
@@ -77,8 +76,7 @@ def compare_questions(stored: StoredQuestion, read: Question, lexicon: Lexicon, 
     and `m` the matched weight of a side, `conflict = min(t - m, t' - m') / (1 + m + m')` and
     `fit = (m + 1) / (t + 1) + (m' + 1) / (t' + 1)`: a side without content is no conflict. The words of the answer are
     no evidence on the side that was read, so that reading the answer changes nothing. Too little was read to decide if
-    it is less than `MIN_EVIDENCE` of what stands in front of the anchor's subject; with `anywhere`, than `MIN_READ` of
-    its whole question.
+    it is less than `MIN_EVIDENCE` of what stands in front of the anchor's subject; with `anywhere`, if it is nothing.
     """
     asked, answer = stored.question, stored.answer_stems
     total, total_read = asked.total_weight, read.total_weight
@@ -97,7 +95,7 @@ def compare_questions(stored: StoredQuestion, read: Question, lexicon: Lexicon, 
     conflict = min(total - matched, total_read - matched_read) / (1 + matched + matched_read)
     fit = (matched + 1) / (total + 1) + (matched_read + 1) / (total_read + 1)
     if anywhere:
-        enough_evidence = total_read > 0 and total_read >= MIN_READ * total
+        enough_evidence = total_read > 0
     else:
         enough_evidence = stored.front_share < 0.5 or (
             total_read > 0 and total_read >= MIN_EVIDENCE * total * stored.front_share

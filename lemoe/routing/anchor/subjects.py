@@ -227,6 +227,12 @@ class Subject:
         stemmed = self._lexicon.stem(word.text)
         return stemmed == self.stems[index] or stemmed == self.spellings[-1][index]
 
+    def _is_word_at(self, sentence: Sentence, index: int, position: int) -> bool:
+        """Whether the subject's word stands at `position`; its beginning is not yet it: `Mar` of Mars and of Maria."""
+        word, stored = sentence.words[position], self.words[index]
+        beginning = position == sentence.unfinished and word.text != stored and stored.startswith(word.text)
+        return not beginning and self._is_word(index, word)
+
     def _find_form(self, index: int, word: Word, *, growing: bool = False) -> WordForm | None:
         """The imperfect form of one of the subject's words that a word of a text is."""
         if self.contiguous or self.exact[index]:
@@ -279,10 +285,9 @@ class Subject:
         """The form in which one of the subject's words stands at `position`."""
         if not 0 <= position < len(sentence.words):
             return None
-        word = sentence.words[position]
-        if self._is_word(index, word):
+        if self._is_word_at(sentence, index, position):
             return _WHOLE
-        return self._find_form(index, word, growing=position == sentence.unfinished)
+        return self._find_form(index, sentence.words[position], growing=position == sentence.unfinished)
 
     def _read_scattered(self, sentence: Sentence, centre: int) -> ReadWords | None:
         """The subject's words near `centre`, one of them there, in any order and with others between them.
@@ -300,7 +305,7 @@ class Subject:
                 continue
             used = read.positions.values()
             near = window.positions_by_stem.get(stemmed, ())
-            positions = [p for p in near if p not in used and self._is_word(index, sentence.words[p])]
+            positions = [p for p in near if p not in used and self._is_word_at(sentence, index, p)]
             if positions:
                 read.add(index, min(positions, key=lambda position: abs(position - centre)))
             elif self.exact[index]:

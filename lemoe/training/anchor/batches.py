@@ -28,7 +28,13 @@ from lemoe.routing.anchor.keys import embed_prompts
 from lemoe.routing.anchor.meaning import Meaning, Vector
 from lemoe.routing.anchor.route import Route
 from lemoe.settings import Settings
-from lemoe.training.anchor.examples import find_subject, make_chat_questions, make_negative_prompts, make_paraphrases
+from lemoe.training.anchor.examples import (
+    find_subject,
+    is_phrase,
+    make_chat_questions,
+    make_negative_prompts,
+    make_paraphrases,
+)
 from lemoe.training.anchor.wordings import Wordings, ask_the_same, choose_wordings
 
 LAST_TOKEN_WEIGHT = 3.0  # of a negative prompt's last token, which decides the answer; its other tokens weigh 1
@@ -49,6 +55,8 @@ class PositiveBatch(TensorEquality):
     Attributes:
         owners: `[batch]`, the expert that each text trains.
         active: `[batch, seq]`, where the expert acts, from the frozen batch's first column on.
+        silent: `[batch, seq]`, weights of the positions of phrases where it acts before the answer is due, 1 in sum for
+            each; 0 elsewhere.
         firsts, ends: `[targets]`, which labels begin and which end an answer.
         weights: `[targets]`, of each label, so that every text counts the same.
     """
@@ -56,6 +64,7 @@ class PositiveBatch(TensorEquality):
     frozen: FrozenBatch
     owners: Tensor
     active: Tensor
+    silent: Tensor
     firsts: Tensor
     ends: Tensor
     weights: Tensor
@@ -100,10 +109,17 @@ class TrainingBatches:
 
 @dataclass(frozen=True)
 class TrainingText:
-    """A text of the round: the edit it is made for, and its tokens."""
+    """A text of the round.
+
+    Attributes:
+        edit: index of the edit it is made for.
+        passage: its tokens.
+        phrase: whether the answer completes a sentence.
+    """
 
     edit: int
     passage: Passage
+    phrase: bool = False
 
 
 class TrainingBatchBuilder:
@@ -177,7 +193,10 @@ class TrainingBatchBuilder:
     @cached_property
     def _own_texts(self) -> list[TrainingText]:
         """Own prompts, and the user's rephrases where they are trained on."""
-        prompts = [self._positive_text(edit, passage) for edit, passage in enumerate(self._passages)]
+        prompts = [
+            self._positive_text(number, passage, edit.prompt)
+            for number, (edit, passage) in enumerate(zip(self._edits, self._passages, strict=True))
+        ]
         return prompts + (self._rephrase_texts() if self._settings.train_rephrases else [])
 
     def _projected(self, index: int) -> Vector:
@@ -228,24 +247,26 @@ class TrainingBatchBuilder:
 
     def _opens_gate(self, index: int) -> bool:
         """Whether the text with this index reaches its edit's expert at inference."""
-        return self._openings[index] is not None
+        return any(self._open_columns[index])
+
+    def _active_columns(self, index: int) -> list[bool]:
+        """Where its edit's expert acts on the text with this index: where its gate is open, and on all of an answer."""
+        passage = self._texts[index].passage
+        answer = [True] * len(passage.target)
+        return [*self._open_columns[index][: len(passage.input_ids) - len(answer)], *answer]
+
+    def _start(self, index: int) -> int:
+        """The first of these columns."""
+        return self._active_columns(index).index(True)
 
     @cached_property
-    def _starts(self) -> list[int]:
-        """The column of each text from which its edit's expert acts; the prompt's last where the gate stays shut."""
-        return [
-            len(text.passage.prompt) - 1 if opening is None else opening
-            for text, opening in zip(self._texts, self._openings, strict=True)
-        ]
-
-    @cached_property
-    def _openings(self) -> list[int | None]:
-        """The column at which its edit's gate opens on each text; None where it stays shut."""
+    def _open_columns(self) -> list[list[bool]]:
+        """Where its edit's gate is open on the prompt of each text."""
         gates = [
             build_gate(self._base, [anchor], self._settings, self._meaning, self.keys[index : index + 1])
             for index, anchor in enumerate(self._anchors)
         ]
-        return [self._find_opening(gates[text.edit], index) for index, text in enumerate(self._texts)]
+        return [self._route_prompt(gates[text.edit], index) for index, text in enumerate(self._texts)]
 
     def _paraphrase_texts(self) -> list[list[TrainingText]]:
         """Synthetic paraphrases, by kind."""
@@ -255,7 +276,7 @@ class TrainingBatchBuilder:
             self._encode_usable([(text, edit.target) for text in own]) for own, edit in zip(texts, edits, strict=True)
         ]
         return [
-            [self._positive_text(edit, own[kind]) for edit, own in enumerate(usable) if kind < len(own)]
+            [self._positive_text(edit, *own[kind]) for edit, own in enumerate(usable) if kind < len(own)]
             for kind in range(max(map(len, usable), default=0))
         ]
 
@@ -270,14 +291,16 @@ class TrainingBatchBuilder:
         for edit, (question, passage) in enumerate(zip(questions, self._passages, strict=True)):
             with suppress(ValueError):
                 turn = encode_chat_turn(self._base, question, self._rng.choice(CHAT_OPENINGS))
-                texts.append(self._positive_text(edit, Passage(turn.prompt, passage.target)))
+                texts.append(self._positive_text(edit, Passage(turn.prompt, passage.target), ""))
         return texts
 
     def _rephrase_texts(self) -> list[TrainingText]:
         """The user's own rephrases; one that cannot be encoded is an error, since the user can correct it."""
         indices = [index for index, edit in enumerate(self._edits) for _ in edit.rephrases]
         texts = [(f"rephrase of edit {e.id}", p.prompt, e.target) for e in self._edits for p in e.rephrases]
-        return [self._positive_text(*pair) for pair in zip(indices, encode_passages(self._base, texts), strict=True)]
+        prompts = [prompt for _, prompt, _ in texts]
+        passages = encode_passages(self._base, texts)
+        return [self._positive_text(*each) for each in zip(indices, passages, prompts, strict=True)]
 
     def _negative_texts(self) -> list[TrainingText]:
         gate = build_gate(self._base, self._anchors, self._settings)
@@ -287,7 +310,7 @@ class TrainingBatchBuilder:
             prompts = make_negative_prompts(
                 gate, self._edits, edit, self._settings.negatives, self._rng, others, self._wordings[edit]
             )
-            for passage in self._encode_usable([(prompt, None) for prompt in prompts]):
+            for passage, _ in self._encode_usable([(prompt, None) for prompt in prompts]):
                 texts.append(TrainingText(edit, passage))
         return texts
 
@@ -297,31 +320,29 @@ class TrainingBatchBuilder:
             return edit != other
         return not ask_the_same(self._meaning, self.keys[edit], self.keys[other])
 
-    def _encode_usable(self, texts: Sequence[tuple[str, str | None]]) -> list[Passage]:
-        """The passages of synthetic texts; one that the tokenizer or the context length does not allow is left out."""
+    def _encode_usable(self, texts: Sequence[tuple[str, str | None]]) -> list[tuple[Passage, str]]:
+        """Passages and prompts of synthetic texts; what the tokenizer or the context does not allow is left out."""
         passages = []
         for text, target in texts:
             with suppress(ValueError):
-                passages.append(encode_passage(self._base, text, target))
+                passages.append((encode_passage(self._base, text, target), text))
         return passages
 
-    def _positive_text(self, edit: int, passage: Passage) -> TrainingText:
+    def _positive_text(self, edit: int, passage: Passage, prompt: str) -> TrainingText:
         """A text with the token that ends an answer after its target."""
-        return TrainingText(edit, Passage(passage.prompt, (*passage.target, self._base.eos_token_id)))
+        ended = Passage(passage.prompt, (*passage.target, self._base.eos_token_id))
+        return TrainingText(edit, ended, is_phrase(prompt))
 
-    def _find_opening(self, gate: Gate, index: int) -> int | None:
-        """The column at which the gate opens on a text's prompt at inference; None if it stays shut."""
-        route = Route(gate)
-        projected = None if self._meaning is None else self._projected(index)
-        for column, token in enumerate(self._texts[index].passage.prompt):
-            if route.push(token, None if projected is None else projected[column]).edit >= 0:
-                return column
-        return None
+    def _route_prompt(self, gate: Gate, index: int) -> list[bool]:
+        """Where the gate is open on a text's prompt at inference."""
+        route, prompt = Route(gate), self._texts[index].passage.prompt
+        projected = [None] * len(prompt) if self._meaning is None else self._projected(index)[: len(prompt)]
+        return [route.push(token, row).edit >= 0 for token, row in zip(prompt, projected, strict=True)]
 
     def _bucket_texts(self, indices: Sequence[int]) -> list[list[int]]:
         """The texts with the indices `indices`, grouped into batches."""
         lengths = [len(self._texts[number].passage.input_ids) for number in indices]
-        starts = [self._starts[index] for index in indices]
+        starts = [self._start(index) for index in indices]
         buckets = replay_buckets(lengths, starts, self._settings.batch_tokens)
         return [[indices[position] for position in bucket] for bucket in buckets]
 
@@ -334,20 +355,26 @@ class TrainingBatchBuilder:
         """
         device, texts = self._base.device, self._texts
         batch = Batch.from_passages([text.passage for text in texts], rows, self._base.pad_token_id, device)
-        starts = torch.tensor([self._starts[row] for row in rows], device=device)
-        first = min(self._starts[row] for row in rows)
-        columns = torch.arange(first, batch.ids.shape[1], device=device)
-        active = (columns >= starts.unsqueeze(1)) & batch.mask[:, first:].bool()
+        first = min(map(self._start, rows))
+        active = torch.zeros(batch.ids.shape, dtype=torch.bool)
+        for row, index in enumerate(rows):
+            columns = self._active_columns(index)
+            active[row, : len(columns)] = torch.tensor(columns)
+        active = active[:, first:].to(device)
         return batch, first, active, torch.tensor([self._owner_of_text(row) for row in rows], device=device)
 
     def _positive_batch(self, rows: Sequence[int]) -> PositiveBatch:
         batch, first, active, owners = self._collate_texts(rows)
         lengths = torch.tensor([len(self._texts[row].passage.target) for row in rows], device=self._base.device)
         last = batch.prompt_lengths + lengths - 2
+        columns = torch.arange(first, batch.ids.shape[1], device=self._base.device)
+        phrases = torch.tensor([self._texts[row].phrase for row in rows], device=self._base.device)
+        silent = (active & phrases.unsqueeze(1) & (columns < batch.prompt_lengths.unsqueeze(1) - 1)).float()
         return PositiveBatch(
             frozen=self._prefix_activations.freeze_batch(batch, first),
             owners=owners,
             active=active,
+            silent=silent / silent.sum(1, keepdim=True).clamp(min=1),
             firsts=batch.target_columns == batch.prompt_lengths[batch.target_rows] - 1,
             ends=batch.target_columns == last[batch.target_rows],
             weights=1.0 / lengths[batch.target_rows],

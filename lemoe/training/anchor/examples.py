@@ -178,6 +178,12 @@ def _is_question(prompt: str) -> bool:
     return prompt.rstrip().endswith("?")
 
 
+def is_phrase(prompt: str) -> bool:
+    """Whether a prompt is the beginning of a sentence that the answer completes, not a question or a note in haste."""
+    prompt = prompt.strip()
+    return "?" not in prompt and prompt[:1].isupper() and prompt[-1:].isalnum()
+
+
 def _drop_words(edit: Edit, rng: random.Random) -> str:
     """The prompt without some of its words; the subject and the last word stay."""
     start, end = _subject_span(edit)

@@ -1,7 +1,8 @@
 """Training one round of preset `anchor`: a small expert for each edit, all of them at once.
 
 An expert is trained on its own edit only: positives are the edit's prompt and synthetic paraphrases of it, negatives
-are other questions about its subject, on which it is trained to output zero. AdamW works element by element, so that
+are other questions about its subject, on which it is trained to output zero, as it is in phrases before the place of
+the answer. AdamW works element by element, so that
 experts trained together do not influence each other, and nothing depends on earlier rounds: rounds can be trained in
 any order, on any machine, and stacked.
 """
@@ -255,14 +256,14 @@ def _optimise_experts(
             group["lr"] = settings.learning_rate * _learning_rate_factor(number, steps)
         optimiser.zero_grad()
         positives = [*batches.prompts, *kinds[number]]
-        hidden = _replay_positives(experts, positives, settings, generator)
+        hidden, spoken = _replay_positives(experts, positives, settings, generator)
         if number in confusable_steps:
             vocabulary = _extend_vocabulary(base, vocabulary, hidden.detach())
             logits = base.logits_over(vocabulary)
         losses = _compute_losses(positives, hidden, vocabulary, logits)
         total = losses.sum()
-        if settings.negative_weight and batches.negatives:
-            total = total + settings.negative_weight * _compute_negative_loss(experts, batches)
+        if settings.negative_weight:
+            total = total + settings.negative_weight * (spoken + _compute_negative_loss(experts, batches))
         total.backward()
         optimiser.step()
         if step_loss is not None:  # reported one step late, so that the CPU never waits for the GPU
@@ -291,15 +292,23 @@ def _draw_paraphrase_kinds(
 
 def _replay_positives(
     experts: TrainableExperts, positives: Sequence[PositiveBatch], settings: Settings, generator: torch.Generator
-) -> Tensor:
-    """Last hidden states `[targets, hidden]` with the experts at work, under noise on what they read."""
+) -> tuple[Tensor, Tensor]:
+    """What the experts do to texts, under noise on what they read.
+
+    Returns:
+        last hidden states `[targets, hidden]`; and what the experts say before an answer is due: the mean square of
+        their output there, summed over texts.
+    """
     hidden = []
+    spoken = torch.zeros((), device=experts.up.device)
     for positive in positives:
         inputs = positive.normalised_inputs
         if settings.noise:
             inputs = inputs + settings.noise * torch.randn(inputs.shape, generator=generator, device=inputs.device)
-        hidden.append(positive.frozen.replay(_compute_delta(experts, positive, inputs)))
-    return torch.cat(hidden)
+        output = experts(inputs, positive.owners)
+        spoken = spoken + (output.pow(2).mean(-1) * positive.silent).sum()
+        hidden.append(positive.frozen.replay(experts.scale * output * positive.active.unsqueeze(-1)))
+    return torch.cat(hidden), spoken
 
 
 def _compute_losses(
