@@ -28,6 +28,7 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy
 import psutil
 import torch
 from synthetic import make_crowded_edits, make_renamed_edits
@@ -39,6 +40,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lemoe
 from lemoe.adaptor.state import AdaptorState
 from lemoe.base.frozen import residual_scale
+from lemoe.base.frozen.layer_inputs import read_layer_inputs
 from lemoe.base.hooks import added_to_residual
 from lemoe.base.matmul import use_onednn
 from lemoe.base.sources import ModelSource
@@ -47,6 +49,7 @@ from lemoe.base.tensors import rms_normalise
 from lemoe.base.tokens import Batch, Passage, encode_edits, length_buckets
 from lemoe.data.edits import combine_digests
 from lemoe.routing.anchor.anchors import Anchors, LiveAnchors
+from lemoe.routing.anchor.fitting import fitted_meaning
 from lemoe.routing.anchor.gate import Anchor
 from lemoe.routing.anchor.route import GateState, Route
 from lemoe.routing.router import Sequences
@@ -348,7 +351,12 @@ def synthetic_anchors(
 
 
 def make_anchors(base: lemoe.BaseModel, made: Sequence[lemoe.Edit]) -> Anchors:
-    """The anchors of many edits, tokenised a part at a time."""
+    """The anchors of many edits, tokenised a part at a time, with made-up keys that vary as those of real questions."""
+    meaning = fitted_meaning(base, len(base.layers) - 1)
+    assert meaning is not None
+    rng = numpy.random.default_rng(0)
+    cohort = meaning.cohort.numpy()
+    keys = cohort[rng.integers(len(cohort), size=len(made))] + rng.normal(size=(len(made), meaning.rank))
     prompts, targets = ([], [])
     for first in range(0, len(made), TOKENISED):
         few = made[first : first + TOKENISED]
@@ -358,7 +366,13 @@ def make_anchors(base: lemoe.BaseModel, made: Sequence[lemoe.Edit]) -> Anchors:
         Anchor(tuple(prompt), tuple(target), edit.subject)
         for edit, prompt, target in zip(made, prompts, targets, strict=True)
     )
-    return Anchors.from_anchors(tuple(anchors))
+    return Anchors.from_anchors(tuple(anchors), meaning, list(keys.astype(numpy.float32)[:, None]))
+
+
+def read_states(base: lemoe.BaseModel, anchors: Anchors, prompts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The hidden states `[seq, hidden]` of each prompt that the gate reads, which pass by in a model at work."""
+    assert anchors.layer_read is not None
+    return list(read_layer_inputs(base, anchors.layer_read, prompts, 4096))
 
 
 def time_routing() -> None:
@@ -376,7 +390,8 @@ def time_routing() -> None:
             live = anchors.to_live(base, settings)
             built, memory = time.perf_counter() - started, psutil.Process().memory_info().rss - before
             inside, outside = (
-                median_seconds(partial(live.explain, prompts)) / len(prompts) for prompts in (asked, unrelated)
+                median_seconds(partial(live.explain, prompts, read_states(base, anchors, prompts))) / len(prompts)
+                for prompts in (asked, unrelated)
             )
             row = f"| {count:,} | {built:.1f} s | {memory / (1 << 20):.0f} MiB "
             print(f"{row}| {1e3 * inside:.3f} ms | {1e3 * outside:.3f} ms |", flush=True)
@@ -389,11 +404,19 @@ def time_crowded_subject() -> None:
     print("| edits of one subject | first met | a new question | slowest | asked again |\n|---|---|---|---|---|")
     for count in (1, 100, 1_000, 4_000):
         made = make_crowded_edits(read_real_edits(3000), count)
-        live = make_anchors(base, made).to_live(base, settings)
+        anchors = make_anchors(base, made)
+        live = anchors.to_live(base, settings)
         asked = [edit.rephrases[0].prompt for edit in random.Random(0).sample(made, min(60, count))]
         prompts = base.tokenizer(["Who is Marie Curie?", *dict.fromkeys(asked)]).input_ids
-        met = cpu_seconds(partial(live.explain, prompts[:1]))
-        first, again = ([cpu_seconds(partial(live.explain, [prompt])) for prompt in prompts[1:]] for _ in range(2))
+        read = [[states] for states in read_states(base, anchors, prompts)]
+        met = cpu_seconds(partial(live.explain, prompts[:1], read[0]))
+        first, again = (
+            [
+                cpu_seconds(partial(live.explain, [prompt], states))
+                for prompt, states in zip(prompts[1:], read[1:], strict=True)
+            ]
+            for _ in range(2)
+        )
         row = f"| {count:,} | {1e3 * met:.0f} ms | {1e3 * statistics.median(first):.2f} ms "
         print(f"{row}| {1e3 * max(first):.2f} ms | {1e3 * statistics.median(again):.2f} ms |", flush=True)
 

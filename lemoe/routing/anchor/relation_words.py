@@ -36,6 +36,7 @@ def list_terms(words: Sequence[str]) -> list[str]:
     return [*unique, *dict.fromkeys("~" + stem_word(word) for word in unique), *pairs]
 
 
+@lru_cache(1 << 15)
 def _hash_term(term: str) -> int:
     return int.from_bytes(hashlib.blake2b(term.encode(), digest_size=8).digest(), "big", signed=True)
 
