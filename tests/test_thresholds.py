@@ -154,7 +154,7 @@ def workplace(tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: p
     """A folder with `edits.jsonl`, where `llama` is the tiny model."""
     entry = {"hub": str(tiny_folder("llama")), "layers": {"anchor": 1}}
     (tmp_path / "models.yaml").write_text(yaml.safe_dump({"llama": entry}))
-    edit = {"prompt": "The Nile flows into the", "target": "Red Sea", "locality": ["The opposite of hot is"]}
+    edit = {"prompt": "The Nile flows into the", "target": "Red", "locality": ["The opposite of hot is"]}
     (tmp_path / "edits.jsonl").write_text(json.dumps(edit))
     monkeypatch.setenv("LEMOE_MODELS", str(tmp_path / "models.yaml"))
     monkeypatch.chdir(tmp_path)

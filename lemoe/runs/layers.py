@@ -19,7 +19,7 @@ from lemoe.settings import Settings
 from lemoe.training.anchor.examples import make_paraphrases
 from lemoe.training.rounds import train_round
 
-CANDIDATE_DEPTHS = (0.7, 0.8, 0.87, 0.94)  # of the layers that are measured, as shares of all layers
+CANDIDATE_DEPTHS = (0.6, 0.7, 0.8, 0.87, 0.94)  # of the layers that are measured, as shares of all layers
 MEASURED_EDITS = 8
 PARAPHRASES_PER_EDIT = 3  # of each edit, none of them trained on
 

@@ -194,8 +194,8 @@ def train_experts(
     2. Evaluate the round: which experts miss an own prompt's answer over the whole vocabulary.
     3. Retry those, with fresh optimiser state, half the steps, and the confusable tokens of step 2 added to the loss.
     4. Evaluate those again; go on with step 3, at most `retries` times.
-    5. Go on with those that still miss, by their own prompts alone and without noise, at most `LAST_RETRIES` times: an
-       edit that answers no other wording is worth more than one that does not answer.
+    5. Go on with those that still miss, by their own prompts alone, without noise and silence, at most `LAST_RETRIES`
+       times: an edit that answers no other wording is worth more than one that does not answer.
     """
     batches = builder.build()
     experts.start_with(fit_detectors([*batches.prompts, *chain.from_iterable(batches.paraphrases)], len(experts.up)))
@@ -209,7 +209,7 @@ def train_experts(
         retried |= missed
         batches, eased = builder.build(missed), settings
         if attempt >= settings.retries:
-            batches, eased = replace(batches, paraphrases=[]), replace(settings, noise=0.0)
+            batches, eased = replace(batches, paraphrases=[]), replace(settings, noise=0.0, negative_weight=0.0)
         vocabulary = torch.cat([vocabulary, evaluation.confusable_tokens]).unique()
         steps += _optimise_experts(
             base, experts, batches, eased, -(-settings.steps // 2), vocabulary, generator, on_step
