@@ -156,10 +156,7 @@ def answer_greedily(
         with adaptor.bypassed() if adaptor else nullcontext():
             before = generate_batch(base, prompts, count)
         after = generate_batch(base, prompts, count) if adaptor else before
-        routes = [UNROUTED] * len(prompts)
-        if adaptor:
-            written = [Passage(prompt, answer) for prompt, answer in zip(prompts, after, strict=True)]
-            routes = [routing.explained[0] for routing in adaptor.route_passages(written, batch_tokens)]
+        routes = adaptor.explain(prompts, batch_tokens, answers=after) if adaptor else [UNROUTED] * len(prompts)
         rows, pairs = [], []
         for prompt, one, other, route in zip(prompts, before, after, routes, strict=True):
             for row in sharing[prompt]:

@@ -157,19 +157,18 @@ def _make_expert_finder(state: AdaptorState, edits: Sequence[Edit]) -> FindOwnEx
     return find_own_experts
 
 
-def make_nearest_lookup(state: AdaptorState) -> Callable[[Explanation], str | None]:
-    """A function that gives the id of the edit that a route reached or came nearest to.
+def make_edit_lookup(state: AdaptorState) -> Callable[[Explanation, int], str]:
+    """A function that gives the id of the edit for which an expert acted on a route, or came nearest to it.
 
-    Where a router does not tell the edits of an expert apart, it is the first of them.
+    Where the route does not tell the edits of an expert apart, it is the first of them.
     """
     named, taught = state.edits, state.edits_by_expert
 
-    def find_nearest(route: Explanation) -> str | None:
-        if route.edit >= 0:
-            return named[route.edit].id
-        return taught[route.nearest][0].id if route.nearest >= 0 else None
+    def find_edit(route: Explanation, expert: int) -> str:
+        told_apart = route.edit >= 0 and expert == route.nearest
+        return named[route.edit].id if told_apart else taught[expert][0].id
 
-    return find_nearest
+    return find_edit
 
 
 def _encode_probes(
@@ -276,8 +275,7 @@ def _measure_collapse(base: BaseModel, adaptor: InsertedAdaptor | None, passages
 def _make_records(
     base: BaseModel, state: AdaptorState | None, edits: Sequence[Edit], measured: Sequence[MeasuredProbe]
 ) -> Iterator[Record]:
-    find_nearest = make_nearest_lookup(state) if state else None
-    taught = state.edits_by_expert if state else ()
+    find_edit = make_edit_lookup(state) if state else None
     decode = base.tokenizer.decode
     overfit = {each.probe.overfit_of: each for each in measured if each.probe.overfit_of is not None}
     for row, each in enumerate(measured):
@@ -296,7 +294,7 @@ def _make_records(
             token_accuracy_after=token_accuracy(each.after.tokens, each.expected),
             overfit_before=tempting.target_probability(tempting.before) if tempting else None,
             overfit_after=tempting.target_probability(tempting.after) if tempting else None,
-            nearest=find_nearest(each.route) if find_nearest else None,
-            acted=tuple(taught[expert][0].id for expert in each.route.acted),
+            nearest=find_edit(each.route, each.route.nearest) if find_edit and each.route.nearest >= 0 else None,
+            acted=tuple(find_edit(each.route, expert) for expert in each.route.acted) if find_edit else (),
             route=each.route,
         )

@@ -86,9 +86,9 @@ def _answer_before(
 def _answer_after(
     base: BaseModel, replies: Sequence[Reply], passages: Sequence[Passage], edited: InsertedAdaptor, tokens: int
 ) -> list[Reply]:
-    written = generate_batch(base, [passage.prompt for passage in passages], tokens)
-    answers = [Passage(passage.prompt, ids) for passage, ids in zip(passages, written, strict=True)]
-    routes = [routing.explained[0] for routing in edited.route_passages(answers)]
+    prompts = [passage.prompt for passage in passages]
+    written = generate_batch(base, prompts, tokens)
+    routes = edited.explain(prompts, answers=written)
     named = _name_experts(edited.state)
     return [
         _report_reply(reply, _decode_answer(base, ids), route, edited.state, named)

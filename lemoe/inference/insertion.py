@@ -85,18 +85,26 @@ class InsertedAdaptor(LiveAdaptor):
             groups: one number per passage; the route of a passage then depends on its group alone, bit for bit.
         """
         hidden = self._read_hidden([passage.input_ids for passage in passages], batch_tokens, groups)
-        routings = (
-            self.router.route_text(passage.input_ids, len(passage.prompt), states)
-            for passage, states in zip(passages, hidden, strict=True)
-        )
         return [
-            _explain_answer(routing, len(passage.prompt)) for routing, passage in zip(routings, passages, strict=True)
+            _name_acting(self.router.route_text(passage.input_ids, len(passage.prompt), states), len(passage.prompt))
+            for passage, states in zip(passages, hidden, strict=True)
         ]
 
-    def explain(self, prompts: Sequence[Sequence[int]], batch_tokens: int = 4096) -> list[Explanation]:
-        """Why each prompt (token ids) takes its route."""
-        routes = self.route_passages([Passage(tuple(prompt)) for prompt in prompts], batch_tokens)
-        return [route.explained[0] for route in routes]
+    def explain(
+        self,
+        prompts: Sequence[Sequence[int]],
+        batch_tokens: int = 4096,
+        *,
+        answers: Sequence[Sequence[int]] | None = None,
+    ) -> list[Explanation]:
+        """Why each prompt (token ids) takes its route.
+
+        Args:
+            answers: what is written behind each, in which experts may act too; nothing by default.
+        """
+        written = answers if answers is not None else [()] * len(prompts)
+        passages = [Passage(tuple(prompt), tuple(answer)) for prompt, answer in zip(prompts, written, strict=True)]
+        return [route.explained[0] for route in self.route_passages(passages, batch_tokens)]
 
     def acts_on(self, ids: Sequence[int]) -> bool:
         """Whether any expert acts anywhere on a text (token ids)."""
@@ -155,7 +163,7 @@ def insert(
     return InsertedAdaptor(base, file.state, experts=experts, allow_base_mismatch=allow_base_mismatch)
 
 
-def _explain_answer(routing: Routing, prompt: int) -> Routing:
+def _name_acting(routing: Routing, prompt: int) -> Routing:
     """The routing of one text whose first `prompt` tokens are its prompt, with all experts that act in its answer."""
     acting = routing.experts[0, prompt - 1 :].flatten().tolist()
     acted = tuple(dict.fromkeys(expert for expert in acting if expert >= 0))

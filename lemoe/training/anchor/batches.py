@@ -249,15 +249,18 @@ class TrainingBatchBuilder:
         """Whether the text with this index reaches its edit's expert at inference."""
         return any(self._open_columns[index])
 
-    def _active_columns(self, index: int) -> list[bool]:
-        """Where its edit's expert acts on the text with this index: where its gate is open, and on all of an answer."""
-        passage = self._texts[index].passage
-        answer = [True] * len(passage.target)
-        return [*self._open_columns[index][: len(passage.input_ids) - len(answer)], *answer]
+    @cached_property
+    def _active_columns(self) -> list[list[bool]]:
+        """Where its edit's expert acts on each text: where its gate is open, and on all of an answer."""
+        active = []
+        for text, opened in zip(self._texts, self._open_columns, strict=True):
+            answer = [True] * len(text.passage.target)
+            active.append([*opened[: len(text.passage.input_ids) - len(answer)], *answer])
+        return active
 
     def _start(self, index: int) -> int:
-        """The first of these columns."""
-        return self._active_columns(index).index(True)
+        """The first of these columns of the text with this index."""
+        return self._active_columns[index].index(True)
 
     @cached_property
     def _open_columns(self) -> list[list[bool]]:
@@ -358,7 +361,7 @@ class TrainingBatchBuilder:
         first = min(map(self._start, rows))
         active = torch.zeros(batch.ids.shape, dtype=torch.bool)
         for row, index in enumerate(rows):
-            columns = self._active_columns(index)
+            columns = self._active_columns[index]
             active[row, : len(columns)] = torch.tensor(columns)
         active = active[:, first:].to(device)
         return batch, first, active, torch.tensor([self._owner_of_text(row) for row in rows], device=device)

@@ -2,9 +2,8 @@
 
 An expert is trained on its own edit only: positives are the edit's prompt and synthetic paraphrases of it, negatives
 are other questions about its subject, on which it is trained to output zero, as it is in phrases before the place of
-the answer. AdamW works element by element, so that
-experts trained together do not influence each other, and nothing depends on earlier rounds: rounds can be trained in
-any order, on any machine, and stacked.
+the answer. AdamW works element by element, so that experts trained together do not influence each other, and nothing
+depends on earlier rounds: rounds can be trained in any order, on any machine, and stacked.
 """
 
 import random
@@ -307,7 +306,7 @@ def _replay_positives(
             inputs = inputs + settings.noise * torch.randn(inputs.shape, generator=generator, device=inputs.device)
         output = experts(inputs, positive.owners)
         spoken = spoken + (output.pow(2).mean(-1) * positive.silent).sum()
-        hidden.append(positive.frozen.replay(experts.scale * output * positive.active.unsqueeze(-1)))
+        hidden.append(_replay_output(experts, positive, output))
     return torch.cat(hidden), spoken
 
 
@@ -339,8 +338,9 @@ def _extend_vocabulary(base: BaseModel, vocabulary: Tensor, hidden: Tensor) -> T
     return torch.cat([vocabulary, *likeliest]).unique()
 
 
-def _compute_delta(experts: TrainableExperts, positive: PositiveBatch, inputs: Tensor) -> Tensor:
-    return experts.scale * experts(inputs, positive.owners) * positive.active.unsqueeze(-1)
+def _replay_output(experts: TrainableExperts, positive: PositiveBatch, output: Tensor) -> Tensor:
+    """Last hidden states `[targets, hidden]` with the experts' `output` `[batch, seq, hidden]` where they act."""
+    return positive.frozen.replay(experts.scale * output * positive.active.unsqueeze(-1))
 
 
 def _compute_negative_loss(experts: TrainableExperts, batches: TrainingBatches) -> Tensor:
@@ -394,7 +394,7 @@ def _evaluate_round(
     sums = torch.zeros(len(experts.up), 2, 2, device=base.device)
     for positive in batches.prompts:
         labels, rows = positive.frozen.batch.labels, positive.frozen.batch.target_rows
-        hidden = positive.frozen.replay(_compute_delta(experts, positive, positive.normalised_inputs))
+        hidden = _replay_output(experts, positive, experts(positive.normalised_inputs, positive.owners))
         parts = []
         for logits, wanted in zip(base.logits_in_chunks(hidden), labels.split(LOGIT_ROWS), strict=True):
             losses = functional.cross_entropy(logits.float(), wanted, reduction="none")
