@@ -45,7 +45,7 @@ class PairwiseRoute(Route):
         super()._forget_sentence(words)
         self._matched_weights = {}
 
-    def _update_state(self, time: int) -> None:
+    def _update_state(self, time: int, answered: frozenset[int] = frozenset()) -> None:
         best: tuple[tuple[float, float, int], Mention, Comparison, bool] | None = None
         nearest: tuple[int, Mention, Comparison] | None = None
         fits: dict[int, float] = {}

@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from lemoe.routing.anchor.comparisons import MeaningComparisons, WordComparisons
-from lemoe.routing.anchor.evidence import EARLIER_SHARE, MAX_EARLIER, FittedDecision, question_features
+from lemoe.routing.anchor.evidence import EARLIER_SHARE, MAX_EARLIER, Evidence, FittedDecision, question_features
 from lemoe.routing.anchor.meaning import FEATURES, QUESTION_FEATURES, SUBJECT_FEATURES
 
 Values = NDArray[numpy.float64]
@@ -20,9 +20,9 @@ def read_words(heard: list[float], contradiction: float = 0.0) -> WordComparison
     ones = numpy.ones(len(heard))
     flags = numpy.zeros(len(heard), numpy.bool_)
     nothing = 0 * ones
-    return WordComparisons(
-        nothing, nothing, nothing, contradiction * ones, UNREAD * ones, numpy.array(heard), ~flags, flags
-    )
+    with numpy.errstate(divide="ignore"):
+        weight = -numpy.log1p(-numpy.array(heard))  # of what is heard so far
+    return WordComparisons(contradiction * ones, nothing, nothing, UNREAD * ones, weight, ~flags, flags)
 
 
 def feature(name: str, words: WordComparisons) -> Values:
@@ -47,7 +47,8 @@ def decision() -> FittedDecision:
 
 def scores(decision: FittedDecision, heard: list[float], earlier: list[float] | None) -> list[float]:
     before = None if earlier is None else numpy.array(earlier)
-    score, rank, evidence = decision.judge(FOUND, read_words(heard), MeaningComparisons.none(len(heard)), before)
+    read = Evidence(FOUND, read_words(heard), MeaningComparisons.none(len(heard)), before)
+    score, rank, evidence = decision.judge(read)
     assert score.tolist() == rank.tolist() == evidence.tolist()
     values: list[float] = score.tolist()
     return values

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lemoe.data.question_bank import REMARK, read_question_bank
-from lemoe.routing.anchor.relation_words import MIN_AGREEMENT, RelationWords, compare_profiles
+from lemoe.routing.anchor.relation_words import MIN_AGREEMENT, RelationProfiles, RelationWords
 from lemoe.routing.anchor.words import split_words
 
 WORDINGS = (
@@ -40,7 +40,7 @@ def bank() -> RelationWords:
 
 
 def compare(words: RelationWords, one: str, other: str) -> float:
-    return float(compare_profiles(words.profile(split_words(one))[None], words.profile(split_words(other)))[0])
+    return float(RelationProfiles(words.profile(split_words(one))[None]).compare(words.profile(split_words(other)))[0])
 
 
 def test_the_words_of_a_relation_mark_it(counted: RelationWords) -> None:
@@ -77,7 +77,7 @@ def test_no_wordings_mark_nothing() -> None:
     empty = count([])
     assert empty.count == 0
     assert empty.profile(["father"]).tolist() == [1.0]
-    assert compare_profiles(empty.profile([])[None], empty.profile([])).tolist() == [0.0]
+    assert RelationProfiles(empty.profile([])[None]).compare(empty.profile([])).tolist() == [0.0]
 
 
 @pytest.mark.parametrize(
@@ -99,5 +99,5 @@ def test_the_bank_tells_relations_apart_and_knows_their_wordings(
 
 def test_certain_profiles_of_two_relations_agree_least() -> None:
     one, other = numpy.array([[1.0, 0, 0]], numpy.float32), numpy.array([0, 1.0, 0], numpy.float32)
-    assert compare_profiles(one, other)[0] == pytest.approx(numpy.log(MIN_AGREEMENT))
-    assert compare_profiles(one, one[0])[0] == pytest.approx(numpy.log(2 + MIN_AGREEMENT))
+    assert RelationProfiles(one).compare(other)[0] == pytest.approx(numpy.log(MIN_AGREEMENT))
+    assert RelationProfiles(one).compare(one[0])[0] == pytest.approx(numpy.log(2 + MIN_AGREEMENT))

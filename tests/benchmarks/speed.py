@@ -51,6 +51,7 @@ from lemoe.data.edits import combine_digests
 from lemoe.routing.anchor.anchors import Anchors, LiveAnchors
 from lemoe.routing.anchor.fitting import fitted_meaning
 from lemoe.routing.anchor.gate import Anchor
+from lemoe.routing.anchor.meaning import Vector
 from lemoe.routing.anchor.route import GateState, Route
 from lemoe.routing.router import Sequences
 from lemoe.training.anchor.batches import PositiveBatch, TrainingBatchBuilder, TrainingBatches
@@ -472,18 +473,22 @@ def record_read_tokens() -> Iterator[list[int]]:
     read: list[int] = []
     push = Route.push
 
-    def record_push(route: Route, token: int) -> GateState:
+    def record_push(route: Route, token: int, projected: Vector | None = None) -> GateState:
         read.append(token)
-        return push(route, token)
+        return push(route, token, projected)
 
     with patch.object(Route, "push", record_push):
         yield read
 
 
 def random_adaptor(base: lemoe.BaseModel, taught: AdaptorState, anchors: Anchors) -> AdaptorState:
-    """The experts of `taught` over and over, one for each of `anchors`, as one round."""
+    """The experts of `taught` over and over, with their targets, one for each of `anchors`, as one round."""
     count = len(anchors.anchors)
     copied = [index % len(taught.experts) for index in range(count)]
+    assert isinstance(taught.router, Anchors)
+    targets = [anchor.target for anchor in taught.router.anchors]
+    stored = zip(anchors.anchors, copied, strict=True)
+    anchors = replace(anchors, groups=tuple((replace(anchor, target=targets[index]),) for anchor, index in stored))
     names = tuple(f"made-{number}" for number in range(count))
     digests = tuple(hashlib.sha256(name.encode()).hexdigest() for name in names)
     record = replace(taught.rounds[0], experts=count, ids=names, edits=digests, edits_sha256=combine_digests(digests))

@@ -4,10 +4,12 @@ Both ways give the same numbers, bit for bit: sums run in the order of the words
 products.
 """
 
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy
@@ -83,11 +85,17 @@ class WordComparisons:
     conflict: Values
     fit: Values
     matched: Values
-    contradiction: Values
     unread: Values
-    heard: Values
+    read_weight: Values
     enough_evidence: Flags
     substituted: Flags
+
+    @cached_property
+    def heard(self) -> Values:
+        """From 0 to 1, how much was read that asks anything at all."""
+        heard = -numpy.maximum(self.read_weight, 0.0)
+        numpy.exp(heard, out=heard)
+        return numpy.subtract(1, heard, out=heard)
 
     def comparison_with(self, index: int) -> Comparison:
         """The comparison with one anchor."""
@@ -95,9 +103,8 @@ class WordComparisons:
             conflict=float(self.conflict[index]),
             fit=float(self.fit[index]),
             matched=float(self.matched[index]),
-            contradiction=float(self.contradiction[index]),
             unread=float(self.unread[index]),
-            heard=float(self.heard[index]),
+            read_weight=float(self.read_weight[index]),
             enough_evidence=bool(self.enough_evidence[index]),
             substituted=bool(self.substituted[index]),
         )
@@ -105,9 +112,8 @@ class WordComparisons:
     @classmethod
     def from_pairs(cls, compared: Sequence[Comparison]) -> "WordComparisons":
         """Of comparisons made pair by pair."""
-        flags = [(each.enough_evidence, each.substituted) for each in compared]
-        values = numpy.array([each[:6] for each in compared]).reshape(-1, 6).T
-        return cls(*values, *numpy.array(flags, numpy.bool_).reshape(-1, 2).T)
+        values = numpy.array([each[:7] for each in compared]).reshape(-1, 7).T
+        return cls(*values[:5], *values[5:].astype(numpy.bool_))
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,48 +158,21 @@ class ArrayCache:
             self._size -= sum(array.size for array in evicted)
 
 
-class QuestionTable:
-    """The questions of many anchors of one subject as arrays: all words in one row, and where each anchor's begin.
+class QuestionTable(ABC):
+    """The questions of many anchors of one subject as arrays.
 
-    A word that was read is compared once with the distinct words of all questions, and the result is cached, so that a
-    sentence that grows by a word costs one comparison more.
+    What was worked out of a word that was read is cached, so that a sentence that grows by a word costs one word more.
     """
 
-    def __init__(
-        self,
-        asked: Sequence[StoredQuestion],
-        lexicon: Lexicon,
-        cache: ArrayCache,
-        anywhere: bool = False,
-    ):
-        self._anywhere = anywhere
-        self._lexicon = lexicon
-        self._cache = cache
-        columns: dict[str, int] = {"": 0}  # an empty question has the empty word, which is similar to no other
-        words: list[int] = []
-        weights: list[float] = []
-        starts, totals, fronts = [], [], []
+    def __init__(self, asked: Sequence[StoredQuestion]):
+        self._totals = numpy.array([float(stored.question.total_weight) for stored in asked])
         answers: dict[str, list[int]] = {}
         for index, stored in enumerate(asked):
-            question = stored.question
-            starts.append(len(words))
-            words += [columns.setdefault(word, len(columns)) for word in question.words or ("",)]
-            weights += question.weights or (0.0,)
-            totals.append(float(question.total_weight))
-            fronts.append(stored.front_share)
             for stemmed in stored.answer_stems:
                 answers.setdefault(stemmed, []).append(index)
+        self._anchors_by_answer = {stemmed: numpy.array(indices, numpy.intp) for stemmed, indices in answers.items()}
         self._stem_numbers: dict[str, int] = {}
         self._by_length = self._number_stems([stored.question.stems for stored in asked])
-        self._distinct = tuple(columns)[1:]
-        self._words, self._starts = numpy.array(words, numpy.intp), numpy.array(starts, numpy.intp)
-        self._anchor_of_word = numpy.repeat(numpy.arange(len(starts)), numpy.diff([*starts, len(words)]))
-        self._weights, self._totals = numpy.array(weights), numpy.array(totals)
-        self._front_shares = numpy.array(fronts)
-        self._anchors_by_answer = {stemmed: numpy.array(indices, numpy.intp) for stemmed, indices in answers.items()}
-        self._columns_by_stem: dict[str, list[int]] = {}
-        for column, word in enumerate(self._distinct, 1):
-            self._columns_by_stem.setdefault(lexicon.stem(word), []).append(column)
 
     def _number_stems(self, questions: Sequence[Sequence[str]]) -> dict[int, tuple[Indices, Indices]]:
         """By number of words: the indices of the questions that have as many, and their stems as numbers."""
@@ -206,43 +185,30 @@ class QuestionTable:
         return {length: (numpy.array(indices[length]), numpy.array(rows[length])) for length in rows}
 
     def compare(self, read: Question) -> WordComparisons:
-        """All anchors' questions against the question read; see `lemoe.routing.anchor.questions.compare_questions`."""
-        count = len(self._totals)
-        most_similar = numpy.zeros(len(self._distinct) + 1)
-        shared, same_read = numpy.zeros(len(self._distinct) + 1), numpy.zeros(count)
-        total_read, matched_read = numpy.full(count, float(read.total_weight)), numpy.zeros(count)
-        for word, stemmed, weight in zip(read.words, read.stems, read.weights, strict=True):
-            similarities, best = self._compare_word(word)
-            columns = self._columns_by_stem.get(stemmed, [])
-            shared[columns] = 1.0
-            best_stem = self._anchors_with(stemmed)
-            numpy.maximum(most_similar, similarities, out=most_similar)
-            gained = weight * best
-            answered = self._anchors_by_answer.get(stemmed)
-            if answered is not None:
+        """All anchors' questions against the question read; see `lemoe.routing.anchor.questions`."""
+        total, total_read = self._totals, numpy.full(len(self._totals), float(read.total_weight))
+        for stemmed, weight in zip(read.stems, read.weights, strict=True):
+            if (answered := self._anchors_by_answer.get(stemmed)) is not None:
                 total_read[answered] -= weight
-                gained[answered] = 0.0
-            matched_read += gained
-            gained = numpy.where(best_stem, weight, 0.0)
-            if answered is not None:
-                gained[answered] = 0.0
-            same_read += gained
-        total = self._totals
-        gathered = numpy.bincount(self._anchor_of_word, self._weights * most_similar[self._words], count)
-        matched: Values = numpy.asarray(gathered, numpy.float64)
-        conflict = numpy.minimum(total - matched, total_read - matched_read) / (1 + matched + matched_read)
-        fit = (matched + 1) / (total + 1) + (matched_read + 1) / (total_read + 1)
-        shares = self._front_shares
-        if self._anywhere:
-            enough_evidence = total_read > 0
-        else:
-            enough_evidence = (shares < 0.5) | ((total_read > 0) & (total_read >= MIN_EVIDENCE * total * shares))
-        same = numpy.bincount(self._anchor_of_word, self._weights * shared[self._words], count)
-        contradiction = numpy.minimum(total - same, total_read - same_read) / (1 + same + same_read)
-        unread = (total - same) / (1 + same + same_read)
-        heard = 1 - numpy.exp(-numpy.maximum(total_read, 0.0))
-        substituted = self._find_substituted(read.stems)
-        return WordComparisons(conflict, fit, matched, contradiction, unread, heard, enough_evidence, substituted)
+        matched, matched_read = self._match(read)
+        both = 1 + matched + matched_read
+        return WordComparisons(
+            conflict=numpy.minimum(total - matched, total_read - matched_read) / both,
+            fit=(matched + 1) / (total + 1) + (matched_read + 1) / (total_read + 1),
+            matched=matched,
+            unread=(total - matched) / both,
+            read_weight=total_read,
+            enough_evidence=self._have_enough(total_read),
+            substituted=self._find_substituted(read.stems),
+        )
+
+    @abstractmethod
+    def _match(self, read: Question) -> tuple[Values, Values]:
+        """Matched weight `[anchors]` of each anchor's question, and of the question read."""
+
+    @abstractmethod
+    def _have_enough(self, total_read: Values) -> Flags:
+        """`[anchors]`, whether enough was read to decide."""
 
     def _find_substituted(self, stems: Sequence[str]) -> Flags:
         """`[anchors]`, whether a question is the same but for one word; see `are_one_word_apart`."""
@@ -255,14 +221,83 @@ class QuestionTable:
                 substituted[indices] = (numbers[:, :compared] != read[:compared]).sum(1) == 1
         return substituted
 
-    def _anchors_with(self, stemmed: str) -> Flags:
-        """`[anchors]`, whose question has a word of this stem."""
-        cached = self._cache.get((self, "stem", stemmed))
-        if cached is None:
-            found = numpy.isin(self._words, self._columns_by_stem.get(stemmed, []))
-            cached = (numpy.logical_or.reduceat(found, self._starts),)
-            self._cache.put((self, "stem", stemmed), cached)
-        return cached[0]
+
+class StemTable(QuestionTable):
+    """Words are alike where they share a stem: `compare_stems` of many anchors."""
+
+    def __init__(self, asked: Sequence[StoredQuestion]):
+        super().__init__(asked)
+        found: dict[str, tuple[list[int], list[float]]] = {}
+        for index, stored in enumerate(asked):
+            for stemmed, weight in stored.question.weight_by_stem.items():
+                indices, weights = found.setdefault(stemmed, ([], []))
+                indices.append(index)
+                weights.append(weight)
+        self._by_stem = {
+            stemmed: (numpy.array(indices, numpy.intp), numpy.array(weights))
+            for stemmed, (indices, weights) in found.items()
+        }
+
+    def _match(self, read: Question) -> tuple[Values, Values]:
+        matched, matched_read = numpy.zeros((2, len(self._totals)))
+        for stemmed in read.weight_by_stem:
+            if stemmed in self._by_stem:
+                anchors, weights = self._by_stem[stemmed]
+                matched[anchors] += weights
+        for stemmed, weight in zip(read.stems, read.weights, strict=True):
+            if stemmed in self._by_stem:
+                matched_read[self._by_stem[stemmed][0]] += weight
+        return matched, matched_read
+
+    def _have_enough(self, total_read: Values) -> Flags:
+        return total_read > 0
+
+
+class WordTable(QuestionTable):
+    """Words are alike as far as their vectors are: `compare_questions` of many anchors.
+
+    All words of the questions stand in one row. A word that was read is compared once with the distinct ones of them.
+    """
+
+    def __init__(self, asked: Sequence[StoredQuestion], lexicon: Lexicon, cache: ArrayCache):
+        super().__init__(asked)
+        self._lexicon = lexicon
+        self._cache = cache
+        columns: dict[str, int] = {"": 0}  # an empty question has the empty word, which is similar to no other
+        words: list[int] = []
+        weights: list[float] = []
+        starts: list[int] = []
+        for stored in asked:
+            question = stored.question
+            starts.append(len(words))
+            words += [columns.setdefault(word, len(columns)) for word in question.words or ("",)]
+            weights += question.weights or (0.0,)
+        self._distinct = tuple(columns)[1:]
+        self._words, self._starts = numpy.array(words, numpy.intp), numpy.array(starts, numpy.intp)
+        self._anchor_of_word = numpy.repeat(numpy.arange(len(starts)), numpy.diff([*starts, len(words)]))
+        self._weights = numpy.array(weights)
+        self._front_shares = numpy.array([stored.front_share for stored in asked])
+        self._columns_by_stem: dict[str, list[int]] = {}
+        for column, word in enumerate(self._distinct, 1):
+            self._columns_by_stem.setdefault(lexicon.stem(word), []).append(column)
+
+    def _match(self, read: Question) -> tuple[Values, Values]:
+        count = len(self._totals)
+        most_similar, matched_read = numpy.zeros(len(self._distinct) + 1), numpy.zeros(count)
+        for word, stemmed, weight in zip(read.words, read.stems, read.weights, strict=True):
+            similarities, best = self._compare_word(word)
+            numpy.maximum(most_similar, similarities, out=most_similar)
+            gained = weight * best
+            if (answered := self._anchors_by_answer.get(stemmed)) is not None:
+                gained[answered] = 0.0
+            matched_read += gained
+        gathered = numpy.bincount(self._anchor_of_word, self._weights * most_similar[self._words], count)
+        return numpy.asarray(gathered, numpy.float64), matched_read
+
+    def _have_enough(self, total_read: Values) -> Flags:
+        needed = MIN_EVIDENCE * self._totals * self._front_shares
+        enough: Flags = (self._front_shares < 0.5) | ((total_read > 0) & (total_read >= needed))
+        return enough
 
     def _compare_word(self, word: str) -> tuple[NDArray[Any], ...]:
         """Similarities of a word to each distinct word, and to each anchor's most similar word."""

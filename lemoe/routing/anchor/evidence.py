@@ -6,6 +6,7 @@ one, words alone decide, by how far they conflict.
 
 import math
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import numpy
 
@@ -48,10 +49,30 @@ def question_features(words: WordComparisons, meaning: MeaningComparisons) -> Va
     `overlap` is what the words that mark a relation and the likeness of profiles say twice. Nothing read is no
     agreement.
     """
-    read = (numpy.clip(meaning.ratio, -MAX_RATIO, MAX_RATIO), meaning.profile)
-    marked = (meaning.relation, meaning.relation * meaning.profile)
-    missing = words.contradiction
-    return numpy.stack([*read, *marked, numpy.log1p(missing), numpy.exp(-missing) * words.heard, words.substituted])
+    features = numpy.empty((len(QUESTION_FEATURES), len(words.conflict)))
+    ratio, profile, relation, overlap, contradiction, agreement, substituted = features
+    numpy.minimum(numpy.maximum(meaning.ratio, -MAX_RATIO), MAX_RATIO, out=ratio)
+    profile[:], relation[:], substituted[:] = meaning.profile, meaning.relation, words.substituted
+    numpy.multiply(relation, profile, out=overlap)
+    numpy.log1p(words.conflict, out=contradiction)
+    numpy.exp(-words.conflict, out=agreement)
+    agreement *= words.heard
+    return features
+
+
+class Evidence(NamedTuple):
+    """What was read of a subject, and of the questions of its edits.
+
+    Attributes:
+        subject: `SUBJECT_FEATURES` of the mention.
+        words, meaning: the comparisons with each anchor.
+        earlier: `[anchors]`, their scores by the sentence before; None if that did not mention the subject.
+    """
+
+    subject: tuple[float, ...]
+    words: WordComparisons
+    meaning: MeaningComparisons
+    earlier: Values | None = None
 
 
 Judgement = tuple[Values, Values, Values]
@@ -81,19 +102,8 @@ class Decision(ABC):
         return 1 / (1 + math.exp(-max(min(score, 500.0), -500.0)))
 
     @abstractmethod
-    def judge(
-        self,
-        subject: tuple[float, ...],
-        words: WordComparisons,
-        meaning: MeaningComparisons,
-        earlier: Values | None,
-    ) -> Judgement:
-        """Score, rank and evidence `[anchors]` of comparisons; see `Comparisons`.
-
-        Args:
-            subject: `SUBJECT_FEATURES`.
-            earlier: `[anchors]`, their scores by the sentence before; None if that did not mention the subject.
-        """
+    def judge(self, evidence: Evidence) -> Judgement:
+        """Score, rank and evidence `[anchors]` of comparisons; see `Comparisons`."""
 
 
 class WordDecision(Decision):
@@ -116,14 +126,8 @@ class WordDecision(Decision):
     def remember(self, evidence: Values, before: Values | None) -> Values:
         return evidence if before is None else numpy.maximum(evidence, before)
 
-    def judge(
-        self,
-        subject: tuple[float, ...],
-        words: WordComparisons,
-        meaning: MeaningComparisons,
-        earlier: Values | None,
-    ) -> Judgement:
-        return self._threshold - words.conflict, words.fit, words.matched
+    def judge(self, evidence: Evidence) -> Judgement:
+        return self._threshold - evidence.words.conflict, evidence.words.fit, evidence.words.matched
 
 
 class FittedDecision(Decision):
@@ -138,29 +142,26 @@ class FittedDecision(Decision):
     shut_below = 0.0
 
     def __init__(self, weights: Values, probability: float):
-        self._subject, self._question = weights[: len(SUBJECT_FEATURES)], weights[len(SUBJECT_FEATURES) :]
+        self._subject: list[float] = weights[: len(SUBJECT_FEATURES)].tolist()
+        self._question = weights[len(SUBJECT_FEATURES) :, None]
         self._threshold = math.log(probability / (1 - probability))
 
     def probability(self, score: float) -> float:
         return super().probability(score + self._threshold)
 
-    def judge(
-        self,
-        subject: tuple[float, ...],
-        words: WordComparisons,
-        meaning: MeaningComparisons,
-        earlier: Values | None,
-    ) -> Judgement:
-        found = numpy.array(subject)
-        features = question_features(words, meaning)
-        fitted = float(self._subject @ found) + self._question @ features - self._threshold
-        doubt = float(self._subject[DOUBTS] @ found[DOUBTS])
-        other = numpy.minimum(self._question[MARKED] @ features[MARKED], 0.0)
-        vouched = MAX_VOUCHED - words.unread + doubt + other
+    def judge(self, evidence: Evidence) -> Judgement:
+        words, earlier = evidence.words, evidence.earlier
+        found = [weight * value for weight, value in zip(self._subject, evidence.subject, strict=True)]
+        weighed = self._question * question_features(words, evidence.meaning)
+        fitted = numpy.add.reduce(weighed)
+        fitted += sum(found) - self._threshold
+        vouched = numpy.minimum(numpy.add.reduce(weighed[MARKED]), 0.0)
+        vouched += MAX_VOUCHED + sum(found[DOUBTS])
+        vouched -= words.unread
         score: Values = numpy.maximum(fitted, vouched)
         if earlier is not None:
             fading = 1 - (1 - EARLIER_SHARE) * words.heard
-            score = score + fading * numpy.clip(earlier, -MAX_EARLIER, 0.0)
+            score += fading * numpy.minimum(numpy.maximum(earlier, -MAX_EARLIER), 0.0)
         return score, score, numpy.where(words.enough_evidence, score, -numpy.inf)
 
 

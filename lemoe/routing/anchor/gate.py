@@ -12,10 +12,12 @@ from lemoe.routing.anchor.comparisons import (
     Comparisons,
     MeaningComparisons,
     QuestionTable,
+    StemTable,
     Values,
     WordComparisons,
+    WordTable,
 )
-from lemoe.routing.anchor.evidence import Decision, choose_decision, subject_features
+from lemoe.routing.anchor.evidence import Decision, Evidence, choose_decision, subject_features
 from lemoe.routing.anchor.lexicon import Lexicon, infer_subject
 from lemoe.routing.anchor.meaning import Keys, Meaning, Vector
 from lemoe.routing.anchor.questions import (
@@ -23,10 +25,11 @@ from lemoe.routing.anchor.questions import (
     Question,
     StoredQuestion,
     compare_questions,
+    compare_stems,
     description_positions,
     question_words,
 )
-from lemoe.routing.anchor.relation_words import compare_profiles
+from lemoe.routing.anchor.relation_words import RelationProfiles
 from lemoe.routing.anchor.subject_index import SubjectIndex
 from lemoe.routing.anchor.subjects import Mention, Sentence, Subject
 from lemoe.routing.anchor.token_sums import TokenSums
@@ -45,18 +48,26 @@ class Anchor:
 
 
 @dataclass(frozen=True, slots=True)
-class ReadQuestion:
-    """What was read about a subject.
+class ReadMeaning:
+    """What a question means, and which relations of the bank that is like.
 
     Attributes:
-        words: the words.
-        meaning: `[rank]`, what they mean; None where words alone were read.
-        relations: `[relations + 1]`, which relation they mark; see `RelationWords.profile`.
+        vector: `[rank]`, see `Meaning.embed`.
+        profile: `[relations]`, see `Meaning.profile`.
+        relations: `[relations + 1]`, which relation its words mark; see `RelationWords.profile`.
     """
 
+    vector: Vector
+    profile: Vector
+    relations: Vector
+
+
+@dataclass(frozen=True, slots=True)
+class ReadQuestion:
+    """What was read about a subject: words, and what they mean; None where words alone were read."""
+
     words: Question
-    meaning: Vector | None = None
-    relations: Vector | None = None
+    meaning: ReadMeaning | None = None
 
 
 class SubjectKeys:
@@ -70,13 +81,14 @@ class SubjectKeys:
         self._starts = numpy.cumsum([0, *map(len, parts[:-1])])
         self._keys = Keys(meaning, embedded)
         self._profiles = meaning.profile(embedded)
-        self._relations = numpy.stack([meaning.relation_words.profile(question.words) for question in questions])
+        marked = numpy.stack([meaning.relation_words.profile(question.words) for question in questions])
+        self._relations = RelationProfiles(marked)
 
-    def compare(self, read: Vector, profile: Vector, relations: Vector) -> MeaningComparisons:
-        """What was read `[rank]` against the nearest key of each anchor, and the relation that its words mark."""
-        ratios, likeness = self._keys.compare(read), self._profiles @ profile
+    def compare(self, read: ReadMeaning) -> MeaningComparisons:
+        """What was read against the nearest key of each anchor, and the relation that its words mark."""
+        ratios, likeness = self._keys.compare(read.vector), self._profiles @ read.profile
         ratio, alike = (numpy.maximum.reduceat(values, self._starts) for values in (ratios, likeness))
-        relation = compare_profiles(self._relations, relations)
+        relation = self._relations.compare(read.relations)
         return MeaningComparisons(ratio.astype(numpy.float64), alike.astype(numpy.float64), relation)
 
 
@@ -178,27 +190,37 @@ class Gate:
             earlier: `[anchors]`, their scores by the sentence before that mentioned the subject.
         """
         numbers = self._anchors_by_subject[subject]
-        words = self._compare_words(subject, numbers, read.words)
-        meaning = self._compare_meaning(subject, numbers, read)
-        features = subject_features(self.index.subjects[subject], mention)
-        return Comparisons(numbers, words, meaning, *self.decision.judge(features, words, meaning, earlier))
+        evidence = Evidence(
+            subject_features(self.index.subjects[subject], mention),
+            self._compare_words(subject, numbers, read.words),
+            self._compare_meaning(subject, numbers, read.meaning),
+            earlier,
+        )
+        return Comparisons(numbers, evidence.words, evidence.meaning, *self.decision.judge(evidence))
+
+    def read_meaning(self, words: Sequence[str], total: Vector | None, weight: float) -> ReadMeaning | None:
+        """What was read of a question in these words, whose tokens have the weighted sum `total` `[rank]`."""
+        if self.meaning is None or total is None:
+            return None
+        vector = self.meaning.embed(total, weight)
+        return ReadMeaning(vector, self.meaning.profile(vector), self.meaning.relation_words.profile(words))
 
     def _compare_words(self, subject: int, numbers: Sequence[int], read: Question) -> WordComparisons:
         if len(numbers) < VECTORISED_FROM:
-            return WordComparisons.from_pairs(
-                [
-                    compare_questions(self.stored_question(number), read, self.lexicon, self.meaning is not None)
-                    for number in numbers
-                ]
-            )
+            asked = map(self.stored_question, numbers)
+            if self.meaning is None:
+                return WordComparisons.from_pairs([compare_questions(each, read, self.lexicon) for each in asked])
+            return WordComparisons.from_pairs([compare_stems(each, read) for each in asked])
         table = self._tables.get(subject)
         if table is None:
-            asked = [self._build_question(number) for number in numbers]
-            table = self._tables[subject] = QuestionTable(asked, self.lexicon, self._arrays, self.meaning is not None)
+            table = self._tables[subject] = self._build_table([self._build_question(number) for number in numbers])
         return table.compare(read)
 
-    def _compare_meaning(self, subject: int, numbers: Sequence[int], read: ReadQuestion) -> MeaningComparisons:
-        if self.meaning is None or read.meaning is None or read.relations is None or not numbers:
+    def _build_table(self, asked: Sequence[StoredQuestion]) -> QuestionTable:
+        return StemTable(asked) if self.meaning else WordTable(asked, self.lexicon, self._arrays)
+
+    def _compare_meaning(self, subject: int, numbers: Sequence[int], read: ReadMeaning | None) -> MeaningComparisons:
+        if self.meaning is None or read is None or not numbers:
             return MeaningComparisons.none(len(numbers))
         keys = self._keys.get(subject)
         if keys is None:
@@ -207,7 +229,7 @@ class Gate:
             asked = [each.question for each in stored]
             keys = SubjectKeys(self.meaning, [self._embedded[number] for number in numbers], asked)
             self._keys[subject] = keys
-        return keys.compare(read.meaning, self.meaning.profile(read.meaning), read.relations)
+        return keys.compare(read)
 
     def find_own_prompt(self, ids: Sequence[int]) -> int:
         """The number of the anchor whose whole prompt ends the tokens `ids`, -1 for none: the longest, then the latest.

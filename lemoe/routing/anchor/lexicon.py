@@ -43,7 +43,6 @@ class Lexicon:
         self._compared = 0  # similarities worked out since the cache was last emptied
         self._token_bytes: dict[int, bytes] = {}
         self._token_weights: dict[int, float] = {}
-        self._stem: dict[str, str] = {}
 
     def decode_text(self, ids: Sequence[int]) -> str:
         """The text of a run of tokens, without special tokens, whose names are not words of the text."""
@@ -71,10 +70,9 @@ class Lexicon:
             weight = self._token_weights[token] = token_weight(token) if self.token_bytes(token).strip() else 0.0
         return weight
 
-    def stem(self, word: str) -> str:
-        if word not in self._stem:
-            self._stem[word] = stem_word(word)
-        return self._stem[word]
+    @staticmethod
+    def stem(word: str) -> str:
+        return stem_word(word)
 
     def rarity(self, word: str) -> float:
         """`log(1 + id / 200)` of the rarest token (ids grow with rarity), plus 1 for each further token."""

@@ -27,6 +27,7 @@ RARE_TOKEN = 200.0  # a token weighs log(1 + id / RARE_TOKEN), since ids grow wi
 COMMON_WEIGHT = 0.2  # and this much more
 
 Vector = NDArray[numpy.float32]
+Values = NDArray[numpy.float64]
 PREFIX = "meaning."
 SUBJECT_FEATURES = ("bias", "missing", "lowered", "light", "misspelt", "neighbour", "longer")
 QUESTION_FEATURES = ("meaning", "profile", "relation", "overlap", "contradiction", "agreement", "substituted")
@@ -112,9 +113,12 @@ class Meaning(TensorEquality):
 
     def profile(self, embedded: Vector) -> Vector:
         """How alike the questions `[..., rank]` are to each fitted relation, as unit vectors `[..., relations]`."""
-        ratios = numpy.clip(self._cohort_keys.compare_all(embedded), -MAX_COHORT_RATIO, MAX_COHORT_RATIO)
-        centred = ratios - ratios.mean(-1, keepdims=True)
-        profile: Vector = centred / numpy.maximum(numpy.sqrt((centred**2).sum(-1, keepdims=True)), 1e-6)
+        profile = self._cohort_keys.compare_all(embedded)
+        numpy.maximum(profile, -MAX_COHORT_RATIO, out=profile)
+        numpy.minimum(profile, MAX_COHORT_RATIO, out=profile)
+        profile -= numpy.add.reduce(profile, -1, keepdims=True) / numpy.float32(profile.shape[-1])
+        length = numpy.sqrt(numpy.add.reduce(profile * profile, -1, keepdims=True))
+        profile /= numpy.maximum(length, numpy.float32(1e-6))
         return profile
 
     @cached_property

@@ -1,6 +1,5 @@
 """Questions: the words around a mention of a subject, and whether two questions ask the same."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,19 +16,29 @@ DESCRIPTION_WORDS = 4  # at most, with `the`, of what describes a mention in fro
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question about a subject: the words around its mention, with their stems, weights and the weights' sum."""
+    """A question about a subject: the words around its mention.
+
+    Attributes:
+        words, stems, weights: each word, once.
+        total_weight: the sum of the weights.
+        weight_by_stem: the sum for each stem.
+    """
 
     words: tuple[str, ...]
     stems: tuple[str, ...]
     weights: tuple[float, ...]
     total_weight: float
+    weight_by_stem: dict[str, float]
 
     @classmethod
     def from_words(cls, words: Sequence[str], lexicon: Lexicon) -> "Question":
-        """The question of these words, each counted once."""
+        """The question of these words."""
         unique = tuple(dict.fromkeys(words))
-        weights = tuple(map(lexicon.relation_weight, unique))
-        return cls(unique, tuple(map(lexicon.stem, unique)), weights, sum(weights))
+        weights, stems = tuple(map(lexicon.relation_weight, unique)), tuple(map(lexicon.stem, unique))
+        by_stem: dict[str, float] = {}
+        for stemmed, weight in zip(stems, weights, strict=True):
+            by_stem[stemmed] = by_stem.get(stemmed, 0.0) + weight
+        return cls(unique, stems, weights, sum(weights), by_stem)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +57,8 @@ class Comparison(NamedTuple):
         conflict: 0 where nothing differs; unbounded.
         fit: matched share of both questions, 0 to 2.
         matched: matched weight of the anchor's question.
-        contradiction: like `conflict`, but words match by their stems alone, which holds for any base model.
-        unread: the anchor's part of that: how much of its question was not read.
-        heard: from 0 to 1, how much was read that asks anything at all.
+        unread: how much of the anchor's question was not read, as a part of `conflict`.
+        read_weight: weight of what was read that is no part of the answer.
         enough_evidence: whether enough was read to decide.
         substituted: whether the two are the same but for one word.
         meaning: log-likelihood ratio (nats) of both asking the same; 0 where the gate compares words alone.
@@ -60,60 +68,65 @@ class Comparison(NamedTuple):
     conflict: float
     fit: float
     matched: float
-    contradiction: float
     unread: float
-    heard: float
+    read_weight: float
     enough_evidence: bool
     substituted: bool = False
     meaning: float = 0.0
     score: float = 0.0
 
 
-def compare_questions(stored: StoredQuestion, read: Question, lexicon: Lexicon, anywhere: bool = False) -> Comparison:
+def compare_questions(stored: StoredQuestion, read: Question, lexicon: Lexicon) -> Comparison:
     """How well the question read matches an anchor's question, and how far the two contradict each other.
 
     Each word counts by its weight times its similarity to the most similar word of the other side. With `t` the total
     and `m` the matched weight of a side, `conflict = min(t - m, t' - m') / (1 + m + m')` and
     `fit = (m + 1) / (t + 1) + (m' + 1) / (t' + 1)`: a side without content is no conflict. The words of the answer are
     no evidence on the side that was read, so that reading the answer changes nothing. Too little was read to decide if
-    it is less than `MIN_EVIDENCE` of what stands in front of the anchor's subject; with `anywhere`, if it is nothing.
+    it is less than `MIN_EVIDENCE` of what stands in front of the anchor's subject.
     """
     asked, answer = stored.question, stored.answer_stems
-    total, total_read = asked.total_weight, read.total_weight
     similarities = [list(map(lexicon.similarities_to(word).__getitem__, read.words)) for word in asked.words]
     best = [max(row, default=0.0) for row in similarities]
     best_read = list(map(max, zip(*similarities, strict=True))) if similarities else [0.0] * len(read.words)
-    matched = 0.0
+    matched, matched_read, total_read = 0.0, 0.0, read.total_weight
     for weight, similarity in zip(asked.weights, best, strict=True):
         matched += weight * similarity
-    matched_read = 0.0
     for stemmed, weight, similarity in zip(read.stems, read.weights, best_read, strict=True):
         if stemmed in answer:
             total_read -= weight
         else:
             matched_read += weight * similarity
-    conflict = min(total - matched, total_read - matched_read) / (1 + matched + matched_read)
+    needed = MIN_EVIDENCE * asked.total_weight * stored.front_share
+    enough_evidence = stored.front_share < 0.5 or (total_read > 0 and total_read >= needed)
+    return _conclude(asked, read, matched, matched_read, total_read, enough_evidence)
+
+
+def compare_stems(stored: StoredQuestion, read: Question) -> Comparison:
+    """The same, but words are alike where they share a stem, which holds for any base model, and not at all elsewhere.
+
+    Any word is enough to decide.
+    """
+    asked, answer = stored.question.weight_by_stem, stored.answer_stems
+    matched, matched_read, total_read = 0.0, 0.0, read.total_weight
+    for stemmed in read.weight_by_stem:
+        matched += asked.get(stemmed, 0.0)
+    for stemmed, weight in zip(read.stems, read.weights, strict=True):
+        if stemmed in asked:
+            matched_read += weight
+        elif stemmed in answer:
+            total_read -= weight
+    return _conclude(stored.question, read, matched, matched_read, total_read, total_read > 0)
+
+
+def _conclude(
+    asked: Question, read: Question, matched: float, matched_read: float, total_read: float, enough_evidence: bool
+) -> Comparison:
+    total, both = asked.total_weight, 1 + matched + matched_read
+    conflict = min(total - matched, total_read - matched_read) / both
     fit = (matched + 1) / (total + 1) + (matched_read + 1) / (total_read + 1)
-    if anywhere:
-        enough_evidence = total_read > 0
-    else:
-        enough_evidence = stored.front_share < 0.5 or (
-            total_read > 0 and total_read >= MIN_EVIDENCE * total * stored.front_share
-        )
-    contradiction, unread = _contradict(asked, read, answer)
-    heard = 1 - math.exp(-max(total_read, 0.0))
     substituted = are_one_word_apart(asked.stems, read.stems)
-    return Comparison(conflict, fit, matched, contradiction, unread, heard, enough_evidence, substituted)
-
-
-def _contradict(asked: Question, read: Question, answer: frozenset[str]) -> tuple[float, float]:
-    """`contradiction` and `unread` of two questions; see `Comparison`."""
-    matched = sum(weight for stem, weight in zip(asked.stems, asked.weights, strict=True) if stem in read.stems)
-    rest = [(stem, weight) for stem, weight in zip(read.stems, read.weights, strict=True) if stem not in answer]
-    matched_read = sum(weight for stem, weight in rest if stem in asked.stems)
-    unread = asked.total_weight - matched
-    extra = sum(weight for _, weight in rest) - matched_read
-    return min(unread, extra) / (1 + matched + matched_read), unread / (1 + matched + matched_read)
+    return Comparison(conflict, fit, matched, (total - matched) / both, total_read, enough_evidence, substituted)
 
 
 def are_one_word_apart(stems: Sequence[str], others: Sequence[str]) -> bool:

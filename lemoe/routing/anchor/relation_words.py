@@ -6,10 +6,9 @@ A word says most where it tells relations apart that a base model reads as nearl
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import pairwise
 
 import numpy
 import torch
@@ -26,14 +25,25 @@ SMOOTHING = 1.0  # wordings of each relation that have a term as often as all do
 ABSENT = -1.0  # nats of a term that no wording of a relation has
 TEMPER = 0.5  # by which nats are multiplied, since terms of one question depend on each other
 UNKNOWN, UNKNOWN_SHARE = 2.0, 3.0  # nats of a question of no relation of the bank, which counts as so many relations
+CACHED_SUMS = 4096  # questions whose sums are kept, of some 800 bytes each
 MIN_AGREEMENT = 0.02  # of two profiles, as a multiple of what two questions of any relations have
 
 
 def list_terms(words: Sequence[str]) -> list[str]:
     """What is counted of a question: its words, their stems, and each two that follow each other."""
     unique = list(dict.fromkeys(words))
-    pairs = [f"{one} {other}" for one, other in pairwise(unique)]
-    return [*unique, *dict.fromkeys("~" + stem_word(word) for word in unique), *pairs]
+    stems = [stem_word(word) for word in unique]
+    return [term for position in range(len(unique)) for term in _terms_at(unique, stems, position)]
+
+
+def _terms_at(words: Sequence[str], stems: Sequence[str], position: int) -> Iterator[str]:
+    """The terms that a word adds to those of the words before it."""
+    word, stemmed = words[position], stems[position]
+    yield word
+    if stemmed not in stems[:position]:
+        yield f"~{stemmed}"
+    if position:
+        yield f"{words[position - 1]} {word}"
 
 
 @lru_cache(1 << 15)
@@ -92,13 +102,36 @@ class RelationWords(TensorEquality):
 
     def profile(self, words: Sequence[str]) -> Vector:
         """`[relations + 1]`, how likely the question of these words asks for each relation, and for none of them."""
-        known = [row for term in list_terms(words) if (row := self._row(term)) is not None]
-        nats = TEMPER * (numpy.sum(known, axis=0) if known else numpy.zeros(self.count, numpy.float32))
-        nats = numpy.append(nats, UNKNOWN)
-        shares = numpy.exp(nats - nats.max())
+        nats = numpy.empty(self.count + 1, numpy.float32)
+        numpy.multiply(self._sum_terms(tuple(dict.fromkeys(words))), numpy.float32(TEMPER), out=nats[:-1])
+        nats[-1] = UNKNOWN
+        nats -= nats.max()
+        shares: Vector = numpy.exp(nats, out=nats)
         shares[-1] *= UNKNOWN_SHARE
-        profile: Vector = (shares / shares.sum()).astype(numpy.float32)
-        return profile
+        shares /= numpy.add.reduce(shares)
+        return shares
+
+    def _sum_terms(self, words: tuple[str, ...]) -> Vector:
+        """`[relations]`, nats of all terms of different words; cached, since a question mostly grows by a word."""
+        found = self._sums.get(words)
+        if found is None:
+            if len(self._sums) >= CACHED_SUMS:
+                self._sums.clear()
+            known = self._sums.get(words[:-1])
+            first = 0 if known is None else len(words) - 1
+            found = numpy.zeros(self.count, numpy.float32) if known is None else known.copy()
+            stems = [stem_word(word) for word in words]
+            for position in range(first, len(words)):
+                for term in _terms_at(words, stems, position):
+                    if (row := self._row(term)) is not None:
+                        found += row
+            self._sums[words] = found
+        return found
+
+    @cached_property
+    def _sums(self) -> dict[tuple[str, ...], Vector]:
+        """The sums of the questions that were met."""
+        return {}
 
     def evidence(self, words: Sequence[str]) -> Vector:
         """`[relations]`, nats by which these words speak for each relation; 0 where they ask for none of the bank."""
@@ -136,13 +169,25 @@ def _weigh_term(ratios: Vector, relations: int) -> numpy.float32:
     return numpy.float32(1 + (shares * numpy.log(shares)).sum() / numpy.log(max(relations, 2)))
 
 
-def compare_profiles(profiles: Vector, read: Vector) -> Values:
-    """`[questions]`, nats by which each of `profiles` `[questions, relations + 1]` asks for the relation of `read`.
+class RelationProfiles:
+    """Which relation the words of each of many questions mark, to be compared with others."""
 
-    Above 0 for the same relation, below for another one, and near 0 as far as one of the two asks for none of the bank.
-    """
-    both = (1 - profiles[:, -1].astype(numpy.float64)) * (1 - float(read[-1]))
-    shared = profiles[:, :-1].astype(numpy.float64) @ read[:-1].astype(numpy.float64)
-    agreement = (len(read) - 1) * shared / numpy.maximum(both, 1e-12)
-    compared: Values = both * numpy.log(agreement + MIN_AGREEMENT)
-    return compared
+    __slots__ = ("_known", "_marked")
+
+    def __init__(self, profiles: Vector):
+        """Of `profiles` `[questions, relations + 1]`."""
+        self._marked, self._known = profiles[:, :-1].astype(numpy.float64), 1 - profiles[:, -1].astype(numpy.float64)
+
+    def compare(self, read: Vector) -> Values:
+        """`[questions]`, nats by which each asks for the relation of `read` `[relations + 1]`.
+
+        Above 0 for the same relation, below for another one, and near 0 as far as one of the two asks for none of the
+        bank.
+        """
+        both = self._known * (1 - float(read[-1]))
+        agreement = (self._marked @ read[:-1].astype(numpy.float64)) * (len(read) - 1)
+        agreement /= numpy.maximum(both, 1e-12)
+        agreement += MIN_AGREEMENT
+        numpy.log(agreement, out=agreement)
+        agreement *= both
+        return agreement

@@ -144,8 +144,12 @@ class Route:
         if self._state.edit >= 0 and time > self._open_until:
             self._shut_gate()
         if not self._match_own_prompt(time) and time > self._locked_until and self._has_new_letters(time):
+            mentions = dict(self._mentions)
             self._update_mentions(time)
-            self._update_state(time)
+            answered = self._answer_positions()
+            says_more = len(self._reader.words) - 1 not in answered or mentions != self._mentions
+            if says_more or self._discard_evidence:
+                self._update_state(time, answered)
         return self._state
 
     def _read_token(self, token: int, projected: Vector | None) -> None:
@@ -270,16 +274,19 @@ class Route:
         if active >= 0 and self._gate.subjects[active] == subject and self._opened_at >= self._word_started_at:
             self._shut_gate()
 
-    def _update_state(self, time: int) -> None:
+    def _update_state(self, time: int, answered: frozenset[int] = frozenset()) -> None:
         """Compare the anchors of all mentioned subjects: open (3), prolong (4) or switch (5) the gate, or leave it.
 
         The active anchor shuts its gate where what was read since speaks against it.
+
+        Args:
+            answered: positions of the words that are no evidence; see `_answer_positions`.
         """
         candidates: list[Candidate] = []
         nearest: tuple[int, Mention, Comparison] | None = None
         ranks: list[float] = []  # of the active anchor
         scores: list[float] = []
-        for subject, mention, found, before in self._compare_mentions():
+        for subject, mention, found, before in self._compare_mentions(answered):
             if (index := found.index_of(self._state.edit)) is not None:
                 ranks.append(float(found.rank[index]))
                 scores.append(float(found.score[index]))
@@ -309,10 +316,9 @@ class Route:
         fresh = before is None or before[index] < 0 or found.evidence[index] > before[index] + margin
         return Candidate(key, mention, found.comparison_with(index), bool(fresh))
 
-    def _compare_mentions(self) -> Iterator[tuple[int, Mention, Comparisons, Values | None]]:
+    def _compare_mentions(self, answered: frozenset[int]) -> Iterator[tuple[int, Mention, Comparisons, Values | None]]:
         """Each mentioned subject: number, mention, the comparisons with its anchors, and the most evidence before."""
         asked: dict[frozenset[int], ReadQuestion] = {}
-        answered = self._answer_positions()
         for subject, mention in self._mentions.items():
             if not self._gate.decision.admits(self._gate.index.subjects[subject], mention):
                 continue
@@ -326,24 +332,26 @@ class Route:
             yield subject, mention, found, before
 
     def _answer_positions(self) -> frozenset[int]:
-        """Positions of the words of the active edit's target that were read since the gate opened."""
+        """Positions of the words of the active edit's target that were read since the gate opened.
+
+        The last word may still grow into one of them.
+        """
         if self._state.edit < 0 or self._gate.meaning is None:
             return frozenset()
         answer, stem = self._gate.stored_question(self._state.edit).answer_stems, self._gate.lexicon.stem
         words = self._reader.words
-        return frozenset(at for at in range(self._opened_word, len(words)) if stem(words[at].text) in answer)
+        read = {at for at in range(self._opened_word, len(words)) if stem(words[at].text) in answer}
+        if self._reader.growing and self._opened_word < len(words):
+            beginning = words[-1].text
+            if any(stemmed.startswith(beginning) for stemmed in answer):
+                read.add(len(words) - 1)
+        return frozenset(read)
 
     def _read_question(self, mention: Mention, answered: frozenset[int]) -> ReadQuestion:
-        words, meaning = self._reader.words, self._gate.meaning
-        silent = self._gate.silent_positions(words, mention)
+        words = self._reader.words
+        silent = self._gate.silent_positions(words, mention) | answered
         question = Question.from_words(question_words(words, mention, silent), self._gate.lexicon)
-        if meaning is None:
-            return ReadQuestion(question)
-        total, weight = self._sums.without(silent | answered)
-        if total is None:
-            return ReadQuestion(question)
-        relations = meaning.relation_words.profile(question_words(words, mention, silent | answered))
-        return ReadQuestion(question, meaning.embed(total, weight), relations)
+        return ReadQuestion(question, self._gate.read_meaning(question.words, *self._sums.without(silent)))
 
     def _apply_best(self, best: "Candidate", active_ranks: Sequence[float], time: int) -> None:
         """Open the gate for the best anchor, prolong it or switch to it."""

@@ -18,8 +18,8 @@ from lemoe.data.question_bank import REMARK, Wording
 from lemoe.routing.anchor.anchors import get_lexicon
 from lemoe.routing.anchor.bank_fit import count_words, embed_mean, fit_projection
 from lemoe.routing.anchor.bank_texts import FRAME, BankText, ReadText, frame_relations
-from lemoe.routing.anchor.comparisons import MeaningComparisons, Values, WordComparisons
-from lemoe.routing.anchor.evidence import Decision, Judgement, question_features
+from lemoe.routing.anchor.comparisons import Values
+from lemoe.routing.anchor.evidence import Decision, Evidence, Judgement, question_features
 from lemoe.routing.anchor.gate import Anchor, Gate
 from lemoe.routing.anchor.meaning import FEATURES, Keys, Meaning, Vector
 from lemoe.routing.anchor.route import Route
@@ -59,16 +59,11 @@ class _Recorder(Decision):
     def __init__(self) -> None:
         self.seen: list[Values] = []
 
-    def judge(
-        self,
-        subject: tuple[float, ...],
-        words: WordComparisons,
-        meaning: MeaningComparisons,
-        earlier: Values | None,
-    ) -> Judgement:
-        asked = question_features(words, meaning)
+    def judge(self, evidence: Evidence) -> Judgement:
+        asked = question_features(evidence.words, evidence.meaning)
         anchors = asked.shape[1]
-        self.seen.append(numpy.concatenate([numpy.repeat(numpy.array(subject)[:, None], anchors, 1), asked]).T)
+        found = numpy.repeat(numpy.array(evidence.subject)[:, None], anchors, 1)
+        self.seen.append(numpy.concatenate([found, asked]).T)
         shut = numpy.full(anchors, -1.0)
         return shut, shut, shut
 

@@ -48,6 +48,7 @@ def _goes_on(word: str, char: str) -> bool:
     return word[-1] not in _SIGNS and not is_unspaced(char)
 
 
+@lru_cache(1 << 16)
 def stem_word(word: str) -> str:
     """A light stemmer for plurals, -ed and -ing; short words and words with digits pass through."""
     if len(word) <= 3 or not word.isalpha():
