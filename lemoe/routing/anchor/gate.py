@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy
 
@@ -92,6 +93,15 @@ class SubjectKeys:
         return MeaningComparisons(ratio.astype(numpy.float64), alike.astype(numpy.float64), relation)
 
 
+class SubjectQuestions(NamedTuple):
+    """The questions of all anchors of a subject: `asked` of few, a `table` of many; and keys if meaning counts."""
+
+    size: int
+    asked: Sequence[StoredQuestion]
+    table: QuestionTable | None
+    keys: SubjectKeys | None
+
+
 class Gate:
     """All stored anchors, with the indices that find them. Later anchors take precedence over earlier ones."""
 
@@ -121,13 +131,12 @@ class Gate:
         self.meaning = meaning
         self.decision = decision or choose_decision(meaning, threshold, probability)
         self._embedded: list[Vector] = []  # keys [keys, rank] of each anchor
-        self._keys: dict[int, SubjectKeys] = {}
         self.anchors: list[Anchor] = []
         self.subjects: list[int] = []  # number of each anchor's subject
         self.longest_prompt = 1  # in tokens
         self.index = SubjectIndex(lexicon)
         self._questions: dict[int, StoredQuestion] = {}
-        self._tables: dict[int, QuestionTable] = {}
+        self._by_subject: dict[int, SubjectQuestions] = {}
         self._arrays = ArrayCache()
         self._anchors_by_subject: dict[int, list[int]] = defaultdict(list)
         self._by_tail: dict[tuple[int, ...] | bytes, list[int]] = defaultdict(list)
@@ -146,7 +155,7 @@ class Gate:
         self.longest_prompt = max(self.longest_prompt, len(anchor.prompt))
         self.subjects.append(subject)
         self._anchors_by_subject[subject].append(number)
-        self._forget_tables(subject)
+        self._by_subject.pop(subject, None)
         self._by_tail[self._prompt_tail(anchor.prompt)].append(number)
         if len(anchor.prompt) > 1:
             self._tail_lengths[anchor.prompt[-1]].add(min(TAIL_TOKENS, len(anchor.prompt) - 1))
@@ -174,12 +183,8 @@ class Gate:
     def retire(self, number: int) -> None:
         """Remove an anchor from the indices, so that it no longer opens the gate; its number is not used again."""
         self._anchors_by_subject[self.subjects[number]].remove(number)
-        self._forget_tables(self.subjects[number])
+        self._by_subject.pop(self.subjects[number], None)
         self._by_tail[self._prompt_tail(self.anchors[number].prompt)].remove(number)
-
-    def _forget_tables(self, subject: int) -> None:
-        self._tables.pop(subject, None)
-        self._keys.pop(subject, None)
 
     def compare_anchors(
         self, subject: int, mention: Mention, read: ReadQuestion, earlier: Values | None
@@ -189,13 +194,14 @@ class Gate:
         Args:
             earlier: `[anchors]`, their scores by the sentence before that mentioned the subject.
         """
-        numbers = self._anchors_by_subject[subject]
+        stored = self._stored_questions(subject)
         evidence = Evidence(
             subject_features(self.index.subjects[subject], mention),
-            self._compare_words(subject, numbers, read.words),
-            self._compare_meaning(subject, numbers, read.meaning),
+            self._compare_words(stored, read.words),
+            self._compare_meaning(stored, read.meaning),
             earlier,
         )
+        numbers = self._anchors_by_subject[subject]
         return Comparisons(numbers, evidence.words, evidence.meaning, *self.decision.judge(evidence))
 
     def read_meaning(self, words: Sequence[str], total: Vector | None, weight: float) -> ReadMeaning | None:
@@ -205,31 +211,35 @@ class Gate:
         vector = self.meaning.embed(total, weight)
         return ReadMeaning(vector, self.meaning.profile(vector), self.meaning.relation_words.profile(words))
 
-    def _compare_words(self, subject: int, numbers: Sequence[int], read: Question) -> WordComparisons:
-        if len(numbers) < VECTORISED_FROM:
-            asked = map(self.stored_question, numbers)
-            if self.meaning is None:
-                return WordComparisons.from_pairs([compare_questions(each, read, self.lexicon) for each in asked])
-            return WordComparisons.from_pairs([compare_stems(each, read) for each in asked])
-        table = self._tables.get(subject)
-        if table is None:
-            table = self._tables[subject] = self._build_table([self._build_question(number) for number in numbers])
-        return table.compare(read)
+    def _compare_words(self, stored: SubjectQuestions, read: Question) -> WordComparisons:
+        if stored.table is not None:
+            return stored.table.compare(read)
+        if self.meaning is None:
+            return WordComparisons.from_pairs([compare_questions(each, read, self.lexicon) for each in stored.asked])
+        return WordComparisons.from_pairs([compare_stems(each, read) for each in stored.asked])
 
-    def _build_table(self, asked: Sequence[StoredQuestion]) -> QuestionTable:
-        return StemTable(asked) if self.meaning else WordTable(asked, self.lexicon, self._arrays)
+    def _compare_meaning(self, stored: SubjectQuestions, read: ReadMeaning | None) -> MeaningComparisons:
+        if stored.keys is None or read is None:
+            return MeaningComparisons.none(stored.size)
+        return stored.keys.compare(read)
 
-    def _compare_meaning(self, subject: int, numbers: Sequence[int], read: ReadMeaning | None) -> MeaningComparisons:
-        if self.meaning is None or read is None or not numbers:
-            return MeaningComparisons.none(len(numbers))
-        keys = self._keys.get(subject)
-        if keys is None:
-            few = len(numbers) < VECTORISED_FROM  # whose questions are kept
-            stored = [self.stored_question(number) if few else self._build_question(number) for number in numbers]
-            asked = [each.question for each in stored]
-            keys = SubjectKeys(self.meaning, [self._embedded[number] for number in numbers], asked)
-            self._keys[subject] = keys
-        return keys.compare(read)
+    def _stored_questions(self, subject: int) -> SubjectQuestions:
+        """The questions of a subject's anchors, worked out when it is first mentioned."""
+        found = self._by_subject.get(subject)
+        if found is None:
+            found = self._by_subject[subject] = self._build_questions(self._anchors_by_subject[subject])
+        return found
+
+    def _build_questions(self, numbers: Sequence[int]) -> SubjectQuestions:
+        few = len(numbers) < VECTORISED_FROM
+        asked = [self.stored_question(number) if few else self._build_question(number) for number in numbers]
+        keys, table = None, None
+        if self.meaning is not None and numbers:
+            questions = [each.question for each in asked]
+            keys = SubjectKeys(self.meaning, [self._embedded[number] for number in numbers], questions)
+        if not few:
+            table = StemTable(asked) if self.meaning else WordTable(asked, self.lexicon, self._arrays)
+        return SubjectQuestions(len(numbers), asked if few else (), table, keys)
 
     def find_own_prompt(self, ids: Sequence[int]) -> int:
         """The number of the anchor whose whole prompt ends the tokens `ids`, -1 for none: the longest, then the latest.
