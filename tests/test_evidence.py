@@ -4,11 +4,27 @@ import math
 
 import numpy
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+import lemoe
+from lemoe.routing.anchor.anchors import get_lexicon
 from lemoe.routing.anchor.comparisons import MeaningComparisons, WordComparisons
-from lemoe.routing.anchor.evidence import EARLIER_SHARE, MAX_EARLIER, Evidence, FittedDecision, question_features
+from lemoe.routing.anchor.evidence import (
+    EARLIER_SHARE,
+    MAX_EARLIER,
+    Evidence,
+    FittedDecision,
+    choose_decision,
+    question_features,
+    subject_features,
+)
+from lemoe.routing.anchor.fitting import fitted_meaning
 from lemoe.routing.anchor.meaning import FEATURES, QUESTION_FEATURES, SUBJECT_FEATURES
+from lemoe.routing.anchor.relation_words import MIN_AGREEMENT
+from lemoe.routing.anchor.subjects import Mention, Sentence, Subject
+from lemoe.routing.anchor.words import WordReader
 
 Values = NDArray[numpy.float64]
 FOUND = (1.0, *[0.0] * (len(SUBJECT_FEATURES) - 1))
@@ -42,7 +58,7 @@ def decision() -> FittedDecision:
     """Its score is 2 for all comparisons without further evidence."""
     weights = numpy.zeros(len(FEATURES))
     weights[FEATURES.index("bias")] = 2.0
-    return FittedDecision(weights, 0.5)
+    return FittedDecision(weights, 0.5, relations=100)
 
 
 def scores(decision: FittedDecision, heard: list[float], earlier: list[float] | None) -> list[float]:
@@ -67,3 +83,44 @@ def test_the_sentence_before_counts_the_less_the_more_is_asked_since_and_never_s
     assert by_heard[0] == pytest.approx(0.0)
     assert by_heard[-1] == pytest.approx(2.0 - EARLIER_SHARE * 2.0)
     assert scores(decision, [0.0], [-100.0]) == scores(decision, [0.0], [-MAX_EARLIER]) == [2.0 - MAX_EARLIER]
+
+
+@given(
+    weights=st.lists(st.floats(-6, 6), min_size=len(FEATURES), max_size=len(FEATURES)),
+    read=st.tuples(st.floats(-90, 90), st.floats(-1, 1), st.floats(0, 1), st.floats(0, 50), st.floats(0, 9)),
+    substituted=st.booleans(),
+    mention=st.builds(
+        Mention, st.floats(0, 1), st.just(frozenset([0])), st.booleans(), st.integers(0, 3), st.booleans()
+    ),
+)
+def test_what_no_question_could_open_is_not_compared_and_nothing_else_is_left_out(
+    base: lemoe.BaseModel,
+    weights: list[float],
+    read: tuple[float, float, float, float, float],
+    substituted: bool,
+    mention: Mention,
+) -> None:
+    relations, (ratio, profile, agreement, conflict, weight) = 100, read
+    least, most = math.log(MIN_AGREEMENT), math.log(relations + MIN_AGREEMENT)
+    decision, subject = FittedDecision(numpy.array(weights), 0.55, relations), Subject("Marie Curie", get_lexicon(base))
+    (conflicts, unread, weights_read), flag = numpy.array([[conflict], [0.0], [weight]]), numpy.array([substituted])
+    words = WordComparisons(conflicts, unread, unread, unread, weights_read, ~flag | True, flag)
+    meaning = MeaningComparisons(*numpy.array([[ratio], [profile], [least + agreement * (most - least)]]))
+    score, _, _ = decision.judge(Evidence(subject_features(subject, mention), words, meaning))
+    assert decision.admits(subject, mention) or score[0] < 0
+
+
+def test_a_name_that_shares_a_word_with_a_subject_is_not_compared(real_base: lemoe.BaseModel) -> None:
+    meaning = fitted_meaning(real_base, len(real_base.layers) - 1)
+    decision = choose_decision(meaning, 0.0, 0.55)
+    subject = Subject("Barack Obama", get_lexicon(real_base))
+
+    def is_compared(text: str) -> bool:
+        reader = WordReader()
+        reader.push(text.encode())
+        mention = subject.find_mention(Sentence(reader.words, get_lexicon(real_base)))
+        return mention is not None and decision.admits(subject, mention)
+
+    assert is_compared("Where was Barack Obama born?")
+    assert is_compared("where was obama born")
+    assert not is_compared("Where was Michelle Obama born?")

@@ -6,12 +6,14 @@ one, words alone decide, by how far they conflict.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy
 
 from lemoe.routing.anchor.comparisons import MeaningComparisons, Values, WordComparisons
 from lemoe.routing.anchor.meaning import QUESTION_FEATURES, SUBJECT_FEATURES, Meaning
+from lemoe.routing.anchor.relation_words import MIN_AGREEMENT
 from lemoe.routing.anchor.subjects import MIN_COVERAGE, Mention, Subject
 
 MAX_RATIO = 20.0  # log-likelihood ratios (nats) beyond which more is no further evidence
@@ -141,17 +143,27 @@ class FittedDecision(Decision):
     margin = 0.25
     shut_below = 0.0
 
-    def __init__(self, weights: Values, probability: float):
+    def __init__(self, weights: Values, probability: float, relations: int):
+        """A decision from `probability` on, by `weights` `[features]`; words mark one of so many `relations`."""
         self._subject: list[float] = weights[: len(SUBJECT_FEATURES)].tolist()
         self._question = weights[len(SUBJECT_FEATURES) :, None]
         self._threshold = math.log(probability / (1 - probability))
+        self._most = _bound_questions(self._question[:, 0].tolist(), relations) - self._threshold
+
+    def admits(self, subject: Subject, mention: Mention) -> bool:
+        """Not where no question whatever could open the gate, as with most names that share a word with the subject."""
+        found = self._weigh_subject(subject_features(subject, mention))
+        return max(self._most + sum(found), MAX_VOUCHED + sum(found[DOUBTS])) >= 0
+
+    def _weigh_subject(self, features: tuple[float, ...]) -> list[float]:
+        return [weight * value for weight, value in zip(self._subject, features, strict=True)]
 
     def probability(self, score: float) -> float:
         return super().probability(score + self._threshold)
 
     def judge(self, evidence: Evidence) -> Judgement:
         words, earlier = evidence.words, evidence.earlier
-        found = [weight * value for weight, value in zip(self._subject, evidence.subject, strict=True)]
+        found = self._weigh_subject(evidence.subject)
         weighed = self._question * question_features(words, evidence.meaning)
         fitted = numpy.add.reduce(weighed)
         fitted += sum(found) - self._threshold
@@ -165,6 +177,20 @@ class FittedDecision(Decision):
         return score, score, numpy.where(words.enough_evidence, score, -numpy.inf)
 
 
+def _bound_questions(weights: Sequence[float], relations: int) -> float:
+    """The most that `QUESTION_FEATURES` can add to a score with these weights."""
+    meaning, profile, relation, overlap, contradiction, agreement, substituted = weights
+    if contradiction > 0:
+        return math.inf
+    marked = (math.log(MIN_AGREEMENT), math.log(max(relations, 1) + MIN_AGREEMENT))
+    likest = max(
+        profile * alike + relation * nats + overlap * alike * nats for alike in (-1.0, 1.0) for nats in (0.0, *marked)
+    )
+    return abs(meaning) * MAX_RATIO + likest + max(agreement, 0.0) + max(substituted, 0.0)
+
+
 def choose_decision(meaning: Meaning | None, threshold: float, probability: float) -> Decision:
     """From `probability` on by all evidence, or, without `meaning`, up to `threshold` by words alone."""
-    return WordDecision(threshold) if meaning is None else FittedDecision(meaning.weights.double().numpy(), probability)
+    if meaning is None:
+        return WordDecision(threshold)
+    return FittedDecision(meaning.weights.double().numpy(), probability, meaning.relation_words.count)
