@@ -1,7 +1,6 @@
 """`lemoe edit`: the main job."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +62,12 @@ _SETTINGS = (
 )
 
 
+LAYER_HELP = (
+    "Decoder layer to edit, from 0; auto measures it, even where the model's preset says one.  "
+    "[default: the preset's, else measured once for each model]"
+)
+
+
 @click.command("edit")
 @edits_argument
 @model_options
@@ -72,7 +77,7 @@ _SETTINGS = (
 @click.option("--from", "start", type=FILE, help="Continue this adaptor; its edits stay as they are.")
 @conflict_option("Which edit answers where EDITS ask what the adaptor of --from answers; keep takes the earlier.")
 @settings_options
-@click.option("--layer", type=LayerChoice(), help="Decoder layer to edit, from 0; auto measures on your first edits.")
+@click.option("--layer", type=LayerChoice(), help=LAYER_HELP)
 @click.option("--layer-path", help="Path of the FFN within the layer, where it is not recognised.")
 @click.option("--steps", type=click.IntRange(1), help="Training steps of a round, at most.")
 @click.option("--learning-rate", type=float, help="Of the experts.")
@@ -144,24 +149,13 @@ def edit_command(
 
     from lemoe.adaptor.checkpoint import load_adaptor
     from lemoe.runs.edit import check_engine, edit
-    from lemoe.runs.layers import choose_layer
 
     trainer = _make_engine(engine, address, workers, options)
     check_engine(trainer, settings)
     earlier = load_adaptor(start) if start else None
     base = open_base(options, quiet=quiet)
 
-    from lemoe_cli.ui import EditProgress, print_note, show_stage
-
-    if measure_layer and earlier is None:
-        with show_stage("choosing the layer", quiet=quiet) as notify:
-            chosen = choose_layer(base, read, settings, notify)
-        settings = replace(settings, layer=chosen.best_layer)
-        if chosen.unsaved:
-            print_note(f"the layer will be measured again next time: {chosen.unsaved}")
-        if not quiet:
-            found = ", ".join(f"{score.layer}: {score.generality:.2f}" for score in chosen.scores)
-            click.echo(f"layer: {chosen.best_layer}; perplexity of targets after unseen paraphrases {found}", err=True)
+    from lemoe_cli.ui import EditProgress
 
     with EditProgress(quiet=quiet) as progress:
         report = edit(
@@ -178,6 +172,7 @@ def edit_command(
             resume=resume,
             allow_base_mismatch=allow_base_mismatch,
             engine=trainer,
+            measure_layer=measure_layer,
             progress=progress,
         )
     _show_report(report, read)

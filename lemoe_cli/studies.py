@@ -1,7 +1,7 @@
 """What `lemoe eval --compare` and `--factors` run and show."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -75,10 +75,13 @@ def run_studies(
     """Teach `edits` by the methods that --compare names, and by one in several orders for --factors."""
     from lemoe.evaluation.comparison import compare
     from lemoe.evaluation.factors import measure_factors
+    from lemoe.runs.layers import settle_layer
 
     named, method = resolve_studies(options)
     common: dict[str, Any] = {"decode": decode, "batch_tokens": batch_tokens}
     with show_stage("teaching anew", quiet=quiet) as notify:
+        named = [replace(settings, layer=settle_layer(base, settings, notify).layer) for settings in named]
+        method = replace(method, layer=settle_layer(base, method, notify).layer) if method else None
         comparison = compare(base, edits, named, notify=notify, **common) if named else None
         factors = (
             measure_factors(base, edits, method, orders=options["orders"], notify=notify, **common) if method else None

@@ -34,6 +34,7 @@ from lemoe.runs.conflicts import resolve_conflicts
 from lemoe.runs.engines import Engine
 from lemoe.runs.engines.local import LocalEngine
 from lemoe.runs.folder import ROUNDS_NAME, check_round_range, resumed_round_range
+from lemoe.runs.layers import settle_layer
 from lemoe.runs.plan import (
     InterruptedRun,
     RunPlan,
@@ -110,6 +111,7 @@ def edit(
     resume: bool = False,
     allow_base_mismatch: bool = False,
     engine: Engine | None = None,
+    measure_layer: bool = False,
     progress: ProgressCallback | None = None,
 ) -> EditReport:
     """Teach `edits` to an adaptor of `base` and write it under `folder`.
@@ -128,6 +130,8 @@ def edit(
             its plan and its rounds unless they are given; edits added since are refused unless `plan_file` is given.
         allow_base_mismatch: continue `start` on a base that it was not made for; the new rounds record how it differs.
         engine: what trains the rounds; this process if None.
+        measure_layer: measure which layer to edit even where the model's preset says one; else it is measured where
+            neither `settings` nor the preset do.
         progress: called as the run goes on.
 
     Raises:
@@ -147,8 +151,6 @@ def edit(
             progress.note(f"another base than the adaptor was made for: {difference}")
         check_settings(start, settings)
         settings = replace(settings, gate=start.settings.gate)
-    layer = start.base.layer if start else settings.resolve_layer(len(base.layers), base.source.layers)
-    site = base.ffn_site(layer, settings.layer_path)
     with _lock_folder(folder):
         encode_edits(base, edits)
         interrupted = read_interrupted_run(folder, start) if resume else InterruptedRun(None, None)
@@ -161,14 +163,15 @@ def edit(
         else:
             chosen = make_plan(base, new, settings, source, start, progress)
         rounds = chosen.rounds
+        if start is None:
+            settings = _prepare_base(base, settings, progress, measure_layer=measure_layer)
+        layer = start.base.layer if start else settings.resolve_layer(len(base.layers), base.source.layers)
         if resume:
             finished = [(_round_path(folder, round_), round_.edits) for round_ in rounds]
             check_finished_rounds(base, finished, settings, layer, start)
         write_run_files(folder, chosen, overwrite=force or resume)
         progress.planned(len(rounds), sum(len(round_.edits) for round_ in rounds))
-        settings = _shrink_batches(base, site, settings, progress)
-        if start is None:
-            _prepare_gate(base, layer, settings, progress)
+        settings = _shrink_batches(base, base.ffn_site(layer, settings.layer_path), settings, progress)
         began = time.monotonic()
         records = _train_rounds(base, rounds, settings, folder, start, engine, progress, force=force, resume=resume)
         seconds = time.monotonic() - began
@@ -277,11 +280,14 @@ def _lock_folder(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _prepare_gate(base: BaseModel, layer: int, settings: Settings, progress: ProgressCallback) -> None:
-    """Fit the gate to a model that it has not seen; the cache keeps the fit for all rounds and workers."""
+def _prepare_base(base: BaseModel, settings: Settings, progress: ProgressCallback, *, measure_layer: bool) -> Settings:
+    """Fit the gate to a model that it has not seen, and settle the layer; the cache keeps both for all that follows."""
+    usual = settings.resolve_layer(len(base.layers), base.source.layers)
+    _ = base.ffn_site(usual, settings.layer_path)  # refused at once if there is none
     router = method_of(settings).router
     if router is not None and router.gated and settings.gate == "meaning" and base.decoder_reads_tokens:
-        fitted_meaning(base, layer, progress.note)
+        fitted_meaning(base, usual, progress.note)
+    return replace(settings, layer=settle_layer(base, settings, progress.note, measure=measure_layer).layer)
 
 
 def _shrink_batches(base: BaseModel, site: FFNSite, settings: Settings, progress: ProgressCallback) -> Settings:
