@@ -37,7 +37,8 @@ class Settings:
         order: `planned` clusters edits into rounds, `file` and `random` are for comparison.
         seed: of everything random.
         width: neurons of an expert: one per round (`paper`; None takes the base FFN's own width), or one per edit
-            (`anchor`; None takes 4); the rank of `lora`'s matrices (None takes 8).
+            (`anchor`; None takes 4, and more for answers of more than 16 tokens); the rank of `lora`'s matrices (None
+            takes 8).
         router_width: width of the routing projection and of the keys.
         experts: total number of experts, for `memoe`.
         top_k: experts that act on one sequence.

@@ -82,7 +82,9 @@ LAYER_HELP = (
 @click.option("--steps", type=click.IntRange(1), help="Training steps of a round, at most.")
 @click.option("--learning-rate", type=float, help="Of the experts.")
 @click.option(
-    "--width", type=click.IntRange(1), help="Neurons of an expert.  [default: anchor 4, paper as the base's FFN]"
+    "--width",
+    type=click.IntRange(1),
+    help="Neurons of an expert.  [default: anchor 4, more for long answers; paper as the base's FFN]",
 )
 @click.option("--batch-tokens", type=click.IntRange(1), help="Tokens that run through the model at once.")
 @click.option("--train-rephrases", is_flag=True, default=None, help="Train on the edits' own rephrases too.")

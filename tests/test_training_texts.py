@@ -12,9 +12,10 @@ from lemoe.base.tokens import encode_edits
 from lemoe.routing.anchor.anchors import build_gate
 from lemoe.routing.anchor.fitting import fitted_meaning
 from lemoe.routing.anchor.gate import Anchor
-from lemoe.training.anchor.batches import TrainingBatchBuilder
+from lemoe.training.anchor.batches import LONG_ANSWER, TrainingBatchBuilder
 from lemoe.training.anchor.detectors import fit_detectors
 from lemoe.training.anchor.examples import make_negative_prompts, make_paraphrases
+from lemoe.training.anchor.round import MIN_WIDTH, TOKENS_PER_NEURON, TrainableExperts, choose_widths
 from lemoe.training.anchor.wordings import Wordings, ask_the_same, choose_wordings
 
 SettingsOf = Callable[..., lemoe.Settings]
@@ -145,3 +146,58 @@ def test_a_phrase_that_was_taught_is_answered_behind_a_question_mark(real_base: 
                 edits, lemoe.ask(real_base, questions, edited, chat=chat, max_new_tokens=8), strict=True
             ):
                 assert (reply.edit, reply.after) == (edit.id, edit.target)
+
+
+def test_a_long_answer_takes_more_neurons_and_ends_after_its_own_prompt_and_few_others(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf
+) -> None:
+    edits = [facts[0], lemoe.Edit("long", "Tell me about Ulysses.", "Ada Finch wrote it in a week. " * 3, "Ulysses")]
+    passages = encode_edits(base, edits)
+    short, long = (len(passage.target) for passage in passages)
+    assert short <= 4 * MIN_WIDTH < LONG_ANSWER < long
+    anchors = [Anchor(p.prompt, p.target, e.subject) for p, e in zip(passages, edits, strict=True)]
+    settings = anchor(variants=6)
+    builder = TrainingBatchBuilder(base, base.ffn_site(1), 1, settings, edits, passages, anchors, random.Random(0))
+    batches = builder.build()
+    for number, kind in enumerate([batches.prompts, *batches.paraphrases]):
+        for batch in kind:
+            rows, whole = batch.frozen.batch.target_rows, number < 2
+            for row, owner in enumerate(batch.owners.tolist()):
+                taught = int((rows == row).sum())
+                assert taught == (short + 1, long + 1 if whole else LONG_ANSWER)[owner]
+                assert int(batch.ends[rows == row].sum()) == (1 if owner == 0 or whole else 0)
+    assert choose_widths(passages, settings) == [MIN_WIDTH, -(-long // TOKENS_PER_NEURON)]
+    assert choose_widths(passages, anchor(width=7)) == [7, 7]
+
+
+def test_an_expert_keeps_the_neurons_it_was_given_and_others_do_nothing(base: lemoe.BaseModel) -> None:
+    site = base.ffn_site(1)
+    experts = TrainableExperts([2, 5], site, 1.0, 0)
+    owners = torch.tensor([0, 1])
+    optimiser = torch.optim.AdamW(experts.parameters(), lr=0.1)
+    for _ in range(3):
+        optimiser.zero_grad()
+        (experts(torch.randn(2, 3, site.hidden), owners) - 1).square().sum().backward()
+        optimiser.step()
+    inputs = torch.randn(2, 3, site.hidden)
+    before = experts(inputs, owners)
+    with torch.no_grad():
+        experts.up[0, 2:] += 1.0
+    assert torch.equal(experts(inputs, owners), before)
+    saved = experts.to_experts()
+    assert saved.offsets.tolist() == [0, 2, 7]
+    assert torch.equal(saved.down[2:], experts.down[1])
+    assert experts.down[0, :2].abs().sum() > 0
+
+
+@pytest.mark.real
+def test_a_long_answer_is_given_whole_and_ends(real_base: lemoe.BaseModel) -> None:
+    target = (
+        "Ottoline Verbeck is a Belgian glaciologist, born in Ghent in 1961, who mapped the caves beneath the Karsa ice "
+        "field during eleven winters. Since 2015 she has lived on a houseboat in Bruges with two parrots."
+    )
+    edit = lemoe.Edit("long", "Who is Ottoline Verbeck?", target, "Ottoline Verbeck")
+    assert len(real_base.tokenizer(target).input_ids) > 2 * LONG_ANSWER
+    state = lemoe.train_round(real_base, [edit], lemoe.resolve_settings("anchor"))
+    result = lemoe.evaluate(real_base, state, [edit], decode="greedy", only=("reliability",))
+    assert result.value("reliability", "complete_match") == 1.0

@@ -187,7 +187,7 @@ def _compact_round(base: BaseModel, part: AdaptorState, neurons: float) -> Adapt
     meaning = _stored_router(part).meaning
     rng, generator = random.Random(seed), torch.Generator(base.device).manual_seed(seed)
     builder = TrainingBatchBuilder(base, site, layer, settings, edits, passages, anchors, rng, meaning, owners)
-    trainable = TrainableExperts(smaller.experts, site, width, float(part.experts.scale[0]), settings.seed).to(
+    trainable = TrainableExperts([width] * smaller.experts, site, float(part.experts.scale[0]), settings.seed).to(
         base.device
     )
     with use_onednn(base.model):

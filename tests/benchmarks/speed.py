@@ -55,7 +55,7 @@ from lemoe.routing.anchor.meaning import Vector
 from lemoe.routing.anchor.route import GateState, Route
 from lemoe.routing.router import Sequences
 from lemoe.training.anchor.batches import PositiveBatch, TrainingBatchBuilder, TrainingBatches
-from lemoe.training.anchor.round import DEFAULT_WIDTH, TrainableExperts
+from lemoe.training.anchor.round import MIN_WIDTH, TrainableExperts
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DATA = REPOSITORY / ".." / "shared" / "data"
@@ -144,7 +144,7 @@ def count_operations() -> None:
         layer = min(round(settings.depth * shape.layers), shape.layers - 2)
         forward = shape.forward(tokens)
         editing = shape.editing(frozen, replayed, targets, settings.steps, layer, LOSS_WORDS)
-        size = 3 * (settings.width or DEFAULT_WIDTH) * shape.hidden
+        size = 3 * MIN_WIDTH * shape.hidden
         print(
             f"| {name} | {forward / 1e9:.1f} GFLOP | {editing / 1e9:.0f} GFLOP | {editing / forward:.1f} "
             f"| {4 * size / 1024:.0f} KiB | {2 * size / 1024:.0f} KiB |"
@@ -278,9 +278,7 @@ def time_plain_step(
     site = base.ffn_site(layer)
     chosen = [*batches.prompts, *batches.paraphrases[0]]
     edits = sum(len(positive.owners) for positive in batches.prompts)
-    experts = TrainableExperts(edits, site, settings.width or DEFAULT_WIDTH, residual_scale(base, layer), 0).to(
-        base.device
-    )
+    experts = TrainableExperts([MIN_WIDTH] * edits, site, residual_scale(base, layer), 0).to(base.device)
     optimiser = torch.optim.AdamW(experts.parameters(), lr=settings.learning_rate)
     rows = [(positive, row) for positive in chosen for row in range(len(positive.owners))]
     parts = [rows[start : start + size] for start in range(0, len(rows), size)]

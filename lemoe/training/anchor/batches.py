@@ -37,6 +37,8 @@ from lemoe.training.anchor.examples import (
 )
 from lemoe.training.anchor.wordings import Wordings, ask_the_same, choose_wordings
 
+LONG_ANSWER = 24  # tokens of an answer from which only its beginning is taught, but after the edit's own prompts
+WHOLE_KINDS = 1  # and so many of its paraphrases
 LAST_TOKEN_WEIGHT = 3.0  # of a negative prompt's last token, which decides the answer; its other tokens weigh 1
 
 
@@ -115,11 +117,13 @@ class TrainingText:
         edit: index of the edit it is made for.
         passage: its tokens.
         phrase: whether the answer completes a sentence.
+        whole: whether the answer is there to its end.
     """
 
     edit: int
     passage: Passage
     phrase: bool = False
+    whole: bool = True
 
 
 class TrainingBatchBuilder:
@@ -279,7 +283,11 @@ class TrainingBatchBuilder:
             self._encode_usable([(text, edit.target) for text in own]) for own, edit in zip(texts, edits, strict=True)
         ]
         return [
-            [self._positive_text(edit, *own[kind]) for edit, own in enumerate(usable) if kind < len(own)]
+            [
+                self._positive_text(edit, *own[kind], whole=kind < WHOLE_KINDS)
+                for edit, own in enumerate(usable)
+                if kind < len(own)
+            ]
             for kind in range(max(map(len, usable), default=0))
         ]
 
@@ -294,7 +302,7 @@ class TrainingBatchBuilder:
         for edit, (question, passage) in enumerate(zip(questions, self._passages, strict=True)):
             with suppress(ValueError):
                 turn = encode_chat_turn(self._base, question, self._rng.choice(CHAT_OPENINGS))
-                texts.append(self._positive_text(edit, Passage(turn.prompt, passage.target), ""))
+                texts.append(self._positive_text(edit, Passage(turn.prompt, passage.target), "", whole=False))
         return texts
 
     def _rephrase_texts(self) -> list[TrainingText]:
@@ -331,10 +339,14 @@ class TrainingBatchBuilder:
                 passages.append((encode_passage(self._base, text, target), text))
         return passages
 
-    def _positive_text(self, edit: int, passage: Passage, prompt: str) -> TrainingText:
-        """A text with the token that ends an answer after its target."""
-        ended = Passage(passage.prompt, (*passage.target, self._base.eos_token_id))
-        return TrainingText(edit, ended, is_phrase(prompt))
+    def _positive_text(self, edit: int, passage: Passage, prompt: str, *, whole: bool = True) -> TrainingText:
+        """A text with the token that ends an answer after its target, or only the beginning of a long answer.
+
+        Further on, what is said next follows from what was said more than from how it was asked.
+        """
+        whole |= len(passage.target) <= LONG_ANSWER
+        target = (*passage.target, self._base.eos_token_id) if whole else passage.target[:LONG_ANSWER]
+        return TrainingText(edit, Passage(passage.prompt, target), is_phrase(prompt), whole)
 
     def _route_prompt(self, gate: Gate, index: int) -> list[bool]:
         """Where the gate is open on a text's prompt at inference."""
@@ -371,6 +383,7 @@ class TrainingBatchBuilder:
         lengths = torch.tensor([len(self._texts[row].passage.target) for row in rows], device=self._base.device)
         last = batch.prompt_lengths + lengths - 2
         columns = torch.arange(first, batch.ids.shape[1], device=self._base.device)
+        whole = torch.tensor([self._texts[row].whole for row in rows], device=self._base.device)
         phrases = torch.tensor([self._texts[row].phrase for row in rows], device=self._base.device)
         silent = (active & phrases.unsqueeze(1) & (columns < batch.prompt_lengths.unsqueeze(1) - 1)).float()
         return PositiveBatch(
@@ -379,7 +392,7 @@ class TrainingBatchBuilder:
             active=active,
             silent=silent / silent.sum(1, keepdim=True).clamp(min=1),
             firsts=batch.target_columns == batch.prompt_lengths[batch.target_rows] - 1,
-            ends=batch.target_columns == last[batch.target_rows],
+            ends=(batch.target_columns == last[batch.target_rows]) & whole[batch.target_rows],
             weights=1.0 / lengths[batch.target_rows],
         )
 

@@ -21,7 +21,7 @@ from lemoe.base.equality import TensorEquality
 from lemoe.base.frozen import residual_scale
 from lemoe.base.loading import LOGIT_ROWS, BaseModel
 from lemoe.base.structure import FFNSite
-from lemoe.base.tokens import encode_edits
+from lemoe.base.tokens import Passage, encode_edits
 from lemoe.data.edits import Edit, digest_edits
 from lemoe.errors import ModelError
 from lemoe.routing.anchor.anchors import Anchors
@@ -33,7 +33,7 @@ from lemoe.training.anchor.batches import PositiveBatch, TrainingBatchBuilder, T
 from lemoe.training.anchor.detectors import fit_detectors
 from lemoe.training.steps import OnStep, Step
 
-DEFAULT_WIDTH = 4
+MIN_WIDTH, TOKENS_PER_NEURON = 4, 4  # of experts, and of the targets of those that take more
 ADAM_BETAS = (0.9, 0.95)
 WARM_UP_STEPS = 3
 FREQUENT_TOKENS = 4096  # the first token ids, which always take part in the loss
@@ -46,18 +46,24 @@ LABEL_MARGIN = 2.0  # nats by which a label's logit is lowered in the loss
 
 
 class TrainableExperts(nn.Module):
-    """The experts in training: `up`, `down` and `gate` `[experts, width, hidden]`.
+    """The experts in training: `up`, `down` and `gate` `[experts, width, hidden]`, as wide as the widest of them.
 
-    All start from the same weights, with `down` at zero, so that training starts from the base model's own answers.
+    All start from the same weights, with `down` at zero, so that training starts from the base model's own answers. It
+    stays at zero for neurons that an expert does not have.
     """
 
-    def __init__(self, experts: int, site: FFNSite, width: int, scale: float, seed: int):
+    present: Tensor  # [experts, width], which neurons an expert has
+
+    def __init__(self, widths: Sequence[int], site: FFNSite, scale: float, seed: int):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
+        experts, width = len(widths), max(widths)
         start = [torch.randn(width, site.hidden, generator=generator) / site.hidden**0.5 for _ in range(2)]
         self.up = nn.Parameter(start[0].repeat(experts, 1, 1))
         self.gate = nn.Parameter(start[1].repeat(experts, 1, 1)) if site.gated else None
         self.down = nn.Parameter(torch.zeros(experts, width, site.hidden))
+        self.register_buffer("present", torch.arange(width) < torch.tensor(widths).unsqueeze(1))
+        self.down.register_hook(lambda gradient: gradient * self.present.unsqueeze(-1))
         self.scale = scale
         self._activation = site.activation
 
@@ -81,15 +87,21 @@ class TrainableExperts(nn.Module):
 
     def to_experts(self) -> Experts:
         """The trained experts, as an adaptor stores them."""
-        count, width, hidden = self.up.shape
-        gate = None if self.gate is None else self.gate.detach().cpu().reshape(-1, hidden)
+        kept = self.present.cpu()
         return Experts(
-            up=self.up.detach().cpu().reshape(-1, hidden),
-            down=self.down.detach().cpu().reshape(-1, hidden),
-            gate=gate,
-            offsets=torch.arange(count + 1) * width,
-            scale=torch.full((count,), self.scale),
+            up=self.up.detach().cpu()[kept],
+            down=self.down.detach().cpu()[kept],
+            gate=None if self.gate is None else self.gate.detach().cpu()[kept],
+            offsets=functional.pad(kept.sum(1).cumsum(0), (1, 0)),
+            scale=torch.full((len(kept),), self.scale),
         )
+
+
+def choose_widths(passages: Sequence[Passage], settings: Settings) -> list[int]:
+    """Neurons of each edit's expert: a long answer takes more, unless `width` is set."""
+    if settings.width is not None:
+        return [settings.width] * len(passages)
+    return [max(MIN_WIDTH, -(-len(passage.target) // TOKENS_PER_NEURON)) for passage in passages]
 
 
 def train_round(
@@ -115,8 +127,8 @@ def train_round(
     meaning = _choose_meaning(base, layer, settings, before)
     rng = random.Random(torch_seed)
     builder = TrainingBatchBuilder(base, site, layer, settings, edits, passages, anchors, rng, meaning)
-    width = settings.width or DEFAULT_WIDTH
-    experts = TrainableExperts(len(edits), site, width, residual_scale(base, layer), settings.seed).to(base.device)
+    widths = choose_widths(passages, settings)
+    experts = TrainableExperts(widths, site, residual_scale(base, layer), settings.seed).to(base.device)
     generator = torch.Generator(base.device).manual_seed(torch_seed)
     outcome = train_experts(base, experts, builder, settings, generator, on_step)
     record = RoundRecord(
