@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import lemoe
-from lemoe.routing.anchor.anchors import get_lexicon
+from lemoe.base.frozen import read_layer_inputs
+from lemoe.base.tokens import encode_edits, encode_passage
+from lemoe.routing.anchor.anchors import Anchors, build_gate, get_lexicon
 from lemoe.routing.anchor.comparisons import MeaningComparisons, WordComparisons
 from lemoe.routing.anchor.evidence import (
     EARLIER_SHARE,
@@ -21,6 +23,8 @@ from lemoe.routing.anchor.evidence import (
     subject_features,
 )
 from lemoe.routing.anchor.fitting import fitted_meaning
+from lemoe.routing.anchor.gate import Anchor
+from lemoe.routing.anchor.keys import embed_prompts
 from lemoe.routing.anchor.meaning import FEATURES, QUESTION_FEATURES, SUBJECT_FEATURES
 from lemoe.routing.anchor.relation_words import MIN_AGREEMENT
 from lemoe.routing.anchor.subjects import Mention, Sentence, Subject
@@ -110,6 +114,7 @@ def test_what_no_question_could_open_is_not_compared_and_nothing_else_is_left_ou
     assert decision.admits(subject, mention) or score[0] < 0
 
 
+@pytest.mark.real
 def test_a_name_that_shares_a_word_with_a_subject_is_not_compared(real_base: lemoe.BaseModel) -> None:
     meaning = fitted_meaning(real_base, len(real_base.layers) - 1)
     decision = choose_decision(meaning, 0.0, 0.55)
@@ -124,3 +129,25 @@ def test_a_name_that_shares_a_word_with_a_subject_is_not_compared(real_base: lem
     assert is_compared("Where was Barack Obama born?")
     assert is_compared("where was obama born")
     assert not is_compared("Where was Michelle Obama born?")
+
+
+@pytest.mark.real
+def test_a_gate_that_opened_on_a_name_shuts_where_it_goes_on_as_another(real_base: lemoe.BaseModel) -> None:
+    edit = lemoe.Edit("seat", "The headquarters of Nokia is located in", "Turin", "Nokia")
+    meaning = fitted_meaning(real_base, len(real_base.layers) - 1)
+    assert meaning is not None
+    (passage,) = encode_edits(real_base, [edit])
+    anchor, settings = Anchor(passage.prompt, passage.target, edit.subject), lemoe.resolve_settings("anchor")
+    keys = embed_prompts(real_base, meaning, build_gate(real_base, [anchor], settings), [anchor.prompt], [0], 4096)
+    live = Anchors.from_anchors([anchor], meaning, [keys[0][None]]).to_live(real_base, settings)
+
+    def read(text: str) -> list[int]:
+        """The edit that acts after each token."""
+        ids = encode_passage(real_base, text).prompt
+        (states,) = read_layer_inputs(real_base, int(meaning.layer), [ids], 4096)
+        return [live.final_state(ids[:end], states[:end]).edit for end in range(1, len(ids) + 1)]
+
+    assert read("In which city is Nokia based?")[-1] == 0
+    goes_on = read("In which city is Nokia Arena based?")
+    assert 0 in goes_on
+    assert goes_on[-1] == -1

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 from lemoe.adaptor.checkpoint import AdaptorFile
 from lemoe.adaptor.state import AdaptorState
@@ -82,7 +83,7 @@ OnProgress = Callable[[int, int], None]
 
 def evaluate(
     base: BaseModel,
-    edited: AdaptorState | AdaptorFile | WeightChange | None,
+    edited: AdaptorState | AdaptorFile | WeightChange | Path | str | None,
     edits: Sequence[Edit],
     *,
     decode: Decode = "teacher",
@@ -97,6 +98,7 @@ def evaluate(
     """Measure an adaptor, or other weights, on the probes of `edits`; without either, the base model alone.
 
     Args:
+        edited: an adaptor, or the path of one's file or run folder; or other weights.
         decode: `teacher` or `greedy`.
         only: names of the metrics to measure on probes; all by default.
         texts: that editing must not touch, for metric `collapse`; each is read up to the model's context.
@@ -112,6 +114,8 @@ def evaluate(
     """
     if isinstance(edited, WeightChange) and (texts or fluency):
         raise InputError("metrics collapse and fluency are measured on adaptors, not on baselines that change weights")
+    if isinstance(edited, Path | str):
+        edited = AdaptorFile(edited)
     untouched = _encode_texts(base, texts)
     prompts = _encode_generation_prompts(base, edits) if fluency else []
     with use_onednn(base.model):

@@ -23,6 +23,7 @@ for, in "What each part is for"; what `MIN_COVERAGE` lets through, in "A long ru
 "Speed". For `gate_slack` and the weights in `lexicon`, `questions` and `subjects` no measurement is recorded.
 """
 
+import math
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -299,13 +300,20 @@ class Route:
         if self._discard_evidence:
             self._discard_evidence = False
             return
-        if scores and max(scores) < self._gate.decision.shut_below:
+        if self._speaks_against_active(scores):
             self._shut_gate()
         if candidates:
             best = max(candidates, key=lambda candidate: candidate.key)
             self._apply_best(best, ranks, time)
         elif nearest is not None and self._state.edit < 0:
             self._state = _build_state(*nearest, in_scope=False)
+
+    def _speaks_against_active(self, scores: Sequence[float]) -> bool:
+        """Whether what was read speaks against the active anchor, by its `scores`; there are none where its subject's
+        name went on as another one.
+        """
+        mentioned = self._state.edit >= 0 and self._gate.subjects[self._state.edit] in self._mentions
+        return mentioned and max(scores, default=-math.inf) < self._gate.decision.shut_below
 
     def _build_candidate(
         self, subject: int, mention: Mention, found: Comparisons, index: int, before: Values | None
