@@ -141,7 +141,8 @@ def count_operations() -> None:
     print("| shape | base forward pass | editing | in passes | expert, float32 | expert, bfloat16 |")
     print("|---|---|---|---|---|---|")
     for name, shape in SHAPES.items():
-        layer = min(round(settings.depth * shape.layers), shape.layers - 2)
+        known = base.source.layers if shape.layers == len(base.layers) else {}
+        layer = settings.resolve_layer(shape.layers, known)
         forward = shape.forward(tokens)
         editing = shape.editing(frozen, replayed, targets, settings.steps, layer, LOSS_WORDS)
         size = 3 * MIN_WIDTH * shape.hidden
@@ -168,7 +169,15 @@ def make_batches(base: lemoe.BaseModel, edits: Sequence[lemoe.Edit], settings: l
     passages = encode_edits(base, edits)
     anchors = [Anchor(p.prompt, p.target, e.subject) for p, e in zip(passages, edits, strict=True)]
     builder = TrainingBatchBuilder(
-        base, base.ffn_site(layer), layer, settings, edits, passages, anchors, random.Random(0)
+        base,
+        base.ffn_site(layer),
+        layer,
+        settings,
+        edits,
+        passages,
+        anchors,
+        random.Random(0),
+        fitted_meaning(base, layer),
     )
     return builder.build()
 
