@@ -151,6 +151,8 @@ def edit(
             progress.note(f"another base than the adaptor was made for: {difference}")
         check_settings(start, settings)
         settings = replace(settings, gate=start.settings.gate)
+    layer = start.base.layer if start else settings.resolve_layer(len(base.layers), base.source.layers)
+    _ = base.ffn_site(layer, settings.layer_path)  # refused at once if there is none
     with _lock_folder(folder):
         encode_edits(base, edits)
         interrupted = read_interrupted_run(folder, start) if resume else InterruptedRun(None, None)
@@ -164,8 +166,9 @@ def edit(
             chosen = make_plan(base, new, settings, source, start, progress)
         rounds = chosen.rounds
         if start is None:
-            settings = _prepare_base(base, settings, progress, measure_layer=measure_layer)
-        layer = start.base.layer if start else settings.resolve_layer(len(base.layers), base.source.layers)
+            _prepare_gate(base, layer, settings, progress)
+            layer = settle_layer(base, settings, progress.note, measure=measure_layer).layer
+            settings = replace(settings, layer=layer)
         if resume:
             finished = [(_round_path(folder, round_), round_.edits) for round_ in rounds]
             check_finished_rounds(base, finished, settings, layer, start)
@@ -280,14 +283,11 @@ def _lock_folder(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _prepare_base(base: BaseModel, settings: Settings, progress: ProgressCallback, *, measure_layer: bool) -> Settings:
-    """Fit the gate to a model that it has not seen, and settle the layer; the cache keeps both for all that follows."""
-    usual = settings.resolve_layer(len(base.layers), base.source.layers)
-    _ = base.ffn_site(usual, settings.layer_path)  # refused at once if there is none
+def _prepare_gate(base: BaseModel, layer: int, settings: Settings, progress: ProgressCallback) -> None:
+    """Fit the gate to a model that it has not seen; the cache keeps the fit for all rounds and workers."""
     router = method_of(settings).router
     if router is not None and router.gated and settings.gate == "meaning" and base.decoder_reads_tokens:
-        fitted_meaning(base, usual, progress.note)
-    return replace(settings, layer=settle_layer(base, settings, progress.note, measure=measure_layer).layer)
+        fitted_meaning(base, layer, progress.note)
 
 
 def _shrink_batches(base: BaseModel, site: FFNSite, settings: Settings, progress: ProgressCallback) -> Settings:

@@ -159,10 +159,7 @@ class ArrayCache:
 
 
 class QuestionTable(ABC):
-    """The questions of many anchors of one subject as arrays.
-
-    What was worked out of a word that was read is cached, so that a sentence that grows by a word costs one word more.
-    """
+    """The questions of many anchors of one subject as arrays."""
 
     def __init__(self, asked: Sequence[StoredQuestion]):
         self._totals = numpy.array([float(stored.question.total_weight) for stored in asked])
@@ -257,6 +254,7 @@ class WordTable(QuestionTable):
     """Words are alike as far as their vectors are: `compare_questions` of many anchors.
 
     All words of the questions stand in one row. A word that was read is compared once with the distinct ones of them.
+    The result is cached, so that a sentence that grows by a word costs one comparison more.
     """
 
     def __init__(self, asked: Sequence[StoredQuestion], lexicon: Lexicon, cache: ArrayCache):
