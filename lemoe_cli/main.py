@@ -18,6 +18,7 @@ COMMANDS = {
     "edit": "Teach edits to a model: plan, train one expert a round, write the adaptor.",
     "eval": "Measure an adaptor: reliability, generality, locality, portability, routing; or compare methods.",
     "ask": "Ask a model: answers before and after, and which edit acted.",
+    "serve": "Serve a model with adaptors through an OpenAI-compatible API.",
     "merge": "Stack adaptors of the same base model into one.",
     "show": "Show what an adaptor holds, and check it.",
 }

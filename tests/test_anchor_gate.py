@@ -399,7 +399,8 @@ def route_in_chunks(live: LiveAnchors, ids: torch.Tensor, mask: torch.Tensor, cu
             continue
         chunk = mask[:, start:end]
         routing, new = live.route(Sequences(ids[:, start:end], None, chunk, chunk, memory))
-        memory = new if memory is None else torch.cat([memory, new], 2)
+        assert new is not None
+        memory = new if memory is None else torch.cat([memory, new], 1)
         parts.append(routing.experts[..., 0])
         start = end
     return torch.cat(parts, 1)
@@ -443,6 +444,7 @@ def test_answers_that_go_on_from_one_prefix_do_not_disturb_each_other(
         tokens = torch.tensor([list(ids)])
         mask = torch.ones_like(tokens, dtype=torch.bool)
         routing, new = live.route(Sequences(tokens, None, mask, mask, memory))
+        assert new is not None
         return routing.experts[0, :, 0].tolist(), new
 
     _, memory = experts(prefix, None)

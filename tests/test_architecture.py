@@ -27,6 +27,7 @@ STAGES = (
     "report",
     "runs",
     "exporting",
+    "serving",
 )
 MODULES = sorted((REPOSITORY / "lemoe").rglob("*.py"))
 

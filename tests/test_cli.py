@@ -20,7 +20,7 @@ from lemoe.training.rounds import train_round
 from lemoe_cli import plan as plan_module
 from lemoe_cli.main import cli
 
-COMMANDS = ("plan", "edit", "eval", "ask", "merge", "show")
+COMMANDS = ("plan", "edit", "eval", "ask", "serve", "merge", "show")
 SMALL = ("--preset", "paper", "--layer", "1", "--width", "8", "--steps", "4", "--round-size", "2", "--device", "cpu")
 
 

@@ -39,7 +39,7 @@ from lemoe.data.edits import Probe
 from lemoe.data.question_bank import ENGLISH_FORMS, Wording, read_question_bank
 from lemoe.errors import AdaptorError
 from lemoe.exporting.folder import export_model
-from lemoe.inference.live_adaptor import RouteMemory
+from lemoe.inference.route_memory import memory_of
 from lemoe.routing.anchor import fitting
 from lemoe.routing.anchor.anchors import Anchors, LiveAnchors
 from lemoe.routing.anchor.bank_fit import RANK
@@ -285,17 +285,16 @@ def test_the_kv_cache_holds_enough_to_read_a_prefix_again(
             past = wide.model(ids, use_cache=True).past_key_values
             expected = route_along(adaptor, [*ids[0].tolist(), *more[0].tolist()])
         with inserted(wide, taught) as (_, passes):
-            memory = RouteMemory.from_cache(past)
+            memory = memory_of(past)
             assert memory is not None
-            assert memory.keys is not None
-            cells = memory.keys.clone()
+            cells = memory.cells.clone()
             wide.model(more, past_key_values=past, use_cache=True)
             assert passes[0][0].tolist() == expected[ids.shape[1] :]
         assert cells.dtype == torch.int32
-        assert cells.shape == (1, 1, ids.shape[1], NAMED_CELLS + meaning.rank)
+        assert cells.shape == (1, ids.shape[1], NAMED_CELLS + meaning.rank)
         hidden = wide.model(ids, output_hidden_states=True).hidden_states[int(meaning.layer)]
-        assert torch.equal(cells[0, 0, :, NAMED_CELLS:].view(torch.float32), meaning.project(hidden[0]))
-        assert torch.equal(cells[0, 0, :, 0], ids[0].int())
+        assert torch.equal(cells[0, :, NAMED_CELLS:].view(torch.float32), meaning.project(hidden[0]))
+        assert torch.equal(cells[0, :, 0], ids[0].int())
 
 
 PIECES = (
@@ -333,7 +332,8 @@ def test_whatever_is_done_to_the_kv_cache_all_evidence_is_that_of_the_tokens_alo
         ids = torch.tensor(rows)
         mask = torch.ones_like(ids, dtype=torch.bool)
         routing, cells = router.route(Sequences(ids, None, mask, mask, memory, table[ids]))
-        return routing.explained, cells if memory is None else torch.cat([memory, cells], 2)
+        assert cells is not None
+        return routing.explained, cells if memory is None else torch.cat([memory, cells], 1)
 
     texts = [wide.tokenizer(text).input_ids[:6] for text in ("Marie Curie was born", "The Eiffel Tower")]
     _, memory = read(texts, None)
@@ -357,7 +357,7 @@ def test_whatever_is_done_to_the_kv_cache_all_evidence_is_that_of_the_tokens_alo
             texts, memory = [text for text in texts for _ in range(2)], memory.repeat_interleave(2, 0)
         elif what == "crop" and len(texts[0]) > 6:
             kept = len(texts[0]) - rng.randint(1, 5)
-            texts, memory = [text[:kept] for text in texts], memory[:, :, :kept]
+            texts, memory = [text[:kept] for text in texts], memory[:, :kept]
         elif what == "fork":
             forks.append((texts, memory.clone()))
         elif what == "back":
@@ -771,7 +771,8 @@ def test_the_cache_of_routes_stays_within_its_bytes(wide: lemoe.BaseModel, taugh
             step = slice(token, token + 1)
             given = (mask[:, step], mask[:, step], memory, hidden[:, step])
             _, cells = router.route(Sequences(ids[:, step], None, *given))
-            memory = cells if memory is None else torch.cat([memory, cells], 2)
+            assert cells is not None
+            memory = cells if memory is None else torch.cat([memory, cells], 1)
         assert tracemalloc.get_traced_memory()[0] < max_bytes
     finally:
         tracemalloc.stop()

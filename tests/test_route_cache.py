@@ -52,7 +52,8 @@ def continue_reading(live: LiveAnchors, ids: Tensor, memory: Tensor | None) -> t
     """The experts of new tokens `[batch, seq]`, and the memory of all."""
     mask = torch.ones_like(ids, dtype=torch.bool)
     routing, new = live.route(Sequences(ids, None, mask, mask, memory))
-    return routing.experts[..., 0], new.clone() if memory is None else torch.cat([memory, new], 2)
+    assert new is not None
+    return routing.experts[..., 0], new.clone() if memory is None else torch.cat([memory, new], 1)
 
 
 def experts_along(live: LiveAnchors, ids: Sequence[int]) -> list[int]:
@@ -114,7 +115,7 @@ def test_whatever_is_done_to_the_cache_a_route_depends_on_its_tokens_alone(
             rows, memory = [row for row in rows for _ in range(2)], memory.repeat_interleave(2, 0)
         elif what in ("crop", "cut in front") and len(rows[0]) > number + 1:
             columns = slice(0, len(rows[0]) - number) if what == "crop" else slice(number, None)
-            rows, memory = [row[columns] for row in rows], memory[:, :, columns]
+            rows, memory = [row[columns] for row in rows], memory[:, columns]
         elif what == "fork":
             forks.append((rows, memory.clone()))
         elif what == "back":
@@ -160,7 +161,7 @@ def test_tokens_that_are_tried_and_rejected_are_all_that_is_read(
     for _ in range(20):
         with count_read_tokens(monkeypatch) as read:
             _, tried = continue_reading(live, ids[:, :6], memory)
-        memory = tried[:, :, : memory.shape[2] + 3]
+        memory = tried[:, : memory.shape[1] + 3]
         assert len(read) <= 3 + 6
 
 
@@ -182,7 +183,7 @@ def traced_bytes(live: LiveAnchors, text: Tensor, sequences: int, steps: int) ->
     tracemalloc.start()
     try:
         _, memory = continue_reading(live, text, None)
-        memory = memory.expand(sequences, -1, -1, -1)
+        memory = memory.expand(sequences, -1, -1)
         for _ in range(steps):
             _, memory = continue_reading(live, torch.arange(3, 3 + sequences).unsqueeze(1) % 300, memory)
         gc.collect()  # whether cycles were collected before depends on the tests that ran before
@@ -216,4 +217,4 @@ def test_the_cache_stays_within_its_bytes(base: lemoe.BaseModel, stored: Anchors
 def test_a_sequence_in_the_kv_cache_has_few_bytes_per_token(live: LiveAnchors) -> None:
     _, memory = continue_reading(live, torch.tensor([[3, 4, 5]]), None)
     assert memory.dtype == torch.int32
-    assert memory.shape == (1, 1, 3, 5)
+    assert memory.shape == (1, 3, 5)

@@ -3,12 +3,19 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 Delta = Callable[[Tensor], Tensor | None]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def not_compiled(function: Function) -> Function:
+    """`function`, which `torch.compile` calls as it is: what it does depends on more than tensors."""
+    return cast(Function, torch.compiler.disable(function))
 
 
 @dataclass(frozen=True)
@@ -38,15 +45,15 @@ def added_to_residual(site: Site, delta: Delta) -> AbstractContextManager[None]:
         if "input" not in seen:
             return None  # the layer did not run: its output is replaced
         change = delta(seen.pop("input"))
-        return None if change is None else _add_to_output(output, change)
+        return None if change is None else add_to_output(output, change)
 
     return hooked_ffn(site, record_input, add_delta)
 
 
-def _add_to_output(output: Any, change: Tensor) -> Any:
+def add_to_output(output: Any, change: Tensor) -> Any:
     """A layer's output, hidden states alone or first in a tuple, with `change` added to the hidden states."""
     if isinstance(output, tuple):
-        return (_add_to_output(output[0], change), *output[1:])
+        return (add_to_output(output[0], change), *output[1:])
     return output + change.to(output).reshape(output.shape)
 
 

@@ -7,9 +7,11 @@ changes. Attention is left out, since it is slower with oneDNN.
 """
 
 import functools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +22,31 @@ from lemoe.base.placement import device_of
 MAX_RELATIVE_ERROR = 1e-6  # of a float32 matmul; bfloat16 has about 1e-3
 
 
-@contextmanager
-def _through_onednn() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+_lock = threading.RLock()
+
+
+class _Precision:
+    """The process's float32 precision, lowered while any thread is inside, so that oneDNN is called."""
+
+    def __init__(self) -> None:
+        self._inside = 0
+        self._before = ""
+
+    def __enter__(self) -> None:
+        with _lock:
+            if not self._inside:
+                self._before = torch.get_float32_matmul_precision()
+                torch.set_float32_matmul_precision("medium")
+            self._inside += 1
+
+    def __exit__(self, *exception: object) -> None:
+        with _lock:
+            self._inside -= 1
+            if not self._inside:
+                torch.set_float32_matmul_precision(self._before)
+
+
+_through_onednn = _Precision()
 
 
 @functools.cache
@@ -36,7 +55,7 @@ def onednn_is_exact() -> bool:
     generator = torch.Generator().manual_seed(0)
     one, other = (torch.randn(256, 256, generator=generator) for _ in range(2))
     expected = one.double() @ other.double()
-    with _through_onednn():
+    with _through_onednn:
         product = one @ other
     return float((product - expected).norm() / expected.norm()) < MAX_RELATIVE_ERROR
 
@@ -50,7 +69,7 @@ def _padded_matmul(rows: Tensor, matrix: Tensor) -> Tensor:
     flat = rows.reshape(-1, rows.shape[-1])
     count = len(flat)
     step = max(MIN_ROWS, min(ROW_MULTIPLE, 1 << max(count - 1, 0).bit_length()))
-    with _through_onednn():
+    with _through_onednn:
         product = functional.pad(flat, (0, 0, 0, -count % step)) @ matrix
     return product[:count].reshape(*rows.shape[:-1], matrix.shape[1])
 
@@ -84,26 +103,45 @@ def _onednn_helps(weight: Tensor, device: torch.device) -> bool:
     return frozen and onednn_is_exact()
 
 
+_users: "WeakKeyDictionary[nn.Module, int]" = WeakKeyDictionary()  # of each model, how many are inside `use_onednn`
+_replaced: "WeakKeyDictionary[nn.Module, list[tuple[nn.Linear, str, Any]]]" = WeakKeyDictionary()
+
+
 @contextmanager
 def use_onednn(model: nn.Module) -> Iterator[None]:
-    """While open, the frozen linear layers of `model` run `frozen_linear`."""
+    """While open on any thread, the frozen linear layers of `model` run `frozen_linear`."""
+    with _lock:
+        _users[model] = _users.get(model, 0) + 1
+        if _users[model] == 1:
+            _replaced[model] = _replace_forwards(model)
+    try:
+        yield
+    finally:
+        with _lock:
+            _users[model] -= 1
+            if not _users[model]:
+                _restore_forwards(_replaced.pop(model))
+
+
+def _replace_forwards(model: nn.Module) -> list[tuple[nn.Linear, str, Any]]:
+    """The changed layers of a model, the attribute that was changed of each, and its value before, if it had one."""
     changed = [
-        (module, name)
+        (module, name, module.__dict__.get(name))
         for module in model.modules()
         if type(module) is nn.Linear
         and _onednn_helps(module.weight, device_of(module))
         and (name := _plain_forward(module))
     ]
-    before = [module.__dict__.get(name) for module, name in changed]
-    for module, name in changed:
+    for module, name, _ in changed:
         module.__dict__[name] = functools.partial(_forward_frozen, module)
-    try:
-        yield
-    finally:
-        for (module, name), own in zip(changed, before, strict=True):
-            del module.__dict__[name]
-            if own is not None:
-                module.__dict__[name] = own
+    return changed
+
+
+def _restore_forwards(changed: list[tuple[nn.Linear, str, Any]]) -> None:
+    for module, name, own in changed:
+        del module.__dict__[name]
+        if own is not None:
+            module.__dict__[name] = own
 
 
 def _plain_forward(module: nn.Linear) -> str | None:

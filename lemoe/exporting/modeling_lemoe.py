@@ -8,10 +8,12 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from torch import nn
@@ -20,13 +22,14 @@ from transformers import LlamaConfig as BaseConfig
 from transformers import LlamaForCausalLM as BaseModel
 
 from lemoe.adaptor.experts import Experts
-from lemoe.base.hooks import Site
+from lemoe.base.hooks import Site, not_compiled
 from lemoe.base.placement import device_of
 from lemoe.inference.live_adaptor import LiveAdaptor
 from lemoe.routing.anchor.anchors import Anchors as StoredRouter
 from lemoe.routing.router import Lineage
 
 ADAPTOR = "adaptor.safetensors"
+_ATTACHING = Lock()  # one thread at a time attaches edits
 
 
 class LemoeConfig(BaseConfig):
@@ -54,15 +57,20 @@ class LemoeForCausalLM(BaseModel):
         shutil.copyfile(self._edits.path, Path(save_directory) / ADAPTOR)
         return result
 
+    @not_compiled
     def _attach_edits(self) -> LiveAdaptor:
         """The attached experts, on the device of the embeddings."""
         embedding = self.get_input_embeddings()
-        if self._live is None or self._live.router.device != device_of(embedding):
-            if self._live is not None:
-                self._live.remove()
-            modules = {name: self.get_submodule(path) for name, path in self.config.lemoe.items()}
-            self._live = self._edits.attach(modules, embedding)
-        return self._live
+        with _ATTACHING:
+            if self._live is None or self._live.router.device != device_of(embedding):
+                if self._live is not None:
+                    self._live.remove()
+                modules = {name: self.get_submodule(path) for name, path in self.config.lemoe.items()}
+                self._live = self._edits.attach(modules, embedding)
+            return self._live
+
+
+transformers.LemoeForCausalLM = LemoeForCausalLM  # `transformers serve` looks a model's class up there
 
 
 @dataclass(eq=False)
@@ -105,7 +113,7 @@ class Edits:
         site = Site(modules["entry"], modules["exit"], modules["activation"])
         with torch.device("cpu"):
             experts = self._experts.to(device)
-            return LiveAdaptor(modules["decoder"], site, router, experts, modules.get("layer_read"))
+            return LiveAdaptor(modules["decoder"], site, router, experts, modules.get("layer_read"), owner=self)
 
 
 def _read_lineages(rounds: list[dict[str, Any]]) -> list[Lineage]:

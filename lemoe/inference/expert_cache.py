@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ READER_THREADS = 2  # threads
 class ExpertCache:
     """An LRU cache of a file's experts, on `device`.
 
-    A batch may be routed to more experts than fit: all of them are in memory while it runs.
+    A batch may be routed to more experts than fit: all of them are in memory while it runs. Threads may share it.
     """
 
     def __init__(self, file: AdaptorFile, device: torch.device, size: int):
@@ -36,6 +37,7 @@ class ExpertCache:
         self._acting: list[int] = []
         self._coming: dict[int, Future[Experts]] = {}
         self._readers = ThreadPoolExecutor(READER_THREADS, thread_name_prefix="lemoe-experts")
+        self._lock = Lock()
         self.reads = 0
 
     def __len__(self) -> int:
@@ -43,16 +45,18 @@ class ExpertCache:
 
     def prefetch(self, routing: Routing) -> None:
         """Start reading the experts that a routing needs."""
-        for index in _acting_experts(routing.experts):
-            if index not in self._kept and index not in self._coming:
-                self._coming[index] = self._readers.submit(self._read_expert, index)
+        with self._lock:
+            for index in _acting_experts(routing.experts):
+                if index not in self._kept and index not in self._coming:
+                    self._coming[index] = self._readers.submit(self._read_expert, index)
 
     def delta(self, inputs: Tensor, routing: Routing, activation: Activation) -> Tensor | None:
         """What the routed experts add to the FFN's output; see `Experts.delta`."""
         acting = _acting_experts(routing.experts)
         if not acting:
             return None
-        stacked = self._stack_experts(acting)
+        with self._lock:
+            stacked = self._stack_experts(acting)
         indices = torch.searchsorted(torch.tensor(acting, device=routing.experts.device), routing.experts.contiguous())
         return stacked.delta(inputs, replace(routing, experts=indices.where(routing.experts >= 0, -1)), activation)
 

@@ -1,14 +1,13 @@
 """An adaptor inserted into a base model that it fits, and taken out again."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lemoe.adaptor.checkpoint import AdaptorFile
 from lemoe.adaptor.state import AdaptorState, check_base
@@ -35,6 +34,7 @@ class InsertedAdaptor(LiveAdaptor):
     """
 
     site: FFNSite
+    _wrapped = ("generate", "save_pretrained")  # the model's methods that are called through the adaptor's
 
     def __init__(
         self,
@@ -42,12 +42,15 @@ class InsertedAdaptor(LiveAdaptor):
         state: AdaptorState,
         *,
         experts: ExpertSource | None = None,
+        dormant: bool = False,
         allow_base_mismatch: bool = False,
     ):
         """Insert `state` into `base`.
 
         Args:
             experts: the state's experts, where they are not in the state itself.
+            dormant: they act only where `acting` is open, so that a base can hold several adaptors. Preset `paper` is
+                then told its prompts by calling `generate` of the adaptor.
             allow_base_mismatch: insert it into a base that it was not made for, as long as the shapes fit.
 
         Raises:
@@ -55,7 +58,7 @@ class InsertedAdaptor(LiveAdaptor):
                 adaptor is inserted already.
         """
         check_base(base, state, allow=allow_base_mismatch)
-        if "generate" in base.model.__dict__:
+        if any(name in base.model.__dict__ for name in self._wrapped):
             raise AdaptorError("an adaptor is inserted already; remove it first, or stack the two and insert the stack")
         self.base = base
         self.state = state
@@ -66,8 +69,27 @@ class InsertedAdaptor(LiveAdaptor):
                 f"the adaptor reads layer {router.layer_read}, above layer {state.base.layer} that it edits"
             )
         layer_read = None if router.layer_read is None else base.layers[router.layer_read]
-        super().__init__(base.decoder, site, router, experts or state.experts.to(base.device), layer_read)
-        self._inserted.enter_context(_wrapped_generate(base.model, self.generate))
+        experts = experts or state.experts.to(base.device)
+        super().__init__(base.decoder, site, router, experts, layer_read, owner=state, dormant=dormant)
+        for name in () if dormant else self._wrapped:
+            base.model.__dict__[name] = functools.partial(getattr(self, name), getattr(base.model, name))
+
+    def remove(self) -> None:
+        super().remove()
+        for name in self._wrapped:
+            wrapper = self.base.model.__dict__.get(name)
+            if isinstance(wrapper, functools.partial) and getattr(wrapper.func, "__self__", None) is self:
+                del self.base.model.__dict__[name]
+
+    def save_pretrained(self, save_pretrained: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call the model's own `save_pretrained`, while bypassed: it writes the base alone."""
+        if not self._thread.bypass:
+            raise AdaptorError(
+                "save_pretrained would write the base without the edits, which are not in its weights: save the "
+                "adaptor, or write both as one folder with `lemoe merge ADAPTOR --export FOLDER`; while "
+                "`bypassed()`, or after `remove()`, it writes the base"
+            )
+        return save_pretrained(*args, **kwargs)
 
     def __enter__(self) -> "InsertedAdaptor":
         return self
@@ -141,6 +163,7 @@ def insert(
     adaptor: AdaptorState | AdaptorFile | Path | str,
     *,
     expert_cache: int | None = None,
+    dormant: bool = False,
     allow_base_mismatch: bool = False,
 ) -> InsertedAdaptor:
     """Insert an adaptor, given as a state or as its file, into `base`.
@@ -148,19 +171,21 @@ def insert(
     Args:
         expert_cache: bytes of experts to cache in memory; the others stay in the file until they are needed. If
             None, all are read at once.
+        dormant: the experts act only where `acting` of the inserted adaptor is open; a base can hold several such.
         allow_base_mismatch: insert it into a base that it was not made for, as long as the shapes fit.
 
     Raises:
         AdaptorError: if the file is not a valid adaptor, or was made for another base model.
     """
+    given: dict[str, Any] = {"dormant": dormant, "allow_base_mismatch": allow_base_mismatch}
     if isinstance(adaptor, AdaptorState):
-        return InsertedAdaptor(base, adaptor, allow_base_mismatch=allow_base_mismatch)
+        return InsertedAdaptor(base, adaptor, **given)
     file = adaptor if isinstance(adaptor, AdaptorFile) else AdaptorFile(adaptor)
     if expert_cache is None:
-        return InsertedAdaptor(base, file.load(), allow_base_mismatch=allow_base_mismatch)
+        return InsertedAdaptor(base, file.load(), **given)
     file.check_hash()
     experts = ExpertCache(file, base.device, expert_cache)
-    return InsertedAdaptor(base, file.state, experts=experts, allow_base_mismatch=allow_base_mismatch)
+    return InsertedAdaptor(base, file.state, experts=experts, **given)
 
 
 def _name_acting(routing: Routing, prompt: int) -> Routing:
@@ -168,13 +193,3 @@ def _name_acting(routing: Routing, prompt: int) -> Routing:
     acting = routing.experts[0, prompt - 1 :].flatten().tolist()
     acted = tuple(dict.fromkeys(expert for expert in acting if expert >= 0))
     return replace(routing, explained=tuple(replace(each, acted=acted) for each in routing.explained))
-
-
-@contextmanager
-def _wrapped_generate(model: nn.Module, wrapper: Callable[..., Any]) -> Iterator[None]:
-    """While open, calls of `model.generate` go through `wrapper`."""
-    model.__dict__["generate"] = functools.partial(wrapper, model.generate)
-    try:
-        yield
-    finally:
-        del model.__dict__["generate"]

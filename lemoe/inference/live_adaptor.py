@@ -1,23 +1,30 @@
 """Experts at work in a live decoder: hooks at one frozen FFN; the model itself is not changed.
 
-The route of a sequence travels in the model's own key/value cache, as one more cache layer, so that whatever
-`generate` does to the cache (reorder beams, repeat rows, crop) it does to the routes as well.
+All that belongs to one forward pass is kept for the thread that runs it, and what is remembered of a sequence travels
+with its key/value cache (`lemoe.inference.route_memory`), so that passes, threads and caches never see each other.
 """
 
+import copy
 import inspect
+import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from typing import Any, Protocol
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicLayer
+from torch.utils.hooks import RemovableHandle
+from transformers import Cache
 
 from lemoe.adaptor.experts import Activation
-from lemoe.base.hooks import Site, added_to_residual, hidden_argument
+from lemoe.base.hooks import Site, add_to_output, hidden_argument, not_compiled
 from lemoe.errors import AdaptorError
+from lemoe.inference.route_memory import cached_length, memory_of, remember
 from lemoe.routing.router import LiveRouter, Routing, Sequences
+
+Arguments = dict[str, Any] | None  # by name; torch leaves them out while another thread adds or removes the hook
 
 
 class ExpertSource(Protocol):
@@ -30,12 +37,23 @@ class ExpertSource(Protocol):
         """What the routed experts add; see `Experts.delta`."""
 
 
-class RouteMemory(DynamicLayer):
-    """What the router remembers of each position so far, `[batch, 1, seq, k]`, as one more layer of the KV cache."""
+@dataclass(slots=True)
+class _ForwardPass:
+    """One forward pass of the decoder: its input until it is routed, then its route, and the FFN's input."""
 
-    @classmethod
-    def from_cache(cls, cache: Cache | None) -> "RouteMemory | None":
-        return next((layer for layer in cache.layers if isinstance(layer, cls)), None) if cache is not None else None
+    sequences: Sequences
+    routing: Routing | None = None
+    memory: Tensor | None = None
+    ffn_input: Tensor | None = None
+
+
+class _ThreadState(threading.local):
+    """What a thread does with an adaptor."""
+
+    def __init__(self, bypass: bool):
+        self.current: _ForwardPass | None = None
+        self.prompt_columns: Tensor | int | None = None
+        self.bypass = bypass
 
 
 class LiveAdaptor:
@@ -43,6 +61,9 @@ class LiveAdaptor:
 
     Preset `anchor` reads tokens as they come and needs no prompt boundary. Preset `paper` routes a sequence once, by
     its prompt: the tokens of the forward pass that starts it, or, with `mark_prompts`, the first of them.
+
+    Any number of threads may run the model at once; `mark_prompts`, `bypassed` and `acting` hold for the thread that
+    opens them. A deep copy of the model has a copy of the adaptor, which is removed by itself.
     """
 
     def __init__(
@@ -52,36 +73,42 @@ class LiveAdaptor:
         router: LiveRouter,
         experts: ExpertSource,
         layer_read: nn.Module | None = None,
+        owner: object | None = None,
+        dormant: bool = False,
     ):
         """Insert experts.
 
         Args:
             layer_read: the decoder layer whose incoming hidden states the router reads, if it reads any.
+            owner: what the experts come from; a KV cache goes on with experts of the same owner alone. By default they
+                come from nothing else.
+            dormant: they act only where `acting` is open.
         """
         self.site = site
         self.router = router
         self._experts = experts
+        self._owner = self if owner is None else owner
         self._signature = inspect.signature(decoder.forward)
-        self._sequences: Sequences | None = None
-        self._routing: Routing | None = None
-        self._memory: Tensor | None = None
-        self._prompt_columns: Tensor | int | None = None
-        self._bypass = False
-        self._inserted = ExitStack()
         self._reads_layer = layer_read is not None
-        hooks = [
+        self._dormant = dormant
+        self._thread = _ThreadState(dormant)
+        self._hooks: list[RemovableHandle] = [
             decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             decoder.register_forward_hook(self._after_forward),
+            site.entry.register_forward_pre_hook(self._before_ffn),
+            site.exit.register_forward_hook(self._after_ffn),
         ]
         if layer_read is not None:
-            hooks.append(layer_read.register_forward_pre_hook(self._before_layer_read, with_kwargs=True))
-        for hook in hooks:
-            self._inserted.callback(hook.remove)
-        self._inserted.enter_context(added_to_residual(site, self._expert_delta))
+            self._hooks.append(layer_read.register_forward_pre_hook(self._before_layer_read, with_kwargs=True))
+        _forget_compiled()
 
     def remove(self) -> None:
         """Take the experts out; the model then gives bit-identical logits to before. Harmless if repeated."""
-        self._inserted.close()
+        for hook in self._hooks:
+            hook.remove()
+        if self._hooks:
+            _forget_compiled()
+        self._hooks.clear()
 
     @contextmanager
     def mark_prompts(self, columns: Tensor | int) -> Iterator[None]:
@@ -90,20 +117,27 @@ class LiveAdaptor:
         Args:
             columns: one number, or one for each row `[batch]`; padding on the left counts as columns.
         """
-        before, self._prompt_columns = self._prompt_columns, columns
+        before, self._thread.prompt_columns = self._thread.prompt_columns, columns
         try:
             yield
         finally:
-            self._prompt_columns = before
+            self._thread.prompt_columns = before
+
+    def bypassed(self) -> AbstractContextManager[None]:
+        """While open, the model answers as its base."""
+        return self._with_bypass(True)
+
+    def acting(self) -> AbstractContextManager[None]:
+        """While open, the experts act, dormant as they may be."""
+        return self._with_bypass(False)
 
     @contextmanager
-    def bypassed(self) -> Iterator[None]:
-        """While open, the model answers as its base."""
-        before, self._bypass = self._bypass, True
+    def _with_bypass(self, bypass: bool) -> Iterator[None]:
+        before, self._thread.bypass = self._thread.bypass, bypass
         try:
             yield
         finally:
-            self._bypass = before
+            self._thread.bypass = before
 
     def generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call the model's own `generate`, with the end of its prompts marked."""
@@ -120,56 +154,127 @@ class LiveAdaptor:
         """
         return self._experts.delta(inputs.to(self.router.device), routing, self.site.activation)
 
-    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._bypass:
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LiveAdaptor":
+        """A copy in the copied model, with the same experts."""
+        copied = memo[id(self)] = copy.copy(self)
+        memo |= {id(shared): shared for shared in (self._owner, self._experts) if shared is not self}
+        copied.__dict__ |= {
+            name: copy.deepcopy(value, memo) for name, value in self.__dict__.items() if name != "_thread"
+        }
+        copied._thread = _ThreadState(self._dormant)
+        return copied
+
+    def __copy__(self) -> "LiveAdaptor":
+        copied = object.__new__(type(self))
+        copied.__dict__ |= self.__dict__
+        return copied
+
+    def __reduce__(self) -> NoReturn:
+        raise AdaptorError("a model with an adaptor inserted cannot be pickled: remove it, and keep its file instead")
+
+    @not_compiled
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments = None) -> None:
+        self._thread.current = None
+        if self._thread.bypass or kwargs is None:
             return
         call = self._signature.bind_partial(*args, **kwargs).arguments
-        cache = call.get("past_key_values")
-        stored = RouteMemory.from_cache(cache)
-        if stored is None and cache is not None and cache.get_seq_length():
-            raise AdaptorError("this KV cache was filled without the adaptor; start it anew with the adaptor inserted")
-        memory = stored.keys if stored is not None and stored.get_seq_length() else None
+        _refuse_what_cannot_be_routed(module, self.site, call, kwargs)
         ids, embeddings = call.get("input_ids"), call.get("inputs_embeds")
         given = embeddings if ids is None else ids
         assert given is not None, "transformers calls a decoder with ids or embeddings"
         mask = _token_mask(given, call.get("attention_mask"))
-        prompt = mask & _prompt_columns(given, self._prompt_columns)
-        self._sequences = Sequences(ids, embeddings, mask, prompt, memory).to(self.router.device)
+        prompt = mask & _prompt_columns(given, self._thread.prompt_columns)
+        memory = self._recall(_find_cache(call), len(given))
+        starts = _packed_starts(call.get("position_ids"), call.get("attention_mask")) if memory is None else None
+        sequences = Sequences(ids, embeddings, mask, prompt, memory, starts=starts).to(self.router.device)
+        self._thread.current = _ForwardPass(sequences)
         if not self._reads_layer:
             self._route()
 
-    def _before_layer_read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._bypass or self._sequences is None:
+    def _recall(self, cache: Any, rows: int) -> Tensor | None:
+        """What the router remembers of the sequences in a cache, `[batch, past, k]`; None at their start."""
+        if not isinstance(cache, Cache):
+            return None
+        memory, length = memory_of(cache), cached_length(cache)
+        if memory is None and length:
+            raise AdaptorError("this KV cache was filled without the adaptor; start it anew with the adaptor inserted")
+        if memory is None:
+            return None
+        memory.check(self._owner, rows, length)
+        return memory.cells if memory.cells.shape[1] else None
+
+    @not_compiled
+    def _before_layer_read(self, module: nn.Module, args: tuple[Any, ...], kwargs: Arguments = None) -> None:
+        current = self._thread.current
+        if current is None or current.routing is not None or kwargs is None:
             return
         hidden = hidden_argument(args, kwargs)
-        self._sequences = replace(self._sequences, hidden=hidden.reshape(*self._sequences.mask.shape, -1))
+        shape = current.sequences.mask.shape
+        current.sequences = replace(current.sequences, hidden=hidden.reshape(*shape, -1).to(self.router.device))
         self._route()
 
     def _route(self) -> None:
-        assert self._sequences is not None
-        self._routing, self._memory = self.router.route(self._sequences)
-        self._sequences = None
-        self._experts.prefetch(self._routing)
+        current = self._thread.current
+        assert current is not None
+        current.routing, current.memory = self.router.route(current.sequences)
+        self._experts.prefetch(current.routing)
 
+    @not_compiled
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._routing = self._sequences = None
-        cache = getattr(output, "past_key_values", None)
-        if self._bypass or not isinstance(cache, Cache) or self._memory is None:
-            return
-        stored = RouteMemory.from_cache(cache)
-        if stored is None:
-            stored = RouteMemory()
-            cache.layers.append(stored)
-        stored.update(self._memory, self._memory[..., :0])
+        finished, self._thread.current = self._thread.current, None
+        cache = _find_cache(output)
+        if finished is not None and finished.memory is not None and isinstance(cache, Cache):
+            remember(cache, self._owner, finished.memory)
 
-    def _expert_delta(self, inputs: Tensor) -> Tensor | None:
-        if self._bypass:
-            return None
-        if self._routing is None:
+    @not_compiled
+    def _before_ffn(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._thread.bypass:
+            return
+        if self._thread.current is None:
             raise AdaptorError("the edited layer was called outside a forward pass of the model")
-        shaped = inputs.reshape(*self._routing.experts.shape[:2], inputs.shape[-1])  # OPT flattens batch and sequence
-        change = self.delta(shaped, self._routing)
-        return None if change is None else change.reshape(inputs.shape)
+        self._thread.current.ffn_input = args[0]
+
+    @not_compiled
+    def _after_ffn(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        current = self._thread.current
+        if current is None or current.ffn_input is None:
+            return None  # bypassed, or the layer did not run: its output is replaced
+        inputs, current.ffn_input = current.ffn_input, None
+        assert current.routing is not None
+        shaped = inputs.reshape(*current.routing.experts.shape[:2], inputs.shape[-1])  # OPT flattens batch and sequence
+        change = self.delta(shaped, current.routing)
+        return None if change is None else add_to_output(output, change.reshape(inputs.shape))
+
+
+def _forget_compiled() -> None:
+    """Compile anew what was compiled: compiled code does not notice hooks that come or go."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+def _find_cache(holder: Any) -> Any:
+    """The KV cache among a decoder's arguments, or in its output; state-space models have their own name for it."""
+    get = holder.get if isinstance(holder, dict) else lambda name: getattr(holder, name, None)
+    return get("past_key_values") if get("past_key_values") is not None else get("cache_params")
+
+
+def _refuse_what_cannot_be_routed(decoder: nn.Module, site: Site, call: dict[str, Any], kwargs: dict[str, Any]) -> None:
+    """Refuse ways to run a model in which no route could be right.
+
+    Raises:
+        AdaptorError: saying what to do instead.
+    """
+    if "block_table" in kwargs or kwargs.get("cache") is not None:
+        raise AdaptorError(
+            "transformers' continuous batching keeps many requests in one row, in a cache that no route can travel "
+            "with; serve edits with `lemoe serve` or with vLLM"
+        )
+    checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in (decoder, site.exit))
+    if checkpointed and decoder.training and torch.is_grad_enabled():
+        raise AdaptorError(
+            "gradient checkpointing runs layers a second time, outside a forward pass, where no route is known; call "
+            "model.gradient_checkpointing_disable() while the adaptor is inserted"
+        )
 
 
 def _token_mask(given: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -178,6 +283,18 @@ def _token_mask(given: Tensor, attention_mask: Tensor | None) -> Tensor:
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
         return attention_mask[:, -length:].bool()
     return torch.ones((batch, length), dtype=torch.bool, device=given.device)
+
+
+def _packed_starts(positions: Tensor | None, attention_mask: Any) -> Tensor | None:
+    """`[batch, seq]`: where another sequence begins in a row, told by positions that start anew; None for nowhere.
+
+    Beside a padding mask, positions may start anew behind padding.
+    """
+    if positions is None or positions.dim() != 2 or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2):
+        return None
+    starts = torch.zeros_like(positions, dtype=torch.bool)
+    starts[:, 1:] = positions[:, 1:] <= positions[:, :-1]
+    return starts if bool(starts.any()) else None
 
 
 def _prompt_columns(given: Tensor, columns: Tensor | int | None) -> Tensor:

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from lemoe.base.equality import TensorEquality
 from lemoe.base.tensors import rms_normalise
+from lemoe.errors import AdaptorError
 from lemoe.routing.router import Explanation, Host, Lineage, LiveRouter, Router, RouterSettings, Routing, Sequences
 
 
@@ -173,17 +174,19 @@ class LiveKeyRouter(LiveRouter):
         self._base = base
         self._router = router
 
-    def route(self, sequences: Sequences) -> tuple[Routing, Tensor]:
+    def route(self, sequences: Sequences) -> tuple[Routing, Tensor | None]:
         length = sequences.mask.shape[1]
+        if sequences.starts is not None:
+            raise AdaptorError("preset `paper` routes a row by its prompt; give each sequence a row of its own")
         if sequences.memory is not None:
-            memory = sequences.memory[:, :, -1:].expand(-1, -1, length, -1)
-            experts, weights = memory.squeeze(1).chunk(2, dim=-1)
+            memory = sequences.memory[:, -1:].expand(-1, length, -1)
+            experts, weights = memory.chunk(2, dim=-1)
             return _add_explanations(Routing(experts.long(), weights)), memory
         embeddings = sequences.embeddings
         if embeddings is None:
             embeddings = self._base.embedding(sequences.ids)
         routing = self._router.route(pool_prompt(embeddings, sequences.prompt), length)
-        memory = torch.cat([routing.experts.float(), routing.weights], dim=-1).unsqueeze(1)
+        memory = torch.cat([routing.experts.float(), routing.weights], dim=-1)
         return _add_explanations(routing), memory
 
 

@@ -81,16 +81,18 @@ class LiveMixtureGate(LiveRouter):
         self._base = base
         self._gate = gate
 
-    def route(self, sequences: Sequences) -> tuple[Routing, Tensor]:
+    def route(self, sequences: Sequences) -> tuple[Routing, Tensor | None]:
+        if sequences.starts is not None:
+            raise AdaptorError("preset `memoe` reads a row as one prompt; give each sequence a row of its own")
         embeddings = sequences.embeddings
         if embeddings is None:
             embeddings = self._base.embedding(sequences.ids)
         if sequences.memory is None:
             prompt = pool_prompt(embeddings, sequences.prompt)
         else:
-            prompt = sequences.memory[:, 0, -1]
+            prompt = sequences.memory[:, -1]
         routing = self._gate.route(embeddings, prompt)
-        memory = prompt[:, None, None].expand(-1, 1, embeddings.shape[1], -1)
+        memory = prompt[:, None].expand(-1, embeddings.shape[1], -1)
         return replace(routing, explained=_explain_last_tokens(routing, sequences.prompt)), memory
 
 

@@ -123,8 +123,9 @@ class Sequences(TensorEquality):
         embeddings: `[batch, seq, hidden]`, or None if the model was called with ids.
         mask: `[batch, seq]`, bool; False on padding.
         prompt: `[batch, seq]`, bool; tokens of the prompt, if its end is known, else all tokens.
-        memory: `[batch, 1, past, k]`, the router's memory of the tokens before these, or None at the start.
+        memory: `[batch, past, k]`, the router's memory of the tokens before these, or None at the start.
         hidden: `[batch, seq, hidden]`, the states that enter the decoder layer which the router reads, if it reads one.
+        starts: `[batch, seq]`, bool; where another sequence begins in a row that several share, or None for nowhere.
     """
 
     ids: Tensor | None
@@ -133,11 +134,12 @@ class Sequences(TensorEquality):
     prompt: Tensor
     memory: Tensor | None = None
     hidden: Tensor | None = None
+    starts: Tensor | None = None
 
     def to(self, device: torch.device) -> "Sequences":
-        """The same, on `device`."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if value is not None}
-        return replace(self, **moved)
+        """The same, on `device`; the memory stays where its router put it."""
+        given = {name: value for name, value in vars(self).items() if value is not None and name != "memory"}
+        return replace(self, **{name: value.to(device) for name, value in given.items()})
 
 
 class LiveRouter(ABC):
@@ -147,8 +149,15 @@ class LiveRouter(ABC):
     layer_read: int | None = None  # the decoder layer whose incoming hidden states it reads, if any
 
     @abstractmethod
-    def route(self, sequences: Sequences) -> tuple[Routing, Tensor]:
-        """The routes of new tokens, and their memory `[batch, 1, seq, k]`, which is kept in the KV cache."""
+    def route(self, sequences: Sequences) -> tuple[Routing, Tensor | None]:
+        """The routes of new tokens, and their memory `[batch, seq, k]`, which travels with the KV cache.
+
+        There is no memory of rows that several sequences share, which no KV cache can go on with. Threads may call it
+        at once.
+
+        Raises:
+            AdaptorError: for sequences that it cannot route.
+        """
 
     def route_text(self, ids: Sequence[int], prompt: int, hidden: Tensor | None = None) -> Routing:
         """The route of a text (token ids) with its states `[seq, hidden]`; the first `prompt` tokens are its prompt."""

@@ -38,7 +38,7 @@ from lemoe.training.anchor.wordings import Wordings, choose_wordings
 EDITS_PER_EXPERT = 10  # at most
 NEURONS_PER_EDIT = (2.0, 1.0, 0.5, 0.25)  # tried in turn
 STEPS_FACTOR = 4  # times the steps of the original round
-PARAPHRASES_FACTOR = 4  # times the paraphrases of the original round
+PARAPHRASES_FACTOR = 6  # times the paraphrases of the original round
 ROUNDING_TOLERANCE = 1e-9  # of the difference of two shares
 PROBES_PER_KIND = 3  # for each edit
 PROBED_METRICS = ("reliability", "generality", "locality")

@@ -456,13 +456,13 @@ def extend_sequences(live: LiveAnchors, ids: Tensor, batch: int, steps: int) -> 
     tokens; and the tokens that each step read.
     """
     tracemalloc.start()
-    memory = route_tokens(live, ids, None).expand(batch, -1, -1, -1)
+    memory = route_tokens(live, ids, None).expand(batch, -1, -1)
     read = []
     for step in range(steps):
         with record_read_tokens() as tokens:
             new = route_tokens(live, (torch.arange(batch) + step).unsqueeze(1) % 20_000, memory)
         read.append(len(tokens))
-        memory = torch.cat([memory, new], 2)
+        memory = torch.cat([memory, new], 1)
     kept, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return kept, read
@@ -471,7 +471,9 @@ def extend_sequences(live: LiveAnchors, ids: Tensor, batch: int, steps: int) -> 
 def route_tokens(live: LiveAnchors, ids: Tensor, memory: Tensor | None) -> Tensor:
     """What the KV cache holds of new tokens `[batch, seq]` behind others, in memory of torch, which is not traced."""
     known = torch.ones_like(ids, dtype=torch.bool)
-    return live.route(Sequences(ids, None, known, known, memory))[1].clone()
+    _, cells = live.route(Sequences(ids, None, known, known, memory))
+    assert cells is not None
+    return cells.clone()
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, chain, islice, pairwise
+from threading import Lock
 from weakref import WeakKeyDictionary
 
 import numpy
@@ -308,7 +309,7 @@ def get_lexicon(base: Host) -> Lexicon:
 class LiveAnchors(LiveRouter):
     """The anchors' gate at work: reads every sequence token by token.
 
-    Its memory in the KV cache is the tokens themselves, so that a route depends on nothing else, and names of prefixes,
+    Its memory of a sequence is the tokens themselves, so that a route depends on nothing else, and names of prefixes,
     whose routes are cached for a while, so that decoding reads each token once.
     """
 
@@ -332,36 +333,67 @@ class LiveAnchors(LiveRouter):
         self.device = base.device
         self._experts = {SHUT.edit: -1, **dict(enumerate(anchors.anchor_experts))}
         self._route_cache = RouteCache(self.gate, cache_bytes)
+        self._lock = Lock()
 
-    def route(self, sequences: Sequences) -> tuple[Routing, Tensor]:
+    def __deepcopy__(self, memo: dict[int, object]) -> "LiveAnchors":
+        """For a copy of the model: the same gate, which no route changes, and routes of its own."""
+        copied = object.__new__(LiveAnchors)
+        copied.__dict__ |= self.__dict__
+        copied._route_cache = RouteCache(self.gate, self._route_cache.max_bytes)
+        copied._lock = Lock()
+        return copied
+
+    def route(self, sequences: Sequences) -> tuple[Routing, Tensor | None]:
         if sequences.ids is None:
             raise AdaptorError("preset `anchor` routes by tokens: call the model with input_ids, not inputs_embeds")
         ids: Ids = sequences.ids.masked_fill(~sequences.mask, PADDING).to("cpu", torch.int32).numpy()
-        prefixes = self._resume_prefixes(sequences.memory, len(ids))
+        projected = self._project(sequences.hidden)
+        with self._lock:  # routes share what the gate caches
+            if sequences.starts is None:
+                rows, memory = self._read_on(ids, projected, sequences.memory)
+            else:
+                rows, memory = self._read_packed(ids, projected, sequences.starts), None
+        acting = [[self._experts[state.edit] for state in row] for row in rows]
+        experts = torch.tensor(acting, device=self.device).unsqueeze(-1)
+        ends = _last_prompt_columns(sequences.prompt.expand_as(sequences.mask))
+        explained = tuple(self._explain_state(row[end]) for row, end in zip(rows, ends, strict=True))
+        return Routing(experts, torch.ones_like(experts, dtype=torch.float32), explained), memory
+
+    def _read_on(
+        self, ids: Ids, projected: Vector | None, memory: Tensor | None
+    ) -> tuple[list[list[GateState]], Tensor]:
+        """The gate's states along new tokens `[batch, seq]`, and their memory `[batch, seq, k]`, on the CPU."""
+        prefixes = self._resume_prefixes(memory, len(ids))
         starts = [prefix.name for prefix in prefixes]
         before = [prefix.copy() for prefix in prefixes if prefix.columns] if ids.shape[1] > 1 else []
-        projected = self._project(sequences.hidden)
         rows = [
             prefix.read(new, None if projected is None else projected[row])
             for row, (prefix, new) in enumerate(zip(prefixes, ids, strict=True))
         ]
         self._route_cache.store([*before, *prefixes])
-        cells = torch.from_numpy(build_cells(ids, projected, starts, [prefix.name for prefix in prefixes]))
-        acting = [[self._experts[state.edit] for state in row] for row in rows]
-        experts = torch.tensor(acting, device=self.device).unsqueeze(-1)
-        ends = _last_prompt_columns(sequences.prompt.expand_as(sequences.mask))
-        explained = tuple(self._explain_state(row[end]) for row, end in zip(rows, ends, strict=True))
-        memory = cells.to(self.device).unsqueeze(1)
-        return Routing(experts, torch.ones_like(experts, dtype=torch.float32), explained), memory
+        return rows, torch.from_numpy(build_cells(ids, projected, starts, [prefix.name for prefix in prefixes]))
+
+    def _read_packed(self, ids: Ids, projected: Vector | None, starts: Tensor) -> list[list[GateState]]:
+        """The gate's states along rows `[batch, seq]` in which other sequences begin at `starts`."""
+        rows = []
+        for row, begins in enumerate(starts.tolist()):
+            bounds = [0, *(column for column, begin in enumerate(begins) if begin), len(begins)]
+            spans = [slice(start, end) for start, end in pairwise(bounds)]
+            read = (
+                RoutedPrefix(Route(self.gate)).read(ids[row, span], None if projected is None else projected[row, span])
+                for span in spans
+            )
+            rows.append(list(chain.from_iterable(read)))
+        return rows
 
     def _resume_prefixes(self, memory: Tensor | None, count: int) -> list[RoutedPrefix]:
         """Each sequence, read to the end of its memory; only what is not cached is read again."""
         if memory is None:
             return [self._route_cache.resume(None) for _ in range(count)]
-        last: Ids = memory[:, 0, -1].cpu().numpy()
-        found = (self._route_cache.resume_at(cells, memory.shape[2]) for cells in last)
+        last: Ids = memory[:, -1].numpy()
+        found = (self._route_cache.resume_at(cells, memory.shape[1]) for cells in last)
         return [
-            prefix if prefix is not None else self._route_cache.resume(memory[row, 0].cpu().numpy())
+            prefix if prefix is not None else self._route_cache.resume(memory[row].numpy())
             for row, prefix in enumerate(found)
         ]
 

@@ -1,9 +1,9 @@
 """A cache of routes by the prefix that was read: decoding reads each token once, whatever is done to the KV cache.
 
 A prefix's name is a hash over all its tokens, worked out from the name of the shorter prefix and the tokens since. It
-is stored beside the tokens, and what the base model makes of them, in the model's KV cache, which beam search, repeated
-rows, cropping and copies may reorder: the names there tell which prefix each sequence has. A prefix that was evicted is
-read again from its tokens.
+is stored beside the tokens, and what the base model makes of them, in cells that travel with the model's KV cache,
+which beams, repeated rows, cropping and copies may reorder: the names there tell which prefix each sequence has. A
+prefix that was evicted is read again from its tokens.
 """
 
 from collections import OrderedDict
@@ -20,7 +20,7 @@ from lemoe.routing.anchor.route import SHUT, GateState, Route
 
 PADDING = -1  # in place of the id of a padding token
 NAME_BYTES = 16  # bytes of a name: that two of 10^12 prefixes share one has a probability of 10^-15
-NAMED_CELLS = 1 + NAME_BYTES // 4  # numbers in the KV cache for each column: its token, and a name, zeros for none
+NAMED_CELLS = 1 + NAME_BYTES // 4  # numbers that a column is remembered by: its token, and a name, zeros for none
 EMPTY_NAME = bytes(NAME_BYTES)
 
 Ids = NDArray[numpy.int32]
@@ -59,7 +59,7 @@ class RouteCache:
 
     def __init__(self, gate: Gate, max_bytes: int):
         self._gate = gate
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._prefixes: OrderedDict[bytes, RoutedPrefix] = OrderedDict()
         self._size = 0
 
@@ -101,7 +101,7 @@ class RouteCache:
             self._prefixes[prefix.name] = prefix
             self._size += prefix.route.byte_size
             new_names.add(prefix.name)
-        while self._size > self._max_bytes and (oldest := next(iter(self._prefixes))) not in new_names:
+        while self._size > self.max_bytes and (oldest := next(iter(self._prefixes))) not in new_names:
             self._evict_prefix(oldest)
 
     def _evict_prefix(self, name: bytes) -> None:
@@ -118,7 +118,7 @@ def _projections_of(cells: Ids) -> Vector | None:
 
 
 def build_cells(ids: Ids, projected: Vector | None, starts: Iterable[bytes], ends: Iterable[bytes]) -> Ids:
-    """The cells of new columns for the KV cache, `[batch, seq, cells]`: ids, names of prefixes, projections.
+    """The cells of new columns, `[batch, seq, cells]`: ids, names of prefixes, projections.
 
     `projected` `[batch, seq, rank]` is stored bit by bit in integers, so that nothing rounds it.
 

@@ -314,6 +314,8 @@ class TrainingBatchBuilder:
         return [self._positive_text(*each) for each in zip(indices, passages, prompts, strict=True)]
 
     def _negative_texts(self) -> list[TrainingText]:
+        if not self._settings.negatives:
+            return []
         gate = build_gate(self._base, self._anchors, self._settings)
         texts = []
         for edit in range(len(self._edits)):
