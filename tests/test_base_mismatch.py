@@ -3,13 +3,16 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import build_model
 from test_cli import lemoe_command, refused_message
+from torch.testing._internal.two_tensor import TwoTensor
 
 import lemoe
+from lemoe.base.fingerprint import ffn_checksum
 from lemoe.errors import AdaptorError
 
 SettingsOf = Callable[..., lemoe.Settings]
@@ -99,3 +102,17 @@ def test_inserting_is_refused_or_allowed_in_the_library_too(tuned_folder: Path, 
     with pytest.raises(AdaptorError, match="weights_sha256"):
         lemoe.insert(tuned, adaptor)
     lemoe.insert(tuned, adaptor, allow_base_mismatch=True).remove()
+
+
+def test_a_weight_that_is_stored_in_parts_is_hashed_by_its_parts(tiny_folder: Callable[[str], Path]) -> None:
+    """As quantised weights are: integers and scales in one tensor that is none of its own."""
+    base = lemoe.load_base(str(tiny_folder("llama")), device="cpu")
+    layer: Any = base.layers[1].mlp.down_proj
+    plain, seen = base.fingerprint(1), []
+    for factor in (2, 3):
+        parts = TwoTensor(layer.weight.detach().clone(), factor * torch.ones_like(layer.weight))
+        layer.weight = torch.nn.Parameter(parts, requires_grad=False)
+        seen.append((base.fingerprint(1), ffn_checksum(base.ffn_site(1))))
+    assert seen[0][1] != seen[1][1]
+    assert len({plain.ffn_sha256, *(fingerprint.ffn_sha256 for fingerprint, _ in seen)}) == 3
+    assert len({plain.weights_sha256, *(fingerprint.weights_sha256 for fingerprint, _ in seen)}) == 3

@@ -78,7 +78,8 @@ def ffn_sha256(site: "FFNSite") -> str:
     digest = hashlib.sha256()
     for name, tensor in site.named_tensors():
         digest.update(f"{name}{list(tensor.shape)}".encode())
-        digest.update(_as_bytes(tensor))
+        for part in _stored_parts(tensor):
+            digest.update(_as_bytes(part))
     return digest.hexdigest()
 
 
@@ -100,7 +101,8 @@ def weights_stamp(model: nn.Module) -> Stamp:
 
     It does not read the weights: it is each one's memory address and version counter, which misses writes to `.data`.
     """
-    return tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in model.parameters())
+    parts = (part for weight in model.parameters() for part in _stored_parts(weight))
+    return tuple((part.data_ptr(), 0 if part.is_inference() else part._version) for part in parts)
 
 
 def ffn_checksum(site: "FFNSite") -> int:
@@ -109,7 +111,17 @@ def ffn_checksum(site: "FFNSite") -> int:
     Weights that a device map offloads count as 0: nothing can write to them.
     """
     weights = dict.fromkeys(weight for part in (site.entry, site.exit) for weight in part.parameters())
-    return sum(int(_view_as_integers(weight).sum(dtype=torch.int64)) for weight in weights if not weight.is_meta)
+    parts = (part for weight in weights if not weight.is_meta for part in _stored_parts(weight))
+    return sum(int(_view_as_integers(part).sum(dtype=torch.int64)) for part in parts)
+
+
+def _stored_parts(weight: Tensor) -> list[Tensor]:
+    """The plain tensors that a weight is made of: itself, or of a quantised one its integers, scales and the like."""
+    flatten = getattr(weight, "__tensor_flatten__", None)
+    if flatten is None:
+        return [weight]
+    names, _ = flatten()
+    return [part for name in names for part in _stored_parts(getattr(weight, name))]
 
 
 def _view_as_integers(weight: Tensor) -> Tensor:
@@ -117,7 +129,8 @@ def _view_as_integers(weight: Tensor) -> Tensor:
 
 
 def _sample_bytes(tensor: Tensor) -> bytes:
-    return _as_bytes(tensor.detach().flatten()[:: max(1, tensor.numel() // SAMPLES)])
+    parts = (part.detach().flatten() for part in _stored_parts(tensor))
+    return b"".join(_as_bytes(part[:: max(1, len(part) // SAMPLES)]) for part in parts)
 
 
 def _as_bytes(tensor: Tensor) -> bytes:
