@@ -107,7 +107,7 @@ def test_inserting_is_refused_or_allowed_in_the_library_too(tuned_folder: Path, 
 def test_a_weight_that_is_stored_in_parts_is_hashed_by_its_parts(tiny_folder: Callable[[str], Path]) -> None:
     """As quantised weights are: integers and scales in one tensor that is none of its own."""
     base = lemoe.load_base(str(tiny_folder("llama")), device="cpu")
-    layer: Any = base.layers[1].mlp.down_proj
+    layer: Any = base.model.get_submodule("model.layers.1.mlp.down_proj")
     plain, seen = base.fingerprint(1), []
     for factor in (2, 3):
         parts = TwoTensor(layer.weight.detach().clone(), factor * torch.ones_like(layer.weight))
