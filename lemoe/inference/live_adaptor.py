@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -37,14 +37,14 @@ class ExpertSource(Protocol):
         """What the routed experts add; see `Experts.delta`."""
 
 
-@dataclass(slots=True)
 class _ForwardPass:
     """One forward pass of the decoder: its input until it is routed, then its route, and the FFN's input."""
 
-    sequences: Sequences
-    routing: Routing | None = None
-    memory: Tensor | None = None
-    ffn_input: Tensor | None = None
+    def __init__(self, sequences: Sequences):
+        self.sequences = sequences
+        self.routing: Routing | None = None
+        self.memory: Tensor | None = None
+        self.ffn_input: Tensor | None = None
 
 
 class _ThreadState(threading.local):
