@@ -70,7 +70,8 @@ class LemoeForCausalLM(BaseModel):
             return self._live
 
 
-transformers.LemoeForCausalLM = LemoeForCausalLM  # `transformers serve` looks a model's class up there
+# `transformers serve` looks a model's class up in its library, of which there are two instances of one class:
+type(transformers).LemoeForCausalLM = LemoeForCausalLM
 
 
 @dataclass(eq=False)
