@@ -155,7 +155,10 @@ def test_a_helper_may_draft_for_the_edited_model(way: Edited) -> None:
 
 def test_threads_never_see_each_other(way: Edited) -> None:
     expected = {text: way.write(text) for text in PROMPTS}
-    ways: list[dict[str, Any]] = [{}, {"cache_implementation": "static"}, {"use_cache": False}]
+    ways: list[dict[str, Any]] = [{}, {"use_cache": False}]
+    way.write(PROMPTS[0], cache_implementation="static")
+    if not hasattr(way.model, "_cache"):  # in older versions all calls of a model share one static cache
+        ways.append({"cache_implementation": "static"})
     requests = [(PROMPTS[number % len(PROMPTS)], ways[number % len(ways)]) for number in range(240)]
     with ThreadPoolExecutor(8) as pool:
         written = list(pool.map(lambda request: way.write(request[0], **request[1]), requests))
