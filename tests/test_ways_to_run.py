@@ -126,11 +126,38 @@ def test_a_static_cache_gives_the_logits_of_one_pass(
             ids = torch.tensor([base.tokenizer(f"{text} golden pike. What").input_ids])
             parts = ids.split([4, 3, *[1] * (ids.shape[1] - 7)], 1)
             whole = base.model(ids).logits
+            padded = {
+                "attention_mask": torch.tensor([[0, 0, *[1] * ids.shape[1]]]),
+                "pad_token_id": 0,
+                "do_sample": False,
+            }
+            written = [
+                base.model.generate(
+                    torch.cat([torch.zeros_like(ids[:, :2]), ids], 1), max_new_tokens=4, **padded, **given
+                )
+                for given in ({}, {"cache_implementation": "static"})
+            ]
+            assert torch.equal(*written)
             for cache in (hf.StaticCache(config, max_cache_len=64), hf.DynamicCache(config=config)):
                 read = [base.model(part, past_key_values=cache).logits for part in parts]
                 torch.testing.assert_close(torch.cat(read, 1), whole, **TOLERANCE)
                 assert cache.get_seq_length() == ids.shape[1]
                 assert cache.is_compileable == isinstance(cache, hf.StaticCache)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_padded_batch_is_the_same_in_a_static_cache(way: Edited, beams: int) -> None:
+    """Whose masks tell padding in another way."""
+    rows = [way.encode(text) for text in PROMPTS]
+    width = max(row.shape[1] for row in rows) + 2
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    for number, row in enumerate(rows):
+        ids[number, width - row.shape[1] :], mask[number, width - row.shape[1] :] = row[0], 1
+    given = {"attention_mask": mask, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "num_beams": beams}
+    written = way.model.generate(ids, pad_token_id=0, **given)
+    assert torch.equal(way.model.generate(ids, pad_token_id=0, cache_implementation="static", **given), written)
+    if beams == 1:
+        assert written[:, width:].tolist() == [way.write(text) for text in PROMPTS]
 
 
 @pytest.mark.parametrize("search", SEARCHES)
@@ -344,7 +371,7 @@ def test_many_requests_in_one_row_of_one_cache_are_refused(way: Edited) -> None:
         way.model(ids, cache=object(), cu_seq_lens_q=torch.tensor([0, ids.shape[1]]))
 
 
-def test_the_text_generation_pipeline_answers(way: Edited, folder: Path) -> None:
+def test_the_text_generation_pipeline_answers(way: Edited) -> None:
     pipeline = hf.pipeline("text-generation", model=way.model, tokenizer=way.tokenizer)
     for text in PROMPTS:
         written = pipeline(text, max_new_tokens=8, min_new_tokens=8, do_sample=False, return_full_text=False)

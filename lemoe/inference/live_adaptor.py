@@ -182,10 +182,10 @@ class LiveAdaptor:
         ids, embeddings = call.get("input_ids"), call.get("inputs_embeds")
         given = embeddings if ids is None else ids
         assert given is not None, "transformers calls a decoder with ids or embeddings"
-        mask = _token_mask(given, call.get("attention_mask"))
-        prompt = mask & _prompt_columns(given, self._thread.prompt_columns)
         memory = self._recall(_find_cache(call), len(given))
-        starts = _packed_starts(call.get("position_ids"), call.get("attention_mask")) if memory is None else None
+        mask = _token_mask(given, call.get("attention_mask"), 0 if memory is None else memory.shape[1])
+        prompt = mask & _prompt_columns(given, self._thread.prompt_columns)
+        starts = _packed_starts(call.get("position_ids"), call.get("attention_mask"), mask) if memory is None else None
         sequences = Sequences(ids, embeddings, mask, prompt, memory, starts=starts).to(self.router.device)
         self._thread.current = _ForwardPass(sequences)
         if not self._reads_layer:
@@ -277,23 +277,33 @@ def _refuse_what_cannot_be_routed(decoder: nn.Module, site: Site, call: dict[str
         )
 
 
-def _token_mask(given: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """`[batch, seq]`: which of the new positions are tokens, not padding."""
+def _token_mask(given: Tensor, attention_mask: Any, past: int) -> Tensor:
+    """`[batch, seq]`: which of the new positions, behind `past` others, are tokens, not padding.
+
+    `generate` gives static caches masks `[batch, 1, seq, length]`, one for each kind of layer, in which nothing attends
+    to padding, not even itself. Layers with a window keep the last positions alone.
+    """
     batch, length = given.shape[:2]
+    if isinstance(attention_mask, dict):
+        attention_mask = next(iter(attention_mask.values()), None)
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
         return attention_mask[:, -length:].bool()
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 4:
+        first = min(past, attention_mask.shape[3] - length)
+        itself = attention_mask[:, 0, :, first : first + length].diagonal(dim1=1, dim2=2)
+        return (itself if itself.dtype == torch.bool else itself == 0).expand(batch, length)
     return torch.ones((batch, length), dtype=torch.bool, device=given.device)
 
 
-def _packed_starts(positions: Tensor | None, attention_mask: Any) -> Tensor | None:
+def _packed_starts(positions: Tensor | None, attention_mask: Any, tokens: Tensor) -> Tensor | None:
     """`[batch, seq]`: where another sequence begins in a row, told by positions that start anew; None for nowhere.
 
-    Beside a padding mask, positions may start anew behind padding.
+    Beside a padding mask `[batch, length]`, rows are not shared. `tokens` `[batch, seq]` tells tokens from padding.
     """
     if positions is None or positions.dim() != 2 or (isinstance(attention_mask, Tensor) and attention_mask.dim() == 2):
         return None
-    starts = torch.zeros_like(positions, dtype=torch.bool)
-    starts[:, 1:] = positions[:, 1:] <= positions[:, :-1]
+    starts = torch.zeros_like(tokens)
+    starts[:, 1:] = (positions[:, 1:] <= positions[:, :-1]) & tokens[:, 1:] & tokens[:, :-1]
     return starts if bool(starts.any()) else None
 
 

@@ -60,7 +60,8 @@ class RouteMemory:
         """
         if self.owner() is not owner:
             raise AdaptorError("this KV cache was filled with another adaptor; start it anew with this one")
-        if len(self._buffer) != rows or length not in (None, self._length):
+        length = self._length if length is None else length
+        if (len(self._buffer), self._length) != (rows, length):
             raise AdaptorError(
                 f"this KV cache holds {rows:,} x {length:,} positions, of which the adaptor read "
                 f"{len(self._buffer):,} x {self._length:,}; start it anew with the adaptor inserted"
@@ -90,9 +91,9 @@ class _RoutedCache(Cache):
     def crop(self, *args: Any, **kwargs: Any) -> None:
         super().crop(*args, **kwargs)
         length = cached_length(self)
-        if length is None:  # of layers that do not count
-            self._lemoe_routes = None
-        elif self._lemoe_routes is not None:
+        if self._lemoe_routes is not None and length is None:
+            raise AdaptorError("this KV cache does not count its positions, and cannot be cropped with edits at work")
+        if self._lemoe_routes is not None and length is not None:
             self._lemoe_routes.crop(length)
 
     def reset(self) -> None:
