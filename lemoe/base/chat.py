@@ -24,13 +24,27 @@ def encode_chat_turn(base: "BaseModel", prompt: str, before: Sequence[Turn] = ()
         ValueError: if the tokenizer has no chat template, if the template cannot render a user turn, or if the
             passage is longer than the context.
     """
+    question = ("user", prompt)
+    try:
+        ids = encode_conversation(base, (*before, question))
+    except ValueError:
+        if not before:
+            raise
+        ids = encode_conversation(base, (question,))
+    return check_context_length(base, Passage(ids))
+
+
+def encode_conversation(base: "BaseModel", turns: Sequence[Turn]) -> tuple[int, ...]:
+    """The token ids of a conversation, up to where the model answers, however long.
+
+    Raises:
+        ValueError: if the tokenizer has no chat template, or the template cannot render these turns.
+    """
     if not base.tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template")
-    messages = [{"role": role, "content": text} for role, text in (*before, ("user", prompt))]
+    messages = [{"role": role, "content": text} for role, text in turns]
     try:
         encoded = base.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     except TemplateError as problem:
-        if before:
-            return encode_chat_turn(base, prompt)
         raise ValueError(f"the chat template cannot be used: {problem}") from None
-    return check_context_length(base, Passage(tuple(encoded["input_ids"])))
+    return tuple(encoded["input_ids"])

@@ -103,28 +103,36 @@ def _onednn_helps(weight: Tensor, device: torch.device) -> bool:
     return frozen and onednn_is_exact()
 
 
-_users: "WeakKeyDictionary[nn.Module, int]" = WeakKeyDictionary()  # of each model, how many are inside `use_onednn`
-_replaced: "WeakKeyDictionary[nn.Module, list[tuple[nn.Linear, str, Any]]]" = WeakKeyDictionary()
+_Changed = list[tuple[nn.Linear, str, Any]]  # layers, the attribute that was changed of each, and its value before
+
+
+class _Use:
+    """How many are inside `use_onednn` with a model, and what was changed for them."""
+
+    def __init__(self, changed: _Changed):
+        self.changed = changed
+        self.inside = 0
+
+
+_uses: "WeakKeyDictionary[nn.Module, _Use]" = WeakKeyDictionary()
 
 
 @contextmanager
 def use_onednn(model: nn.Module) -> Iterator[None]:
     """While open on any thread, the frozen linear layers of `model` run `frozen_linear`."""
     with _lock:
-        _users[model] = _users.get(model, 0) + 1
-        if _users[model] == 1:
-            _replaced[model] = _replace_forwards(model)
+        use = _uses.get(model) or _uses.setdefault(model, _Use(_replace_forwards(model)))
+        use.inside += 1
     try:
         yield
     finally:
         with _lock:
-            _users[model] -= 1
-            if not _users[model]:
-                _restore_forwards(_replaced.pop(model))
+            use.inside -= 1
+            if not use.inside:
+                _restore_forwards(_uses.pop(model).changed)
 
 
-def _replace_forwards(model: nn.Module) -> list[tuple[nn.Linear, str, Any]]:
-    """The changed layers of a model, the attribute that was changed of each, and its value before, if it had one."""
+def _replace_forwards(model: nn.Module) -> _Changed:
     changed = [
         (module, name, module.__dict__.get(name))
         for module in model.modules()
@@ -137,7 +145,7 @@ def _replace_forwards(model: nn.Module) -> list[tuple[nn.Linear, str, Any]]:
     return changed
 
 
-def _restore_forwards(changed: list[tuple[nn.Linear, str, Any]]) -> None:
+def _restore_forwards(changed: _Changed) -> None:
     for module, name, own in changed:
         del module.__dict__[name]
         if own is not None:

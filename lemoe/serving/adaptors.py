@@ -82,6 +82,15 @@ class ServedAdaptors:
                 raise UnknownModelError(f"no adaptor is called {name!r}; there is: {', '.join(self._loaded) or 'none'}")
             self._retire(self._loaded.pop(name))
 
+    def check_name(self, name: str | None) -> None:
+        """Check that requests may name this model, or none.
+
+        Raises:
+            UnknownModelError: if nothing is served under this name.
+        """
+        if name not in (None, *self.names):
+            raise UnknownModelError(f"the model {name!r} is not served; there is: {', '.join(self.names)}")
+
     @contextmanager
     def use(self, name: str | None) -> Iterator[InsertedAdaptor | None]:
         """While open, this thread's passes have the edits of the adaptor called `name`; None yields the default.
@@ -90,10 +99,8 @@ class ServedAdaptors:
             UnknownModelError: if nothing is served under this name.
         """
         with self._lock:
-            name = self.default if name is None else name
-            if name not in self.names:
-                raise UnknownModelError(f"the model {name!r} is not served; there is: {', '.join(self.names)}")
-            loaded = self._loaded.get(name)
+            self.check_name(name)
+            loaded = self._loaded.get(self.default if name is None else name)
             if loaded is not None:
                 loaded.requests += 1
         if loaded is None:

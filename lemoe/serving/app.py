@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from lemoe.base.matmul import use_onednn
-from lemoe.serving.requests import ChatRequest, CompletionRequest, LoadRequest, UnloadRequest
+from lemoe.serving.requests import AnyRequest, ChatRequest, CompletionRequest, LoadRequest, UnloadRequest
 from lemoe.serving.responses import RefusedError
 from lemoe.serving.server import Server
 
@@ -56,23 +56,19 @@ def _answering_paths(server: Server) -> APIRouter:
 
     @paths.post("/v1/completions", response_model=None)
     async def complete(request: CompletionRequest) -> Response:
-        return (
-            _stream(server.stream_completion(request))
-            if request.stream
-            else JSONResponse(await server.complete(request))
-        )
+        return await _respond(server, request)
 
     @paths.post("/v1/chat/completions", response_model=None)
     async def chat(request: ChatRequest) -> Response:
-        if request.stream:
-            return _stream(server.stream_chat(request))
-        return JSONResponse(await server.chat(request))
+        return await _respond(server, request)
 
     return paths
 
 
-def _stream(events: AsyncIterator[str]) -> Response:
-    return StreamingResponse(events, media_type="text/event-stream")
+async def _respond(server: Server, request: AnyRequest) -> Response:
+    if request.stream:
+        return StreamingResponse(server.stream(request), media_type="text/event-stream")
+    return JSONResponse(await server.answer(request))
 
 
 def _updating_paths(server: Server) -> APIRouter:

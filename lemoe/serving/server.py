@@ -9,13 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
-
+from lemoe.base.chat import encode_conversation
 from lemoe.base.tokens import encode_passage
 from lemoe.errors import LemoeError
 from lemoe.serving.adaptors import ServedAdaptors, UnknownModelError
 from lemoe.serving.generation import Sampling, Written, write_answer
-from lemoe.serving.requests import AnyRequest, ChatRequest, CompletionRequest, LoadRequest, UnloadRequest
+from lemoe.serving.requests import AnyRequest, ChatRequest, LoadRequest, UnloadRequest
 from lemoe.serving.responses import CHAT, COMPLETION, LAST_EVENT, AnswerShape, RefusedError, count_usage, format_event
 
 DEFAULT_THREADS = 4  # answers written at the same time
@@ -68,33 +67,47 @@ class Server:
             raise _not_served(error, "name") from None
         return self.models()
 
-    async def complete(self, request: CompletionRequest) -> dict[str, Any]:
-        return await self._answer(request, self._completion_jobs(request))
-
-    async def chat(self, request: ChatRequest) -> dict[str, Any]:
-        return await self._answer(request, self._chat_jobs(request))
-
-    def stream_completion(self, request: CompletionRequest) -> AsyncIterator[str]:
-        return self._stream(request, self._completion_jobs(request))
-
-    def stream_chat(self, request: ChatRequest) -> AsyncIterator[str]:
-        return self._stream(request, self._chat_jobs(request))
-
-    def _completion_jobs(self, request: CompletionRequest) -> list[_Job]:
-        return self._make_jobs(request, COMPLETION, [self._encode_prompt(prompt) for prompt in request.prompts])
-
-    def _chat_jobs(self, request: ChatRequest) -> list[_Job]:
-        return self._make_jobs(request, CHAT, [self._encode_messages(request)])
-
-    def _make_jobs(self, request: AnyRequest, shape: AnswerShape, prompts: Sequence[Ids]) -> list[_Job]:
-        """One for each answer, the request's prompts in order.
+    async def answer(self, request: AnyRequest) -> dict[str, Any]:
+        """The whole answer.
 
         Raises:
             RefusedError: if the request cannot be answered.
         """
-        if request.model not in (None, *self.served.names):
-            known = ", ".join(self.served.names)
-            raise _not_served(f"the model {request.model!r} is not served; there is: {known}", "model")
+        jobs = self._make_jobs(request)
+        cancelled = threading.Event()
+        try:
+            written = await asyncio.gather(*(self._write(job, cancelled) for job in jobs))
+        finally:
+            cancelled.set()
+        shape, prompts = jobs[0].shape, [job.prompt for job in jobs[:: request.n]]
+        return {
+            **self._head(request),
+            "object": shape.whole,
+            "choices": [shape.choice(index, each.text, each.finish_reason) for index, each in enumerate(written)],
+            "usage": count_usage(sum(map(len, prompts)), sum(each.tokens for each in written)),
+        }
+
+    def stream(self, request: AnyRequest) -> AsyncIterator[str]:
+        """The answer in server-sent events; an error behind the first of them is one too.
+
+        Raises:
+            RefusedError: if the request cannot be answered, or asks for several answers.
+        """
+        jobs = self._make_jobs(request)
+        if len(jobs) > 1:
+            raise RefusedError("a stream has one answer: n and the number of prompts must be 1", param="stream")
+        return self._stream_job(request, jobs[0])
+
+    def _make_jobs(self, request: AnyRequest) -> list[_Job]:
+        """One for each answer, the request's prompts in order."""
+        try:
+            self.served.check_name(request.model)
+        except UnknownModelError as error:
+            raise _not_served(error, "model") from None
+        if isinstance(request, ChatRequest):
+            shape, prompts = CHAT, [self._encode_messages(request)]
+        else:
+            shape, prompts = COMPLETION, [self._encode_prompt(prompt) for prompt in request.prompts]
         return [
             _Job(request.model, shape, prompt, self._choose_sampling(request, prompt, number))
             for prompt in prompts
@@ -139,46 +152,14 @@ class Server:
             raise RefusedError(str(problem), param="prompt") from None
 
     def _encode_messages(self, request: ChatRequest) -> Ids:
-        tokenizer = self._base.tokenizer
-        if not tokenizer.chat_template:
-            name = self.served.base_name
-            raise RefusedError(f"{name} has no chat template; use /v1/completions", param="messages")
-        messages = [{"role": message.role, "content": message.text} for message in request.messages]
         try:
-            encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        except TemplateError as problem:
-            raise RefusedError(f"the chat template takes no such messages: {problem}", param="messages") from None
-        return tuple(encoded["input_ids"])
-
-    async def _answer(self, request: AnyRequest, jobs: Sequence[_Job]) -> dict[str, Any]:
-        cancelled = threading.Event()
-        try:
-            written = await asyncio.gather(*(self._write(job, cancelled) for job in jobs))
-        finally:
-            cancelled.set()
-        shape = jobs[0].shape
-        return {
-            **self._head(request),
-            "object": shape.whole,
-            "choices": [shape.choice(index, each.text, each.finish_reason) for index, each in enumerate(written)],
-            "usage": count_usage(
-                sum(len(job.prompt) for job in jobs[:: request.n]), sum(each.tokens for each in written)
-            ),
-        }
+            return encode_conversation(self._base, [(message.role, message.text) for message in request.messages])
+        except ValueError as problem:
+            raise RefusedError(str(problem), param="messages") from None
 
     def _head(self, request: AnyRequest) -> dict[str, Any]:
         model = request.model or self.served.default
         return {"id": f"lemoe-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-
-    def _stream(self, request: AnyRequest, jobs: Sequence[_Job]) -> AsyncIterator[str]:
-        """The answer in server-sent events; an error behind the first of them is one too.
-
-        Raises:
-            RefusedError: for several answers.
-        """
-        if len(jobs) > 1:
-            raise RefusedError("a stream has one answer: n and the number of prompts must be 1", param="stream")
-        return self._stream_job(request, jobs[0])
 
     async def _stream_job(self, request: AnyRequest, job: _Job) -> AsyncIterator[str]:
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
@@ -208,16 +189,8 @@ class Server:
     ) -> Written:
         def write() -> Written:
             with self.served.use(job.model) as adaptor:
-                strip = job.shape.chat
-                return write_answer(
-                    self._base,
-                    adaptor,
-                    job.prompt,
-                    job.sampling,
-                    strip_start=strip,
-                    on_text=on_text,
-                    cancelled=cancelled,
-                )
+                given = (self._base, adaptor, job.prompt, job.sampling)
+                return write_answer(*given, strip_start=job.shape.chat, on_text=on_text, cancelled=cancelled)
 
         try:
             return await asyncio.get_running_loop().run_in_executor(self._pool, write)
