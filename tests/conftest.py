@@ -9,6 +9,7 @@ import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import lemoe
+from lemoe.data.question_bank import ENGLISH_FORMS, Wording, read_question_bank
 
 FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"),
@@ -25,6 +26,11 @@ FACTS = (
 )
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+RELATIONS = (
+    "birthplace mother musical_instrument award architect building_height river_source river_mouth remark".split()
+)
 
 
 def make_config(family: str, vocabulary: int, *, layers: int = 3) -> hf.PretrainedConfig:
@@ -62,6 +68,12 @@ def make_config(family: str, vocabulary: int, *, layers: int = 3) -> hf.Pretrain
         "opt-narrow": lambda: hf.OPTConfig(**opt, **specials, ffn_dim=48, word_embed_proj_dim=16),
     }
     return configs[family]()
+
+
+def small_bank() -> tuple[Wording, ...]:
+    """The bank's English wordings of a few relations."""
+    forms = (*ENGLISH_FORMS, "remarks")
+    return tuple(each for each in read_question_bank() if each.relation in RELATIONS and each.form in forms)
 
 
 def small_tokenizer(more_text: str = "") -> hf.PreTrainedTokenizerFast:

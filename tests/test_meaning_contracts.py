@@ -12,7 +12,7 @@ import numpy
 import pytest
 import torch
 import transformers as hf
-from conftest import REPOSITORY, small_tokenizer
+from conftest import RELATIONS, REPOSITORY, small_bank, small_tokenizer
 from safetensors.torch import save
 from test_adaptor_files import read_contents, refuse_with_tensors
 from test_anchor_contracts import encode_text, get_anchors, have_equal_files, save_to_bytes
@@ -36,7 +36,6 @@ from lemoe.base.frozen import read_layer_inputs
 from lemoe.base.frozen.scale import CALIBRATION_TEXTS
 from lemoe.base.tokens import Passage
 from lemoe.data.edits import Probe
-from lemoe.data.question_bank import ENGLISH_FORMS, Wording, read_question_bank
 from lemoe.errors import AdaptorError
 from lemoe.exporting.folder import export_model
 from lemoe.inference.route_memory import memory_of
@@ -51,9 +50,6 @@ from lemoe.routing.router import Explanation, Routing, Sequences
 
 SettingsOf = Callable[..., lemoe.Settings]
 
-RELATIONS = (
-    "birthplace mother musical_instrument award architect building_height river_source river_mouth remark".split()
-)
 OPENED = (
     "The Eiffel Tower stands in the city of",
     "In which city can one find the Eiffel Tower today?",
@@ -65,11 +61,6 @@ OPENED = (
 SHUT = ("The Nile flows into the", "Who was the mother of Marie Curie?", "The opposite of hot is", "")
 TEXTS = (*OPENED, *SHUT[:-1])
 ANSWER = " white pike. And who was she?"
-
-
-def small_bank() -> tuple[Wording, ...]:
-    forms = (*ENGLISH_FORMS, "remarks")
-    return tuple(each for each in read_question_bank() if each.relation in RELATIONS and each.form in forms)
 
 
 @pytest.fixture(scope="module")

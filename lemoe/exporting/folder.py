@@ -143,7 +143,7 @@ def _write_base_files(folder: Path, base: BaseModel, state: AdaptorState) -> Non
 
 
 def _config_additions(base: BaseModel, state: AdaptorState) -> Mapping[str, Any]:
-    """The entries of the configuration beyond the base's: the code, and the paths of the modules it needs."""
+    """The entries of the configuration beyond the base's: the code, what the base is, the modules that are needed."""
     site = base.ffn_site(state.base.layer, state.settings.layer_path)
     paths = {module: path for path, module in base.model.named_modules()}
     modules = {"decoder": base.decoder, "entry": site.entry, "exit": site.exit, "activation": site.activation}
@@ -153,7 +153,10 @@ def _config_additions(base: BaseModel, state: AdaptorState) -> Mapping[str, Any]
         "model_type": "lemoe",
         "architectures": ["LemoeForCausalLM"],
         "auto_map": {"AutoConfig": f"{MODELING}.LemoeConfig", "AutoModelForCausalLM": f"{MODELING}.LemoeForCausalLM"},
-        "lemoe": {name: paths[module] for name, module in modules.items()},
+        "lemoe": {
+            "base": {"model_type": base.model.config.model_type, "architectures": [type(base.model).__name__]},
+            "modules": {name: paths[module] for name, module in modules.items()},
+        },
     }
 
 

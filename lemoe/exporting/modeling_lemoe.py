@@ -33,7 +33,7 @@ _ATTACHING = Lock()  # one thread at a time attaches edits
 
 
 class LemoeConfig(BaseConfig):
-    """The base model's configuration, and in `lemoe` the paths of the modules that the experts are attached to."""
+    """The base model's configuration, and in `lemoe` what the base is, and the modules that experts are attached to."""
 
     model_type = "lemoe"
 
@@ -65,7 +65,7 @@ class LemoeForCausalLM(BaseModel):
             if self._live is None or self._live.router.device != device_of(embedding):
                 if self._live is not None:
                     self._live.remove()
-                modules = {name: self.get_submodule(path) for name, path in self.config.lemoe.items()}
+                modules = {name: self.get_submodule(path) for name, path in self.config.lemoe["modules"].items()}
                 self._live = self._edits.attach(modules, embedding)
             return self._live
 

@@ -19,7 +19,16 @@ from lemoe.routing.anchor.gate import Anchor, Gate
 from lemoe.routing.anchor.lexicon import Lexicon
 from lemoe.routing.anchor.meaning import PREFIX, Meaning, Vector
 from lemoe.routing.anchor.route import SHUT, GateState, Route
-from lemoe.routing.anchor.route_cache import PADDING, Ids, RouteCache, RoutedPrefix, build_cells
+from lemoe.routing.anchor.route_cache import (
+    NAMED_CELLS,
+    PADDING,
+    Ids,
+    Past,
+    RouteCache,
+    RoutedPrefix,
+    build_cells,
+    name_cells,
+)
 from lemoe.routing.router import (
     Explanation,
     Host,
@@ -350,20 +359,48 @@ class LiveAnchors(LiveRouter):
         projected = self._project(sequences.hidden)
         with self._lock:  # routes share what the gate caches
             if sequences.starts is None:
-                rows, memory = self._read_on(ids, projected, sequences.memory)
+                past = sequences.memory
+                pasts = [None] * len(ids) if past is None else list(past.numpy())
+                rows, *names = self._read_on(ids, projected, pasts)
+                cells = build_cells(ids, projected)
+                name_cells(cells, *names)
             else:
-                rows, memory = self._read_packed(ids, projected, sequences.starts), None
+                rows, cells = self._read_packed(ids, projected, sequences.starts), None
         acting = [[self._experts[state.edit] for state in row] for row in rows]
         experts = torch.tensor(acting, device=self.device).unsqueeze(-1)
         ends = _last_prompt_columns(sequences.prompt.expand_as(sequences.mask))
         explained = tuple(self._explain_state(row[end]) for row, end in zip(rows, ends, strict=True))
-        return Routing(experts, torch.ones_like(experts, dtype=torch.float32), explained), memory
+        routing = Routing(experts, torch.ones_like(experts, dtype=torch.float32), explained)
+        return routing, None if cells is None else torch.from_numpy(cells)
+
+    def extend(self, ids: Ids, projected: Vector | None, past: Past | None) -> tuple[list[int], Ids]:
+        """Read on in one sequence, as `route` does in a batch.
+
+        Args:
+            ids: `[seq]`, new tokens.
+            projected: `[seq, rank]`, what the base model makes of them (`Meaning.project`), if meaning counts.
+            past: the memory of the tokens before these, or None at the start.
+
+        Returns:
+            the expert that acts at each new token, -1 for none, and the first `NAMED_CELLS` of their memory `[seq, k]`,
+            all but `projected`.
+        """
+        with self._lock:
+            rows, *names = self._read_on(ids[None], None if projected is None else projected[None], [past])
+        cells = build_cells(ids[None], None)
+        name_cells(cells, *names)
+        return [self._experts[state.edit] for state in rows[0]], cells[0]
+
+    @property
+    def memory_width(self) -> int:
+        """Numbers (int32) by which a token is remembered."""
+        return NAMED_CELLS + (self.meaning.rank if self.meaning else 0)
 
     def _read_on(
-        self, ids: Ids, projected: Vector | None, memory: Tensor | None
-    ) -> tuple[list[list[GateState]], Tensor]:
-        """The gate's states along new tokens `[batch, seq]`, and their memory `[batch, seq, k]`, on the CPU."""
-        prefixes = self._resume_prefixes(memory, len(ids))
+        self, ids: Ids, projected: Vector | None, pasts: Sequence[Past | None]
+    ) -> tuple[list[list[GateState]], list[bytes], list[bytes]]:
+        """The gate's states along new tokens `[batch, seq]`, and the names of the prefixes before and behind them."""
+        prefixes = [self._route_cache.resume(past) for past in pasts]
         starts = [prefix.name for prefix in prefixes]
         before = [prefix.copy() for prefix in prefixes if prefix.columns] if ids.shape[1] > 1 else []
         rows = [
@@ -371,7 +408,7 @@ class LiveAnchors(LiveRouter):
             for row, (prefix, new) in enumerate(zip(prefixes, ids, strict=True))
         ]
         self._route_cache.store([*before, *prefixes])
-        return rows, torch.from_numpy(build_cells(ids, projected, starts, [prefix.name for prefix in prefixes]))
+        return rows, starts, [prefix.name for prefix in prefixes]
 
     def _read_packed(self, ids: Ids, projected: Vector | None, starts: Tensor) -> list[list[GateState]]:
         """The gate's states along rows `[batch, seq]` in which other sequences begin at `starts`."""
@@ -385,17 +422,6 @@ class LiveAnchors(LiveRouter):
             )
             rows.append(list(chain.from_iterable(read)))
         return rows
-
-    def _resume_prefixes(self, memory: Tensor | None, count: int) -> list[RoutedPrefix]:
-        """Each sequence, read to the end of its memory; only what is not cached is read again."""
-        if memory is None:
-            return [self._route_cache.resume(None) for _ in range(count)]
-        last: Ids = memory[:, -1].numpy()
-        found = (self._route_cache.resume_at(cells, memory.shape[1]) for cells in last)
-        return [
-            prefix if prefix is not None else self._route_cache.resume(memory[row].numpy())
-            for row, prefix in enumerate(found)
-        ]
 
     def _project(self, hidden: Tensor | None) -> Vector | None:
         """What the base model makes of each token, `[batch, seq, rank]`; None where meaning does not count."""

@@ -6,6 +6,7 @@ Nothing here depends on which edits are stored, so that adding edits does not ch
 import math
 import re
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy
 from numpy.typing import NDArray
@@ -32,7 +33,7 @@ class Lexicon:
         self._tokenizer = base.tokenizer
         self._special = frozenset(base.tokenizer.all_special_ids)
         self._decode_piece = token_bytes_reader(base.tokenizer)
-        self._vectors = _remove_common_direction(own_weights(base.embedding)["weight"].detach().float().cpu().numpy())
+        self._embedding = base.embedding
         self._ids: dict[str, list[int]] = {}
         self._rarity: dict[str, float] = {}
         self._known: dict[str, float] = {}
@@ -134,6 +135,11 @@ class Lexicon:
             mean = self._vectors[ids].mean(0) if ids else numpy.zeros(self._vectors.shape[1], numpy.float32)
             self._vector[word] = mean / (numpy.linalg.norm(mean) + 1e-9)
         return self._vector[word]
+
+    @cached_property
+    def _vectors(self) -> Vector:
+        """The embedding `[tokens, hidden]` of each token without their common direction; not read by meaning."""
+        return _remove_common_direction(own_weights(self._embedding)["weight"].detach().float().cpu().numpy())
 
     def _token_ids(self, word: str) -> list[int]:
         if word not in self._ids:

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any, Protocol
 
 import numpy
 from numpy.typing import NDArray
@@ -24,6 +25,14 @@ NAMED_CELLS = 1 + NAME_BYTES // 4  # numbers that a column is remembered by: its
 EMPTY_NAME = bytes(NAME_BYTES)
 
 Ids = NDArray[numpy.int32]
+
+
+class Past(Protocol):
+    """The cells of a sequence's columns: an array `[columns, cells]`, or what becomes one when it is needed."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, column: int, /) -> Ids: ...
+    def __array__(self, dtype: Any = None, /) -> Ids: ...
 
 
 @dataclass(slots=True)
@@ -63,10 +72,17 @@ class RouteCache:
         self._prefixes: OrderedDict[bytes, RoutedPrefix] = OrderedDict()
         self._size = 0
 
-    def resume(self, past: "Ids | None") -> RoutedPrefix:
-        """The prefix with the cells `past` `[columns, cells]`, read to its end; an empty one if None."""
-        if past is None:
+    def resume(self, past: Past | None) -> RoutedPrefix:
+        """The prefix with these cells, read to its end; an empty one if None. Only what is not cached is read again."""
+        if past is None or not len(past):
             return RoutedPrefix(Route(self._gate))
+        whole = self._find_prefix(past[-1], len(past) - 1)
+        if whole is not None and whole.columns == len(past):
+            return whole.copy()
+        return self._read_again(numpy.asarray(past))
+
+    def _read_again(self, past: Ids) -> RoutedPrefix:
+        """The prefix with the cells `past` `[columns, cells]`, read on from the longest that is cached."""
         named = numpy.flatnonzero(past[:, 1:NAMED_CELLS].any(1))[::-1].tolist()
         found = (self._find_prefix(past[column], column) for column in named)
         prefix = next((each for each in found if each is not None), None)
@@ -74,11 +90,6 @@ class RouteCache:
         rest = past[prefix.columns :]
         prefix.read(rest[:, 0], _projections_of(rest))
         return prefix
-
-    def resume_at(self, cells: Ids, columns: int) -> RoutedPrefix | None:
-        """The prefix of so many columns, the last with these `cells`; None if it is not cached."""
-        found = self._find_prefix(cells, columns - 1)
-        return found.copy() if found is not None and found.columns == columns else None
 
     def _find_prefix(self, cells: Ids, column: int) -> RoutedPrefix | None:
         """The cached prefix that a column names: the one that ends with it, or the one that ends before it.
@@ -117,19 +128,24 @@ def _projections_of(cells: Ids) -> Vector | None:
     return numpy.ascontiguousarray(cells[:, NAMED_CELLS:]).view(numpy.float32)
 
 
-def build_cells(ids: Ids, projected: Vector | None, starts: Iterable[bytes], ends: Iterable[bytes]) -> Ids:
-    """The cells of new columns, `[batch, seq, cells]`: ids, names of prefixes, projections.
+def build_cells(ids: Ids, projected: Vector | None) -> Ids:
+    """The cells of columns `[..., cells]` without names: `ids` `[...]`, and their projections `[..., rank]`, if any.
 
-    `projected` `[batch, seq, rank]` is stored bit by bit in integers, so that nothing rounds it.
+    Projections are stored bit by bit in integers, so that nothing rounds them.
+    """
+    cells = numpy.zeros((*ids.shape, NAMED_CELLS), numpy.int32)
+    cells[..., 0] = ids
+    return cells if projected is None else numpy.concatenate([cells, projected.view(numpy.int32)], axis=-1)
+
+
+def name_cells(cells: Ids, starts: Iterable[bytes], ends: Iterable[bytes]) -> None:
+    """Put names into the cells of new columns `[batch, seq, cells]`.
 
     The last column names the prefix that ends with it; the first of several names, with all bits inverted, the prefix
     before it, from which a sequence that is cropped in between is read again.
     """
-    cells = numpy.zeros((*ids.shape, NAMED_CELLS), numpy.int32)
-    cells[..., 0] = ids
-    cells[:, 0, 1:] = ~_names_to_cells(starts)
-    cells[:, -1, 1:] = _names_to_cells(ends)
-    return cells if projected is None else numpy.concatenate([cells, projected.view(numpy.int32)], axis=-1)
+    cells[:, 0, 1:NAMED_CELLS] = ~_names_to_cells(starts)
+    cells[:, -1, 1:NAMED_CELLS] = _names_to_cells(ends)
 
 
 def _names_to_cells(names: Iterable[bytes]) -> Ids:
