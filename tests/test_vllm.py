@@ -1,6 +1,7 @@
 """vLLM answers with edits as transformers does: each architecture, batches, prefix caching, chunks, preemption."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from conftest import small_bank, small_tokenizer
 from vllm_answers import run_vllm
 
 import lemoe
+from lemoe.exporting import folder as exporting
 from lemoe.exporting.folder import export_model
 from lemoe.routing.anchor import fitting
 from lemoe.routing.anchor.anchors import Anchors
@@ -50,6 +52,7 @@ def folder_of(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LEMOE_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(fitting, "read_question_bank", small_bank)
+        patch.setattr(exporting, "_compare_answers", lambda *given: None)  # it takes longer than these tests' models
 
         def build(family: str, **given: Any) -> Path:
             folder = root / f"{family}-{'-'.join(given)}"
@@ -93,8 +96,7 @@ def answer_alone(folder: Path, prompts: Sequence[Sequence[int]], *, edits: bool 
     """What transformers writes behind each prompt by itself."""
     base = lemoe.load_base(str(folder.parent / folder.name.partition("-")[0]), device="cpu")
     state = lemoe.load_adaptor(folder)
-    with lemoe.insert(base, state) as adaptor:
-        adaptor._thread.bypass = not edits
+    with lemoe.insert(base, state) as adaptor, nullcontext() if edits else adaptor.bypassed():
         return [
             base.model.generate(
                 torch.tensor([ids]), max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False, pad_token_id=0
@@ -108,38 +110,47 @@ def encode(folder: Path, texts: Sequence[str]) -> list[list[int]]:
     return [tokenizer(text).input_ids for text in texts]
 
 
-def ask_vllm(folder: Path, batches: Sequence[Sequence[Sequence[int]]], **options: Any) -> list[list[list[int]]]:
-    options = {"enforce_eager": True, "block_size": 32, **options}
-    return run_vllm({"folder": str(folder), "options": options, "prompts": batches, "tokens": TOKENS})
-
-
-@pytest.mark.parametrize("family", CONFIGS)
-def test_each_architecture_answers_as_transformers_does(folder_of: Callable[..., Path], family: str) -> None:
-    folder = folder_of(family)
-    assert isinstance(lemoe.load_adaptor(folder).router, Anchors)
-    prompts = encode(folder, TEXTS)
-    expected = answer_alone(folder, prompts)
-    assert expected != answer_alone(folder, prompts, edits=False)
-    assert ask_vllm(folder, [prompts]) == [expected]
-
-
 FRONT = "As one says, there was a king. He was great, and he had many rivers and cities, and no one knew him. "
-WAYS: dict[str, dict[str, Any]] = {
-    "prefix caching": {"enable_prefix_caching": True},
-    "chunks of prompts": {"max_num_seqs": 4, "max_num_batched_tokens": 8},
-    "requests put aside for want of room": {"num_gpu_blocks_override": 8},
-    "compiled": {"enforce_eager": False},
-}
+CROWDED = {"max_num_seqs": 4, "max_num_batched_tokens": 8, "num_gpu_blocks_override": 8}
 
 
-@pytest.mark.parametrize("way", WAYS)
+def make_request(folder: Path, batches: Sequence[Sequence[Sequence[int]]], **options: Any) -> dict[str, Any]:
+    options = {"enforce_eager": True, "block_size": 32, **options}
+    return {"folder": str(folder), "options": options, "prompts": batches, "tokens": TOKENS}
+
+
+def test_each_architecture_answers_as_transformers_does(folder_of: Callable[..., Path]) -> None:
+    requests, expected = [], {}
+    for family in CONFIGS:
+        folder = folder_of(family)
+        assert isinstance(lemoe.load_adaptor(folder).router, Anchors)
+        prompts = encode(folder, TEXTS)
+        expected[family] = answer_alone(folder, prompts)
+        assert expected[family] != answer_alone(folder, prompts, edits=False)
+        requests.append(make_request(folder, [prompts]))
+    assert dict(zip(CONFIGS, run_vllm(requests), strict=True)) == {name: [found] for name, found in expected.items()}
+
+
 @pytest.mark.parametrize("given", [{}, {"gate": "words"}], ids=["by meaning", "by words"])
-def test_requests_of_one_server_never_see_each_other(
-    folder_of: Callable[..., Path], way: str, given: dict[str, Any]
-) -> None:
+def test_requests_never_see_each_other(folder_of: Callable[..., Path], given: dict[str, Any]) -> None:
+    """Prefixes that are shared, in one step too, prompts in chunks, requests put aside for want of room; compiled."""
     folder = folder_of("llama", **given)
-    first = encode(folder, TEXTS)
-    second = encode(folder, [FRONT + text for text in TEXTS])
+    first, second = encode(folder, TEXTS), encode(folder, [FRONT + text for text in TEXTS])
     third = [[*prompt, *answer[:3]] for prompt, answer in zip(second, answer_alone(folder, second), strict=True)]
     batches = [first, second, second[::-1], third]
-    assert ask_vllm(folder, batches, **WAYS[way]) == [answer_alone(folder, batch) for batch in batches]
+    expected = [answer_alone(folder, batch) for batch in batches]
+    ways: list[dict[str, Any]] = [{}, CROWDED, {"num_gpu_blocks_override": 8}, {"enforce_eager": False}]
+    found = run_vllm([make_request(folder, batches, **options) for options in ways])
+    assert [answers == expected for answers in found] == [True] * len(ways)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"enable_lora": True}, "--enable-lora"),
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
+    ],
+)
+def test_what_cannot_be_routed_is_refused(folder_of: Callable[..., Path], options: dict[str, Any], named: str) -> None:
+    with pytest.raises(RuntimeError, match=f"an edited model cannot be served with {named}"):
+        run_vllm([make_request(folder_of("llama"), [[[5, 6, 7]]], **options)])

@@ -1,10 +1,13 @@
-"""`lemoe serve` under load: right answers, adaptors that are swapped, and tokens a second with and without edits.
+"""Servers under load: right answers, adaptors that are swapped, and tokens a second with and without edits.
 
     python tests/benchmarks/serving.py --model llama --adaptor examples/edits.lemoe/adaptor.safetensors
+    python tests/benchmarks/serving.py --server vllm --adaptor examples/edits.lemoe/adaptor.safetensors
+    python tests/benchmarks/serving.py --server vllm --edits 10000
 
-Starts the server, sends mixed requests from many clients at once (own prompts of edits, other questions, plain and as a
-conversation), and compares every answer: in scope with `lemoe ask`, out of scope with the same server's base. Then it
-reloads the adaptor under load, and times the same requests to base and adaptor in turn.
+Starts `lemoe serve`, or vLLM with a base and vLLM with the exported folder, sends mixed requests from many clients at
+once (own prompts of edits, other questions, plain and as a conversation), and compares every answer: in scope with
+`lemoe ask`, out of scope with the base. Then it reloads the adaptor under load (`lemoe serve` alone),
+and times the same requests to base and adaptor in turn; with `--edits`, only that, of an adaptor of so many edits.
 """
 
 import argparse
@@ -14,15 +17,23 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+from speed import make_anchors, random_adaptor, read_real_edits
+from synthetic import make_renamed_edits
+
 import lemoe
+from lemoe.base.embedded import embedded_folder
+from lemoe.exporting.folder import export_model
 
 OTHERS = (
     "The capital of Portugal is",
@@ -49,15 +60,21 @@ class Asked:
         return {"model": model, "max_tokens": TOKENS, "temperature": 0, **asked}
 
 
+@dataclass(frozen=True)
+class Target:
+    """A model of a running server."""
+
+    address: str
+    name: str
+
+
 @contextmanager
-def running_server(model: str, adaptor: str, threads: int) -> Iterator[str]:
+def running_server(command: Sequence[str]) -> Iterator[str]:
     """The address of a server while it runs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-c", "from lemoe_cli.main import cli; cli()", "serve", "-m", model, "-q"]
-    command += ["-a", f"edits={adaptor}", "--port", str(port), "--threads", str(threads), "--allow-updates"]
-    server, address = subprocess.Popen(command), f"http://127.0.0.1:{port}"
+    server, address = subprocess.Popen([*command, "--port", str(port)]), f"http://127.0.0.1:{port}"
     try:
         while True:
             try:
@@ -73,6 +90,30 @@ def running_server(model: str, adaptor: str, threads: int) -> Iterator[str]:
         server.wait()
 
 
+@contextmanager
+def lemoe_serve(model: str, adaptor: str, threads: int) -> Iterator[tuple[Target, Target]]:
+    """Base and edited model of one `lemoe serve`."""
+    command = [sys.executable, "-c", "from lemoe_cli.main import cli; cli()", "serve", "-m", model, "-q"]
+    command += ["-a", f"edits={adaptor}", "--threads", str(threads), "--allow-updates"]
+    with running_server(command) as address:
+        yield Target(address, lemoe.load_base(model).source.name), Target(address, "edits")
+
+
+@contextmanager
+def vllm_serve(model: str, adaptor: str) -> Iterator[tuple[Target, Target]]:
+    """The base in one vLLM, the exported folder in another."""
+    vllm = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    options = ["--dtype", "float32", "--max-model-len", "1024", "--disable-uvicorn-access-log"]
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as running:
+        export_model(model, [adaptor], Path(folder) / "edited")
+        base = str(embedded_folder()) if model == "llama" else model
+        addresses = [
+            running.enter_context(running_server([*vllm, served, "--served-model-name", name, *options]))
+            for served, name in ((base, "base"), (str(Path(folder) / "edited"), "edits"))
+        ]
+        yield Target(addresses[0], "base"), Target(addresses[1], "edits")
+
+
 def post(address: str, path: str, body: dict[str, Any]) -> Any:
     request = urllib.request.Request(
         f"{address}/v1/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
@@ -81,17 +122,18 @@ def post(address: str, path: str, body: dict[str, Any]) -> Any:
         return json.load(response)
 
 
-def send(address: str, model: str, asked: Asked) -> tuple[str, int]:
+def send(target: Target, asked: Asked, **given: Any) -> tuple[str, int]:
     """The answer, and how many tokens it has."""
-    answer = post(address, "chat/completions" if asked.chat else "completions", asked.body(model))
+    path = "chat/completions" if asked.chat else "completions"
+    answer = post(target.address, path, asked.body(target.name) | given)
     choice = answer["choices"][0]
     text = choice["message"]["content"] if asked.chat else choice["text"]
     return text.strip(), answer["usage"]["completion_tokens"]
 
 
-def send_all(address: str, model: str, requests: Sequence[Asked], clients: int) -> list[tuple[str, int]]:
+def send_all(target: Target, requests: Sequence[Asked], clients: int, **given: Any) -> list[tuple[str, int]]:
     with ThreadPoolExecutor(clients) as pool:
-        return list(pool.map(lambda asked: send(address, model, asked), requests))
+        return list(pool.map(lambda asked: send(target, asked, **given), requests))
 
 
 def ask_directly(model: str, adaptor: str, requests: Sequence[Asked]) -> dict[Asked, str]:
@@ -106,34 +148,58 @@ def ask_directly(model: str, adaptor: str, requests: Sequence[Asked]) -> dict[As
     return answers
 
 
+def choose_requests(prompts: Sequence[str], count: int) -> list[Asked]:
+    """Requests of which every second one is an edit's own prompt, and about half are conversations."""
+    rng = random.Random(0)
+    return [
+        Asked(rng.random() < 0.5, rng.choice(prompts) if number % 2 else rng.choice(OTHERS), bool(number % 2))
+        for number in range(count)
+    ]
+
+
+def grow_adaptor(model: str, count: int, path: Path) -> list[str]:
+    """Write an adaptor of `count` edits of made-up names with untrained experts; returns their prompts."""
+    base, edits = lemoe.load_base(model), read_real_edits(2000)
+    few = lemoe.resolve_settings("anchor", None, {"variants": 0, "steps": 2, "retries": 0})
+    taught = lemoe.train_round(base, edits[:20], few)
+    made = list(make_renamed_edits(edits, count))
+    lemoe.save_adaptor(random_adaptor(base, taught, make_anchors(base, made)), path)
+    return [edit.prompt for edit in made]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--server", choices=["lemoe", "vllm"], default="lemoe")
     parser.add_argument("--model", default="llama")
-    parser.add_argument("--adaptor", required=True)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--adaptor", help="whose answers are compared, and timed")
+    what.add_argument("--edits", type=int, help="only time an adaptor of so many made-up edits")
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--clients", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=4, help="of lemoe serve")
     given = parser.parse_args()
-    rng = random.Random(0)
-    edits = lemoe.load_adaptor(given.adaptor).edits
-    own = [edit.prompt for edit in edits if edit.prompt]
-    requests = [
-        Asked(rng.random() < 0.5, rng.choice(own) if number % 2 else rng.choice(OTHERS), bool(number % 2))
-        for number in range(given.requests)
-    ]
+    serve = vllm_serve if given.server == "vllm" else partial(lemoe_serve, threads=given.threads)
+    if given.edits:
+        with tempfile.TemporaryDirectory() as folder:
+            grown = Path(folder) / "grown.safetensors"
+            requests = choose_requests(grow_adaptor(given.model, given.edits, grown), given.requests)
+            with serve(given.model, str(grown)) as (base, edits):
+                compare_speed(base, edits, requests, given.clients)
+        return
+    requests = choose_requests([e.prompt for e in lemoe.load_adaptor(given.adaptor).edits if e.prompt], given.requests)
     expected = ask_directly(given.model, given.adaptor, requests)
-    base_name = lemoe.load_base(given.model).source.name
-    with running_server(given.model, given.adaptor, given.threads) as address:
-        count_wrong(address, base_name, requests, expected, given.clients)
-        swap_under_load(address, given.adaptor, requests, expected, given.clients)
-        compare_speed(address, base_name, requests[: given.requests // 2], given.clients)
+    with serve(given.model, given.adaptor) as (base, edits):
+        count_wrong(base, edits, requests, expected, given.clients)
+        if given.server == "lemoe":
+            swap_under_load(edits, given.adaptor, requests, expected, given.clients)
+        compare_speed(base, edits, requests, given.clients)
 
 
 def count_wrong(
-    address: str, base_name: str, requests: Sequence[Asked], expected: dict[Asked, str], clients: int
+    base: Target, edits: Target, requests: Sequence[Asked], expected: dict[Asked, str], clients: int
 ) -> None:
-    before = send_all(address, base_name, requests, clients)
-    after = send_all(address, "edits", requests, clients)
+    before = send_all(base, requests, clients)
+    after = send_all(edits, requests, clients)
     wrong_in = sum(found != expected[asked] for asked, (found, _) in zip(requests, after, strict=True) if asked.own)
     wrong_out = sum(
         found != plain for asked, (found, _), (plain, _) in zip(requests, after, before, strict=True) if not asked.own
@@ -142,18 +208,18 @@ def count_wrong(
     print(
         f"{len(requests)} requests from {clients} clients at once: in scope {wrong_in} are not as `lemoe ask` answers,"
     )
-    print(f"out of scope {wrong_out} are not as the base answers; {changed} answers are changed by edits")
+    print(f"out of scope {wrong_out} are not as the base answers; {changed} answers are changed by edits", flush=True)
 
 
 def swap_under_load(
-    address: str, adaptor: str, requests: Sequence[Asked], expected: dict[Asked, str], clients: int
+    edits: Target, adaptor: str, requests: Sequence[Asked], expected: dict[Asked, str], clients: int
 ) -> None:
     """Reload the adaptor until all requests are answered."""
     with ThreadPoolExecutor(clients + 1) as pool:
-        answers = [pool.submit(send, address, "edits", asked) for asked in requests]
+        answers = [pool.submit(send, edits, asked) for asked in requests]
         swaps = 0
         while not all(answer.done() for answer in answers):
-            post(address, "load_adaptor", {"name": "edits", "path": adaptor})
+            post(edits.address, "load_adaptor", {"name": edits.name, "path": adaptor})
             swaps += 1
             time.sleep(SWAP_SECONDS)
         failed = sum(answer.exception() is not None for answer in answers)
@@ -165,16 +231,18 @@ def swap_under_load(
     print(f"the adaptor was reloaded {swaps} times meanwhile: {failed} requests failed, {wrong} in scope were wrong")
 
 
-def compare_speed(address: str, base_name: str, requests: Sequence[Asked], clients: int, turns: int = 3) -> None:
-    """Tokens a second of the same requests, with and without edits in turn."""
-    rates: dict[str, list[float]] = {base_name: [], "edits": []}
+def compare_speed(base: Target, edits: Target, requests: Sequence[Asked], clients: int, turns: int = 5) -> None:
+    """Tokens a second of the same requests, with and without edits in turn; vLLM writes on behind end tokens."""
+    given = {} if base.address == edits.address else {"ignore_eos": True}
+    rates: dict[Target, list[float]] = {base: [], edits: []}
     for _ in range(turns):
-        for model, seen in rates.items():
+        for target, seen in rates.items():
             started = time.perf_counter()
-            written = sum(tokens for _, tokens in send_all(address, model, requests, clients))
+            written = sum(tokens for _, tokens in send_all(target, requests, clients, **given))
             seen.append(written / (time.perf_counter() - started))
     plain, edited = (statistics.median(seen) for seen in rates.values())
-    print(f"tokens a second: {plain:.0f} without edits, {edited:.0f} with them: {1 - edited / plain:+.1%} lost")
+    pairs = [f"{1 - after / before:+.1%}" for before, after in zip(*rates.values(), strict=True)]
+    print(f"tokens a second: {plain:.0f} without edits, {edited:.0f} with them; lost, pair by pair: {', '.join(pairs)}")
 
 
 if __name__ == "__main__":
