@@ -52,20 +52,28 @@ def test_text_behind_a_question_continues_a_question_that_is_taught_too() -> Non
     assert longer.startswith(lower)
 
 
-def test_a_detector_tells_where_an_answer_begins(
-    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_detectors_tell_the_positions_of_an_answer_apart(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, width: int
 ) -> None:
     passages = encode_edits(base, facts)
     anchors = [Anchor(p.prompt, p.target, e.subject) for p, e in zip(passages, facts, strict=True)]
     builder = TrainingBatchBuilder(base, base.ffn_site(1), 1, anchor(), facts, passages, anchors, random.Random(0))
     prompts = builder.build().prompts
-    detectors = fit_detectors(prompts, len(facts))
+    detectors = fit_detectors(prompts, [width] * len(facts))
     assert sorted(detectors) == list(range(len(facts)))
     for batch in prompts:
-        rows, columns = batch.frozen.batch.target_rows, batch.frozen.batch.target_columns - batch.frozen.start
-        inputs, owners = batch.normalised_inputs[rows, columns], batch.owners[rows].tolist()
-        found = torch.stack([row @ detectors[owner][0] for row, owner in zip(inputs, owners, strict=True)])
-        assert torch.equal(found > 0, batch.firsts)
+        rows, columns = batch.frozen.batch.target_rows, batch.frozen.batch.target_columns
+        inputs = batch.normalised_inputs[rows, columns - batch.frozen.start]
+        for row, column, read in zip(rows.tolist(), columns.tolist(), inputs, strict=True):
+            detecting, constant = detectors[int(batch.owners[row])]
+            position = column - int(batch.frozen.batch.prompt_lengths[row]) + 1
+            assert len(detecting) == min(width, len(passages[int(batch.owners[row])].target) + 1)
+            if width == 1:
+                assert bool(detecting @ read > 0) == (position == 0)
+            else:
+                assert int((detecting @ read).argmax()) == min(position, len(detecting) - 1)
+            assert read @ constant > 0
 
 
 def test_only_negatives_that_reach_the_expert_are_trained_on(

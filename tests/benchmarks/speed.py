@@ -500,7 +500,8 @@ def random_adaptor(base: lemoe.BaseModel, taught: AdaptorState, anchors: Anchors
     anchors = replace(anchors, groups=tuple((replace(anchor, target=targets[index]),) for anchor, index in stored))
     names = tuple(f"made-{number}" for number in range(count))
     digests = tuple(hashlib.sha256(name.encode()).hexdigest() for name in names)
-    record = replace(taught.rounds[0], experts=count, ids=names, edits=digests, edits_sha256=combine_digests(digests))
+    record = replace(taught.rounds[0], experts=count, ids=names, prompts=names, targets=names, edits=digests)
+    record = replace(record, edits_sha256=combine_digests(digests))
     return replace(taught, rounds=(record,), experts=taught.experts.select(copied), router=anchors)
 
 

@@ -1,8 +1,8 @@
-"""The closed-form start of experts: a neuron that is active where an answer begins.
+"""The closed-form start of experts: neurons that are active at one position of an answer each.
 
-Where it begins, the base model would often say something else first, or nothing, however the question is put. So one
-neuron of each expert starts as the ridge regression that tells these positions from those further on in the answer, by
-what the expert reads there. The others start at random.
+Where an answer begins, the base model would often say something else first, or nothing, however the question is put;
+further on it would go on as such words mostly go on. So the first neurons of each expert start as the ridge regressions
+that tell the positions of its answer apart, by what the expert reads there. The others start at random.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lemoe.base.frozen import FrozenBatch
 
+DETECTORS = 4  # neurons that detect a position: the first ones one each, the last all that follow
 RIDGE = 1.0  # variance of the noise on inputs that the regression allows for
-ACTIVE = 3.0  # wanted activation at the beginning of an answer; further on it is the negative of it
+ACTIVE = 3.0  # wanted activation at a neuron's position; at the other ones it is the negative of it
 
 
 class AnswerBatch(Protocol):
@@ -25,31 +26,37 @@ class AnswerBatch(Protocol):
     @property
     def owners(self) -> Tensor: ...
     @property
-    def firsts(self) -> Tensor: ...
-    @property
     def normalised_inputs(self) -> Tensor: ...
 
 
 @torch.no_grad()
-def fit_detectors(batches: Sequence[AnswerBatch], experts: int) -> dict[int, tuple[Tensor, Tensor]]:
-    """Of each of `experts` with texts: what detects the beginning of an answer, and what is 1 at all its positions.
+def fit_detectors(batches: Sequence[AnswerBatch], widths: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
+    """Of each expert with texts: what detects positions of its answer, and what is 1 at all of them.
 
-    Both are `[hidden]`, to be multiplied with what the expert reads.
+    Args:
+        widths: neurons of each expert.
+
+    Returns:
+        by the expert's index, `[detectors, hidden]` and `[hidden]`, to be multiplied with what the expert reads.
     """
-    inputs, owners, firsts = (torch.cat(parts) for parts in zip(*map(_answer_positions, batches), strict=True))
+    inputs, owners, places = (torch.cat(parts) for parts in zip(*map(_answer_positions, batches), strict=True))
     fitted = {}
-    for expert in range(experts):
+    for expert, width in enumerate(widths):
         own = owners == expert
         if bool(own.any()):
-            rows, first = inputs[own].float(), firsts[own].float()
-            wanted = torch.stack([ACTIVE * (2 * first - 1), torch.ones_like(first)], 1)
+            rows, place = inputs[own].float(), places[own]
+            count = min(DETECTORS, width, int(place.max()) + 1)
+            detected = torch.arange(count, device=rows.device)
+            hit = place.clamp(max=max(count - 1, 1)).unsqueeze(1) == detected
+            wanted = torch.cat([ACTIVE * (2 * hit.float() - 1), rows.new_ones(len(rows), 1)], 1)
             penalty = RIDGE * len(rows) * torch.eye(len(rows), device=rows.device)
-            detector, constant = (rows.T @ torch.linalg.solve(rows @ rows.T + penalty, wanted)).unbind(1)
-            fitted[expert] = (detector, constant)
+            found = (rows.T @ torch.linalg.solve(rows @ rows.T + penalty, wanted)).T
+            fitted[expert] = (found[:-1], found[-1])
     return fitted
 
 
 def _answer_positions(batch: AnswerBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Input `[targets, hidden]` at each position of an answer, its expert, and whether the answer begins there."""
-    rows, columns = batch.frozen.batch.target_rows, batch.frozen.batch.target_columns - batch.frozen.start
-    return batch.normalised_inputs[rows, columns], batch.owners[rows], batch.firsts
+    """Input `[targets, hidden]` at each position of an answer, its expert, and how far into the answer it is."""
+    rows, columns = batch.frozen.batch.target_rows, batch.frozen.batch.target_columns
+    first = batch.frozen.batch.prompt_lengths[rows] - 1
+    return batch.normalised_inputs[rows, columns - batch.frozen.start], batch.owners[rows], columns - first

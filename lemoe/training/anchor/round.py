@@ -78,12 +78,13 @@ class TrainableExperts(nn.Module):
 
     @torch.no_grad()
     def start_with(self, detectors: Mapping[int, tuple[Tensor, Tensor]]) -> None:
-        """Let the first neuron of each expert start as a detector; see `lemoe.training.anchor.detectors`."""
-        for expert, (detector, constant) in detectors.items():
+        """Let the first neurons of each expert start as detectors; see `lemoe.training.anchor.detectors`."""
+        for expert, (detecting, constant) in detectors.items():
+            first = slice(len(detecting))
             if self.gate is None:
-                self.up[expert, 0] = detector
+                self.up[expert, first] = detecting
             else:
-                self.gate[expert, 0], self.up[expert, 0] = detector, constant
+                self.gate[expert, first], self.up[expert, first] = detecting, constant
 
     def to_experts(self) -> Experts:
         """The trained experts, as an adaptor stores them."""
@@ -209,7 +210,8 @@ def train_experts(
        times: an edit that answers no other wording is worth more than one that does not answer.
     """
     batches = builder.build()
-    experts.start_with(fit_detectors([*batches.prompts, *chain.from_iterable(batches.paraphrases)], len(experts.up)))
+    widths = experts.present.sum(1).tolist()
+    experts.start_with(fit_detectors([*batches.prompts, *chain.from_iterable(batches.paraphrases)], widths))
     vocabulary = _select_loss_vocabulary(base, batches)
     steps = _optimise_experts(base, experts, batches, settings, settings.steps, vocabulary, generator, on_step)
     evaluation = _evaluate_round(base, experts, batches, settings)
