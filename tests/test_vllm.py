@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -144,13 +145,27 @@ def test_requests_never_see_each_other(folder_of: Callable[..., Path], given: di
     assert [answers == expected for answers in found] == [True] * len(ways)
 
 
+def test_what_cannot_be_routed_is_refused(folder_of: Callable[..., Path]) -> None:
+    with pytest.raises(RuntimeError, match="an edited model cannot be served with --enable-lora"):
+        run_vllm([make_request(folder_of("llama"), [[[5, 6, 7]]], enable_lora=True)])
+
+
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("path", "value", "named"),
     [
-        ({"enable_lora": True}, "--enable-lora"),
-        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
+        ("parallel_config.pipeline_parallel_size", 2, "--pipeline-parallel-size"),
+        ("parallel_config.decode_context_parallel_size", 2, "--decode-context-parallel-size"),
+        ("parallel_config.enable_dbo", True, "--enable-dbo"),
+        ("kv_transfer_config", object(), "--kv-transfer-config"),
     ],
 )
-def test_what_cannot_be_routed_is_refused(folder_of: Callable[..., Path], options: dict[str, Any], named: str) -> None:
-    with pytest.raises(RuntimeError, match=f"an edited model cannot be served with {named}"):
-        run_vllm([make_request(folder_of("llama"), [[[5, 6, 7]]], **options)])
+def test_each_way_that_needs_other_machines_is_refused_too(path: str, value: object, named: str) -> None:
+    from lemoe.serving.vllm_plugin.edits import refuse_what_cannot_be_routed
+
+    parallel = SimpleNamespace(pipeline_parallel_size=1, decode_context_parallel_size=1, enable_dbo=False)
+    config = SimpleNamespace(parallel_config=parallel, lora_config=None, kv_transfer_config=None)
+    refuse_what_cannot_be_routed(config)
+    holder, _, name = path.rpartition(".")
+    setattr(getattr(config, holder) if holder else config, name, value)
+    with pytest.raises(lemoe.LemoeError, match=named):
+        refuse_what_cannot_be_routed(config)

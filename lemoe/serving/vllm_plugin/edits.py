@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 from transformers.activations import ACT2FN
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.platforms import current_platform
 
 from lemoe.adaptor.checkpoint import load_adaptor
@@ -51,13 +52,13 @@ class Edits:
             AdaptorError: if it routes by prompts, or cannot be loaded.
             ModelError: for a way to run vLLM in which no route could be right.
         """
-        _refuse_what_cannot_be_routed(vllm_config)
+        refuse_what_cannot_be_routed(vllm_config)
         served = vllm_config.model_config
         self._path = _find_adaptor(served.model, served.revision)
         state = load_adaptor(self._path)
         tokenizer = AutoTokenizer.from_pretrained(served.model, revision=served.revision)
         device = vllm_config.device_config.device
-        embedding = next(part for part in model.modules() if isinstance(part, _embedding_class()))
+        embedding = next(part for part in model.modules() if isinstance(part, VocabParallelEmbedding))
         router = state.router.to_live(Host(embedding, tokenizer, torch.device(device)), state.settings)
         if not isinstance(router, LiveAnchors):
             raise AdaptorError(f"preset `{state.settings.method}` routes by prompts, whose end vLLM does not tell")
@@ -138,18 +139,12 @@ def _find_adaptor(model: str, revision: str | None) -> Path:
     return folder / ADAPTOR_NAME if folder.is_dir() else Path(hf_hub_download(model, ADAPTOR_NAME, revision=revision))
 
 
-def _embedding_class() -> type[nn.Module]:
-    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-
-    return VocabParallelEmbedding
-
-
 def _find_activation(config: Any) -> Any:
     names = ("hidden_activation", "hidden_act", "activation_function")
     return ACT2FN[next(name for key in names if (name := getattr(config, key, None)))]
 
 
-def _refuse_what_cannot_be_routed(vllm_config: VllmConfig) -> None:
+def refuse_what_cannot_be_routed(vllm_config: VllmConfig) -> None:
     """Refuse ways to run vLLM in which no route could be right, or that were never tried.
 
     Raises:
