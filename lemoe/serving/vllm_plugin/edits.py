@@ -1,5 +1,6 @@
 """The edits of an exported folder at work in a model of vLLM, one forward pass at a time."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -25,6 +26,23 @@ from lemoe.routing.anchor.meaning import Vector
 from lemoe.routing.anchor.route_cache import Ids, build_cells
 from lemoe.routing.router import Routing
 from lemoe.serving.vllm_plugin.route_layer import Batch, PagedPast, RouteLayer
+
+
+class TokenEmbeddings(nn.Module):
+    """The rows of vLLM's embeddings that are tokens; it pads them."""
+
+    def __init__(self, padded: VocabParallelEmbedding):
+        super().__init__()
+        self._padded = (padded,)  # whose weights are loaded later; no submodule of this one
+
+    @property
+    def weight(self) -> Tensor:
+        (padded,) = self._padded
+        rows: Tensor = padded.weight[: padded.org_vocab_size]
+        return rows
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:  # type: ignore[override]
+        yield "weight", self.weight
 
 
 @dataclass(eq=False)
@@ -59,9 +77,12 @@ class Edits:
         tokenizer = AutoTokenizer.from_pretrained(served.model, revision=served.revision)
         device = vllm_config.device_config.device
         embedding = next(part for part in model.modules() if isinstance(part, VocabParallelEmbedding))
-        router = state.router.to_live(Host(embedding, tokenizer, torch.device(device)), state.settings)
+        host = Host(TokenEmbeddings(embedding), tokenizer, torch.device(device))
+        router = state.router.to_live(host, state.settings)
         if not isinstance(router, LiveAnchors):
             raise AdaptorError(f"preset `{state.settings.method}` routes by prompts, whose end vLLM does not tell")
+        if router.meaning is None and vllm_config.parallel_config.tensor_parallel_size > 1:
+            raise ModelError("an adaptor that routes by words cannot be served with --tensor-parallel-size")
         self.layer = state.base.layer
         self.layer_read = router.layer_read
         self._router = router
