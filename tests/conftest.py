@@ -92,8 +92,15 @@ def small_tokenizer(more_text: str = "") -> hf.PreTrainedTokenizerFast:
 def build_model(folder: Path, family: str, *, seed: int = 0, layers: int = 3, more_text: str = "") -> Path:
     """Save a random model of `family` with its tokenizer, as `from_pretrained` reads it."""
     tokenizer = small_tokenizer(more_text)
+    return save_random_model(folder, make_config(family, len(tokenizer), layers=layers), tokenizer, seed=seed)
+
+
+def save_random_model(
+    folder: Path, config: hf.PretrainedConfig, tokenizer: hf.PreTrainedTokenizerFast, *, seed: int = 0
+) -> Path:
+    """Save a random model and its tokenizer; its matrices are large enough for its logits to differ."""
     torch.manual_seed(seed)
-    model = hf.AutoModelForCausalLM.from_config(make_config(family, len(tokenizer), layers=layers))
+    model = hf.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:  # else all logits of a random model are nearly equal, and any test passes

@@ -12,7 +12,7 @@ import numpy
 import pytest
 import torch
 import transformers as hf
-from conftest import RELATIONS, REPOSITORY, small_bank, small_tokenizer
+from conftest import RELATIONS, REPOSITORY, save_random_model, small_bank, small_tokenizer
 from safetensors.torch import save
 from test_adaptor_files import read_contents, refuse_with_tensors
 from test_anchor_contracts import encode_text, get_anchors, have_equal_files, save_to_bytes
@@ -80,15 +80,7 @@ def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bos_token_id=1,
         eos_token_id=1,
     )
-    torch.manual_seed(0)
-    model = hf.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.12)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_random_model(folder, config, tokenizer)
 
 
 @pytest.fixture(scope="module")

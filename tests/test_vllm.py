@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from conftest import small_bank, small_tokenizer
+from conftest import save_random_model, small_bank, small_tokenizer
 from vllm_answers import run_vllm
 
 import lemoe
@@ -83,14 +83,7 @@ def build_base(folder: Path, family: str) -> None:
         bos_token_id=1,
         eos_token_id=1,
     )
-    torch.manual_seed(0)
-    model = hf.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.12)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_random_model(folder, config, tokenizer)
 
 
 def answer_alone(folder: Path, prompts: Sequence[Sequence[int]], *, edits: bool = True) -> list[list[int]]:
