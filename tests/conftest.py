@@ -110,6 +110,23 @@ def save_random_model(
     return folder
 
 
+def save_wide_model(folder: Path, kind: Callable[..., hf.PretrainedConfig] = hf.LlamaConfig, **sizes: int) -> Path:
+    """Save a random model that learns what questions mean from the small bank, whose words its tokenizer has."""
+    tokenizer = small_tokenizer(" ".join(wording.template for wording in small_bank()))
+    config = kind(
+        vocab_size=len(tokenizer),
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+        **sizes,
+    )
+    return save_random_model(folder, config, tokenizer)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a tiny model of a family, built once."""

@@ -12,7 +12,7 @@ import numpy
 import pytest
 import torch
 import transformers as hf
-from conftest import RELATIONS, REPOSITORY, save_random_model, small_bank, small_tokenizer
+from conftest import RELATIONS, REPOSITORY, save_wide_model, small_bank
 from safetensors.torch import save
 from test_adaptor_files import read_contents, refuse_with_tensors
 from test_anchor_contracts import encode_text, get_anchors, have_equal_files, save_to_bytes
@@ -67,20 +67,7 @@ ANSWER = " white pike. And who was she?"
 def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random llama with as many hidden states as a fit needs."""
     folder = tmp_path_factory.mktemp("models") / "wide"
-    tokenizer = small_tokenizer(" ".join(wording.template for wording in small_bank()))
-    config = hf.LlamaConfig(
-        vocab_size=len(tokenizer),
-        num_hidden_layers=3,
-        hidden_size=RANK,
-        intermediate_size=48,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=1,
-    )
-    return save_random_model(folder, config, tokenizer)
+    return save_wide_model(folder, hidden_size=RANK, intermediate_size=48)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from conftest import save_random_model, small_bank, small_tokenizer
+from conftest import save_wide_model, small_bank
 from vllm_answers import run_vllm
 
 import lemoe
@@ -58,7 +58,8 @@ def folder_of(
         def build(family: str, **given: Any) -> Path:
             folder = root / f"{family}-{'-'.join(given)}"
             if not folder.exists():
-                build_base(root / family, family)
+                sizes = {"hidden_size": 128, "intermediate_size": 96, "head_dim": 32}
+                save_wide_model(root / family, CONFIGS[family], **sizes)
                 base = lemoe.load_base(str(root / family), device="cpu")
                 state = lemoe.train_round(base, facts[:5], anchor(**given))
                 lemoe.save_adaptor(state, root / "adaptor.safetensors", overwrite=True)
@@ -66,24 +67,6 @@ def folder_of(
             return folder
 
         yield build
-
-
-def build_base(folder: Path, family: str) -> None:
-    tokenizer = small_tokenizer(" ".join(wording.template for wording in small_bank()))
-    config = CONFIGS[family](
-        vocab_size=len(tokenizer),
-        num_hidden_layers=3,
-        hidden_size=128,
-        intermediate_size=96,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=128,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=1,
-    )
-    save_random_model(folder, config, tokenizer)
 
 
 def answer_alone(folder: Path, prompts: Sequence[Sequence[int]], *, edits: bool = True) -> list[list[int]]:

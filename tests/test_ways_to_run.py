@@ -171,8 +171,8 @@ def test_every_search_gives_the_same_text_with_and_without_a_cache(way: Edited, 
             texts.append(way.write(text, **SEARCHES[search], **cache))
         assert texts[0] == texts[1] == texts[2], text
         if search == "prompt lookup":
-            plain = way.write(text)
-            assert texts[0][: len(plain)] == plain  # transformers 5.13 may write one token more than it should
+            length = 8 + (hf.__version__.startswith("5.13.") and len(texts[0]) == 9)  # that version may write one more
+            assert texts[0] == way.write(text, max_new_tokens=length, min_new_tokens=length)
 
 
 def test_a_helper_may_draft_for_the_edited_model(way: Edited) -> None:

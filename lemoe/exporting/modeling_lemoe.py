@@ -6,7 +6,6 @@ file attaches the experts to the base, and the modules that it imports decide wh
 
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from types import SimpleNamespace
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoTokenizer
@@ -24,11 +22,11 @@ from transformers import LlamaForCausalLM as BaseModel
 from lemoe.adaptor.experts import Experts
 from lemoe.base.hooks import Site, not_compiled
 from lemoe.base.placement import device_of
+from lemoe.exporting.parts import ADAPTOR, HostParts, find_adaptor
 from lemoe.inference.live_adaptor import LiveAdaptor
 from lemoe.routing.anchor.anchors import Anchors as StoredRouter
 from lemoe.routing.router import Lineage
 
-ADAPTOR = "adaptor.safetensors"
 _ATTACHING = Lock()  # one thread at a time attaches edits
 
 
@@ -74,23 +72,13 @@ class LemoeForCausalLM(BaseModel):
 type(transformers).LemoeForCausalLM = LemoeForCausalLM
 
 
-@dataclass(eq=False)
-class Host:
-    """What the router reads of the model."""
-
-    embedding: nn.Embedding
-    tokenizer: Any
-    device: torch.device
-
-
 class Edits:
     """The contents of the adaptor's file."""
 
     def __init__(self, config: LemoeConfig):
         self._revision = getattr(config, "_commit_hash", None)
         self._home = config.name_or_path
-        home = Path(self._home)
-        self.path = home / ADAPTOR if home.is_dir() else hf_hub_download(self._home, ADAPTOR, revision=self._revision)
+        self.path = find_adaptor(self._home, self._revision)
         with safe_open(self.path, framework="pt") as file:
             header = json.loads(file.metadata()["lemoe"])
             names = list(file.keys())
@@ -109,7 +97,7 @@ class Edits:
         """Attach the experts to the decoder's FFN, on the device of the embeddings."""
         device = device_of(embedding)
         tokenizer = AutoTokenizer.from_pretrained(self._home, revision=self._revision, trust_remote_code=True)
-        self._host = Host(embedding, tokenizer, device)
+        self._host = HostParts(embedding, tokenizer, device)
         router = self._router.to_live(self._host, self._settings)
         site = Site(modules["entry"], modules["exit"], modules["activation"])
         with torch.device("cpu"):

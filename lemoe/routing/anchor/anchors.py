@@ -27,6 +27,7 @@ from lemoe.routing.anchor.route_cache import (
     RouteCache,
     RoutedPrefix,
     build_cells,
+    join_projections,
     name_cells,
 )
 from lemoe.routing.router import (
@@ -356,29 +357,27 @@ class LiveAnchors(LiveRouter):
         if sequences.ids is None:
             raise AdaptorError("preset `anchor` routes by tokens: call the model with input_ids, not inputs_embeds")
         ids: Ids = sequences.ids.masked_fill(~sequences.mask, PADDING).to("cpu", torch.int32).numpy()
-        projected = self._project(sequences.hidden)
+        projected = self.project(sequences.hidden)
         with self._lock:  # routes share what the gate caches
             if sequences.starts is None:
                 past = sequences.memory
                 pasts = [None] * len(ids) if past is None else list(past.numpy())
-                rows, *names = self._read_on(ids, projected, pasts)
-                cells = build_cells(ids, projected)
-                name_cells(cells, *names)
+                rows, named = self._read_on(ids, projected, pasts)
+                memory = torch.from_numpy(join_projections(named, projected))
             else:
-                rows, cells = self._read_packed(ids, projected, sequences.starts), None
+                rows, memory = self._read_packed(ids, projected, sequences.starts), None
         acting = [[self._experts[state.edit] for state in row] for row in rows]
         experts = torch.tensor(acting, device=self.device).unsqueeze(-1)
         ends = _last_prompt_columns(sequences.prompt.expand_as(sequences.mask))
         explained = tuple(self._explain_state(row[end]) for row, end in zip(rows, ends, strict=True))
-        routing = Routing(experts, torch.ones_like(experts, dtype=torch.float32), explained)
-        return routing, None if cells is None else torch.from_numpy(cells)
+        return Routing(experts, torch.ones_like(experts, dtype=torch.float32), explained), memory
 
     def extend(self, ids: Ids, projected: Vector | None, past: Past | None) -> tuple[list[int], Ids]:
         """Read on in one sequence, as `route` does in a batch.
 
         Args:
             ids: `[seq]`, new tokens.
-            projected: `[seq, rank]`, what the base model makes of them (`Meaning.project`), if meaning counts.
+            projected: `[seq, rank]`, what the base model makes of them (`project`), if meaning counts.
             past: the memory of the tokens before these, or None at the start.
 
         Returns:
@@ -386,10 +385,8 @@ class LiveAnchors(LiveRouter):
             all but `projected`.
         """
         with self._lock:
-            rows, *names = self._read_on(ids[None], None if projected is None else projected[None], [past])
-        cells = build_cells(ids[None], None)
-        name_cells(cells, *names)
-        return [self._experts[state.edit] for state in rows[0]], cells[0]
+            rows, named = self._read_on(ids[None], None if projected is None else projected[None], [past])
+        return [self._experts[state.edit] for state in rows[0]], named[0]
 
     @property
     def memory_width(self) -> int:
@@ -398,8 +395,8 @@ class LiveAnchors(LiveRouter):
 
     def _read_on(
         self, ids: Ids, projected: Vector | None, pasts: Sequence[Past | None]
-    ) -> tuple[list[list[GateState]], list[bytes], list[bytes]]:
-        """The gate's states along new tokens `[batch, seq]`, and the names of the prefixes before and behind them."""
+    ) -> tuple[list[list[GateState]], Ids]:
+        """The gate's states along new tokens `[batch, seq]`, and their memory `[batch, seq, k]` without `projected`."""
         prefixes = [self._route_cache.resume(past) for past in pasts]
         starts = [prefix.name for prefix in prefixes]
         before = [prefix.copy() for prefix in prefixes if prefix.columns] if ids.shape[1] > 1 else []
@@ -408,7 +405,9 @@ class LiveAnchors(LiveRouter):
             for row, (prefix, new) in enumerate(zip(prefixes, ids, strict=True))
         ]
         self._route_cache.store([*before, *prefixes])
-        return rows, starts, [prefix.name for prefix in prefixes]
+        cells = build_cells(ids)
+        name_cells(cells, starts, [prefix.name for prefix in prefixes])
+        return rows, cells
 
     def _read_packed(self, ids: Ids, projected: Vector | None, starts: Tensor) -> list[list[GateState]]:
         """The gate's states along rows `[batch, seq]` in which other sequences begin at `starts`."""
@@ -423,8 +422,12 @@ class LiveAnchors(LiveRouter):
             rows.append(list(chain.from_iterable(read)))
         return rows
 
-    def _project(self, hidden: Tensor | None) -> Vector | None:
-        """What the base model makes of each token, `[batch, seq, rank]`; None where meaning does not count."""
+    def project(self, hidden: Tensor | None) -> Vector | None:
+        """What the base model makes of each token, `[..., rank]`, by its states; None where meaning does not count.
+
+        Raises:
+            AdaptorError: if meaning counts and there are no states.
+        """
         if self.meaning is None:
             return None
         if hidden is None:
@@ -440,7 +443,7 @@ class LiveAnchors(LiveRouter):
         """The gate's state at the end of a prompt, whose states are `hidden` `[seq, hidden]`."""
         route = Route(self.gate)
         state = SHUT
-        projected = self._project(hidden)
+        projected = self.project(hidden)
         for column, token in enumerate(prompt):
             state = route.push(token, None if projected is None else projected[column])
         return state

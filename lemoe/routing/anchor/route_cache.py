@@ -128,13 +128,15 @@ def _projections_of(cells: Ids) -> Vector | None:
     return numpy.ascontiguousarray(cells[:, NAMED_CELLS:]).view(numpy.float32)
 
 
-def build_cells(ids: Ids, projected: Vector | None) -> Ids:
-    """The cells of columns `[..., cells]` without names: `ids` `[...]`, and their projections `[..., rank]`, if any.
-
-    Projections are stored bit by bit in integers, so that nothing rounds them.
-    """
+def build_cells(ids: Ids) -> Ids:
+    """The cells of columns `[..., NAMED_CELLS]` with these `ids` `[...]`, without names."""
     cells = numpy.zeros((*ids.shape, NAMED_CELLS), numpy.int32)
     cells[..., 0] = ids
+    return cells
+
+
+def join_projections(cells: Ids, projected: Vector | None) -> Ids:
+    """These cells and their projections `[..., rank]`, if any, bit by bit in integers, so that nothing rounds them."""
     return cells if projected is None else numpy.concatenate([cells, projected.view(numpy.int32)], axis=-1)
 
 

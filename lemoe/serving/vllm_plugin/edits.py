@@ -1,15 +1,12 @@
 """The edits of an exported folder at work in a model of vLLM, one forward pass at a time."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
-from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoTokenizer
@@ -19,11 +16,11 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.platforms import current_platform
 
 from lemoe.adaptor.checkpoint import load_adaptor
-from lemoe.adaptor.header import ADAPTOR_NAME
 from lemoe.errors import AdaptorError, ModelError
+from lemoe.exporting.parts import HostParts, find_adaptor
 from lemoe.routing.anchor.anchors import LiveAnchors
 from lemoe.routing.anchor.meaning import Vector
-from lemoe.routing.anchor.route_cache import Ids, build_cells
+from lemoe.routing.anchor.route_cache import Ids, build_cells, join_projections
 from lemoe.routing.router import Routing
 from lemoe.serving.vllm_plugin.route_layer import Batch, PagedPast, RouteLayer
 
@@ -45,15 +42,6 @@ class TokenEmbeddings(nn.Module):
         yield "weight", self.weight
 
 
-@dataclass(eq=False)
-class Host:
-    """What the router reads of the model."""
-
-    embedding: Any
-    tokenizer: Any
-    device: torch.device
-
-
 class Edits:
     """The gate and the experts of an adaptor, in passes that each begin with `begin`.
 
@@ -72,12 +60,12 @@ class Edits:
         """
         refuse_what_cannot_be_routed(vllm_config)
         served = vllm_config.model_config
-        self._path = _find_adaptor(served.model, served.revision)
+        self._path = find_adaptor(served.model, served.revision)
         state = load_adaptor(self._path)
         tokenizer = AutoTokenizer.from_pretrained(served.model, revision=served.revision)
         device = vllm_config.device_config.device
         embedding = next(part for part in model.modules() if isinstance(part, VocabParallelEmbedding))
-        host = Host(TokenEmbeddings(embedding), tokenizer, torch.device(device))
+        host = HostParts(cast(nn.Embedding, TokenEmbeddings(embedding)), tokenizer, torch.device(device))
         router = state.router.to_live(host, state.settings)
         if not isinstance(router, LiveAnchors):
             raise AdaptorError(f"preset `{state.settings.method}` routes by prompts, whose end vLLM does not tell")
@@ -114,12 +102,10 @@ class Edits:
         if self._ids is None or self._positions.dim() != 1:
             raise ModelError("edits are routed by tokens: prompts given as embeddings, or images, cannot be")
         count = int(batch.starts[-1])
-        projected = None
-        if stream is not None and self._router.meaning is not None:
-            projected = self._router.meaning.project(stream[:count]).cpu().numpy()
+        projected = self._router.project(None if stream is None else stream[:count])
         ids = self._ids[:count].to("cpu", torch.int32).numpy()
         # A request may share blocks that another one fills in this very pass, so that all are kept before any is read.
-        self._memory.write(batch.slots[:count], build_cells(ids, projected))
+        self._memory.write(batch.slots[:count], join_projections(build_cells(ids), projected))
         experts = self._route(batch, ids, projected)
         if max(experts, default=-1) >= 0:
             chosen = torch.tensor(experts, device=self._ids.device).reshape(1, -1, 1)
@@ -153,11 +139,6 @@ class Edits:
         if self._delta is not None:
             hidden[: self._delta.shape[1]] += self._delta[0].to(hidden.dtype)
             self._delta = None
-
-
-def _find_adaptor(model: str, revision: str | None) -> Path:
-    folder = Path(model)
-    return folder / ADAPTOR_NAME if folder.is_dir() else Path(hf_hub_download(model, ADAPTOR_NAME, revision=revision))
 
 
 def _find_activation(config: Any) -> Any:

@@ -1,7 +1,7 @@
 """What the gate remembers of each token, as a layer of vLLM's KV cache."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy
 import torch
@@ -9,8 +9,11 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.model_executor.models.extract_hidden_states import CacheOnlyAttentionBackend
-from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.model_executor.models.extract_hidden_states import (
+    CacheOnlyAttentionBackend,
+    CacheOnlyAttentionMetadataBuilder,
+)
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import HiddenStateCacheSpec
 
 from lemoe.routing.anchor.route_cache import Ids
@@ -31,11 +34,8 @@ class Batch:
     slots: Tensor
 
 
-class BatchBuilder(AttentionMetadataBuilder[Batch]):
+class BatchBuilder(CacheOnlyAttentionMetadataBuilder):
     """Tells the layer of each pass where its tokens lie. No CUDA graph can hold what the gate does on the host."""
-
-    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -46,8 +46,6 @@ class BatchBuilder(AttentionMetadataBuilder[Batch]):
 
 class RouteBackend(CacheOnlyAttentionBackend):
     """A backend that attends to nothing."""
-
-    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
 
     @staticmethod
     def get_name() -> str:
