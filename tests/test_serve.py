@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,25 @@ def test_a_stream_holds_the_same_text(client: TestClient, path: str) -> None:
     assert len({event["id"] for event in events}) == 1
 
 
+def test_a_failure_in_mid_stream_is_an_event_of_it(
+    client: TestClient, host: lemoe.BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, calls = host.model.forward, count(1)
+
+    def fail_at_the_second_token(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 2:
+            raise RuntimeError("out of memory")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(host.model, "forward", fail_at_the_second_token)
+    body = {"model": "one", "prompt": PROMPTS[0], "max_tokens": 12, "stream": True}
+    text = client.post("/v1/completions", json=body).text.strip()
+    *pieces, last = text.split("\n\n")
+    assert all("choices" in json.loads(piece.removeprefix("data: ")) for piece in pieces)
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert error == {"message": "RuntimeError: out of memory", "type": "server_error", "param": None, "code": None}
+
+
 def test_sampling_is_repeated_by_its_seed_alone(client: TestClient) -> None:
     drawn = {"temperature": 1.5, "seed": 3, "max_tokens": 12}
     first = complete(client, "one", PROMPTS[2], **drawn)
@@ -189,6 +209,7 @@ def test_what_is_not_served_is_refused_in_openais_shape(client: TestClient, host
     assert "not served" in refusal(client, path, {**asked, "best_off": 3})["message"]
     assert refusal(client, path, {**asked, "temperature": -1})["param"] == "temperature"
     assert refusal(client, path, {**asked, "max_tokens": 4096})["code"] == "context_length_exceeded"
+    assert refusal(client, path, {**asked, "prompt": "The Nile " * 2000})["code"] == "context_length_exceeded"
     assert refusal(client, path, {**asked, "prompt": ""})["param"] == "prompt"
     assert "no token" in refusal(client, path, {**asked, "prompt": [5, 1 << 20]})["message"]
     assert refusal(client, path, {**asked, "n": 2, "stream": True})["param"] == "stream"

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 TOKENIZER_CHUNK = 1000  # passages per call of the tokenizer
 
 
+class ContextLengthError(ValueError):
+    """More tokens than the model's context holds."""
+
+
 @dataclass(frozen=True)
 class Passage:
     """Token ids of a prompt and of the target that follows it."""
@@ -72,10 +76,10 @@ def check_context_length(base: "BaseModel", passage: Passage) -> Passage:
     """Return the passage.
 
     Raises:
-        ValueError: if it is longer than the model's context.
+        ContextLengthError: if it is longer than the model's context.
     """
     if base.max_length and len(passage) > base.max_length:
-        raise ValueError(f"{len(passage):,} tokens, more than the model's context of {base.max_length:,}")
+        raise ContextLengthError(f"{len(passage):,} tokens, more than the model's context of {base.max_length:,}")
     return passage
 
 

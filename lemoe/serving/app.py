@@ -115,7 +115,7 @@ async def _refuse_path(request: Request, error: Any) -> Response:
 
 
 async def _refuse_failure(request: Request, error: Any) -> Response:
-    return _refuse(RefusedError(f"{type(error).__name__}: {error}", status=500))
+    return _refuse(RefusedError.from_failure(error))
 
 
 _REFUSALS: dict[type[Exception], Any] = {

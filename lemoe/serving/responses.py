@@ -18,6 +18,11 @@ class RefusedError(Exception):
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
 
+    @classmethod
+    def from_failure(cls, failure: Exception) -> "RefusedError":
+        """What a client is told of a failure of the server."""
+        return cls(f"{type(failure).__name__}: {failure}", status=500)
+
     @property
     def body(self) -> dict[str, Any]:
         kind = "server_error" if self.status >= 500 else "invalid_request_error"

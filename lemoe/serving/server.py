@@ -4,19 +4,21 @@ import asyncio
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from lemoe.base.chat import encode_conversation
-from lemoe.base.tokens import encode_passage
+from lemoe.base.tokens import ContextLengthError, encode_passage
 from lemoe.errors import LemoeError
 from lemoe.serving.adaptors import ServedAdaptors, UnknownModelError
 from lemoe.serving.generation import Sampling, Written, write_answer
 from lemoe.serving.requests import AnyRequest, ChatRequest, LoadRequest, UnloadRequest
 from lemoe.serving.responses import CHAT, COMPLETION, LAST_EVENT, AnswerShape, RefusedError, count_usage, format_event
 
+CONTEXT_EXCEEDED = "context_length_exceeded"  # OpenAI's code for it
 DEFAULT_THREADS = 4  # answers written at the same time
 
 Ids = tuple[int, ...]
@@ -122,7 +124,7 @@ class Server:
             raise RefusedError(
                 f"{len(prompt):,} tokens of the prompt and {tokens or 1:,} of the answer are more than the model's "
                 f"context of {self._base.max_length:,}",
-                code="context_length_exceeded",
+                code=CONTEXT_EXCEEDED,
             )
         return Sampling(
             max_tokens=room if tokens is None else tokens,
@@ -146,16 +148,12 @@ class Server:
             if unknown:
                 raise RefusedError(f"the model has no token {unknown[0]}", param="prompt")
             return tuple(prompt)
-        try:
+        with _refusing_problems("prompt"):
             return encode_passage(self._base, prompt).prompt
-        except ValueError as problem:
-            raise RefusedError(str(problem), param="prompt") from None
 
     def _encode_messages(self, request: ChatRequest) -> Ids:
-        try:
+        with _refusing_problems("messages"):
             return encode_conversation(self._base, [(message.role, message.text) for message in request.messages])
-        except ValueError as problem:
-            raise RefusedError(str(problem), param="messages") from None
 
     def _head(self, request: AnyRequest) -> dict[str, Any]:
         model = request.model or self.served.default
@@ -181,6 +179,9 @@ class Server:
             yield LAST_EVENT
         except RefusedError as error:
             yield format_event(error.body)
+        except Exception as failure:
+            yield format_event(RefusedError.from_failure(failure).body)
+            raise  # into the server's log
         finally:
             cancelled.set()  # also where the client has gone
 
@@ -198,6 +199,16 @@ class Server:
             raise _not_served(error, "model") from None
         except LemoeError as error:
             raise RefusedError(str(error), status=500) from None
+
+
+@contextmanager
+def _refusing_problems(param: str) -> Iterator[None]:
+    """Refuse what cannot be encoded, of a request's field `param`."""
+    try:
+        yield
+    except ValueError as problem:
+        code = CONTEXT_EXCEEDED if isinstance(problem, ContextLengthError) else None
+        raise RefusedError(str(problem), param=param, code=code) from None
 
 
 def _not_served(problem: object, param: str) -> RefusedError:
