@@ -53,6 +53,7 @@ CASES = {
     "counterfact": Case("counterfact_dev.json"),
     "knowedit": Case("knowedit_wiki_counterfact_dev.json"),
     "hallucination": Case("hallucination_dev.json"),
+    "temporal": Case("temporal_dev.json"),
 }
 
 

@@ -114,7 +114,7 @@ class Route:
 
     def copy(self) -> "Route":
         """A route in the same state, independent of this one."""
-        other = Route(self._gate)
+        other = object.__new__(Route)
         other.__dict__.update(self.__dict__)
         other._reader = self._reader.copy()
         other._ids = self._ids[:]

@@ -37,11 +37,12 @@ class Past(Protocol):
 
 @dataclass(slots=True)
 class RoutedPrefix:
-    """A prefix that was read: its route, its name, and the number of its columns, padding included."""
+    """A prefix that was read: its route, its name, its columns, padding included, and what it takes once stored."""
 
     route: Route
     name: bytes = EMPTY_NAME
     columns: int = 0
+    size: int = 0
 
     def copy(self) -> "RoutedPrefix":
         """The same prefix, independent of this one."""
@@ -110,7 +111,8 @@ class RouteCache:
         for prefix in prefixes:
             self._evict_prefix(prefix.name)
             self._prefixes[prefix.name] = prefix
-            self._size += prefix.route.byte_size
+            prefix.size = prefix.route.byte_size
+            self._size += prefix.size
             new_names.add(prefix.name)
         while self._size > self.max_bytes and (oldest := next(iter(self._prefixes))) not in new_names:
             self._evict_prefix(oldest)
@@ -118,7 +120,7 @@ class RouteCache:
     def _evict_prefix(self, name: bytes) -> None:
         evicted = self._prefixes.pop(name, None)
         if evicted is not None:
-            self._size -= evicted.route.byte_size
+            self._size -= evicted.size
 
 
 def _projections_of(cells: Ids) -> Vector | None:

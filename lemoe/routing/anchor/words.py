@@ -4,7 +4,8 @@ import codecs
 import re
 import unicodedata
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
+from typing import NamedTuple
 
 _BASE_LETTERS = str.maketrans(
     {"ł": "l", "ø": "o", "đ": "d", "ı": "i", "æ": "ae", "œ": "oe", "ß": "ss", "’": "'", "ʼ": "'", "ʻ": "'"}
@@ -124,7 +125,38 @@ class Word:
     adjacent: bool = False
 
 
-_new_decoder = partial(codecs.getincrementaldecoder("utf-8"), "replace")
+class _Run(NamedTuple):
+    """Letters and digits that belong together, or one other character.
+
+    Attributes:
+        folded: what they add to a word; empty for a character that belongs to none.
+        begins_high: whether the first is a capital or a digit.
+        any_upper: whether one of them is a capital.
+        all_upper: whether all of them are.
+        unspaced: whether it is a character of an unspaced script.
+    """
+
+    text: str
+    folded: str
+    begins_high: bool
+    any_upper: bool
+    all_upper: bool
+    unspaced: bool
+
+
+@lru_cache(1 << 16)
+def _split_runs(text: str) -> tuple[_Run, ...]:
+    """Runs of ASCII letters and digits, and every other character by itself."""
+    return tuple(map(_make_run, _ASCII_RUN_OR_CHARACTER.findall(text)))
+
+
+_ASCII_RUN_OR_CHARACTER = re.compile(r"[A-Za-z0-9]+|[\s\S]")
+
+
+def _make_run(text: str) -> _Run:
+    first, upper = text[0], [char.isupper() for char in text]
+    folded = text.lower() if len(text) > 1 else _fold_char(text)
+    return _Run(text, folded, upper[0] or first.isdigit(), any(upper), all(upper), is_unspaced(first))
 
 
 class WordReader:
@@ -139,20 +171,17 @@ class WordReader:
         self.growing = False
         self._adjacent = False  # what was read behind the last word does not part it from the next one
         self._behind_colon = False
-        self._decoder = _new_decoder()
+        self._undecoded = b""  # the beginning of a character
         self._sentence_end = 0  # 0: no sentence end read, 1: its punctuation mark, 2: the mark and a space
         self._ends_surely = False  # the mark was not `.`, which abbreviations use too
 
     def copy(self) -> "WordReader":
         """A reader in the same state, independent of this one."""
-        other = WordReader()
+        other = object.__new__(WordReader)
+        other.__dict__.update(self.__dict__)
         other.words = self.words[:]
         if self.words:  # the only one that may still change
-            last = self.words[-1]
-            other.words[-1] = replace(last)
-        other.growing, other._adjacent, other._behind_colon = self.growing, self._adjacent, self._behind_colon
-        other._decoder.setstate(self._decoder.getstate())
-        other._sentence_end, other._ends_surely = self._sentence_end, self._ends_surely
+            other.words[-1] = replace(self.words[-1])
         return other
 
     def push(self, token: bytes) -> bool:
@@ -162,14 +191,21 @@ class WordReader:
             whether a new sentence began with it.
         """
         new_sentence = False
-        for char in self._decoder.decode(token):
-            if letters := _fold_char(char):
-                new_sentence |= self._read_letters(char, letters)
-            elif self.growing and char in _SIGNS and not self.words[-1].text[-1].isdigit():
-                self.words[-1].text += char
-            elif not (unicodedata.combining(char) and self.growing):
-                self._read_separator(char)
+        for run in _split_runs(self._decode(token)):
+            if run.folded:
+                new_sentence |= self._read_letters(run)
+            elif self.growing and run.text in _SIGNS and not self.words[-1].text[-1].isdigit():
+                self.words[-1].text += run.text
+            elif not (unicodedata.combining(run.text) and self.growing):
+                self._read_separator(run.text)
         return new_sentence
+
+    def _decode(self, token: bytes) -> str:
+        """The characters that are whole with these bytes."""
+        data = self._undecoded + token if self._undecoded else token
+        text, used = codecs.utf_8_decode(data, "replace", False)
+        self._undecoded = data[used:]
+        return text
 
     def push_token(self, token: bytes) -> tuple[bool, range]:
         """Read one token's bytes.
@@ -184,22 +220,20 @@ class WordReader:
         grown = count > 0 and len(self.words[count - 1].text) > letters
         return began, range(count - 1 if grown else count, len(self.words))
 
-    def _read_letters(self, char: str, letters: str) -> bool:
-        upper = char.isupper()
-        capital = upper or char.isdigit()
-        new_sentence = self._sentence_end == 2 and not self.growing and (capital or self._ends_surely)
+    def _read_letters(self, run: _Run) -> bool:
+        new_sentence = self._sentence_end == 2 and not self.growing and (run.begins_high or self._ends_surely)
         if new_sentence:
             self.words = []
-        if self.growing and _goes_on(self.words[-1].text, char):
+        if self.growing and not run.unspaced and self.words[-1].text[-1] not in _SIGNS:
             last = self.words[-1]
-            last.text += letters
-            last.capital |= upper
-            last.upper &= upper
+            last.text += run.folded
+            last.capital |= run.any_upper
+            last.upper &= run.all_upper
         else:
-            starts = not self.words or self._behind_colon
-            self.words.append(Word(letters, capital, starts, upper, self._adjacent and bool(self.words)))
+            starts, adjacent = not self.words or self._behind_colon, self._adjacent and bool(self.words)
+            self.words.append(Word(run.folded, run.begins_high or run.any_upper, starts, run.all_upper, adjacent))
             self._behind_colon = False
-        self.growing = not is_unspaced(char)
+        self.growing = not run.unspaced
         self._adjacent = True
         self._sentence_end = 0
         return new_sentence
