@@ -60,7 +60,9 @@ class Settings:
         gate_conflict: how far the words of a question may differ from an edit's and still open its gate, where words
             alone decide; 0 is strict.
         gate_slack: tokens that an open gate stays open beyond the target's length.
-        norm_limit: how far any weight may move from the base's, for `ft`.
+        norm_limit: how far any weight may move from the base's, for `ft` and `rect`.
+        change_share: share of a round's changes of weights that stays, the largest relative to the weight, for `rect`.
+        merge_share: how far weights go from those before a round towards those it trained, for `lora-merge`.
         batch_tokens: padded tokens per batch.
     """
 
@@ -91,6 +93,8 @@ class Settings:
     gate_conflict: float = 3.5
     gate_slack: int = 16
     norm_limit: float = 5e-4
+    change_share: float = 1.0
+    merge_share: float = 1.0
     batch_tokens: int = 2048
 
     def __post_init__(self) -> None:
@@ -135,6 +139,7 @@ _BOUNDS = (
     *((name, "at least 0", lambda value: value >= 0) for name in _NOT_NEGATIVE),
     ("gate_probability", "above 0, below 1", lambda value: 0 < value < 1),
     *((name, "above 0, at most 1", lambda value: 0 < value <= 1) for name in ("learning_rate", "router_learning_rate")),
+    *((name, "above 0, at most 1", lambda value: 0 < value <= 1) for name in ("change_share", "merge_share")),
 )
 
 

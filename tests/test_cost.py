@@ -17,7 +17,7 @@ from lemoe.adaptor.state import AdaptorState, TaughtEdit
 from lemoe.base import fingerprint, loading
 from lemoe.routing.anchor.anchors import Anchors
 from lemoe.routing.anchor.gate import Anchor
-from lemoe.training.weight_change import swap_values
+from lemoe.training.baselines.weight_change import swap_values
 
 SettingsOf = Callable[..., lemoe.Settings]
 

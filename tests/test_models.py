@@ -143,7 +143,7 @@ def test_the_ffn_may_be_named_where_it_would_be_found_anyway(base: lemoe.BaseMod
 def test_preset_llama_is_the_embedded_model() -> None:
     source = resolve_model("llama")
     assert source.embedded
-    assert source.layers == {"anchor": 28, "paper": 24, "ft": 24, "memoe": 24}
+    assert source.layers == {"anchor": 28, "paper": 24, "ft": 24, "rect": 24, "memoe": 24}
     assert str(source) == "llama = SmolLM2-135M-Instruct (Llama architecture, Apache-2.0), embedded"
 
 

@@ -43,7 +43,7 @@ def test_the_embedded_model_is_loaded_from_the_cache(
 def test_the_embedded_model_is_smollm2(real_base: lemoe.BaseModel) -> None:
     assert type(real_base.model).__name__ == "LlamaForCausalLM"
     assert (len(real_base.layers), real_base.hidden_size) == (30, 576)
-    assert real_base.source.layers == {"anchor": 28, "paper": 24, "ft": 24, "memoe": 24}
+    assert real_base.source.layers == {"anchor": 28, "paper": 24, "ft": 24, "rect": 24, "memoe": 24}
 
 
 def test_the_end_token_is_the_one_that_ends_a_chat_turn(real_base: lemoe.BaseModel) -> None:

@@ -49,7 +49,7 @@ class FFNSite(Site):
                 yield f"{type(part).__name__}.{name}", tensor
 
 
-def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """(out features, in features) of a linear map, None for anything else."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
@@ -122,7 +122,7 @@ def _find_linear_ffns(layer: nn.Module, hidden: int, layer_path: str) -> list[FF
     for path, module in layer.named_modules():
         if _is_attention(path, module):
             continue
-        linears = {name: child for name, child in module.named_children() if _linear_shape(child)}
+        linears = {name: child for name, child in module.named_children() if linear_shape(child)}
         site = _match_ffn(module, linears, hidden)
         if site:
             entry, output_module, intermediate, gated = site
@@ -159,7 +159,7 @@ def _match_ffn(
     module: nn.Module, linears: dict[str, nn.Module], hidden: int
 ) -> tuple[nn.Module, nn.Module, int, bool] | None:
     """The first and the last module, width and whether it is gated, if the linear children form an FFN."""
-    shapes = {name: shape for name, child in linears.items() if (shape := _linear_shape(child))}
+    shapes = {name: shape for name, child in linears.items() if (shape := linear_shape(child))}
     for down_name, (out, width) in shapes.items():
         if out != hidden or width == hidden:
             continue

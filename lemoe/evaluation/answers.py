@@ -24,7 +24,7 @@ from lemoe.evaluation.scoring import Answer, EncodedProbe
 from lemoe.inference.generation import Tokens, generate_batch, prompt_batches
 from lemoe.inference.insertion import InsertedAdaptor
 from lemoe.routing.router import Explanation
-from lemoe.training.weight_change import WeightChange
+from lemoe.training.baselines.weight_change import WeightChange
 
 UNROUTED = Explanation(-1, 0.0, scope="subject")
 

@@ -33,7 +33,7 @@ from lemoe.evaluation.scoring import (
 from lemoe.inference.generation import generate_answers
 from lemoe.inference.insertion import InsertedAdaptor, insert
 from lemoe.routing.router import Explanation
-from lemoe.training.weight_change import WeightChange
+from lemoe.training.baselines.weight_change import WeightChange
 
 OPEN_ANSWER_TOKENS = 8  # of the base model's own answer, where a locality probe names none
 FLUENCY_TOKENS = 100  # that the model writes on

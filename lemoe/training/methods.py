@@ -68,9 +68,12 @@ METHODS = {
     for method in (
         Method("anchor", "anchor.round", rounds_depend=False),
         Method("paper", "paper"),
-        Method("ft", "ft", baseline=True),
-        Method("lora", "lora", baseline=True),
-        Method("memoe", "memoe", baseline=True),
+        Method("ft", "baselines.ft", baseline=True),
+        Method("rect", "baselines.ft", baseline=True),
+        Method("lora", "baselines.lora", baseline=True),
+        Method("lora-merge", "baselines.lora_merge", baseline=True),
+        Method("memoe", "baselines.memoe", baseline=True),
+        Method("ultraedit", "baselines.ultraedit", baseline=True),
     )
 }
 

@@ -10,9 +10,9 @@ from lemoe.base.matmul import use_onednn
 from lemoe.data.edits import Edit
 from lemoe.errors import InputError
 from lemoe.settings import Settings
+from lemoe.training.baselines.weight_change import WeightChange
 from lemoe.training.methods import check_adds_experts, method_of
 from lemoe.training.steps import OnStep
-from lemoe.training.weight_change import WeightChange
 
 Edited = AdaptorState | WeightChange
 

@@ -1,7 +1,10 @@
-"""Baseline `ft`: one layer's FFN fine-tuned, with a bound on the change of each weight.
+"""Baselines `ft` and `rect`: one layer's FFN fine-tuned, with a bound on the change of each weight.
 
-Zhu et al. 2020 (arXiv 2012.00363), eq. 3: the loss is minimised under a bound on the largest change of any weight (the
-FT-L baseline of ROME). Each round continues from the one before; the bound is on the change since the base model.
+`ft`: Zhu et al. 2020 (arXiv 2012.00363), eq. 3: the loss is minimised under a bound on the largest change of any weight
+(the FT-L baseline of ROME). Each round continues from the one before; the bound is on the change since the base model.
+
+`rect`: Gu et al. 2024 (arXiv 2401.04700): of what a round changed, only the weights with the largest relative change
+keep it (`change_share`), the others go back to where they were before the round.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,9 +19,9 @@ from lemoe.base.loading import BaseModel
 from lemoe.base.tokens import encode_edits
 from lemoe.data.edits import Edit
 from lemoe.settings import Settings
-from lemoe.training.live_batches import live_batches, live_losses
+from lemoe.training.baselines.live_batches import live_batches, live_losses
+from lemoe.training.baselines.weight_change import WeightChange, check_resident, require_gradients, swap_values
 from lemoe.training.steps import OnStep, fit_round
-from lemoe.training.weight_change import WeightChange, check_resident, require_gradients, swap_values
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +60,26 @@ def train_round(
     with swap_values(weights, values), require_gradients(weights):
         optimiser = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay)
         fit_round(optimiser, iterate_losses, settings, on_step, clamp_weights)
+    if settings.change_share < 1:
+        starts = before.values if before else weights
+        values = tuple(
+            keep_largest_changes(start.detach(), value, settings.change_share)
+            for start, value in zip(starts, values, strict=True)
+        )
     return TunedFFN(layer, settings.layer_path, values)
+
+
+def keep_largest_changes(before: Tensor, after: Tensor, share: float) -> Tensor:
+    """The weights `after` where their relative change is among the largest, that `share` of all; else those `before`.
+
+    The relative change is `|(after - before) / before|` (Gu et al. 2024). A weight of 0 that changed has the largest;
+    where changes are equal, weights that come first keep theirs.
+    """
+    change = (after - before).abs() / before.abs()
+    ranked = change.nan_to_num(nan=0.0).flatten().argsort(descending=True, stable=True)
+    kept = torch.zeros(before.numel(), dtype=torch.bool, device=before.device)
+    kept[ranked[: max(1, round(share * len(ranked)))]] = True
+    return torch.where(kept.view_as(before), after, before)
 
 
 def _ffn_weights(base: BaseModel, layer: int, layer_path: str | None) -> list[Tensor]:

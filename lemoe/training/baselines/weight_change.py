@@ -3,9 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from lemoe.base.equality import TensorEquality
 from lemoe.base.loading import BaseModel
 from lemoe.base.placement import is_offloaded
 from lemoe.errors import ModelError
@@ -23,6 +25,30 @@ class WeightChange(ABC):
         """While open, `base` is the changed model; afterwards it is as before, bit for bit."""
 
 
+@dataclass(frozen=True, eq=False)
+class AddedWeights(TensorEquality, WeightChange):
+    """What is added to the weights of linear maps.
+
+    Attributes:
+        paths: of the maps in the model.
+        changes: one for each, of its weight's shape.
+    """
+
+    paths: tuple[str, ...]
+    changes: tuple[Tensor, ...]
+
+    def tensors(self) -> Sequence[Tensor]:
+        return self.changes
+
+    @contextmanager
+    def applied(self, base: BaseModel) -> Iterator[None]:
+        check_resident(base)
+        weights = [base.model.get_submodule(path).weight for path in self.paths]
+        sums = [weight + change.to(weight) for weight, change in zip(weights, self.changes, strict=True)]
+        with swap_values(weights, sums):
+            yield
+
+
 def check_resident(base: BaseModel) -> None:
     """Refuse a base with offloaded weights, which are loaded anew for each use: a change of them would be lost.
 
@@ -31,8 +57,8 @@ def check_resident(base: BaseModel) -> None:
     """
     if is_offloaded(base.model):
         raise ModelError(
-            "baselines ft and lora change the base's own weights, some of which the device map keeps off the devices; "
-            "compare other methods, or take more devices"
+            "this baseline changes the base's own weights, some of which the device map keeps off the devices; compare "
+            "other methods, or take more devices"
         )
 
 

@@ -18,16 +18,18 @@ from lemoe.base.tokens import encode_edits
 from lemoe.data.edits import Edit
 from lemoe.errors import LemoeError
 from lemoe.settings import Settings
-from lemoe.training.live_batches import live_batches, live_losses
+from lemoe.training.baselines.live_batches import live_batches, live_losses
+from lemoe.training.baselines.weight_change import AddedWeights, WeightChange, check_resident
 from lemoe.training.steps import OnStep, fit_round
-from lemoe.training.weight_change import WeightChange, check_resident
 
 try:
     from peft import LoraConfig, LoraModel
+    from peft.tuners.lora import LoraLayer
 except ImportError:
-    raise LemoeError("baseline lora needs peft: pip install 'lemoe[lora]'") from None
+    raise LemoeError("baselines lora and lora-merge need peft: pip install 'lemoe[lora]'") from None
 
 DEFAULT_RANK = 8
+ADAPTER = "lemoe"  # what peft calls the matrices
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +50,13 @@ class LowRank(TensorEquality, WeightChange):
                 matrix.copy_(value).requires_grad_(False)
             yield
 
+    @torch.no_grad()
+    def multiply_out(self, base: BaseModel) -> AddedWeights:
+        """What the matrices add to the weights of the modules."""
+        with self.applied(base):
+            tuned = {path: each for path, each in base.model.named_modules() if isinstance(each, LoraLayer)}
+            return AddedWeights(tuple(tuned), tuple(each.get_delta_weight(ADAPTER).cpu() for each in tuned.values()))
+
 
 def train_round(
     base: BaseModel, edits: Sequence[Edit], settings: Settings, before: LowRank | None, on_step: OnStep
@@ -56,26 +65,25 @@ def train_round(
     first = settings.resolve_layer(len(base.layers), base.source.layers)
     layers, rank = range(first, len(base.layers)), settings.width or DEFAULT_RANK
     batches = live_batches(base, first, encode_edits(base, edits), settings.batch_tokens)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        with _insert_matrices(base, layers, rank) as matrices:
-            if before:
-                with torch.no_grad():
-                    for matrix, value in zip(matrices, before.values, strict=True):
-                        matrix.copy_(value)
-            optimiser = torch.optim.AdamW(matrices, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-            fit_round(optimiser, lambda: live_losses(base, batches), settings, on_step)
-            return LowRank(layers, rank, tuple(matrix.detach().cpu() for matrix in matrices))
+    with _insert_matrices(base, layers, rank, settings.seed) as matrices:
+        if before:
+            with torch.no_grad():
+                for matrix, value in zip(matrices, before.values, strict=True):
+                    matrix.copy_(value)
+        optimiser = torch.optim.AdamW(matrices, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        fit_round(optimiser, lambda: live_losses(base, batches), settings, on_step)
+        return LowRank(layers, rank, tuple(matrix.detach().cpu() for matrix in matrices))
 
 
 @contextmanager
-def _insert_matrices(base: BaseModel, layers: range, rank: int) -> Iterator[list[Tensor]]:
+def _insert_matrices(base: BaseModel, layers: range, rank: int, seed: int = 0) -> Iterator[list[Tensor]]:
     """While open, new matrices are added to the linear modules of `layers`; yields them."""
     check_resident(base)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_linear_module_paths(base, layers))
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
-        tuner = LoraModel(base.model, config, "lemoe")
+        torch.manual_seed(seed)
+        tuner = LoraModel(base.model, config, ADAPTER)
     try:
         yield [parameter for name, parameter in base.model.named_parameters() if "lora_" in name]
     finally:

@@ -1,0 +1,1 @@
+"""Methods whose rounds change what earlier rounds learned, for comparison alone."""
