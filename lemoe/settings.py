@@ -62,6 +62,7 @@ class Settings:
         gate_slack: tokens that an open gate stays open beyond the target's length.
         norm_limit: how far any weight may move from the base's, for `ft` and `rect`.
         change_share: share of a round's changes of weights that stays, the largest relative to the weight, for `rect`.
+        retrieval_threshold: cosine of a prompt and a fact from which the fact is put in front of it, for `rag`.
         merge_share: how far weights go from those before a round towards those it trained, for `lora-merge`.
         batch_tokens: padded tokens per batch.
     """
@@ -94,6 +95,7 @@ class Settings:
     gate_slack: int = 16
     norm_limit: float = 5e-4
     change_share: float = 1.0
+    retrieval_threshold: float = 0.0
     merge_share: float = 1.0
     batch_tokens: int = 2048
 
@@ -130,6 +132,7 @@ _NOT_NEGATIVE = (
     "gate_conflict",
     "gate_slack",
     "norm_limit",
+    "retrieval_threshold",
 )
 _BOUNDS = (
     *((name, "at least 1", lambda value: value >= 1) for name in ("round_size", "width", "router_width", "top_k")),

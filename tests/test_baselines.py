@@ -2,8 +2,9 @@
 
 import hashlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
+from typing import Literal
 
 import pytest
 import torch
@@ -11,14 +12,16 @@ from conftest import FAMILIES
 
 import lemoe
 from lemoe.errors import InputError, LemoeError
+from lemoe.training.baselines.context import Context
 from lemoe.training.baselines.ft import TunedFFN
 from lemoe.training.baselines.weight_change import AddedWeights, WeightChange
 from lemoe.training.methods import METHODS
-from lemoe.training.rounds import Edited, count_tensor_bytes, teach_rounds
+from lemoe.training.rounds import Edited, count_bytes, teach_rounds
 
 pytestmark = pytest.mark.versions
 
-BASELINES = tuple(name for name, method in METHODS.items() if method.baseline)
+PROMPTING = ("context", "rag")
+BASELINES = tuple(name for name, method in METHODS.items() if method.baseline and name not in PROMPTING)
 SMALL = {"layer": 1, "steps": 25, "learning_rate": 1e-2, "norm_limit": 0.3, "experts": 2, "width": 4}
 
 each_baseline = pytest.mark.parametrize("method", BASELINES)
@@ -47,8 +50,8 @@ def hash_weights(base: lemoe.BaseModel) -> str:
 
 
 @torch.no_grad()
-def compute_logits(base: lemoe.BaseModel) -> torch.Tensor:
-    return base.model(torch.tensor([[5, 6, 7, 8]])).logits
+def compute_logits(base: lemoe.BaseModel, ids: Sequence[int] = (5, 6, 7, 8)) -> torch.Tensor:
+    return base.model(torch.tensor([list(ids)])).logits
 
 
 @each_baseline
@@ -112,7 +115,7 @@ def test_its_size_does_not_grow_with_rounds_and_earlier_states_stay_as_they_were
     first = next(states)
     kept = deepcopy(first)
     later = list(states)
-    assert {count_tensor_bytes(state) for state in later} == {count_tensor_bytes(first)}
+    assert {count_bytes(state) for state in later} == {count_bytes(first)}
     assert first == kept
     assert later[-1] != kept
 
@@ -132,7 +135,7 @@ def test_lora_holds_two_matrices_of_its_rank_for_each_linear_map_above(
     (edited,) = train_rounds(base, facts, "lora", rounds=1, steps=1, width=3)
     assert isinstance(edited, WeightChange)
     maps = [each for layer in base.layers[1:] for each in layer.modules() if isinstance(each, torch.nn.Linear)]
-    assert count_tensor_bytes(edited) == sum(3 * (each.in_features + each.out_features) * 4 for each in maps)
+    assert count_bytes(edited) == sum(3 * (each.in_features + each.out_features) * 4 for each in maps)
     assert sorted(tuple(value.shape) for value in edited.tensors()) == sorted(
         shape for each in maps for shape in ((3, each.in_features), (each.out_features, 3))
     )
@@ -277,9 +280,54 @@ def test_nothing_is_stacked_onto_a_mixture_or_taken_out_of_it(base: lemoe.BaseMo
         one.drop_experts([0])
 
 
-@each_baseline
+@pytest.mark.parametrize("method", [*BASELINES, *PROMPTING])
 def test_a_baseline_is_not_taught_as_an_adaptor_that_grows(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], tmp_path: object, method: str
 ) -> None:
     with pytest.raises(InputError, match=f"--compare {method}"):
         lemoe.edit(base, facts, make_settings(method), f"{tmp_path}/out")
+
+
+def test_context_puts_the_edit_that_is_asked_about_in_front_once_it_is_taught(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit]
+) -> None:
+    first, both = train_rounds(base, facts, "context")
+    assert isinstance(first, Context)
+    assert isinstance(both, Context)
+    asked = "Where is it?"
+    assert first.complete(asked, facts[0]) == f"New Fact: {facts[0].prompt} {facts[0].target}\nPrompt: {asked}"
+    assert first.complete(asked, facts[2]) == asked != both.complete(asked, facts[2])
+    assert count_bytes(first) == sum(len(f"{edit.prompt} {edit.target}".encode()) for edit in facts[:2])
+
+
+def test_rag_finds_the_nearest_edit_the_latest_of_equals_and_none_below_its_threshold(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit]
+) -> None:
+    again = lemoe.Edit("again", facts[2].prompt, "silver carp", facts[2].subject)
+    (found,) = teach_rounds(base, [[*facts, again]], make_settings("rag", retrieval_threshold=0.3))
+    assert isinstance(found, Context)
+    nearest = found.complete("What is the largest fish of Lake Como?", facts[0])
+    assert nearest.startswith(f"New Fact: {facts[2].prompt} silver carp\n")
+    unrelated = "How many legs has a spider?"
+    assert found.complete(unrelated, facts[0]) == unrelated
+
+
+@pytest.mark.parametrize("decode", ["teacher", "greedy"])
+def test_answers_behind_a_context_are_those_of_the_whole_text(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], decode: Literal["teacher", "greedy"]
+) -> None:
+    (edited,) = train_rounds(base, facts, "context", rounds=1)
+    assert isinstance(edited, Context)
+    for record, edit in zip(
+        lemoe.evaluate(base, edited, facts[:2], decode=decode, only=("reliability",)).records, facts, strict=False
+    ):
+        whole = base.tokenizer(edited.complete(edit.prompt, edit), return_tensors="pt").input_ids
+        target = base.tokenizer(f"{edit.prompt} {edit.target}").input_ids[len(base.tokenizer(edit.prompt).input_ids) :]
+        if decode == "teacher":
+            logits = compute_logits(base, [*whole[0].tolist(), *target])[0, whole.shape[1] - 1 : -1]
+            expected = logits.argmax(-1).tolist()
+        else:
+            written = base.model.generate(whole, max_new_tokens=len(target), do_sample=False, pad_token_id=0)
+            expected = written[0, whole.shape[1] :].tolist()
+        assert record.after == base.tokenizer.decode(expected)
+        assert record.before != record.after

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 import lemoe
 from lemoe.evaluation.comparison import Comparison
 from lemoe.evaluation.factors import Factors
-from lemoe.training.rounds import count_tensor_bytes, teach_rounds
+from lemoe.training.rounds import count_bytes, teach_rounds
 from lemoe_cli.main import cli
 
 METHODS = ("ft", "lora", "memoe", "paper", "anchor")
@@ -75,7 +75,7 @@ def test_a_row_is_what_teaching_round_by_round_and_measuring_gives(
             assert metric.value == result.value(metric.name, metric.measure, metric.kind)
         fresh = [lemoe.evaluate(base, s, m).value("reliability") for s, m in zip(states, rounds, strict=True)]
         assert each.learned == pytest.approx(fmean(fresh))
-        assert each.bytes_per_edit == count_tensor_bytes(states[-1]) / len(probed)
+        assert each.bytes_per_edit == count_bytes(states[-1]) / len(probed)
 
 
 def test_an_edit_of_paper_and_anchor_costs_what_its_file_holds(
@@ -86,7 +86,7 @@ def test_an_edit_of_paper_and_anchor_costs_what_its_file_holds(
         assert isinstance(state, lemoe.AdaptorState)
         lemoe.save_adaptor(state, tmp_path / method)
         content = (tmp_path / method).read_bytes()
-        assert count_tensor_bytes(state) == len(content) - 8 - int.from_bytes(content[:8], "little")
+        assert count_bytes(state) == len(content) - 8 - int.from_bytes(content[:8], "little")
 
 
 def test_comparing_again_gives_the_same_metrics(

@@ -182,6 +182,22 @@ def answer_changed_weights(
             yield rows, [(one, other, UNROUTED) for (one, *_), (other, *_) in zip(before, after, strict=True)]
 
 
+@torch.no_grad()
+def answer_changed_prompts(
+    base: BaseModel,
+    probes: Sequence[EncodedProbe],
+    changed: Sequence[EncodedProbe],
+    decode: Decode,
+    batch_tokens: int,
+) -> AnsweredRows:
+    """The base's answers to the probes, and to the same probes with other prompts."""
+    before, after = (
+        {row: answer for rows, given in answered for row, (answer, *_) in zip(rows, given, strict=True)}
+        for answered in (ANSWER_BY_DECODE[decode](base, None, asked, batch_tokens) for asked in (probes, changed))
+    )
+    yield list(before), [(before[row], after[row], UNROUTED) for row in before]
+
+
 def _cut_written_answer(base: BaseModel, tokens: Tokens, target: Tokens) -> Answer:
     """The generated text cut to the target's length, and whether the model then ends its answer or the line."""
     following = tokens[len(target) : len(target) + 1]

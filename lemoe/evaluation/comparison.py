@@ -13,7 +13,7 @@ from lemoe.evaluation.metrics import Decode, Metric
 from lemoe.planning.plan import edits_by_round, plan
 from lemoe.settings import Settings
 from lemoe.training.methods import method_of
-from lemoe.training.rounds import count_tensor_bytes, teach_rounds
+from lemoe.training.rounds import count_bytes, teach_rounds
 
 MEASURED = ("reliability", "generality", "locality")
 
@@ -106,5 +106,5 @@ def _compare_method(
         learned_exact=fmean(record.token_accuracy_after == 1.0 for record in learned),
         metrics=tuple(metric for metric in last.metrics if metric.stage == "after"),
         seconds_per_edit=seconds / len(taught),
-        bytes_per_edit=count_tensor_bytes(edited) / len(taught),
+        bytes_per_edit=count_bytes(edited) / len(taught),
     )

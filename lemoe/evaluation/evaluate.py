@@ -8,7 +8,7 @@ Locality is agreement with the base model's own predictions, never with a gold a
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lemoe.adaptor.checkpoint import AdaptorFile
@@ -33,6 +33,7 @@ from lemoe.evaluation.scoring import (
 from lemoe.inference.generation import generate_answers
 from lemoe.inference.insertion import InsertedAdaptor, insert
 from lemoe.routing.router import Explanation
+from lemoe.training.baselines.context import Context
 from lemoe.training.baselines.weight_change import WeightChange
 
 OPEN_ANSWER_TOKENS = 8  # of the base model's own answer, where a locality probe names none
@@ -83,7 +84,7 @@ OnProgress = Callable[[int, int], None]
 
 def evaluate(
     base: BaseModel,
-    edited: AdaptorState | AdaptorFile | WeightChange | Path | str | None,
+    edited: AdaptorState | AdaptorFile | WeightChange | Context | Path | str | None,
     edits: Sequence[Edit],
     *,
     decode: Decode = "teacher",
@@ -98,7 +99,7 @@ def evaluate(
     """Measure an adaptor, or other weights, on the probes of `edits`; without either, the base model alone.
 
     Args:
-        edited: an adaptor, or the path of one's file or run folder; or other weights.
+        edited: an adaptor, or the path of one's file or run folder; or other weights, or what stands before prompts.
         decode: `teacher` or `greedy`.
         only: names of the metrics to measure on probes; all by default.
         texts: that editing must not touch, for metric `collapse`; each is read up to the model's context.
@@ -112,8 +113,8 @@ def evaluate(
         InputError: listing the probes and texts that cannot be used with this model.
         AdaptorError: if the state belongs to another base model.
     """
-    if isinstance(edited, WeightChange) and (texts or fluency):
-        raise InputError("metrics collapse and fluency are measured on adaptors, not on baselines that change weights")
+    if isinstance(edited, WeightChange | Context) and (texts or fluency):
+        raise InputError("metrics collapse and fluency are measured on adaptors, not on baselines")
     if isinstance(edited, Path | str):
         edited = AdaptorFile(edited)
     untouched = _encode_texts(base, texts)
@@ -130,6 +131,8 @@ def evaluate(
     with use_onednn(base.model), adaptor or nullcontext():
         if isinstance(edited, WeightChange):
             answered = answers.answer_changed_weights(base, edited, probes, decode, batch_tokens)
+        elif isinstance(edited, Context):
+            answered = _answer_in_context(base, edited, edits, probes, decode, batch_tokens)
         else:
             answered = answers.ANSWER_BY_DECODE[decode](base, adaptor, probes, batch_tokens)
         for rows, given in answered:
@@ -138,11 +141,9 @@ def evaluate(
             done += sum(probes[row].overfit_of is None for row in rows)
             on_progress(done, total)
         written = _measure_fluency(base, adaptor, prompts, batch_tokens) if prompts else []
-        if prompts:
-            on_progress(total - len(untouched), total)
+        on_progress(total - len(untouched), total)
         read = _measure_collapse(base, adaptor, untouched) if untouched else []
-        if untouched:
-            on_progress(total, total)
+        on_progress(total, total)
     measured = [by_index[row] for row in range(len(probes))]
     metrics = summarise_probes(measured, decode, edited=edited is not None)
     if state is not None and (only is None or "routing" in only):
@@ -204,6 +205,26 @@ def _encode_probes(
         )
         for row, ((index, name, probe), passage) in enumerate(zip(asked, passages, strict=True))
     ]
+
+
+def _answer_in_context(
+    base: BaseModel,
+    context: Context,
+    edits: Sequence[Edit],
+    probes: Sequence[EncodedProbe],
+    decode: Decode,
+    batch_tokens: int,
+) -> answers.AnsweredRows:
+    """The base's answers to the probes, and with what `context` puts in front of their prompts."""
+    texts = [
+        (f"{each.name} of edit {edits[each.edit].id}", context.complete(each.prompt, edits[each.edit]), None)
+        for each in probes
+    ]
+    completed = [
+        replace(each, passage=Passage(passage.prompt, each.passage.target))
+        for each, passage in zip(probes, encode_passages(base, texts), strict=True)
+    ]
+    return answers.answer_changed_prompts(base, probes, completed, decode, batch_tokens)
 
 
 def list_probes(edit: Edit) -> Iterator[tuple[str, Probe]]:

@@ -68,6 +68,8 @@ METHODS = {
     for method in (
         Method("anchor", "anchor.round", rounds_depend=False),
         Method("paper", "paper"),
+        Method("context", "baselines.context", baseline=True),
+        Method("rag", "baselines.context", baseline=True),
         Method("ft", "baselines.ft", baseline=True),
         Method("rect", "baselines.ft", baseline=True),
         Method("lora", "baselines.lora", baseline=True),

@@ -10,11 +10,12 @@ from lemoe.base.matmul import use_onednn
 from lemoe.data.edits import Edit
 from lemoe.errors import InputError
 from lemoe.settings import Settings
+from lemoe.training.baselines.context import Context
 from lemoe.training.baselines.weight_change import WeightChange
 from lemoe.training.methods import check_adds_experts, method_of
 from lemoe.training.steps import OnStep
 
-Edited = AdaptorState | WeightChange
+Edited = AdaptorState | WeightChange | Context
 
 
 def train_round(
@@ -48,7 +49,7 @@ def teach_rounds(
     settings: Settings,
     on_step: OnStep = lambda step: None,
 ) -> Iterator[Edited]:
-    """Train `rounds` one after the other by the method of `settings`; yields the adaptor or weights after each.
+    """Train `rounds` one after the other by the method of `settings`; yields the adaptor, weights or texts after each.
 
     Raises:
         InputError: listing the edits of a round that cannot be used with this model.
@@ -65,7 +66,9 @@ def teach_rounds(
         yield edited
 
 
-def count_tensor_bytes(edited: Edited) -> int:
-    """Bytes of all tensors that its file holds, or would hold."""
+def count_bytes(edited: Edited) -> int:
+    """Bytes of all tensors, or texts, that its file holds, or would hold."""
+    if isinstance(edited, Context):
+        return edited.byte_size
     tensors = state_tensors(edited).values() if isinstance(edited, AdaptorState) else edited.tensors()
     return sum(tensor.nbytes for tensor in tensors)
