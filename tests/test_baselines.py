@@ -280,6 +280,15 @@ def test_nothing_is_stacked_onto_a_mixture_or_taken_out_of_it(base: lemoe.BaseMo
         one.drop_experts([0])
 
 
+def test_settings_of_baselines_change_nothing_of_an_adaptor(base: lemoe.BaseModel, facts: list[lemoe.Edit]) -> None:
+    given = {"change_share": 0.5, "merge_share": 0.5, "retrieval_threshold": 0.5}
+    one, other = (train_rounds(base, facts, "paper", rounds=1, steps=2, **own)[0] for own in ({}, given))
+    assert isinstance(one, lemoe.AdaptorState)
+    assert isinstance(other, lemoe.AdaptorState)
+    assert one.rounds == other.rounds
+    assert one.experts == other.experts
+
+
 @pytest.mark.parametrize("method", [*BASELINES, *PROMPTING])
 def test_a_baseline_is_not_taught_as_an_adaptor_that_grows(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], tmp_path: object, method: str

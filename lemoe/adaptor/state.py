@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 GATE_SETTINGS = {"gate", "gate_probability"}
+BASELINE_SETTINGS = {"change_share", "merge_share", "retrieval_threshold"}  # of methods that make no adaptors
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +145,10 @@ def round_id(
 ) -> str:
     """Hash of all that decides a round's tensors: base, chat template, settings, edits in order, the round before.
 
-    `batch_tokens` and the device depend on the machine and take no part, nor do settings of a gate where there is none.
+    `batch_tokens` and the device depend on the machine and take no part, nor do settings of a gate where there is none
+    or of baselines that make no adaptors.
     """
-    without = {"batch_tokens"} | (set() if ROUTERS[settings.method].gated else GATE_SETTINGS)
+    without = {"batch_tokens"} | BASELINE_SETTINGS | (set() if ROUTERS[settings.method].gated else GATE_SETTINGS)
     decisive = {name: value for name, value in settings.as_dict().items() if name not in without}
     weights = [base.ffn_sha256, base.weights_sha256, base.tokenizer_sha256, base.ffn]
     if chat_template:
