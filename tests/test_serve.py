@@ -143,7 +143,7 @@ def test_a_stream_holds_the_same_text(client: TestClient, path: str) -> None:
 
 
 def test_a_failure_in_mid_stream_is_an_event_of_it(
-    client: TestClient, host: lemoe.BaseModel, monkeypatch: pytest.MonkeyPatch
+    client: TestClient, host: lemoe.BaseModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     forward, calls = host.model.forward, count(1)
 
@@ -159,6 +159,7 @@ def test_a_failure_in_mid_stream_is_an_event_of_it(
     assert all("choices" in json.loads(piece.removeprefix("data: ")) for piece in pieces)
     error = json.loads(last.removeprefix("data: "))["error"]
     assert error == {"message": "RuntimeError: out of memory", "type": "server_error", "param": None, "code": None}
+    assert "out of memory" in caplog.text
 
 
 def test_sampling_is_repeated_by_its_seed_alone(client: TestClient) -> None:

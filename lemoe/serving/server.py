@@ -181,7 +181,7 @@ class Server:
             yield format_event(error.body)
         except Exception as failure:
             yield format_event(RefusedError.from_failure(failure).body)
-            raise  # into the server's log
+            loop.call_exception_handler({"message": "an answer failed in mid-stream", "exception": failure})  # logs it
         finally:
             cancelled.set()  # also where the client has gone
 
