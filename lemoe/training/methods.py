@@ -36,8 +36,8 @@ class Method:
         name: of the method, of its preset and, where it adds experts, of its router.
         module: in `lemoe.training`; its `train_round` is a `RoundTrainer`.
         rounds_depend: whether the training of a round depends on the rounds before it.
-        baseline: whether a round changes what earlier ones learned, so that rounds can neither be separated nor
-            stacked. Then `train_round` returns the result of all rounds so far, else the new round alone.
+        baseline: whether rounds can neither be separated nor stacked, since a round changes what earlier ones learned,
+            or nothing is trained. Then `train_round` returns the result of all rounds so far, else the new round alone.
     """
 
     name: str

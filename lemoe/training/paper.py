@@ -37,14 +37,8 @@ def train_round(
         a state with this round alone; stack it onto `before`.
     """
     layer = before.base.layer if before else settings.resolve_layer(len(base.layers), base.source.layers)
-    passages = encode_edits(base, edits)
     site = base.ffn_site(layer, settings.layer_path)
-    buckets = length_buckets([len(passage.input_ids) for passage in passages], settings.batch_tokens)
-    prefix_activations = compute_prefix_activations(base, site, layer, passages, settings.batch_tokens)
-    batches = [
-        prefix_activations.freeze_batch(Batch.from_passages(passages, rows, base.pad_token_id, base.device))
-        for rows in buckets
-    ]
+    batches = freeze_edits(base, site, layer, edits, settings.batch_tokens)
     own_fingerprint = base.fingerprint(layer, settings.layer_path)
     fingerprint = before.base if before else own_fingerprint
     settings = replace(settings, layer=layer)
@@ -73,6 +67,19 @@ def train_round(
         routed=routed,
     )
     return AdaptorState(fingerprint, settings, (record,), experts, router)
+
+
+def freeze_edits(
+    base: BaseModel, site: FFNSite, layer: int, edits: Sequence[Edit], batch_tokens: int
+) -> list[FrozenBatch]:
+    """Batches of the edits' prompts and targets, run up to `layer`, of at most `batch_tokens` padded tokens each."""
+    passages = encode_edits(base, edits)
+    buckets = length_buckets([len(passage.input_ids) for passage in passages], batch_tokens)
+    prefix_activations = compute_prefix_activations(base, site, layer, passages, batch_tokens)
+    return [
+        prefix_activations.freeze_batch(Batch.from_passages(passages, rows, base.pad_token_id, base.device))
+        for rows in buckets
+    ]
 
 
 class TrainableRound(nn.Module):

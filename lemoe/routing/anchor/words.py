@@ -44,9 +44,9 @@ def is_unspaced(word: str) -> bool:
     return not word.isascii() and _UNSPACED.match(unicodedata.normalize("NFC", word)) is not None
 
 
-def _goes_on(word: str, char: str) -> bool:
-    """Whether a letter directly behind a word is part of it."""
-    return word[-1] not in _SIGNS and not is_unspaced(char)
+def _goes_on(word: str, unspaced: bool) -> bool:
+    """Whether letters directly behind a word are part of it; `unspaced`: whether they are of an unspaced script."""
+    return word[-1] not in _SIGNS and not unspaced
 
 
 @lru_cache(1 << 16)
@@ -75,7 +75,7 @@ def split_words(text: str) -> list[str]:
     growing = False
     for char in text:
         letters = _fold_char(char)
-        if letters and growing and _goes_on(words[-1], char):
+        if letters and growing and _goes_on(words[-1], is_unspaced(char)):
             words[-1] += letters
         elif letters:
             words.append(letters)
@@ -224,7 +224,7 @@ class WordReader:
         new_sentence = self._sentence_end == 2 and not self.growing and (run.begins_high or self._ends_surely)
         if new_sentence:
             self.words = []
-        if self.growing and not run.unspaced and self.words[-1].text[-1] not in _SIGNS:
+        if self.growing and _goes_on(self.words[-1].text, run.unspaced):
             last = self.words[-1]
             last.text += run.folded
             last.capital |= run.any_upper

@@ -1,1 +1,1 @@
-"""Methods whose rounds change what earlier rounds learned, for comparison alone."""
+"""Methods whose rounds can neither be separated nor stacked, for comparison alone."""

@@ -59,7 +59,7 @@ class RetrievedContext(Context):
     def _find_edit(self, prompt: str, about: Edit) -> Edit | None:
         vectoriser, facts = self._index
         cosines = (facts @ vectoriser.transform([prompt]).T).toarray()[:, 0]
-        best = max(range(len(self.edits)), key=lambda number: (cosines[number], number))
+        best = len(cosines) - 1 - int(cosines[::-1].argmax())
         return self.edits[best] if cosines[best] >= self.threshold else None
 
     @cached_property

@@ -11,7 +11,7 @@ from lemoe.base.loading import BaseModel
 from lemoe.data.edits import Edit
 from lemoe.settings import Settings
 from lemoe.training.baselines import lora
-from lemoe.training.baselines.weight_change import AddedWeights
+from lemoe.training.baselines.weight_change import AddedWeights, add_up
 from lemoe.training.steps import OnStep
 
 
@@ -22,6 +22,4 @@ def train_round(
     with before.applied(base) if before else nullcontext():
         trained = lora.train_round(base, edits, settings, None, on_step).multiply_out(base)
     merged = [settings.merge_share * change for change in trained.changes]
-    if before:
-        merged = [earlier + change for earlier, change in zip(before.changes, merged, strict=True)]
-    return AddedWeights(trained.paths, tuple(merged))
+    return AddedWeights(trained.paths, add_up(before, merged))

@@ -13,16 +13,15 @@ from torch.nn import functional
 
 from lemoe.adaptor.experts import Experts
 from lemoe.adaptor.state import AdaptorState, RoundRecord, round_id
-from lemoe.base.frozen import FrozenBatch, compute_prefix_activations, residual_scale
+from lemoe.base.frozen import FrozenBatch, residual_scale
 from lemoe.base.loading import BaseModel
 from lemoe.base.structure import FFNSite
-from lemoe.base.tokens import Batch, encode_edits, length_buckets
 from lemoe.data.edits import Edit, combine_digests
 from lemoe.errors import AdaptorError
 from lemoe.routing.mixture_gate import MixtureGate
 from lemoe.routing.router import Routing
 from lemoe.settings import Settings
-from lemoe.training.paper import REFERENCE_WIDTH, pooled_prompts, random_matrix
+from lemoe.training.paper import REFERENCE_WIDTH, freeze_edits, pooled_prompts, random_matrix
 from lemoe.training.steps import OnStep, fit_round
 
 
@@ -37,13 +36,7 @@ def train_round(
     layer = settings.resolve_layer(len(base.layers), base.source.layers)
     settings = replace(settings, layer=layer)
     site = base.ffn_site(layer, settings.layer_path)
-    passages = encode_edits(base, edits)
-    buckets = length_buckets([len(passage.input_ids) for passage in passages], settings.batch_tokens)
-    prefix_activations = compute_prefix_activations(base, site, layer, passages, settings.batch_tokens)
-    batches = [
-        prefix_activations.freeze_batch(Batch.from_passages(passages, rows, base.pad_token_id, base.device))
-        for rows in buckets
-    ]
+    batches = freeze_edits(base, site, layer, edits, settings.batch_tokens)
     fingerprint = base.fingerprint(layer, settings.layer_path)
     parent = before.rounds[-1] if before else None
     identity = round_id(fingerprint, base.tokenizer.chat_template, settings, edits, parent.id if parent else None)

@@ -28,7 +28,7 @@ from lemoe.base.tokens import encode_edits
 from lemoe.data.edits import Edit
 from lemoe.settings import Settings
 from lemoe.training.baselines.live_batches import LiveBatch, live_batches, live_losses
-from lemoe.training.baselines.weight_change import AddedWeights, check_resident
+from lemoe.training.baselines.weight_change import AddedWeights, add_up, check_resident
 from lemoe.training.steps import OnStep, Step
 
 Shape = tuple[int, int]  # out and in features
@@ -87,9 +87,7 @@ def train_round(
         _orient(maps[path], solve_change(*features, statistics[_shape_of(maps[path])], settings.learning_rate))
         for path, features in read.items()
     ]
-    if before:
-        changes = [earlier + change for earlier, change in zip(before.changes, changes, strict=True)]
-    return ClosedForm(tuple(read), tuple(changes), statistics)
+    return ClosedForm(tuple(read), add_up(before, changes), statistics)
 
 
 def solve_change(inputs: Tensor, gradients: Tensor, statistics: Statistics, rate: float) -> Tensor:

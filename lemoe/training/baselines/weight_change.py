@@ -49,6 +49,13 @@ class AddedWeights(TensorEquality, WeightChange):
             yield
 
 
+def add_up(before: AddedWeights | None, changes: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The `changes` of a round on top of those of earlier rounds."""
+    if before is None:
+        return tuple(changes)
+    return tuple(earlier + change for earlier, change in zip(before.changes, changes, strict=True))
+
+
 def check_resident(base: BaseModel) -> None:
     """Refuse a base with offloaded weights, which are loaded anew for each use: a change of them would be lost.
 
