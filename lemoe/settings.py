@@ -64,6 +64,7 @@ class Settings:
         change_share: share of a round's changes of weights that stays, the largest relative to the weight, for `rect`.
         retrieval_threshold: cosine of a prompt and a fact from which the fact is put in front of it, for `rag`.
         merge_share: how far weights go from those before a round towards those it trained, for `lora-merge`.
+        radius: Euclidean distance up to which what an FFN reads counts as an edit's, for `grace`.
         batch_tokens: padded tokens per batch.
     """
 
@@ -97,6 +98,7 @@ class Settings:
     change_share: float = 1.0
     retrieval_threshold: float = 0.0
     merge_share: float = 1.0
+    radius: float = 1.0
     batch_tokens: int = 2048
 
     def __post_init__(self) -> None:
@@ -133,6 +135,7 @@ _NOT_NEGATIVE = (
     "gate_slack",
     "norm_limit",
     "retrieval_threshold",
+    "radius",
 )
 _BOUNDS = (
     *((name, "at least 1", lambda value: value >= 1) for name in ("round_size", "width", "router_width", "top_k")),

@@ -11,9 +11,11 @@ import torch
 from conftest import FAMILIES
 
 import lemoe
+from lemoe.base.hooks import removed_on_exit
 from lemoe.errors import InputError, LemoeError
 from lemoe.training.baselines.context import Context
 from lemoe.training.baselines.ft import TunedFFN
+from lemoe.training.baselines.grace import Codebook
 from lemoe.training.baselines.weight_change import AddedWeights, WeightChange
 from lemoe.training.methods import METHODS
 from lemoe.training.rounds import Edited, count_bytes, teach_rounds
@@ -22,14 +24,16 @@ pytestmark = pytest.mark.versions
 
 PROMPTING = ("context", "rag")
 BASELINES = tuple(name for name, method in METHODS.items() if method.baseline and name not in PROMPTING)
-SMALL = {"layer": 1, "steps": 25, "learning_rate": 1e-2, "norm_limit": 0.3, "experts": 2, "width": 4}
+SMALL = {"layer": 1, "steps": 25, "learning_rate": 1e-2, "norm_limit": 0.3, "experts": 2, "width": 4, "radius": 0.05}
+
+RATES = {"ultraedit": 1e-3, "grace": 0.5}  # of one step; of a vector
 
 each_baseline = pytest.mark.parametrize("method", BASELINES)
 
 
 def make_settings(method: str, **given: object) -> lemoe.Settings:
-    own = {**SMALL, "learning_rate": 1e-3} if method == "ultraedit" else SMALL  # of one step
-    return lemoe.resolve_settings(method, None, {**own, **given})
+    rate = RATES.get(method, SMALL["learning_rate"])
+    return lemoe.resolve_settings(method, None, {**SMALL, "learning_rate": rate, **given})
 
 
 def train_rounds(
@@ -84,10 +88,10 @@ def test_the_base_is_what_it_was_when_teaching_breaks_off(
 
 
 @pytest.mark.parametrize(
-    "method", [name for name in BASELINES if name != "ultraedit"]
-)  # one step lowers the loss, no more
+    "method", [name for name in BASELINES if name not in RATES]
+)  # one step, or one vector, lowers the loss, no more
 def test_a_round_is_learned(base: lemoe.BaseModel, facts: list[lemoe.Edit], method: str) -> None:
-    given = {"steps": 120, "learning_rate": 1e-2, "width": 16, "norm_limit": 1.0}
+    given = {"steps": 120, "width": 16, "norm_limit": 1.0}
     (edited,) = train_rounds(base, facts, method, rounds=1, **given)
     for decode in ("teacher", "greedy"):
         result = lemoe.evaluate(base, edited, facts[:2], only=("reliability",), decode=decode)
@@ -107,7 +111,7 @@ def test_equal_runs_give_equal_weights_whatever_the_state_of_torchs_own_generato
     assert runs[0] == runs[1]
 
 
-@each_baseline
+@pytest.mark.parametrize("method", [name for name in BASELINES if name != "grace"])
 def test_its_size_does_not_grow_with_rounds_and_earlier_states_stay_as_they_were(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], method: str
 ) -> None:
@@ -242,6 +246,80 @@ def test_ultraedit_is_its_formula(base: lemoe.BaseModel, facts: list[lemoe.Edit]
             before[path] = change
 
 
+def make_codebook(*entries: tuple[tuple[float, float], str], radius: float = 1.0) -> Codebook:
+    """Entries placed one by one: what the FFN reads, and the label; the value is ten times the key."""
+    book = Codebook(1, None, (), torch.zeros(0, 2), torch.zeros(0, 2), torch.zeros(0))
+    for key, label in entries:
+        book, _ = book.place(torch.tensor(key), 10 * torch.tensor(key), tuple(label.encode()), radius)
+    return book
+
+
+def test_grace_gives_each_edit_a_circle_that_meets_none_of_another_answer() -> None:
+    apart = make_codebook(((0.0, 0.0), "Rome"), ((0.0, 2.5), "Bern"))
+    assert apart.radii.tolist() == [1.0, 1.0]
+    grown = make_codebook(((0.0, 0.0), "Rome"), ((0.0, 1.5), "Rome"))
+    assert grown.radii.tolist() == [1.5]
+    inside = make_codebook(((0.0, 0.0), "Rome"), ((0.0, 0.5), "Rome"))
+    assert inside.radii.tolist() == [1.0]
+    halved = make_codebook(((0.0, 0.0), "Rome"), ((0.0, 1.5), "Bern"), ((4.0, 0.0), "Oslo"))
+    assert halved.radii.tolist() == [0.75, 0.75, 1.0]
+    assert list(map(bytes, halved.labels)) == [b"Rome", b"Bern", b"Oslo"]
+
+
+def test_grace_replaces_what_the_ffn_gives_near_a_key_and_nothing_else() -> None:
+    book = make_codebook(((3.0, 0.0), "Rome"), ((3.0, 0.0), "Bern"), ((0.0, 4.0), "Oslo"))
+    inputs = torch.tensor([[[3.0, 0.0], [0.0, 3.5], [0.0, 2.9], [9.0, 9.0]]])
+    output = torch.ones(1, 4, 2)
+    expected = [[[30.0, 0.0], [0.0, 40.0], [1.0, 1.0], [1.0, 1.0]]]
+    assert book.replace_near_keys(inputs, output).tolist() == expected
+    assert make_codebook().replace_near_keys(inputs, output) is output
+
+
+def run_ffn(base: lemoe.BaseModel, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input and output `[seq, hidden]` of the FFN of layer 1 on a text."""
+    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
+    ffn = base.ffn_site(1).output_module
+    with removed_on_exit([ffn.register_forward_hook(lambda module, args, output: calls.append((args[0], output)))]):
+        compute_logits(base, ids)
+    return calls[0][0][0], calls[0][1][0]
+
+
+def test_grace_reads_its_keys_where_prompts_end_and_trains_values_that_take_the_ffns_place(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit]
+) -> None:
+    (start,) = train_rounds(base, facts, "grace", rounds=1, steps=1, learning_rate=1e-6)
+    trained, second = train_rounds(base, facts, "grace", steps=40)
+    assert isinstance(start, Codebook)
+    assert isinstance(trained, Codebook)
+    assert isinstance(second, Codebook)
+    assert torch.equal(second.values[:2], trained.values)
+    answered = lemoe.evaluate(base, trained, facts[:1], only=("reliability",), decode="greedy")
+    assert (
+        answered.value("reliability", "exact_match")
+        == 1.0
+        > answered.value("reliability", "exact_match", stage="before")
+    )
+    assert torch.equal(second.keys[:2], start.keys)
+    ffn = base.ffn_site(1).output_module
+    for number, edit in enumerate(facts[:2]):
+        prompt = base.tokenizer(edit.prompt).input_ids
+        read, given = run_ffn(base, prompt)
+        torch.testing.assert_close(start.keys[number], read[-1])
+        torch.testing.assert_close(start.values[number], given[-1], atol=1e-5, rtol=0)
+        whole = base.tokenizer(f"{edit.prompt} {edit.target}").input_ids
+        value = trained.values[number]
+
+        def put_value(module: object, args: object, output: torch.Tensor) -> torch.Tensor:
+            output[0, len(prompt) - 1] = value  # noqa: B023
+            return output
+
+        with removed_on_exit([ffn.register_forward_hook(put_value)]):
+            expected = compute_logits(base, whole)
+        alone = Codebook(1, None, trained.labels[:1], trained.keys[[number]], value.unsqueeze(0), torch.tensor([1e-3]))
+        with alone.applied(base):
+            torch.testing.assert_close(compute_logits(base, whole), expected)
+
+
 def test_a_mixture_is_an_adaptor_that_a_file_keeps(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], tmp_path: object
 ) -> None:
@@ -281,7 +359,7 @@ def test_nothing_is_stacked_onto_a_mixture_or_taken_out_of_it(base: lemoe.BaseMo
 
 
 def test_settings_of_baselines_change_nothing_of_an_adaptor(base: lemoe.BaseModel, facts: list[lemoe.Edit]) -> None:
-    given = {"change_share": 0.5, "merge_share": 0.5, "retrieval_threshold": 0.5}
+    given = {"change_share": 0.5, "merge_share": 0.5, "radius": 0.5, "retrieval_threshold": 0.5}
     one, other = (train_rounds(base, facts, "paper", rounds=1, steps=2, **own)[0] for own in ({}, given))
     assert isinstance(one, lemoe.AdaptorState)
     assert isinstance(other, lemoe.AdaptorState)

@@ -67,7 +67,7 @@ def test_replaying_the_upper_layers_gives_the_logits_of_the_whole_model(
     passages = encode_passages(base, [(edit.id, edit.prompt, edit.target) for edit in facts[:3]])
     batch = Batch.from_passages(passages, range(3), base.pad_token_id, base.device)
     site = base.ffn_site(layer)
-    prefix = compute_prefix_activations(base, site, layer, passages, 64, all_layers=True)
+    prefix = compute_prefix_activations(base, site, layer, passages, 64, reach="end")
     frozen = prefix.freeze_batch(batch)
     delta = torch.randn(frozen.inputs.shape, generator=torch.Generator().manual_seed(1))
     targets = (batch.target_rows, batch.target_columns)
@@ -90,7 +90,7 @@ def test_a_replay_may_start_where_the_first_expert_acts(
     passages = encode_passages(base, [(edit.id, prefix_text + edit.prompt, edit.target) for edit in facts[:4]])
     batch = Batch.from_passages(passages, range(4), base.pad_token_id, base.device)
     site = base.ffn_site(layer)
-    prefix = compute_prefix_activations(base, site, layer, passages, 64, all_layers=True)
+    prefix = compute_prefix_activations(base, site, layer, passages, 64, reach="end")
     whole, part = prefix.freeze_batch(batch), prefix.freeze_batch(batch, start)
     delta = torch.randn(whole.inputs.shape, generator=torch.Generator().manual_seed(1))
     delta[:, :start] = 0

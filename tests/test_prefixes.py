@@ -9,7 +9,10 @@ from conftest import FAMILIES
 
 import lemoe
 from lemoe.base.frozen import compute_prefix_activations, prefix_pass
+from lemoe.base.frozen.check import check_replay
+from lemoe.base.frozen.prefix_pass import Reach
 from lemoe.base.frozen.token_trees import TokenForest, TreeBatch
+from lemoe.base.hooks import removed_on_exit
 from lemoe.base.tokens import Batch, encode_passages
 
 Tiny = Callable[[str], lemoe.BaseModel]
@@ -72,7 +75,7 @@ def test_trees_and_single_rows_give_the_same(
     found = []
     for trees in (prefix_pass.supports_token_trees(base, 40), False):
         monkeypatch.setattr(prefix_pass, "supports_token_trees", lambda base, longest, trees=trees: trees)
-        ran = compute_prefix_activations(base, base.ffn_site(1), 1, passages, 128, all_layers=True)
+        ran = compute_prefix_activations(base, base.ffn_site(1), 1, passages, 128, reach="end")
         found.append((ran.inputs[ran.node_index(batch)][real], ran.base_hidden(batch)))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
@@ -101,13 +104,37 @@ def test_a_shared_prefix_runs_once(base: lemoe.BaseModel, facts: list[lemoe.Edit
     assert len(ran.output) == len(distinct) < sum(len(passage.input_ids) for passage in passages)
 
 
-def test_activations_of_the_lower_layers_alone_refuse_what_needs_the_whole_model(
+def test_activations_that_stop_on_the_way_refuse_what_needs_more(
     base: lemoe.BaseModel, facts: list[lemoe.Edit]
 ) -> None:
     passages = encode_passages(base, [(e.id, e.prompt, e.target) for e in facts])
-    ran = compute_prefix_activations(base, base.ffn_site(1), 1, passages, 1024)
     batch = Batch.from_passages(passages, range(2), base.pad_token_id, base.device)
-    with pytest.raises(ValueError, match="whole model"):
-        ran.base_hidden(batch)
-    with pytest.raises(ValueError, match="whole model"):
-        ran.freeze_batch(batch, 1)
+    reaches: tuple[Reach, ...] = ("layer", "keys_values")
+    lower, keyed = (
+        compute_prefix_activations(base, base.ffn_site(1), 1, passages, 1024, reach=reach) for reach in reaches
+    )
+    for ran in (lower, keyed):
+        with pytest.raises(ValueError, match="to the end of the model"):
+            ran.base_hidden(batch)
+    with pytest.raises(ValueError, match="beyond the edited layer"):
+        lower.freeze_batch(batch, 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keys_and_values_are_enough_for_replays_and_the_last_layer_runs_no_ffn_for_them(
+    tiny: Tiny, facts: list[lemoe.Edit], family: str
+) -> None:
+    base = tiny(family)
+    passages = encode_passages(base, [(e.id, e.prompt, e.target) for e in facts])
+    batch = Batch.from_passages(passages, range(len(passages)), base.pad_token_id, base.device)
+    site, ran_last = base.ffn_site(0), []
+    check_replay(base, site, 0, prefix_pass._compute_unchecked)
+    handle = base.ffn_site(len(base.layers) - 1).entry.register_forward_hook(lambda *call: ran_last.append(call))
+    with removed_on_exit([handle]):
+        keyed = compute_prefix_activations(base, site, 0, passages, 1024, reach="keys_values")
+        assert not ran_last
+        whole = compute_prefix_activations(base, site, 0, passages, 1024, reach="end")
+        assert ran_last
+    delta = torch.randn(whole.inputs[whole.node_index(batch, 2)].shape, generator=torch.Generator().manual_seed(0))
+    one, other = (ran.freeze_batch(batch, 2).replay(delta) for ran in (keyed, whole))
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)

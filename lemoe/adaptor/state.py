@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 GATE_SETTINGS = {"gate", "gate_probability"}
-BASELINE_SETTINGS = {"change_share", "merge_share", "retrieval_threshold"}  # of methods that make no adaptors
+BASELINE_SETTINGS = {"change_share", "merge_share", "radius", "retrieval_threshold"}  # of methods that make no adaptors
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,7 +121,7 @@ def _answer_by_base(
     Passages whose target the base wrote share no prefix: whether they run at all depends on the adaptor.
     """
     passages, groups = [probe.passage for probe in probes], _sharing_groups(probes)
-    prefix = compute_prefix_activations(base, site, layer, passages, batch_tokens, all_layers=True, groups=groups)
+    prefix = compute_prefix_activations(base, site, layer, passages, batch_tokens, reach="end", groups=groups)
     batch = Batch.from_passages(passages, range(len(passages)), base.pad_token_id, base.device)
     return prefix, _read_answers(base, batch, prefix.base_hidden(batch))
 

@@ -75,6 +75,7 @@ METHODS = {
         Method("lora", "baselines.lora", baseline=True),
         Method("lora-merge", "baselines.lora_merge", baseline=True),
         Method("memoe", "baselines.memoe", baseline=True),
+        Method("grace", "baselines.grace", baseline=True),
         Method("ultraedit", "baselines.ultraedit", baseline=True),
     )
 }

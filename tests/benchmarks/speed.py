@@ -49,7 +49,7 @@ from lemoe.base.tensors import rms_normalise
 from lemoe.base.tokens import Batch, Passage, encode_edits, length_buckets
 from lemoe.data.edits import combine_digests
 from lemoe.routing.anchor.anchors import Anchors, LiveAnchors
-from lemoe.routing.anchor.fitting import fitted_meaning
+from lemoe.routing.anchor.fitting import fitted_meaning, layer_to_read
 from lemoe.routing.anchor.gate import Anchor
 from lemoe.routing.anchor.meaning import Vector
 from lemoe.routing.anchor.route import GateState, Route
@@ -59,7 +59,7 @@ from lemoe.training.anchor.round import MIN_WIDTH, TrainableExperts
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DATA = REPOSITORY / ".." / "shared" / "data"
-LOSS_WORDS = 8192  # token ids that take part in the loss, about
+LOSS_WORDS = 2048  # token ids that take part in the loss, about
 TOKENISED = 10_000  # texts that are tokenised together
 
 
@@ -103,18 +103,48 @@ class Shape:
     vocabulary: int
 
     @property
+    def attention_parameters(self) -> int:
+        return 2 * self.hidden * (self.hidden + self.key_width)
+
+    @property
+    def ffn_parameters(self) -> int:
+        return 3 * self.hidden * self.intermediate
+
+    @property
     def layer_parameters(self) -> int:
-        return 2 * self.hidden * (self.hidden + self.key_width) + 3 * self.hidden * self.intermediate
+        return self.attention_parameters + self.ffn_parameters
 
     def forward(self, tokens: float) -> float:
         """Operations of a whole forward pass with logits at every position."""
         return 2 * tokens * (self.layers * self.layer_parameters + self.hidden * self.vocabulary)
 
-    def editing(self, frozen: float, replayed: float, targets: float, steps: int, layer: int, words: int) -> float:
-        """Operations per edit: the frozen pass up to `layer`, then forward and backward above it at each step."""
-        above = self.layers - 1 - layer
-        step = replayed * above * self.layer_parameters + targets * words * self.hidden
-        return 2 * frozen * (layer + 1) * self.layer_parameters + steps * 2 * 2 * step
+    def editing(self, columns: "Columns", layer: int, steps: int) -> tuple[float, float, float]:
+        """Operations per edit: of the frozen passes, of replaying the layers above `layer`, of the loss.
+
+        A step goes forward and back without gradients of weights. In the last layer the frozen pass stops at keys and
+        values, and a replay runs the FFN at target positions alone.
+        """
+        read, above = layer_to_read(self.layers, layer), self.layers - 1 - layer
+        whole = columns.frozen * max(layer + above, layer + 1) + columns.read * read
+        last = 2 * self.hidden * self.key_width * columns.frozen if above else 0
+        replayed = columns.replayed * (
+            max(above - 1, 0) * self.layer_parameters + bool(above) * self.attention_parameters
+        )
+        replayed += bool(above) * columns.predicted * self.ffn_parameters
+        loss = columns.predicted * self.hidden * (steps * LOSS_WORDS * 2 + self.vocabulary)
+        return 2 * (whole * self.layer_parameters + last), 4 * steps * replayed, 2 * loss
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns (padding included) per edit that run through the model: of its frozen pass, of the pass before that reads
+    what its prompts mean, of each step's replay, and at which each step predicts a token.
+    """
+
+    frozen: float
+    read: float
+    replayed: float
+    predicted: float
 
 
 SHAPES = {
@@ -128,35 +158,50 @@ def count_operations() -> None:
     base = lemoe.load_base("llama")
     settings = lemoe.resolve_settings("anchor")
     edits = read_real_edits(settings.round_size)
-    with count_columns(base) as columns:
+    layer = settings.resolve_layer(len(base.layers), base.source.layers)
+    with count_columns(base, 0) as all_columns, count_columns(base, layer) as frozen:
         batches = make_batches(base, edits, settings)
-    frozen = sum(columns) / len(edits)
     texts = [*batches.prompts, *(positive for kind in batches.paraphrases for positive in kind)]
     kinds = 1 + len(batches.paraphrases)
     tokens = sum(int(positive.frozen.batch.mask.sum()) for positive in batches.prompts) / len(edits)
-    replayed = 2 * sum(positive.active.numel() for positive in texts) / len(edits) / kinds
-    targets = 2 * sum(len(positive.weights) for positive in texts) / len(edits) / kinds
-    print(f"An edit has {tokens:.1f} tokens of prompt and target. Its own prompt, paraphrases and negatives take")
-    print(f"{frozen:.0f} columns of the frozen pass; each step replays {replayed:.1f} and predicts {targets:.1f}.\n")
-    print("| shape | base forward pass | editing | in passes | expert, float32 | expert, bfloat16 |")
-    print("|---|---|---|---|---|---|")
+    columns = Columns(
+        frozen=sum(frozen) / len(edits),
+        read=(sum(all_columns) - sum(frozen)) / len(edits),
+        replayed=2 * sum(positive.active.numel() for positive in texts) / len(edits) / kinds,
+        predicted=2 * sum(len(positive.weights) for positive in texts) / len(edits) / kinds,
+    )
+    print(
+        f"An edit has {tokens:.1f} tokens of prompt and target. {columns.read:.0f} columns tell what its prompt means;"
+    )
+    print(f"its texts take {columns.frozen:.0f} columns of the frozen pass; each of {settings.steps} steps replays")
+    print(f"{columns.replayed:.1f} and predicts {columns.predicted:.1f}.\n")
+    print(
+        "| shape | frozen | replays | loss | all | base forward pass | in passes | expert, float32 | expert, bfloat16 |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for name, shape in SHAPES.items():
         known = base.source.layers if shape.layers == len(base.layers) else {}
-        layer = settings.resolve_layer(shape.layers, known)
-        forward = shape.forward(tokens)
-        editing = shape.editing(frozen, replayed, targets, settings.steps, layer, LOSS_WORDS)
-        size = 3 * MIN_WIDTH * shape.hidden
+        parts = shape.editing(columns, settings.resolve_layer(shape.layers, known), settings.steps)
+        forward, size = shape.forward(tokens), 3 * MIN_WIDTH * shape.hidden
+        cells = " | ".join(f"{part / 1e9:.1f} GFLOP" for part in (*parts, sum(parts), forward))
         print(
-            f"| {name} | {forward / 1e9:.1f} GFLOP | {editing / 1e9:.0f} GFLOP | {editing / forward:.1f} "
-            f"| {4 * size / 1024:.0f} KiB | {2 * size / 1024:.0f} KiB |"
+            f"| {name} | {cells} | {sum(parts) / forward:.1f} | {4 * size / 1024:.0f} KiB | {2 * size / 1024:.0f} KiB |"
         )
+    with FlopCounterMode(display=False) as counter:
+        run_full_forward(base, edits)
+    forward = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        lemoe.train_round(base, edits, settings)
+    edited = counter.get_total_flops()
+    print(f"\nAs torch counts, attention, checks and retries included: {edited / len(edits) / 1e9:.1f} GFLOP an edit,")
+    print(f"{edited / forward:.2f} times the {forward / len(edits) / 1e9:.2f} of a forward pass of the base.")
 
 
 @contextmanager
-def count_columns(base: lemoe.BaseModel) -> Iterator[list[int]]:
-    """Padded tokens that run through the first layer, pass after pass, while open."""
+def count_columns(base: lemoe.BaseModel, layer: int) -> Iterator[list[int]]:
+    """Padded tokens that run through the FFN of `layer`, pass after pass, while open."""
     columns: list[int] = []
-    site = base.ffn_site(0)
+    site = base.ffn_site(layer)
     hook = site.entry.register_forward_pre_hook(lambda module, args: columns.append(args[0].numel() // site.hidden))
     try:
         yield columns

@@ -103,7 +103,8 @@ def _compare_outputs(base: BaseModel, site: FFNSite, layer: int, run_prefix: Run
     passages = _make_test_passages(base)
     batch = Batch.from_passages(passages, range(len(passages)), base.pad_token_id, base.device)
     targets = (batch.target_rows, batch.target_columns)
-    prefix = run_prefix(base, site, layer, passages, batch.ids.numel(), all_layers=True)
+    prefix = run_prefix(base, site, layer, passages, batch.ids.numel(), reach="end")
+    replayable = run_prefix(base, site, layer, passages, batch.ids.numel(), reach="keys_values")
     delta = _random_delta(prefix, batch)
     real = _run_model(base, site, layer, batch, delta)
     mask = batch.mask.bool()
@@ -116,7 +117,7 @@ def _compare_outputs(base: BaseModel, site: FFNSite, layer: int, run_prefix: Run
     yield _Comparison("what an edit adds to the layer's output", (real.edited - real.output)[mask], delta[mask])
     yield _Comparison("the logits", plain[targets], base.logits(prefix.base_hidden(batch)))
     for start in (0, REPLAY_START):
-        replayed = base.logits(prefix.freeze_batch(batch, start).replay(delta[:, start:]))
+        replayed = base.logits(replayable.freeze_batch(batch, start).replay(delta[:, start:]))
         yield _Comparison(
             "an edit's change of the logits", edited[targets], replayed, plain[targets].double(), tolerance_factor=3
         )

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,6 +30,8 @@ from lemoe.base.structure import FFNSite
 from lemoe.base.tokens import Batch, Passage, batch_invariant_width, length_buckets
 from lemoe.errors import ModelError
 
+Reach = Literal["layer", "keys_values", "end"]  # how far texts run; see `compute_prefix_activations`
+
 
 class _EmptyCacheLayer(DynamicLayer):
     """Stores no keys and values, only that it was updated."""
@@ -39,6 +41,14 @@ class _EmptyCacheLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.used = True
         return key_states, value_states
+
+
+class _StoppingCacheLayer(DynamicLayer):
+    """Ends the forward pass once it has its keys and values."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        super().update(key_states, value_states, *args, **kwargs)
+        raise StopForward
 
 
 class StopForward(Exception):
@@ -53,7 +63,8 @@ class PrefixActivations(TensorEquality):
         text_nodes: for each text, the node of each of its tokens.
         inputs: `[nodes, hidden]`, the input of the edited FFN.
         output: `[nodes, hidden]`, the output of the edited layer.
-        last: `[nodes, hidden]`, the output of the last layer; None if only the layers up to the edited one ran.
+        reach: how far the texts ran.
+        last: `[nodes, hidden]`, the output of the last layer; None if they did not run to the end.
         prefix_keys_values: keys and values `[nodes, heads, width]` in each layer above, on that layer's device (all
             other tensors are on the base's); empty if those layers did not run.
         in_tuple: whether the layers return their hidden states in a tuple.
@@ -68,6 +79,7 @@ class PrefixActivations(TensorEquality):
     text_nodes: list[Tensor]
     inputs: Tensor
     output: Tensor
+    reach: Reach
     last: Tensor | None
     prefix_keys_values: list[tuple[Tensor, Tensor]]
     in_tuple: bool
@@ -77,7 +89,7 @@ class PrefixActivations(TensorEquality):
     def base_hidden(self, batch: Batch) -> Tensor:
         """`[targets, hidden]`, the base model's last hidden states at a batch's target positions."""
         if self.last is None:
-            raise ValueError("these texts did not run through the whole model")
+            raise ValueError("these texts did not run to the end of the model")
         return self.last[self.node_index(batch)[batch.target_rows, batch.target_columns]]
 
     def node_index(self, batch: Batch, start: int = 0) -> Tensor:
@@ -94,8 +106,8 @@ class PrefixActivations(TensorEquality):
             start: the first column to which an edit may add anything. Of the columns before it, only the keys and
                 values that the layers above attend to are kept, if `keys_values_suffice`.
         """
-        if start and self.last is None:
-            raise ValueError("these texts did not run through the whole model")
+        if start and self.reach == "layer":
+            raise ValueError("these texts did not run beyond the edited layer")
         first = start if self.keys_values_suffice else 0
         layers, calls, embeddings = self.base.layers, [], []
 
@@ -140,7 +152,7 @@ def compute_prefix_activations(
     layer: int,
     passages: Sequence[Passage],
     max_tokens: int,
-    all_layers: bool = False,
+    reach: Reach = "layer",
     groups: Sequence[int] | None = None,
     layer_read: int | None = None,
 ) -> PrefixActivations:
@@ -148,8 +160,8 @@ def compute_prefix_activations(
 
     Args:
         max_tokens: padded tokens that run through the model at once.
-        all_layers: run them through the layers above as well, for the base model's answers and for keys and values,
-            so that replays can start after a prefix.
+        reach: how far they run: up to `layer`; as far as the last layer's keys and values, so that replays can start
+            after a prefix; or to the end, for the base model's answers too.
         groups: one number per passage. The activations of a passage then depend on its group alone, bit for bit on a
             CPU in float32, however many other passages share the batch.
         layer_read: a layer, no later than `layer`, whose input is kept too.
@@ -158,7 +170,7 @@ def compute_prefix_activations(
         ModelError: if replaying the layers above differs from running the model itself.
     """
     check_replay(base, site, layer, _compute_unchecked)
-    return _compute_unchecked(base, site, layer, passages, max_tokens, all_layers, groups, layer_read)
+    return _compute_unchecked(base, site, layer, passages, max_tokens, reach, groups, layer_read)
 
 
 def _compute_unchecked(
@@ -167,7 +179,7 @@ def _compute_unchecked(
     layer: int,
     passages: Sequence[Passage],
     max_tokens: int,
-    all_layers: bool = False,
+    reach: Reach = "layer",
     groups: Sequence[int] | None = None,
     layer_read: int | None = None,
 ) -> PrefixActivations:
@@ -176,7 +188,7 @@ def _compute_unchecked(
     forest, keys_values_suffice = layout.forest, keeps_only_keys_values(base)
     firsts, parts, total = [0] * len(forest.trees), [], 0
     for members, rows in layout.batch_rows(base):
-        parts.append(_record_pass(base, site, layer, rows, all_layers, keys_values_suffice, layer_read))
+        parts.append(_record_pass(base, site, layer, rows, reach, keys_values_suffice, layer_read))
         for tree in members:
             firsts[tree], total = total, total + len(forest.trees[tree])
     return PrefixActivations(
@@ -186,7 +198,8 @@ def _compute_unchecked(
         [torch.tensor(nodes, device=base.device) + firsts[tree] for tree, nodes in forest.locations],
         torch.cat([part.inputs for part in parts]),
         torch.cat([part.output for part in parts]),
-        torch.cat([part.last for part in parts if part.last is not None]) if all_layers else None,
+        reach,
+        torch.cat([part.last for part in parts if part.last is not None]) if reach == "end" else None,
         [
             (torch.cat([keys for keys, _ in each]), torch.cat([values for _, values in each]))
             for each in zip(*(part.keys_values for part in parts), strict=True)
@@ -269,20 +282,22 @@ def _record_pass(
     site: FFNSite,
     layer: int,
     rows: TreeRows,
-    all_layers: bool,
-    with_cache: bool,
+    reach: Reach,
+    keys_values_suffice: bool,
     layer_read: int | None,
 ) -> _TreePassOutput:
     real = rows.real
     seen: dict[str, Any] = {}
-    cache = _cache_above(layer) if with_cache else None
+    above = len(base.layers) - 1 - layer
+    cache = _cache_above(layer, above, stop=reach == "keys_values") if keys_values_suffice else None
+    ends_here = reach == "layer" or (reach == "keys_values" and not (cache and above))
 
     def drop_padding(hidden: Tensor) -> Tensor:
         return hidden.to(base.device).reshape(*real.shape, -1)[real]
 
     def record_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         seen["output"] = output
-        if not all_layers:
+        if ends_here:
             raise StopForward
 
     def record_read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -307,16 +322,18 @@ def _record_pass(
         keys_values=[
             (index_on_device(each.keys.transpose(1, 2), real), index_on_device(each.values.transpose(1, 2), real))
             for each in (cache.layers[layer + 1 :] if cache else [])
+            if each.is_initialized
         ],
         in_tuple=isinstance(seen["output"], tuple),
         read=seen.get("read"),
     )
 
 
-def _cache_above(layer: int) -> DynamicCache:
-    """A cache that stores nothing for the layers up to `layer`."""
+def _cache_above(layer: int, above: int = 0, stop: bool = False) -> DynamicCache:
+    """A cache of the layers above `layer`, for the others nothing; the last may end the pass it serves."""
     cache = DynamicCache()
     cache.layers = [_EmptyCacheLayer() for _ in range(layer + 1)]
+    cache.layers += [_StoppingCacheLayer() if stop and left == 1 else DynamicLayer() for left in range(above, 0, -1)]
     return cache
 
 

@@ -245,7 +245,7 @@ class TrainingBatchBuilder:
             self._layer,
             [text.passage for text in self._texts],
             self._settings.batch_tokens,
-            all_layers=True,
+            reach="keys_values",
             layer_read=None if self._meaning is None else int(self._meaning.layer),
         )
 

@@ -36,10 +36,10 @@ from lemoe.training.steps import OnStep, Step
 MIN_WIDTH, TOKENS_PER_NEURON = 4, 4  # of experts, and of the targets of those that take more
 ADAM_BETAS = (0.9, 0.95)
 WARM_UP_STEPS = 3
-FREQUENT_TOKENS = 4096  # the first token ids, which always take part in the loss
-CONFUSABLE_TOKENS = 64  # likeliest tokens of each target position that take part as well
+FREQUENT_TOKENS = 1024  # the first token ids, which always take part in the loss
+CONFUSABLE_TOKENS = 16  # likeliest tokens of each target position that take part as well
 WINNING_TOKENS = 8  # the same while experts are trained, by what they make of it then,
-CONFUSABLE_SHARES = (1 / 6, 1 / 3, 2 / 3)  # after these shares of the steps
+CONFUSABLE_SHARE = 0.4  # after this share of the steps
 FIRST_TOKEN_WEIGHT = 1.0  # of an answer's first token in the loss, besides its share of the mean over the answer
 LAST_RETRIES = 3  # further retries by the own prompt alone
 LABEL_MARGIN = 2.0  # nats by which a label's logit is lowered in the loss
@@ -263,14 +263,14 @@ def _optimise_experts(
     step_loss: Tensor | None = None
     own_targets = sum(len(positive.weights) for positive in batches.prompts)
     logits = base.logits_over(vocabulary)
-    confusable_steps = {int(share * steps) for share in CONFUSABLE_SHARES}
+    confusable_step = int(CONFUSABLE_SHARE * steps)
     for number in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = settings.learning_rate * _learning_rate_factor(number, steps)
         optimiser.zero_grad()
         positives = [*batches.prompts, *kinds[number]]
         hidden, spoken = _replay_positives(experts, positives, settings, generator)
-        if number in confusable_steps:
+        if number == confusable_step:
             vocabulary = _extend_vocabulary(base, vocabulary, hidden.detach())
             logits = base.logits_over(vocabulary)
         losses = _compute_losses(positives, hidden, vocabulary, logits)
