@@ -61,8 +61,8 @@ def exclude_probes(edits: Iterable[lemoe.Edit]) -> None:
     """Keep probes out of the negative prompts that training makes, so that all metrics are on unseen prompts."""
     probes = {probe.prompt for edit in edits for probe in (*edit.rephrases, *edit.locality, *edit.portability)}
 
-    def make_unseen(gate: Any, members: Any, index: int, count: int, rng: Any) -> list[str]:
-        made = make_negative_prompts(gate, members, index, count + 8, rng)
+    def make_unseen(gate: Any, members: Any, index: int, count: int, *rest: Any) -> list[str]:
+        made = make_negative_prompts(gate, members, index, count + 8, *rest)
         return [text for text in made if text not in probes][:count]
 
     batches.make_negative_prompts = make_unseen  # type: ignore[assignment, attr-defined]  # where training reads it
