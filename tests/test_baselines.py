@@ -25,7 +25,6 @@ pytestmark = pytest.mark.versions
 PROMPTING = ("context", "rag")
 BASELINES = tuple(name for name, method in METHODS.items() if method.baseline and name not in PROMPTING)
 SMALL = {"layer": 1, "steps": 25, "learning_rate": 1e-2, "norm_limit": 0.3, "experts": 2, "width": 4, "radius": 0.05}
-
 RATES = {"ultraedit": 1e-3, "grace": 0.5}  # of one step; of a vector
 
 each_baseline = pytest.mark.parametrize("method", BASELINES)

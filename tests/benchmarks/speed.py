@@ -125,12 +125,12 @@ class Shape:
         values, and a replay runs the FFN at target positions alone.
         """
         read, above = layer_to_read(self.layers, layer), self.layers - 1 - layer
-        whole = columns.frozen * max(layer + above, layer + 1) + columns.read * read
-        last = 2 * self.hidden * self.key_width * columns.frozen if above else 0
-        replayed = columns.replayed * (
-            max(above - 1, 0) * self.layer_parameters + bool(above) * self.attention_parameters
-        )
-        replayed += bool(above) * columns.predicted * self.ffn_parameters
+        whole, last, replayed = columns.frozen * self.layers + columns.read * read, 0.0, 0.0
+        if above:
+            whole -= columns.frozen
+            last = 2 * self.hidden * self.key_width * columns.frozen
+            replayed = columns.replayed * ((above - 1) * self.layer_parameters + self.attention_parameters)
+            replayed += columns.predicted * self.ffn_parameters
         loss = columns.predicted * self.hidden * (steps * LOSS_WORDS * 2 + self.vocabulary)
         return 2 * (whole * self.layer_parameters + last), 4 * steps * replayed, 2 * loss
 

@@ -6,7 +6,7 @@ within the radius of its nearest key, that key's value takes the place of the FF
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from lemoe.base.equality import TensorEquality
-from lemoe.base.hooks import removed_on_exit
+from lemoe.base.hooks import hooked_ffn
 from lemoe.base.loading import BaseModel
+from lemoe.base.placement import index_on_device
 from lemoe.base.structure import FFNSite
 from lemoe.base.tokens import encode_edits
 from lemoe.data.edits import Edit
@@ -134,8 +135,8 @@ def _value_losses(
 
 def _put_at_prompt_ends(live: LiveBatch, values: Tensor, inputs: Tensor, output: Tensor) -> Tensor:
     """`output` with `values` `[batch, hidden]` at the last tokens of prompts."""
-    by_text = output.reshape(*live.hidden.shape[:2], -1)
-    return by_text.index_put(_prompt_ends(live), values.to(output)).view(output.shape)
+    ends = tuple(index.to(output.device) for index in _prompt_ends(live))
+    return live.by_text(output).index_put(ends, values.to(output)).view(output.shape)
 
 
 @torch.no_grad()
@@ -152,9 +153,7 @@ def _read_prompt_ends(site: FFNSite, batches: Sequence[LiveBatch]) -> tuple[Tens
 def _record_prompt_ends(
     live: LiveBatch, found: dict[int, tuple[Tensor, Tensor]], inputs: Tensor, output: Tensor
 ) -> Tensor:
-    read, given = (
-        each.reshape(*live.hidden.shape[:2], -1)[_prompt_ends(live)].float().cpu() for each in (inputs, output)
-    )
+    read, given = (index_on_device(live.by_text(each), *_prompt_ends(live)).float().cpu() for each in (inputs, output))
     found.update(zip(live.batch.rows, zip(read, given, strict=True), strict=True))
     return output
 
@@ -165,8 +164,7 @@ def _prompt_ends(live: LiveBatch) -> tuple[Tensor, Tensor]:
     return torch.arange(len(columns), device=columns.device), columns
 
 
-@contextmanager
-def _replaced_output(site: FFNSite, replaced: Replaced) -> Iterator[None]:
+def _replaced_output(site: FFNSite, replaced: Replaced) -> AbstractContextManager[None]:
     """While open, the FFN gives `replaced(its input, its output)`."""
     seen: list[Tensor] = []
 
@@ -178,10 +176,4 @@ def _replaced_output(site: FFNSite, replaced: Replaced) -> Iterator[None]:
             return (replaced(seen.pop(), output[0]), *output[1:])
         return replaced(seen.pop(), output)
 
-    with removed_on_exit(
-        [
-            site.entry.register_forward_pre_hook(record_input),
-            site.output_module.register_forward_hook(replace_output),
-        ]
-    ):
-        yield
+    return hooked_ffn(replace(site, exit=site.output_module), record_input, replace_output)

@@ -37,6 +37,10 @@ class LiveBatch(TensorEquality):
         rows, columns = self.batch.target_rows, self.batch.target_columns
         return index_on_device(hidden, rows, columns).to(rows.device)
 
+    def by_text(self, values: Tensor) -> Tensor:
+        """`[batch, seq, features]`, of a module's values of all tokens; OPT joins texts for its FFN."""
+        return values.reshape(*self.hidden.shape[:2], -1)
+
 
 def live_batches(base: BaseModel, layer: int, passages: Sequence[Passage], max_tokens: int) -> list[LiveBatch]:
     """Batches of `passages`, run up to decoder layer `layer`, of at most `max_tokens` padded tokens each."""

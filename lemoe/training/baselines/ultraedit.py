@@ -150,9 +150,8 @@ def _read_features(
 
 
 def _at_targets(live: LiveBatch, values: Tensor) -> Tensor:
-    """The rows `[targets, features]` of values of all tokens, batch and sequence in one dimension (OPT) or two."""
-    values = values.reshape(*live.hidden.shape[:2], -1)
-    return index_on_device(values, live.batch.target_rows, live.batch.target_columns).float().cpu()
+    """The rows `[targets, features]` of a module's values of all tokens."""
+    return index_on_device(live.by_text(values), live.batch.target_rows, live.batch.target_columns).float().cpu()
 
 
 @contextmanager
