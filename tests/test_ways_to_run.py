@@ -255,7 +255,7 @@ def test_a_preset_that_routes_by_the_prompt_refuses_rows_that_are_shared(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.compiler)])
 def test_a_compiled_model_has_the_edits_that_come_and_go(
     state: lemoe.AdaptorState, tiny_folder: Callable[[str], Path], backend: str
 ) -> None:
