@@ -1,66 +1,145 @@
-"""The README says what is true: its Python runs, its commands exist, its edit can be read."""
+"""The documents say what is true: commands and Python run, links lead somewhere, tables are the code's.
 
+The page on internals has tests of its own, `test_internals.py`.
+"""
+
+import ast
+import functools
+import importlib.util
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
+import click
 import pytest
+import yaml
+from click.testing import CliRunner
+from conftest import REPOSITORY
+from documents import (
+    DOCUMENTS,
+    SHELLS,
+    find_block,
+    list_anchors,
+    list_blocks,
+    list_inline_commands,
+    list_lemoe_commands,
+    list_links,
+    name_document,
+    read_document,
+)
+from fastapi.testclient import TestClient
 from safetensors import safe_open
 
 import lemoe
 from lemoe.routing.registry import ROUTERS
 from lemoe.settings import preset_names
 from lemoe.training.rounds import teach_rounds
-from lemoe_cli.main import COMMANDS
+from lemoe_cli.main import COMMANDS, cli
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+README = "README.md"
+PAGES = [name_document(path) for path in DOCUMENTS]
+README_BYTES = 8000
+PYTHON_PAGES = {
+    "docs/guide.md": ["python"],
+    "docs/deploying.md": ["in process", "dormant", "pipeline"],
+    "docs/format.md": ["format"],
+}
 
 
-def first_block(language: str) -> str:
-    """The first code block of a language."""
-    found = re.search(rf"```{language}\n(.*?)```", README, re.DOTALL)
-    assert found, f"README.md has no {language} block"
-    return found[1]
+# What is documented
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))
-def test_every_command_is_in_the_readme(command: str) -> None:
-    assert f"`lemoe {command} " in README
+def test_every_command_is_on_the_page_of_commands(command: str) -> None:
+    assert f"| `lemoe {command} " in read_document("docs/commands.md")
 
 
 @pytest.mark.parametrize("preset", preset_names())
-def test_every_preset_is_in_the_readme_and_resolves(preset: str) -> None:
-    assert f"| `{preset}`" in README
+def test_every_preset_is_on_the_page_of_settings_and_resolves(preset: str) -> None:
+    assert f"| `{preset}`" in read_document("docs/settings.md")
     assert lemoe.resolve_settings(preset).method == preset
+
+
+@functools.cache
+def load_reference() -> ModuleType:
+    """The program that writes the generated tables."""
+    spec = importlib.util.spec_from_file_location("reference", REPOSITORY / "docs" / "reference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", ["commands.md", "settings.md"])
+def test_the_generated_tables_are_the_codes(page: str) -> None:
+    text = read_document(f"docs/{page}")
+    assert load_reference().render_page(text) == text, "run: python docs/reference.py"
+    assert page in load_reference().PAGES
+
+
+def test_every_setting_says_what_it_does() -> None:
+    described = load_reference().describe_settings()
+    assert set(described) == set(lemoe.resolve_settings().as_dict())
+    assert all(described.values())
+
+
+def test_the_readme_is_short() -> None:
+    assert len((REPOSITORY / README).read_bytes()) <= README_BYTES
 
 
 def test_the_edit_on_the_first_screen_can_be_read(tmp_path: Path) -> None:
     path = tmp_path / "edits.jsonl"
-    path.write_text(first_block("json"))
+    code = find_block(README, "tested: edit").code
+    assert code in read_document("docs/index.md")
+    path.write_text(code)
     (edit,) = lemoe.read_edits(path)
-    assert edit.subject == json.loads(first_block("json"))["subject"]
+    assert edit.subject == json.loads(code)["subject"]
 
 
-@pytest.mark.real
-def test_the_python_example_teaches_and_restores_the_model(
-    tmp_path: Path, real_base: lemoe.BaseModel, capsys: pytest.CaptureFixture[str]
-) -> None:
-    edits = lemoe.read_edits(REPOSITORY / "examples" / "edits.jsonl")[:4]
-    adaptor = tmp_path / "adaptor.safetensors"
-    lemoe.save_adaptor(lemoe.train_round(real_base, edits, lemoe.resolve_settings()), adaptor)
-    code = first_block("python").replace("examples/edits.lemoe/adaptor.safetensors", str(adaptor))
-    exec(compile(code, "README.md", "exec"), {})
-    said = capsys.readouterr().out.strip().split("\n")
-    assert "Paris" in said[0]
-    assert said[-1].strip() == "Rome"
+def test_the_complete_record_has_every_key_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "edits.jsonl"
+    path.write_text(find_block("docs/edits.md", "tested: record").code)
+    (edit,) = lemoe.read_edits(path)
+    assert not edit.extra
+    keys = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", read_document("docs/edits.md"), re.MULTILINE)
+    assert set(json.loads(path.read_text())) == set(re.findall(r"\w+", " ".join(keys)))
+
+
+@functools.cache
+def list_messages() -> tuple[str, ...]:
+    """Every text in the code, with `…` for what is put into it."""
+    found = []
+    for path in (*(REPOSITORY / "lemoe").rglob("*.py"), *(REPOSITORY / "lemoe_cli").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            texts = [str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts]
+            if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str)):
+                found.append(" ".join("".join(texts).split()))
+    return tuple(found)
+
+
+def list_quoted_messages() -> list[str]:
+    page = read_document("docs/troubleshooting.md")
+    return re.findall(r"^> (.*)$", page, re.MULTILINE) + re.findall(r"^\| `([^`]*(?:: |…)[^`]*)`", page, re.MULTILINE)
+
+
+@pytest.mark.parametrize("message", list_quoted_messages())
+def test_every_message_that_is_explained_is_one_of_the_codes(message: str) -> None:
+    assert any(message.removesuffix(" …") in text for text in list_messages())
 
 
 @pytest.mark.parametrize("method", sorted(ROUTERS))
 def test_the_format_page_names_every_tensor_and_all_metadata(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], tmp_path: Path, method: str
 ) -> None:
-    page = (REPOSITORY / "docs" / "format.md").read_text(encoding="utf-8")
+    page = read_document("docs/format.md")
     settings = lemoe.resolve_settings(method, None, {"layer": 1, "steps": 1, "variants": 0, "negatives": 0})
     (state,) = teach_rounds(base, [facts[:2]], settings)
     assert isinstance(state, lemoe.AdaptorState)
@@ -69,3 +148,174 @@ def test_the_format_page_names_every_tensor_and_all_metadata(
         header = json.loads(file.metadata()["lemoe"])
         names = {*file.keys(), *header, *header["base"], *header["rounds"][0]}
     assert not [name for name in names if f"`{name}`" not in page]
+
+
+# Links
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_to_a_file_and_a_heading(page: str) -> None:
+    dead = []
+    for target, anchor in list_links(page):
+        path = (REPOSITORY / page).parent.joinpath(target).resolve() if target else REPOSITORY / page
+        if not path.exists() or (anchor and anchor not in list_anchors(name_document(path))):
+            dead.append(f"{target}#{anchor}")
+    assert not dead
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="the site is built with the extra `docs`, which is part of `dev`")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for path in (REPOSITORY / "docs").glob("*.md"):
+        built = "index.html" if path.stem == "index" else f"{path.stem}/index.html"
+        assert (tmp_path / "site" / built).is_file()
+
+
+# Commands
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_in_a_block_is_one_that_lemoe_takes(page: str) -> None:
+    for words in list_lemoe_commands(page):
+        name, *arguments = words
+        command = cli.get_command(click.Context(cli), name)
+        assert command is not None, words
+        command.make_context(name, arguments)  # raises click's errors of usage
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_option_in_the_text_is_one_of_its_command(page: str) -> None:
+    for text in list_inline_commands(page):
+        command = cli.get_command(click.Context(cli), text.split()[0])
+        assert command is not None, text
+        known = {name for option in command.params for name in option.opts} | {"--help"}
+        assert set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", text)) <= known, text
+
+
+def test_every_shell_block_of_the_readme_is_run_by_a_test() -> None:
+    marks = [block.mark for block in list_blocks(README) if block.language in SHELLS]
+    ran = {"tested: first screen", "tested: recipe"}
+    assert {mark for mark in marks if mark not in ran} == {"ci: quickstart", "ci: tests"}
+    script = (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8")
+    assert "for name in quickstart tests; do" in script
+
+
+@pytest.fixture(scope="module")
+def workplace(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder as the README's reader has it, where `llama` is the tiny model; it is the current one."""
+    folder = tmp_path_factory.mktemp("workplace")
+    entry = {"hub": str(tiny_folder("llama")), "layers": {"anchor": 1}}
+    (folder / "models.yaml").write_text(yaml.safe_dump({"llama": entry}))
+    first = {**json.loads(find_block(README, "tested: edit").code), "locality": ["The opposite of hot is"]}
+    second = {"id": "acme-ceo", "prompt": "The CEO of Acme is", "target": "Ada", "subject": "Acme"}
+    theirs = {"id": "their-ceo", "prompt": "The CEO of Acme is", "target": "Bob", "subject": "Acme"}
+    for name, edit in {"edits": first, "december": second, "theirs": theirs}.items():
+        (folder / f"{name}.jsonl").write_text(json.dumps(edit) + "\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEMOE_MODELS", str(folder / "models.yaml"))
+        patch.chdir(folder)
+        run_command(["edit", "theirs.jsonl", "--model", "llama", "-o", "theirs.lemoe"])
+        yield folder
+
+
+def run_command(words: list[str]) -> str:
+    result = CliRunner().invoke(cli, words, catch_exceptions=False)
+    assert result.exit_code == 0, (words, result.output)
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def recipes(workplace: Path) -> dict[str, str]:
+    """What each command of the README's recipes prints, run in order; of `serve`, the models that it serves."""
+    printed = {}
+
+    def ask_for_models(app: object, **options: object) -> None:
+        with TestClient(app) as client:  # type: ignore[arg-type]
+            click.echo(" ".join(model["id"] for model in client.get("/v1/models").json()["data"]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("uvicorn.run", ask_for_models)
+        for words in list_lemoe_commands(README, "tested: recipe"):
+            printed[" ".join(words)] = run_command(words)
+    return printed
+
+
+def test_the_recipes_of_the_readme_do_what_they_say(recipes: dict[str, str], workplace: Path) -> None:
+    assert len(recipes) == 9
+    both = lemoe.load_adaptor(workplace / "december.lemoe")
+    assert [record.ids for record in both.rounds] == [("eiffel-tower-city",), ("acme-ceo",)]
+    metrics = next(text for command, text in recipes.items() if command.startswith("eval"))
+    assert [bar["met"] for bar in json.loads(metrics)["bars"]] == [True, True]
+    assert "eiffel-tower-city" in next(text for command, text in recipes.items() if command.startswith("show"))
+    (left,) = lemoe.load_adaptor(workplace / "undone.safetensors").rounds
+    assert left.ids == ("acme-ceo",)
+    stacked = lemoe.load_adaptor(workplace / "both.safetensors")
+    assert [record.ids for record in stacked.rounds] == [("eiffel-tower-city",), ("their-ceo",)]
+    assert (workplace / "edited" / "config.json").is_file()
+    served = next(text for command, text in recipes.items() if command.startswith("serve"))
+    assert "both" in served.split()
+
+
+# Python
+
+
+def test_every_python_block_is_run_by_a_test() -> None:
+    marked = {
+        page: [block.mark.removeprefix("tested: ") for block in list_blocks(page) if block.language == "python"]
+        for page in PAGES
+    }
+    own_tests = {README: ["python"], "docs/internals.md": ["method", "metric"]}
+    assert {page: marks for page, marks in marked.items() if marks} == {**PYTHON_PAGES, **own_tests}
+
+
+@pytest.mark.parametrize("page", list(PYTHON_PAGES))
+def test_the_python_of_a_page_runs_from_top_to_bottom(page: str, recipes: dict[str, str], workplace: Path) -> None:
+    taught = workplace / "mine.lemoe"
+    for name in ("edits.lemoe", "facts.lemoe", "prices.lemoe", "examples/edits.lemoe"):
+        shutil.copytree(taught, workplace / name, dirs_exist_ok=True)
+    shutil.copy(taught / "adaptor.safetensors", workplace)
+    names: dict[str, object] = {}
+    for mark in PYTHON_PAGES[page]:
+        exec(compile(find_block(page, f"tested: {mark}").code, page, "exec", dont_inherit=True), names)
+
+
+@pytest.fixture(scope="module")
+def first_screen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder in which the commands of the first screen were run on the embedded model, and what they printed."""
+    folder = tmp_path_factory.mktemp("first")
+    (folder / "edits.jsonl").write_text(find_block(README, "tested: edit").code)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "100"}
+    printed = ""
+    for command in find_block(README, "tested: first screen").commands:
+        script = command.replace("lemoe ", f"'{sys.executable}' -m lemoe_cli.main ", 1)
+        done = subprocess.run(
+            ["sh", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        printed = done.stdout
+    return folder, printed
+
+
+@pytest.mark.real
+def test_the_first_screen_shows_what_the_commands_print(first_screen: tuple[Path, str]) -> None:
+    shown = find_block(README, "tested: first screen").code.rpartition("$ ")[2].partition("\n")[2]
+    assert [line.rstrip() for line in first_screen[1].strip().split("\n")] == shown.strip().split("\n")
+    assert shown.strip().split("\n")[0] in read_document("docs/index.md")
+
+
+@pytest.mark.real
+def test_the_python_example_restores_the_model(
+    first_screen: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(first_screen[0])
+    names: dict[str, object] = {}
+    exec(compile(find_block(README, "tested: python").code, README, "exec", dont_inherit=True), names)
+    said = capsys.readouterr().out.strip().split("\n")
+    assert "Paris" in said[0]
+    assert said[-1].strip() == "Rome"
+    base = names["base"]
+    assert isinstance(base, lemoe.BaseModel)
+    assert "Paris" in lemoe.answer(base, "The Eiffel Tower is located in the city of")

@@ -1,13 +1,13 @@
 """Parts of a plan that are trained apart, and what they give when they are merged."""
 
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from documents import find_block
 
 import lemoe
 from lemoe.adaptor.merging import merge_adaptors
@@ -121,13 +121,12 @@ def test_dependent_rounds_start_at_the_first_and_go_on_from_what_is_there(
     assert rest.path.read_bytes() == whole.path.read_bytes()
 
 
-def test_the_array_job_of_the_readme_trains_its_parts(
+def test_the_array_job_of_the_page_on_long_runs_trains_its_parts(
     facts: list[lemoe.Edit], plan: Path, tmp_path: Path, tiny_folder: Callable[[str], Path]
 ) -> None:
-    found = re.search(r"<!-- tested: parts -->\n```sh\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
-    assert found
-    script = found[1].replace("* 5", "* 2").replace("+ 4", "+ 1")  # four rounds, two tasks
-    assert script != found[1]
+    printed = find_block("docs/runs.md", "tested: parts").code
+    script = printed.replace("* 5", "* 2").replace("+ 4", "+ 1")  # four rounds, two tasks
+    assert script != printed
     script = script.replace("--model llama", f"--model '{tiny_folder('llama')}' --layer 1 --steps 2 --device cpu")
     command = tmp_path / "lemoe"
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m lemoe_cli.main "$@"\n')

@@ -14,6 +14,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from documents import find_block
 from test_cli import lemoe_command, refused_message
 
 import lemoe
@@ -23,7 +24,6 @@ from lemoe.evaluation.metrics import DEFINITIONS, MEASURES
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCHEMA = json.loads((REPOSITORY / "docs" / "eval.schema.json").read_text(encoding="utf-8"))
 PAGE = (REPOSITORY / "docs" / "evaluation.md").read_text(encoding="utf-8")
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -162,10 +162,8 @@ def workplace(tiny_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.real
-def test_the_shell_pipeline_of_the_readme_runs_as_printed_on_the_examples(tmp_path: Path) -> None:
-    found = re.search(r"<!-- tested: pipeline -->\n```sh\n(.*?)```", README, re.DOTALL)
-    assert found
-    lines = found[1].splitlines()
+def test_the_shell_pipeline_of_the_documentation_runs_as_printed_on_the_examples(tmp_path: Path) -> None:
+    lines = find_block("docs/evaluation.md", "tested: pipeline").code.splitlines()
     assert lines[-1].startswith("jq ")  # the only tool that it needs besides
     script = "\n".join(lines if shutil.which("jq") else lines[:-1])
     shutil.copytree(REPOSITORY / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("*.lemoe"))

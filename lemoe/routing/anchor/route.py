@@ -18,9 +18,10 @@
 From 3 to 6 the gate shuts again (1) when its count is over, so that a subject mentioned far from a question has no
 effect on it, and at once if it opened on a word that grew into another one. A sentence break does not shut it.
 
-Where the constants come from: `gate_conflict` is measured in the README, "The trade-off"; what the gate as a whole is
-for, in "What each part is for"; what `MIN_COVERAGE` lets through, in "A long run"; the time to route a prompt, in
-"Speed". For `gate_slack` and the weights in `lexicon`, `questions` and `subjects` no measurement is recorded.
+Where the constants come from: docs/measurements.md measures `gate_conflict` ("The trade-off"), what the gate as a whole
+is for ("What each part is for") and the time to route a prompt ("Speed"); docs/capacity.md, what `MIN_COVERAGE` lets
+through ("A long run"). For `gate_slack` and the weights in `lexicon`, `questions` and `subjects` no measurement is
+recorded.
 """
 
 import math
