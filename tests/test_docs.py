@@ -163,6 +163,7 @@ def test_every_link_leads_to_a_file_and_a_heading(page: str) -> None:
     assert not dead
 
 
+@pytest.mark.versions
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="the site is built with the extra `docs`, which is part of `dev`")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]

@@ -25,7 +25,7 @@ def pins(file: str) -> dict[str, str]:
 def test_the_lower_bounds_are_the_versions_that_the_lowest_set_tests() -> None:
     stated = {
         name: next(each.version for each in requirement.specifier if each.operator == ">=")
-        for name, requirement in requirements("lora", "serve", "dev").items()
+        for name, requirement in requirements("docs", "lora", "serve", "dev").items()
     }
     tested = pins("constraints-lowest.txt")
     assert tested.pop("torch") == TORCH
@@ -44,7 +44,7 @@ def release(version: str) -> tuple[int, ...]:
 def test_every_tested_version_is_one_that_pyproject_admits(file: str) -> None:
     tested = pins(file)
     assert tested["torch"] == TORCH
-    for name, requirement in requirements("lora", "serve", "dev").items():
+    for name, requirement in requirements("docs", "lora", "serve", "dev").items():
         assert requirement.specifier.contains(tested[name]), requirement
 
 
