@@ -6,9 +6,10 @@ import math
 import reprlib
 import types
 import typing
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -184,6 +185,16 @@ def resolve_settings(
     for source, values in sources:
         merged.update(coerce_settings(source, values))
     return Settings(**merged)
+
+
+def vary_settings(settings: Settings, varied: Mapping[str, Sequence[Any]]) -> list[Settings]:
+    """`settings` with each combination of the values of `varied`, the last name's changing fastest.
+
+    Raises:
+        InputError: for an unknown name (with the nearest right one) or a value of the wrong type or range.
+    """
+    combinations = [dict(zip(varied, values, strict=True)) for values in product(*varied.values())]
+    return [replace(settings, **coerce_settings("varied settings", given)) for given in combinations]
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lemoe.errors import InputError
+from lemoe_cli.command import lemoe_command, options_of
 from lemoe_cli.options import (
     FILE,
+    adaptor_option,
     check_cache,
     check_inputs,
     expert_cache_option,
@@ -21,6 +23,7 @@ from lemoe_cli.options import (
     model_options,
     open_adaptor,
     open_base,
+    output_option,
     quiet_option,
 )
 
@@ -28,14 +31,23 @@ if TYPE_CHECKING:
     from lemoe.inference.asking import Reply
 
 
-@click.command("ask")
+asking_option = options_of("Asking")
+
+
+@lemoe_command(
+    "ask",
+    examples=(
+        "lemoe ask 'Where is the Eiffel Tower?' -m llama -a edits.lemoe",
+        "lemoe ask -m llama -a edits.lemoe --chat --json < prompts.txt",
+    ),
+)
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
 @model_options
-@click.option("--adaptor", "-a", type=FILE, help="Adaptor to ask; without one, the base model alone.")
-@click.option("--chat", is_flag=True, help="Ask through the tokenizer's chat template.")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=32, show_default=True, help="Of an answer, at most.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per line, for each prompt.")
-@click.option(
+@adaptor_option("--adaptor", "-a", type=FILE, help="Adaptor to ask; without one, the base model alone.")
+@asking_option("--chat", is_flag=True, help="Ask through the tokenizer's chat template.")
+@asking_option("--max-new-tokens", type=click.IntRange(1), default=32, show_default=True, help="Of an answer, at most.")
+@output_option("--json", "as_json", is_flag=True, help="One JSON object per line, for each prompt.")
+@asking_option(
     "--batch",
     type=click.IntRange(1),
     default=32,

@@ -6,23 +6,29 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lemoe_cli.command import lemoe_command, options_of
 from lemoe_cli.options import (
     AUTO,
     FILE,
     LayerChoice,
+    adaptor_option,
     check_inputs,
     conflict_option,
     edits_argument,
+    edits_option,
     force_option,
     make_loader,
     mismatch_option,
     model_options,
     open_base,
     open_edits,
+    output_option,
     quiet_option,
     selection_options,
+    setting_option,
     settings_from,
     settings_options,
+    training_option,
 )
 
 if TYPE_CHECKING:
@@ -61,6 +67,7 @@ _SETTINGS = (
     "train_rephrases",
 )
 
+where_option = options_of("Where to train")
 
 LAYER_HELP = (
     "Decoder layer to edit, from 0; auto measures it, even where the model's preset says one.  "
@@ -68,38 +75,44 @@ LAYER_HELP = (
 )
 
 
-@click.command("edit")
+@lemoe_command(
+    "edit",
+    examples=(
+        "lemoe edit edits.jsonl -m llama",
+        "lemoe edit more.jsonl -m llama --from edits.lemoe -o both.lemoe --on-conflict error",
+    ),
+)
 @edits_argument
 @model_options
-@click.option("--output", "-o", type=FILE, help="Folder for the result.  [default: EDITS with .lemoe]")
-@click.option("--plan", "plan_file", type=FILE, help="Follow this plan; edits not in it are left out and counted.")
-@click.option("--rounds", type=RoundRange(), help="Train only these rounds of the plan, from 0, as a part to merge.")
-@click.option("--from", "start", type=FILE, help="Continue this adaptor; its edits stay as they are.")
+@selection_options
+@edits_option("--plan", "plan_file", type=FILE, help="Follow this plan; edits not in it are left out and counted.")
+@edits_option("--rounds", type=RoundRange(), help="Train only these rounds of the plan, from 0, as a part to merge.")
+@adaptor_option("--from", "start", type=FILE, help="Continue this adaptor; its edits stay as they are.")
 @conflict_option("Which edit answers where EDITS ask what the adaptor of --from answers; keep takes the earlier.")
+@mismatch_option
 @settings_options
-@click.option("--layer", type=LayerChoice(), help=LAYER_HELP)
-@click.option("--layer-path", help="Path of the FFN within the layer, where it is not recognised.")
-@click.option("--steps", type=click.IntRange(1), help="Training steps of a round, at most.")
-@click.option("--learning-rate", type=float, help="Of the experts.")
-@click.option(
+@training_option("--layer", type=LayerChoice(), help=LAYER_HELP)
+@setting_option("--layer-path", help="Path of the FFN within the layer, where it is not recognised.")
+@setting_option("--steps", type=click.IntRange(1), help="Training steps of a round, at most.")
+@setting_option("--learning-rate", type=float, help="Of the experts.")
+@training_option(
     "--width",
     type=click.IntRange(1),
     help="Neurons of an expert.  [default: anchor 4, more for long answers; paper as the base's FFN]",
 )
-@click.option("--batch-tokens", type=click.IntRange(1), help="Tokens that run through the model at once.")
-@click.option("--train-rephrases", is_flag=True, default=None, help="Train on the edits' own rephrases too.")
-@selection_options
-@mismatch_option
-@click.option(
+@setting_option("--batch-tokens", type=click.IntRange(1), help="Tokens that run through the model at once.")
+@setting_option("--train-rephrases", is_flag=True, help="Train on the edits' own rephrases too.")
+@where_option(
     "--engine",
     type=click.Choice(["local", "ray"]),
     default="local",
     show_default=True,
     help="Where rounds are trained: here, or by workers of Ray (extra `ray`).",
 )
-@click.option("--address", help="Ray cluster to work on.  [default: one on this machine, for this run]")
-@click.option("--workers", type=click.IntRange(1), help="Rounds that Ray trains at once.  [default: as there is room]")
-@click.option("--resume", is_flag=True, help="Go on with an interrupted run: same edits, same settings.")
+@where_option("--address", help="Ray cluster to work on.  [default: one on this machine, for this run]")
+@where_option("--workers", type=click.IntRange(1), help="Rounds that Ray trains at once.  [default: as there is room]")
+@output_option("--output", "-o", type=FILE, help="Folder for the result.  [default: EDITS with .lemoe]")
+@output_option("--resume", is_flag=True, help="Go on with an interrupted run: same edits, same settings.")
 @force_option
 @quiet_option
 def edit_command(

@@ -1,9 +1,7 @@
 """`lemoe eval`: metrics before and after, for people, machines and pipelines, and one record for each probe."""
 
-import hashlib
 import json
-import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
@@ -12,22 +10,30 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lemoe.errors import LemoeError, OutputError
+from lemoe.errors import OutputError
+from lemoe_cli.command import Moved, lemoe_command, options_of
 from lemoe_cli.options import (
     FILE,
+    adaptor_option,
+    batch_tokens_option,
     check_cache,
     check_inputs,
+    decode_option,
     edits_argument,
     expert_cache_option,
     force_option,
+    measuring_option,
     mismatch_option,
     model_options,
     open_adaptor,
     open_base,
     open_edits,
+    output_option,
     quiet_option,
+    report_option,
     selection_options,
 )
+from lemoe_cli.results import check_report_files, list_settings, make_document, run_all_steps
 from lemoe_cli.tasks import measure_tasks, show_tasks, tasks_options
 
 if TYPE_CHECKING:
@@ -39,51 +45,41 @@ if TYPE_CHECKING:
     from lemoe.evaluation.harness import TaskMetric
     from lemoe.evaluation.metrics import Decode, Metric
     from lemoe.evaluation.thresholds import Threshold, ThresholdCheck
-    from lemoe_cli.studies import Studies
 
-SCHEMA = 1  # of the JSON document: docs/eval.schema.json
+checking_option = options_of("Checking")
+
 THRESHOLD = "METRIC[/KIND][:MEASURE]=NUMBER"
 
 
-@click.command("eval")
+@lemoe_command(
+    "eval",
+    examples=(
+        "lemoe eval edits.jsonl -m llama -a edits.lemoe --report report.html",
+        "lemoe eval edits.jsonl -m llama -a edits.lemoe --min reliability=0.99 --max overfit=0.05",
+    ),
+    moved={"--compare": Moved("compare", "--presets"), "--factors": Moved("study")},
+)
 @edits_argument
 @model_options
-@click.option("--adaptor", "-a", type=FILE, help="Adaptor to measure; without one, the base model alone.")
-@click.option(
-    "--decode",
-    type=click.Choice(["teacher", "greedy"]),
-    default="teacher",
-    show_default=True,
-    help="Likeliest token at each position of the target, or what the model writes.",
-)
-@click.option("--texts", type=FILE, help="Texts that editing must not touch: their perplexity (metric collapse).")
-@click.option("--fluency", is_flag=True, help="Let the model write on from each edit's prompts (metric fluency); slow.")
-@click.option(
-    "--min", "least", multiple=True, metavar=THRESHOLD, help="End with code 1 unless the metric is at least this."
-)
-@click.option("--max", "most", multiple=True, metavar=THRESHOLD, help="The same, at most, where less is better.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON: one flat record for each metric.")
-@click.option("--card", is_flag=True, help="Write the metrics into the card beside the adaptor (README.md).")
-@click.option("--records", type=FILE, help="Write one JSON line for each probe here.")
-@click.option("--compare", metavar="PRESETS", help="Teach EDITS by each of these, as ft,lora,memoe,paper,anchor.")
-@click.option("--factors", is_flag=True, help="Teach EDITS by --preset; measure forgetting, routing and order.")
-@click.option("--preset", default="anchor", show_default=True, help="Method of --factors: anchor, paper, a baseline.")
-@click.option("--round-size", type=click.IntRange(1), help="Edits in a round of --compare or --factors.  [default: 20]")
-@click.option("--orders", type=click.IntRange(0), default=5, show_default=True, help="Random orders of --factors.")
-@click.option(
-    "--report", "reports", type=FILE, multiple=True, help="Write a page (.html) or Markdown (.md); repeatable."
-)
-@click.option(
-    "--batch-tokens",
-    type=click.IntRange(1),
-    default=4096,
-    show_default=True,
-    help="Tokens that run through the model at once.",
+@selection_options
+@adaptor_option("--adaptor", "-a", type=FILE, help="Adaptor to measure; without one, the base model alone.")
+@expert_cache_option
+@mismatch_option
+@decode_option
+@measuring_option("--texts", type=FILE, help="Texts that editing must not touch: their perplexity (metric collapse).")
+@measuring_option(
+    "--fluency", is_flag=True, help="Let the model write on from each edit's prompts (metric fluency); slow."
 )
 @tasks_options
-@expert_cache_option
-@selection_options
-@mismatch_option
+@batch_tokens_option
+@checking_option(
+    "--min", "least", multiple=True, metavar=THRESHOLD, help="End with code 1 unless the metric is at least this."
+)
+@checking_option("--max", "most", multiple=True, metavar=THRESHOLD, help="The same, at most, where less is better.")
+@output_option("--json", "as_json", is_flag=True, help="Print JSON: one flat record for each metric.")
+@output_option("--records", type=FILE, help="Write one JSON line for each probe here.")
+@report_option
+@output_option("--card", is_flag=True, help="Write the metrics into the card beside the adaptor (README.md).")
 @force_option
 @quiet_option
 def eval_command(
@@ -100,23 +96,17 @@ def eval_command(
 
     Locality is agreement with the base model's own predictions. `teacher` compares the most likely token at each
     position of the target, `greedy` lets the model write.
-
-    --compare and --factors teach EDITS anew, round by round, whatever adaptor there is, and keep nothing.
-
-    \b
-    lemoe eval edits.jsonl -m llama -a edits.lemoe --min reliability=0.99 --max overfit=0.05
     """
     from lemoe.data.texts import read_texts
     from lemoe.evaluation.thresholds import check_kinds, check_thresholds
-    from lemoe_cli.studies import resolve_studies, run_studies
 
     check_cache(adaptor, options)
-    resolve_studies(options)
     thresholds = _read_thresholds(adaptor, decode, options)
     read = open_edits(edits, options)
     untouched = read_texts(options["texts"]) if options["texts"] else []
     _check_files(adaptor, options, force=force)
-    _check_reports(options, force=force)
+    if options["reports"]:
+        check_report_files(options["reports"], force=force)
     check_inputs([adaptor], options)
 
     from lemoe.adaptor.state import check_base
@@ -126,57 +116,34 @@ def eval_command(
     check_kinds(thresholds, read, len(state.rounds) if state else 0)
     base = open_base(options, quiet=quiet)
 
+    from lemoe_cli.tables import show_metrics
     from lemoe_cli.ui import print_note
 
     differences = check_base(base, state, allow=allow_base_mismatch) if state else ()
     for difference in differences:
         print_note(f"warning: another base than the adaptor was made for: {difference}")
     tasks = measure_tasks(base, file, options, allow_mismatch=allow_base_mismatch, quiet=quiet)
-    result = None
-    if _needs_measuring(adaptor, thresholds, options):
-        result = _measure_adaptor(base, file, read, decode, untouched, batch_tokens, options, quiet=quiet)
-    studies = run_studies(base, read, decode, batch_tokens, options, quiet=quiet)
-    checks = check_thresholds(thresholds, result.metrics if result else (), "after" if state else "before")
+    result = _measure_adaptor(base, file, read, decode, untouched, batch_tokens, options, quiet=quiet)
+    checks = check_thresholds(thresholds, result.metrics, "after" if state else "before")
 
     def print_results() -> None:
         if options["as_json"]:
-            settings = _list_settings(edits, base, decode, options)
+            settings = list_settings(edits, base, decode, options)
             settings |= {"adaptor": str(adaptor) if adaptor else None, "base_differences": list(differences)}
             settings |= {"texts": str(options["texts"]) if options["texts"] else None, "fluency": options["fluency"]}
-            document = _make_document(result.metrics if result else (), checks, tasks, settings) | studies.as_dict()
+            document = make_document(settings, _list_findings(result.metrics, checks, tasks))
             click.echo(json.dumps(document, indent=1, ensure_ascii=False))
         else:
-            _show_results(result, tasks, studies)
+            show_metrics(result.metrics)
+            show_tasks(tasks)
 
-    writers = _make_writers(result, studies, base, state, adaptor, read, edits, decode, options, force=force)
-    problems = _run_all_steps(chain([print_results], writers))
+    writers = _make_writers(result, base, state, adaptor, read, edits, decode, options, force=force)
+    problems = run_all_steps(chain([print_results], writers))
     failed = _print_failed(checks)
     if problems:
         raise OutputError("\n  ".join(problems))
     if failed:
         click.get_current_context().exit(1)
-
-
-def _run_all_steps(steps: Iterable[Callable[[], object]]) -> list[str]:
-    """Run every step, even if some fail, and list the failures: no failure loses the results of a long measurement."""
-    problems = []
-    for step in steps:
-        try:
-            step()
-        except LemoeError as error:
-            problems.append(str(error))
-        except (BrokenPipeError, SystemExit):  # by which rich ends: whoever read the results has seen enough
-            continue
-        except OSError as error:
-            problems.append(f"the results cannot be printed: {error.strerror or error}")
-    return problems
-
-
-def _needs_measuring(adaptor: Path | None, thresholds: "Sequence[Threshold]", options: dict[str, Any]) -> bool:
-    """Whether the edits' probes are measured: not where the edits are only taught anew."""
-    anew = options["compare"] is not None or options["factors"]
-    asked = (options[name] for name in ("records", "reports", "texts", "fluency"))
-    return not anew or adaptor is not None or bool(thresholds) or any(asked)
 
 
 def _measure_adaptor(
@@ -208,15 +175,6 @@ def _measure_adaptor(
         )
 
 
-def _show_results(result: "EvalResult | None", tasks: "Sequence[TaskMetric]", studies: "Studies") -> None:
-    from lemoe_cli.tables import show_metrics
-
-    if result is not None:
-        show_metrics(result.metrics)
-    show_tasks(tasks)
-    studies.show()
-
-
 def _read_thresholds(adaptor: Path | None, decode: "Decode", options: dict[str, Any]) -> "tuple[Threshold, ...]":
     from lemoe.evaluation.thresholds import read_thresholds
 
@@ -234,17 +192,8 @@ def _check_files(adaptor: Path | None, options: dict[str, Any], *, force: bool) 
         raise click.UsageError("--card needs an --adaptor, beside which the card is written")
 
 
-def _check_reports(options: dict[str, Any], *, force: bool) -> None:
-    """The same for reports; their module also draws them and is slow to load."""
-    if options["reports"]:
-        from lemoe.report import check_reports
-
-        check_reports(options["reports"], overwrite=force)
-
-
 def _make_writers(
-    result: "EvalResult | None",
-    studies: "Studies",
+    result: "EvalResult",
     base: "BaseModel",
     state: "AdaptorState | None",
     adaptor: Path | None,
@@ -260,22 +209,11 @@ def _make_writers(
     from lemoe.report import build_report, write_reports
     from lemoe.report.card import write_card
 
-    if result is None:
-        return
     if options["records"] is not None:
         lines = (json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in result.records)
         yield partial(write_atomically, options["records"], "".join(lines).encode(), overwrite=force)
     if options["reports"]:
-        report = build_report(
-            base,
-            state,
-            edits,
-            result,
-            source=source.name,
-            decode=decode,
-            factors=studies.factors,
-            comparison=studies.comparison,
-        )
+        report = build_report(base, state, edits, result, source=source.name, decode=decode)
         yield from (
             partial(write_reports, report, [path], overwrite=force) for path in dict.fromkeys(options["reports"])
         )
@@ -301,40 +239,14 @@ def _describe_shortfall(check: "ThresholdCheck") -> str:
     return f"{threshold} is {found}, must be at {bound} {threshold.limit:g}"
 
 
-def _list_settings(edits: Path, base: "BaseModel", decode: "Decode", options: dict[str, Any]) -> dict[str, Any]:
-    """What was measured, and on what, for the JSON document."""
-    chosen = {name: options[name] for name in ("model", "revision", "limit", "sample", "seed")}
-    where = {"dtype": str(base.dtype).removeprefix("torch."), "device": ", ".join(map(str, base.devices))}
-    digest = hashlib.sha256(edits.read_bytes()).hexdigest()
-    return {"edits": str(edits), "edits_sha256": digest, "decode": decode, **chosen, **where}
-
-
-def _make_document(
-    metrics: "Sequence[Metric]",
-    checks: "Sequence[ThresholdCheck]",
-    tasks: "Sequence[TaskMetric]",
-    settings: dict[str, Any],
+def _list_findings(
+    metrics: "Sequence[Metric]", checks: "Sequence[ThresholdCheck]", tasks: "Sequence[TaskMetric]"
 ) -> dict[str, Any]:
+    """The results for the JSON document."""
     values = [asdict(m) | {"better": m.better, "version": m.version} for m in metrics]
     thresholds = [
         asdict(check.threshold)
         | {"better": check.threshold.better, "value": check.metric.value if check.metric else None, "met": check.met}
         for check in checks
     ]
-    found = {"metrics": values, "bars": thresholds, "tasks": [asdict(task) for task in tasks]}
-    return {"schema": SCHEMA, "settings": settings, "versions": _list_versions(), **found}
-
-
-def _list_versions() -> dict[str, str]:
-    """The versions of what computed the metrics."""
-    import torch
-    import transformers
-
-    from lemoe import __version__
-
-    return {
-        "lemoe": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    return {"metrics": values, "bars": thresholds, "tasks": [asdict(task) for task in tasks]}

@@ -16,11 +16,15 @@ from lemoe.errors import LemoeError
 COMMANDS = {
     "plan": "Show how edits would be grouped into rounds, and which repeat or contradict each other.",
     "edit": "Teach edits to a model: plan, train one expert a round, write the adaptor.",
-    "eval": "Measure an adaptor: reliability, generality, locality, portability, routing; or compare methods.",
+    "eval": "Measure an adaptor: reliability, generality, locality, portability, routing.",
     "ask": "Ask a model: answers before and after, and which edit acted.",
     "serve": "Serve a model with adaptors through an OpenAI-compatible API.",
-    "merge": "Stack adaptors of the same base model into one.",
     "show": "Show what an adaptor holds, and check it.",
+    "merge": "Stack adaptors of the same base model into one, or take edits out.",
+    "compact": "Teach an adaptor's edits anew to fewer, smaller experts.",
+    "export": "Write base and adaptors as one model folder, which runs without lemoe.",
+    "compare": "Teach the same edits by several methods, and put them side by side.",
+    "study": "Study one method: forgetting, routing, order, and settings varied.",
 }
 
 

@@ -4,17 +4,17 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from lemoe_cli.command import Command, options_of, settings_of
 
 if TYPE_CHECKING:
     from lemoe.adaptor.checkpoint import AdaptorFile
     from lemoe.base.loading import BaseModel
     from lemoe.data.edits import Edit
     from lemoe.settings import Settings
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 FILE = click.Path(path_type=Path)
 
@@ -63,47 +63,80 @@ def combine_options(*options: Callable[[Command], Command]) -> Callable[[Command
 
 
 edits_argument = click.argument("edits", type=FILE)
+adaptors_argument = click.argument("adaptors", type=FILE, nargs=-1, required=True, metavar="ADAPTOR...")
+model_argument = click.argument("model")
+
+model_option = options_of("Model")
+edits_option = options_of("Edits")
+training_option = options_of("Training")
+setting_option = settings_of("Training")
+adaptor_option = options_of("Adaptor")
+measuring_option = options_of("Measuring")
+output_option = options_of("Output")
 
 _MODEL_HELP = "Preset name (llama = embedded), folder, or org/name[@rev]."
-_device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
-_device_map_option = click.option(
+_device_option = model_option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+_device_map_option = model_option(
     "--device-map",
     type=click.Choice(["auto", "balanced", "sequential"]),
     help="For a model larger than a GPU: over all of them, main memory and disk.",
 )
 _source_options: Callable[[Any], Any] = combine_options(
-    click.option("--revision", help="Branch, tag or commit of a hub model."),
-    click.option("--trust-remote-code", is_flag=True, help="Run model code that the repository brings."),
+    model_option("--revision", help="Branch, tag or commit of a hub model."),
+    model_option("--trust-remote-code", is_flag=True, help="Run model code that the repository brings."),
 )
 _loading_options: Callable[[Any], Any] = combine_options(
     _device_option,
     _device_map_option,
-    click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16."),
+    model_option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16."),
     _source_options,
 )
-model_options = combine_options(click.option("--model", "-m", required=True, help=_MODEL_HELP), _loading_options)
-model_options_if_any = combine_options(click.option("--model", "-m", help=_MODEL_HELP), _loading_options)
+model_options = combine_options(model_option("--model", "-m", required=True, help=_MODEL_HELP), _loading_options)
+model_options_if_any = combine_options(model_option("--model", "-m", help=_MODEL_HELP), _loading_options)
 model_options_without_dtype = combine_options(
-    click.option("--model", "-m", help=_MODEL_HELP), _device_option, _source_options
+    model_option("--model", "-m", required=True, help=_MODEL_HELP), _device_option, _source_options
 )  # where --dtype means something else
+placing_options = combine_options(_device_option, _source_options)  # where the model is an argument
 
 selection_options: Callable[[Any], Any] = combine_options(
-    click.option("--limit", type=click.IntRange(1), help="Only the first N edits."),
-    click.option("--sample", type=click.IntRange(1), help="Only S of them, drawn with --seed."),
-    click.option("--seed", type=click.IntRange(0), help="Of everything random.  [default: 0]"),
+    edits_option("--limit", type=click.IntRange(1), help="Only the first N edits."),
+    edits_option("--sample", type=click.IntRange(1), help="Only S of them, drawn with --seed."),
+    edits_option("--seed", type=click.IntRange(0), help="Of everything random.  [default: 0]"),
 )
 
+preset_options: Callable[[Any], Any] = combine_options(
+    training_option("--preset", help="Method preset: anchor or paper.  [default: anchor]"),
+    training_option("--config", type=FILE, help="YAML file of `name: value` settings; options win over it."),
+)
 settings_options: Callable[[Any], Any] = combine_options(
-    click.option("--preset", help="Method preset: anchor or paper.  [default: anchor]"),
-    click.option("--config", type=FILE, help="YAML file of `name: value` settings; options win over it."),
-    click.option("--order", type=click.Choice(["planned", "file", "random"]), help="How rounds are formed."),
-    click.option("--round-size", type=click.IntRange(1), help="Edits in a round, at most."),
+    preset_options,
+    setting_option("--order", type=click.Choice(["planned", "file", "random"]), help="How rounds are formed."),
+    setting_option("--round-size", type=click.IntRange(1), help="Edits in a round, at most."),
 )
 
-expert_cache_option = click.option(
+decode_option = measuring_option(
+    "--decode",
+    type=click.Choice(["teacher", "greedy"]),
+    default="teacher",
+    show_default=True,
+    help="Likeliest token at each position of the target, or what the model writes.",
+)
+batch_tokens_option = measuring_option(
+    "--batch-tokens",
+    type=click.IntRange(1),
+    default=4096,
+    show_default=True,
+    help="Tokens that run through the model at once.",
+)
+report_option = output_option(
+    "--report", "reports", type=FILE, multiple=True, help="Write a page (.html) or Markdown (.md); repeatable."
+)
+json_option = output_option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+
+expert_cache_option = adaptor_option(
     "--expert-cache", type=Size(), help="Keep this much of the experts in memory, as 64M; the others stay in the file."
 )
-mismatch_option = click.option(
+mismatch_option = adaptor_option(
     "--allow-base-mismatch", is_flag=True, help="Take an adaptor of another base model, if it fits at all."
 )
 
@@ -111,11 +144,26 @@ mismatch_option = click.option(
 def conflict_option(help_text: str) -> Callable[[Command], Command]:
     """`--on-conflict`: which of several edits with one question answers."""
     choices = click.Choice(["latest", "error", "keep", "both"])
-    return click.option("--on-conflict", type=choices, default="latest", show_default=True, help=help_text)
+    return adaptor_option("--on-conflict", type=choices, default="latest", show_default=True, help=help_text)
 
 
-quiet_option = click.option("--quiet", "-q", is_flag=True, help="No progress, only results and errors.")
-force_option = click.option("--force", is_flag=True, help="Replace what is there.")
+merging_options: Callable[[Any], Any] = combine_options(
+    conflict_option("Which edit answers where several adaptors answer the same question; keep takes the earliest."),
+    adaptor_option(
+        "--drop",
+        multiple=True,
+        metavar="ROUND|EDIT|ROUND/EDIT",
+        help="Take out a round, by number or id, or an edit, by id or digest.  [several]",
+    ),
+    adaptor_option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        help="Store experts so.  [default: as they are]",
+    ),
+)
+
+quiet_option = output_option("--quiet", "-q", is_flag=True, help="No progress, only results and errors.")
+force_option = output_option("--force", is_flag=True, help="Replace what is there.")
 
 
 def make_loader(options: Mapping[str, Any]) -> "Callable[..., BaseModel]":

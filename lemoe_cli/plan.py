@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lemoe_cli.command import lemoe_command
 from lemoe_cli.options import (
     FILE,
     check_inputs,
@@ -13,6 +14,7 @@ from lemoe_cli.options import (
     model_options,
     open_base,
     open_edits,
+    output_option,
     quiet_option,
     selection_options,
     settings_from,
@@ -26,12 +28,18 @@ if TYPE_CHECKING:
 ROUNDS_SHOWN = 200
 
 
-@click.command("plan")
+@lemoe_command(
+    "plan",
+    examples=(
+        "lemoe plan edits.jsonl -m llama",
+        "lemoe plan edits.jsonl -m llama --round-size 20 -o plan.yaml",
+    ),
+)
 @edits_argument
 @model_options
 @selection_options
 @settings_options
-@click.option("--output", "-o", type=FILE, help="Write the plan here (YAML); `lemoe edit --plan` follows it.")
+@output_option("--output", "-o", type=FILE, help="Write the plan here (YAML); `lemoe edit --plan` follows it.")
 @force_option
 @quiet_option
 def plan_command(edits: Path, output: Path | None, force: bool, quiet: bool, **options: Any) -> None:

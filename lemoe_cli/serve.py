@@ -6,7 +6,9 @@ from typing import Any
 import click
 
 from lemoe.errors import InputError
+from lemoe_cli.command import lemoe_command, options_of
 from lemoe_cli.options import (
+    adaptor_option,
     check_cache,
     check_inputs,
     expert_cache_option,
@@ -15,6 +17,8 @@ from lemoe_cli.options import (
     open_base,
     quiet_option,
 )
+
+serving_option = options_of("Serving")
 
 
 class NamedAdaptor(click.ParamType[tuple[str | None, Path]]):
@@ -27,16 +31,22 @@ class NamedAdaptor(click.ParamType[tuple[str | None, Path]]):
         return (name, Path(path)) if separator and not Path(value).exists() else (None, Path(value))
 
 
-@click.command("serve")
+@lemoe_command(
+    "serve",
+    examples=(
+        "lemoe serve -m llama -a edits.lemoe",
+        "lemoe serve -m llama -a facts=edits.lemoe -a prices=prices.lemoe --allow-updates",
+    ),
+)
 @model_options
-@click.option(
+@adaptor_option(
     "--adaptor", "-a", "adaptors", type=NamedAdaptor(), multiple=True, help="Adaptor to serve; more than one may be."
 )
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0 for all.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
-@click.option("--threads", type=click.IntRange(1), help="Answers written at the same time.  [default: 4]")
-@click.option("--api-key", envvar="LEMOE_API_KEY", help="What clients must send; read from LEMOE_API_KEY as well.")
-@click.option("--allow-updates", is_flag=True, help="Let clients load and unload adaptors of this machine.")
+@serving_option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0 for all.")
+@serving_option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@serving_option("--threads", type=click.IntRange(1), help="Answers written at the same time.  [default: 4]")
+@serving_option("--api-key", envvar="LEMOE_API_KEY", help="What clients must send; read from LEMOE_API_KEY as well.")
+@serving_option("--allow-updates", is_flag=True, help="Let clients load and unload adaptors of this machine.")
 @expert_cache_option
 @mismatch_option
 @quiet_option
@@ -55,10 +65,6 @@ def serve_command(
 
     Requests choose by their `model`: an adaptor's name, or the base model's for answers without edits; the first
     adaptor where they name none.
-
-    \b
-    lemoe serve --model llama --adaptor edits.lemoe
-    lemoe serve --model llama --adaptor facts=edits.lemoe --adaptor prices=prices.lemoe --allow-updates
     """
     named = name_adaptors(adaptors)
     check_cache(adaptors[0][1] if adaptors else None, options)

@@ -7,22 +7,31 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lemoe_cli.command import lemoe_command, options_of
 from lemoe_cli.options import FILE, check_inputs, model_options_if_any, open_base
 
 if TYPE_CHECKING:
     from lemoe.adaptor.inspection import Inspection
     from lemoe.adaptor.state import TaughtEdit
 
+showing_option = options_of("Output")
+
 SCHEMA = 1
 SHOWN = 20
 EDIT = ("round/edit", "prompt", "target")
 
 
-@click.command("show")
+@lemoe_command(
+    "show",
+    examples=(
+        "lemoe show edits.lemoe --edits",
+        "lemoe show edits.lemoe --verify -m llama",
+    ),
+)
 @click.argument("adaptor", type=FILE)
-@click.option("--verify", is_flag=True, help="Check hashes and records too, and with --model the base.")
-@click.option("--json", "as_json", is_flag=True, help="Everything as JSON on stdout.")
-@click.option("--edits", "list_edits", is_flag=True, help="Name every edit, with its prompt and target.")
+@showing_option("--verify", is_flag=True, help="Check hashes and records too, and with --model the base.")
+@showing_option("--json", "as_json", is_flag=True, help="Everything as JSON on stdout.")
+@showing_option("--edits", "list_edits", is_flag=True, help="Name every edit, with its prompt and target.")
 @model_options_if_any
 def show_command(adaptor: Path, verify: bool, as_json: bool, list_edits: bool, **options: Any) -> None:
     """Show what ADAPTOR holds: its base, rounds, edits, and which of them are superseded.

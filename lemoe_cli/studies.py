@@ -1,48 +1,63 @@
-"""What `lemoe eval --compare` and `--factors` run and show."""
+"""What `lemoe compare` and `lemoe study` share: options, the run, tables. They teach edits anew, and keep nothing."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lemoe_cli.ui import print_table, results, show_stage, size_text
+from lemoe.errors import OutputError
+from lemoe_cli.options import (
+    batch_tokens_option,
+    check_inputs,
+    combine_options,
+    decode_option,
+    edits_argument,
+    force_option,
+    json_option,
+    model_options,
+    open_base,
+    open_edits,
+    quiet_option,
+    report_option,
+    selection_options,
+    training_option,
+)
+from lemoe_cli.results import check_report_files, list_settings, make_document, run_all_steps
 
 if TYPE_CHECKING:
+    from lemoe.base.embedded import Notify
     from lemoe.base.loading import BaseModel
     from lemoe.data.edits import Edit
     from lemoe.evaluation.comparison import Comparison, MethodResult
     from lemoe.evaluation.factors import Factors, Matrix
-    from lemoe.evaluation.metrics import Decode
+    from lemoe.evaluation.sweep import Sweep
     from lemoe.settings import Settings
 
 COMMON_ROUND_SIZE = 20  # edits; presets differ, and rounds of different sizes could not be compared
 
-
-def resolve_methods(names: str, options: Mapping[str, Any]) -> "list[Settings]":
-    """The settings of presets given as `ft,lora,...`, all with the same rounds.
-
-    Raises:
-        InputError: for a preset that is not known.
-    """
-    from lemoe.settings import resolve_settings
-
-    given = {"round_size": options["round_size"] or COMMON_ROUND_SIZE, "seed": options["seed"]}
-    chosen = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
-    if not chosen:
-        raise click.UsageError("--compare names no preset")
-    return [resolve_settings(name, None, given) for name in chosen]
+round_size_option = training_option(
+    "--round-size", type=click.IntRange(1), default=COMMON_ROUND_SIZE, show_default=True, help="Edits in a round."
+)
+measuring_options: Callable[[Any], Any] = combine_options(decode_option, batch_tokens_option)
+written_options: Callable[[Any], Any] = combine_options(json_option, report_option, force_option, quiet_option)
+source_options: Callable[[Any], Any] = combine_options(edits_argument, model_options, selection_options)
 
 
 @dataclass(frozen=True)
-class Studies:
+class Findings:
     """The results; None where a study was not asked for."""
 
     comparison: "Comparison | None" = None
     factors: "Factors | None" = None
+    sweep: "Sweep | None" = None
 
     def as_dict(self) -> dict[str, Any]:
-        found = {"comparison": self.comparison, "factors": self.factors}
+        found = {"comparison": self.comparison, "factors": self.factors, "sweep": self.sweep}
         return {name: asdict(study) for name, study in found.items() if study is not None}
 
     def show(self) -> None:
@@ -51,61 +66,110 @@ class Studies:
             _show_comparison(self.comparison)
         if self.factors is not None:
             _show_factors(self.factors)
+        if self.sweep is not None:
+            _show_sweep(self.sweep)
 
 
-def resolve_studies(options: Mapping[str, Any]) -> "tuple[list[Settings], Settings | None]":
-    """The methods that --compare names, and the one of --factors.
-
-    Raises:
-        InputError: for a preset that is not known.
-    """
-    named = resolve_methods(options["compare"], options) if options["compare"] is not None else []
-    return named, resolve_methods(options["preset"], options)[0] if options["factors"] else None
+Study = Callable[["BaseModel", "Sequence[Edit]", "Notify"], Findings]
 
 
-def run_studies(
-    base: "BaseModel",
-    edits: "Sequence[Edit]",
-    decode: "Decode",
-    batch_tokens: int,
-    options: Mapping[str, Any],
-    *,
-    quiet: bool,
-) -> Studies:
-    """Teach `edits` by the methods that --compare names, and by one in several orders for --factors."""
-    from lemoe.evaluation.comparison import compare
-    from lemoe.evaluation.factors import measure_factors
+def run_study(command: str, edits: Path, measure: Study, options: Mapping[str, Any]) -> None:
+    """Read the edits, load the model, `measure`, and show and write what was found."""
+    read = open_edits(edits, options)
+    if options["reports"]:
+        check_report_files(options["reports"], force=options["force"])
+    check_inputs([], options)
+    base = open_base(options, quiet=options["quiet"])
+
+    from lemoe_cli.ui import show_stage
+
+    with show_stage("teaching anew", quiet=options["quiet"]) as notify:
+        found = measure(base, read, notify)
+
+    def print_results() -> None:
+        if options["as_json"]:
+            document = make_document(list_settings(edits, base, options["decode"], options), found.as_dict())
+            click.echo(json.dumps(document, indent=1, ensure_ascii=False))
+        else:
+            found.show()
+
+    problems = run_all_steps(chain([print_results], _make_writers(command, found, base, read, edits, options)))
+    if problems:
+        raise OutputError("\n  ".join(problems))
+
+
+def settle_layers(base: "BaseModel", chosen: "Sequence[Settings]", notify: "Notify") -> "list[Settings]":
+    """Settings with the layer to edit, measured where nothing says one."""
     from lemoe.runs.layers import settle_layer
 
-    named, method = resolve_studies(options)
-    common: dict[str, Any] = {"decode": decode, "batch_tokens": batch_tokens}
-    with show_stage("teaching anew", quiet=quiet) as notify:
-        named = [replace(settings, layer=settle_layer(base, settings, notify).layer) for settings in named]
-        method = replace(method, layer=settle_layer(base, method, notify).layer) if method else None
-        comparison = compare(base, edits, named, notify=notify, **common) if named else None
-        factors = (
-            measure_factors(base, edits, method, orders=options["orders"], notify=notify, **common) if method else None
-        )
-    return Studies(comparison, factors)
+    return [replace(settings, layer=settle_layer(base, settings, notify).layer) for settings in chosen]
+
+
+def _make_writers(
+    command: str,
+    found: Findings,
+    base: "BaseModel",
+    read: "Sequence[Edit]",
+    source: Path,
+    options: Mapping[str, Any],
+) -> Iterator[Callable[[], object]]:
+    """A function for each of the reports, which writes it."""
+    if not options["reports"]:
+        return
+    from lemoe.evaluation.evaluate import EvalResult
+    from lemoe.report import build_report, write_reports
+
+    report = build_report(
+        base,
+        None,
+        read,
+        EvalResult((), ()),
+        source=source.name,
+        command=command,
+        decode=options["decode"],
+        factors=found.factors,
+        comparison=found.comparison,
+        sweep=found.sweep,
+    )
+    for path in dict.fromkeys(options["reports"]):
+        yield partial(write_reports, report, [path], overwrite=options["force"])
+
+
+RESULT_COLUMNS = ("reliability\nwhen taught", "\nin the end", "generality", "locality", "s per edit", "per edit")
+SHARES = "share of target tokens (of whole targets) given"
 
 
 def _show_comparison(comparison: "Comparison") -> None:
-    columns = ("", "reliability\nwhen taught", "\nin the end", "generality", "locality", "s per edit", "per edit")
-    shares = "share of target tokens (of whole targets) given"
+    from lemoe_cli.ui import print_table
+
     print_table(
-        f"{comparison.edit_count} edits in {len(comparison.rounds)} rounds: {shares}",
-        columns,
-        [_make_method_row(each) for each in comparison.methods],
+        f"{comparison.edit_count} edits in {len(comparison.rounds)} rounds: {SHARES}",
+        ("", *RESULT_COLUMNS),
+        [(each.settings.method, *_result_cells(each)) for each in comparison.methods],
     )
 
 
-def _make_method_row(each: "MethodResult") -> tuple[str, ...]:
+def _show_sweep(sweep: "Sweep") -> None:
+    from lemoe_cli.ui import print_table
+
+    method = sweep.results[0].settings.method
+    print_table(
+        f"{sweep.edit_count} edits, taught by {method} with each combination: {SHARES}",
+        (*(name.replace("_", "-") for name in sweep.varied), *RESULT_COLUMNS),
+        [(*map(str, sweep.values(each)), *_result_cells(each)) for each in sweep.results],
+        left=len(sweep.varied),
+    )
+
+
+def _result_cells(each: "MethodResult") -> tuple[str, ...]:
+    from lemoe_cli.ui import size_text
+
     cells = []
     for name in ("reliability", "generality", "locality"):
         tokens, exact = each.value(name), each.value(name, "exact_match")
         cells.append("" if tokens is None or exact is None else _format_pair(tokens.value, exact.value))
     learned = _format_pair(each.learned, each.learned_exact)
-    return each.settings.method, learned, *cells, f"{each.seconds_per_edit:.2f}", size_text(round(each.bytes_per_edit))
+    return learned, *cells, f"{each.seconds_per_edit:.2f}", size_text(round(each.bytes_per_edit))
 
 
 def _format_pair(tokens: float, exact: float) -> str:
@@ -113,6 +177,8 @@ def _format_pair(tokens: float, exact: float) -> str:
 
 
 def _show_factors(factors: "Factors") -> None:
+    from lemoe_cli.ui import print_table, results
+
     _show_matrix("Forgetting: target tokens of round i given, after round j", factors.forgetting)
     results.print(f"lost since it was taught, mean over rounds: {factors.forgotten:.3f}\n")
     if factors.routing is not None:
@@ -132,6 +198,8 @@ def _show_factors(factors: "Factors") -> None:
 
 
 def _show_matrix(title: str, matrix: "Matrix") -> None:
+    from lemoe_cli.ui import print_table
+
     columns = ("i \\ j", *map(str, range(1, len(matrix) + 1)))
     rows = [
         (str(number), *("" if value is None else f"{value:.3f}" for value in row))

@@ -6,9 +6,7 @@ from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from lemoe_cli.options import FILE, combine_options
+from lemoe_cli.options import FILE, combine_options, measuring_option
 
 if TYPE_CHECKING:
     from lemoe.adaptor.checkpoint import AdaptorFile
@@ -16,8 +14,8 @@ if TYPE_CHECKING:
     from lemoe.evaluation.harness import TaskMetric
 
 tasks_options: Callable[[Any], Any] = combine_options(
-    click.option("--tasks", metavar="NAME[,NAME]", help="Tasks of lm-evaluation-harness too (extra `harness`)."),
-    click.option("--tasks-path", type=FILE, help="Folder of further tasks (YAML)."),
+    measuring_option("--tasks", metavar="NAME[,NAME]", help="Tasks of lm-evaluation-harness too (extra `harness`)."),
+    measuring_option("--tasks-path", type=FILE, help="Folder of further tasks (YAML)."),
 )
 
 

@@ -370,7 +370,7 @@ def test_settings_of_baselines_change_nothing_of_an_adaptor(base: lemoe.BaseMode
 def test_a_baseline_is_not_taught_as_an_adaptor_that_grows(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], tmp_path: object, method: str
 ) -> None:
-    with pytest.raises(InputError, match=f"--compare {method}"):
+    with pytest.raises(InputError, match=f"--presets {method}"):
         lemoe.edit(base, facts, make_settings(method), f"{tmp_path}/out")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,9 +19,10 @@ from lemoe.base import loading
 from lemoe.runs.engines import local
 from lemoe.training.rounds import train_round
 from lemoe_cli import plan as plan_module
+from lemoe_cli.command import LemoeCommand
 from lemoe_cli.main import cli
 
-COMMANDS = ("plan", "edit", "eval", "ask", "serve", "merge", "show")
+COMMANDS = ("plan", "edit", "eval", "ask", "serve", "show", "merge", "compact", "export", "compare", "study")
 SMALL = ("--preset", "paper", "--layer", "1", "--width", "8", "--steps", "4", "--round-size", "2", "--device", "cpu")
 
 
@@ -101,6 +103,51 @@ def test_every_option_is_documented(name: str) -> None:
     assert [option.opts[0] for option in options if not option.help] == []
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_in_a_section_and_every_example_is_a_call_that_is_taken(name: str) -> None:
+    command = get_command(name)
+    assert isinstance(command, LemoeCommand)
+    assert [param.name for param in command.params if not hasattr(param, "section")] == [
+        param.name for param in command.params if isinstance(param, click.Argument)
+    ]
+    assert len(command.examples) >= 2
+    shown = lemoe_command(name, "--help").stdout
+    for example in command.examples:
+        assert f"  {example}\n" in shown
+        program, named, *arguments = shlex.split(example.partition(" < ")[0])
+        assert (program, named) == ("lemoe", name)
+        command.make_context(name, arguments)
+
+
+def test_help_shows_each_default_as_the_preset_resolves_it() -> None:
+    def shown_default(option: str, *given: str) -> str:
+        text = " ".join(lemoe_command("edit", *given, "--help").stdout.split())
+        return text.partition(f" {option} ")[2].partition("[default: ")[2].partition("]")[0].partition(";")[0]
+
+    assert (shown_default("--round-size"), shown_default("--steps")) == ("50", "16")
+    assert shown_default("--round-size", "--preset", "paper") == "20"
+    assert shown_default("--steps", "--preset=paper") == "60"
+
+
+MOVED = {
+    "eval edits.jsonl -m llama --compare ft,lora --limit 9": "compare edits.jsonl -m llama --presets ft,lora --limit 9",
+    "eval edits.jsonl --compare=ft -m llama": "compare edits.jsonl --presets ft -m llama",
+    "eval --factors 'my edits.jsonl' -m llama --orders 2": "study 'my edits.jsonl' -m llama --orders 2",
+    "merge a.lemoe --compact -m llama -o small": "compact a.lemoe -m llama -o small",
+    "merge llama a b --export whole --drop 2": "export llama a b -o whole --drop 2",
+}
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_an_old_spelling_ends_with_the_new_one_to_type(old: str) -> None:
+    result = lemoe_command(*shlex.split(old))
+    assert (result.exit_code, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    assert line.endswith(f" is now: lemoe {MOVED[old]}")
+    command, *arguments = shlex.split(MOVED[old])
+    get_command(command).make_context(command, arguments)
+
+
 def test_all_commands_are_listed_and_an_unknown_one_is_refused() -> None:
     assert tuple(cli.list_commands(click.Context(cli))) == COMMANDS
     assert "No such command 'edti'" in lemoe_command("edti").stderr
@@ -165,7 +212,6 @@ TOO_SOON = {
         (["eval", "edits.jsonl", "-m", "lama"], "--model lama: no such folder or preset"),
         (["eval", "edits.jsonl", "-m", "llama", "-a", "none"], "none: no such file"),
         (["eval", "edits.jsonl", "-m", "llama", "-a", "edits.jsonl"], "not a whole safetensors file"),
-        (["eval", "edits.jsonl", "-m", "llama", "--compare", "ft,papr"], "there is: "),
         (["eval", "edits.jsonl", "-m", "llama", "--texts", "none"], "none: cannot be read"),
         (["eval", "edits.jsonl", "-m", "llama", "--min", "locallity=1"], "did you mean locality?"),
         (["eval", "edits.jsonl", "-m", "llama", "--records", "bad.yaml"], "bad.yaml exists"),
@@ -179,8 +225,27 @@ TOO_SOON = {
     "merge": (
         (["merge", "none", "-o", "merged"], "none: no such file"),
         (["merge", "edits.jsonl", "-o", "merged"], "not a whole safetensors file"),
-        (["merge", "lama", "none", "--export", "whole"], "none: no such file"),
         (["merge", "none"], "give the result's file with --output"),
+    ),
+    "compact": (
+        (["compact", "none", "-m", "llama", "-o", "small"], "none: no such file"),
+        (["compact", "none", "-m", "llama"], "give the result's file with --output"),
+        (["compact", "none", "-m", "llama", "-o", "bad.yaml"], "bad.yaml exists"),
+    ),
+    "export": (
+        (["export", "lama", "none", "-o", "whole"], "none: no such file"),
+        (["export", "llama", "edits.jsonl", "-o", "whole"], "not a whole safetensors file"),
+        (["export", "llama", "none"], "Missing option '--output'"),
+    ),
+    "compare": (
+        (["compare", "none.jsonl", "-m", "llama"], "none.jsonl: cannot be read"),
+        (["compare", "edits.jsonl", "-m", "lama"], "--model lama: no such folder or preset"),
+        (["compare", "edits.jsonl", "-m", "llama", "--presets", "ft,papr"], "there is: "),
+    ),
+    "study": (
+        (["study", "bad.jsonl", "-m", "llama"], "bad.jsonl:1: "),
+        (["study", "edits.jsonl", "-m", "lama"], "--model lama: no such folder or preset"),
+        (["study", "edits.jsonl", "-m", "llama", "--vary", "stepz=1"], "did you mean steps?"),
     ),
     "show": (
         (["show", "none"], "none: no such file"),
@@ -480,7 +545,7 @@ MISTAKES = {
     "no model": (("edit", "{edits}"), "--model"),
     "steps below one": (("edit", "{edits}", "-m", "{model}", "--steps", "0"), "--steps"),
     "learning rate of zero": (("edit", "{edits}", "-m", "{model}", "--learning-rate", "0"), "learning_rate"),
-    "merge of nothing": (("merge", "-o", "merged"), "ADAPTORS"),
+    "merge of nothing": (("merge", "-o", "merged"), "ADAPTOR"),
 }
 
 

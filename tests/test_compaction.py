@@ -214,8 +214,8 @@ def test_records_with_an_impossible_number_of_experts_are_refused(
         lemoe.load_adaptor(tmp_path / "wrong")
 
 
-def run_merge(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(cli, ["merge", *map(str, arguments)])
+def run_compact(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(cli, ["compact", *map(str, arguments)])
     return result.exit_code, result.output
 
 
@@ -227,20 +227,20 @@ def test_the_command_reports_and_writes_or_refuses_and_writes_nothing(
 ) -> None:
     lemoe.save_adaptor(whole, tmp_path / "whole")
     model, output = tiny_folder("llama"), tmp_path / "out"
-    arguments = (tmp_path / "whole", "--compact", "--model", model, "--device", "cpu", "-o", output)
-    code, text = run_merge(*arguments, "--tolerance", 1)
+    arguments = (tmp_path / "whole", "--model", model, "--device", "cpu", "-o", output)
+    code, text = run_compact(*arguments, "--tolerance", 1)
     assert (code, output.exists()) == (0, True)
     assert all(word in text for word in ("as it is", "2 neurons per edit", "reliability", "generality", "locality"))
     output.unlink()
     monkeypatch.setattr(compaction.Quality, "largest_drop", lambda before, after: 0.02)
-    code, text = run_merge(*arguments)
+    code, text = run_compact(*arguments)
     assert (code, output.exists()) == (1, False)
     assert "nothing is written: more than --tolerance 0.01 would be lost" in text
 
 
-def test_compact_and_model_need_each_other(whole: lemoe.AdaptorState, tmp_path: Path) -> None:
+def test_a_compaction_needs_somewhere_to_write(whole: lemoe.AdaptorState, tmp_path: Path) -> None:
     lemoe.save_adaptor(whole, tmp_path / "whole")
-    for option in (("--compact",), ("--model", "llama")):
-        code, text = run_merge(tmp_path / "whole", *option, "--dry-run")
-        assert code == 2
-        assert "--compact and --model need each other" in text
+    code, text = run_compact(tmp_path / "whole", "--model", "llama")
+    assert (code, "give the result's file with --output" in text) == (2, True)
+    code, text = run_compact(tmp_path / "whole", "--model", "no-such-model", "-o", tmp_path / "whole")
+    assert (code, "whole exists" in text) == (2, True)

@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 import lemoe
 from lemoe.evaluation.comparison import Comparison
 from lemoe.evaluation.factors import Factors
+from lemoe.evaluation.sweep import sweep
 from lemoe.training.rounds import count_bytes, teach_rounds
 from lemoe_cli.main import cli
 
@@ -171,13 +172,13 @@ def edits(probed: list[lemoe.Edit], tmp_path: Path) -> Path:
 
 
 def test_one_command_puts_methods_side_by_side(edits: Path, tiny_folder: Callable[[str], Path]) -> None:
-    options = ("--model", tiny_folder("llama"), "--compare", "memoe, ft", "--round-size", 2, "-q")
-    shown = lemoe_command("eval", edits, *options)
+    options = ("--model", tiny_folder("llama"), "--presets", "memoe, ft", "--round-size", 2, "-q")
+    shown = lemoe_command("compare", edits, *options)
     assert shown.exit_code == 0, shown.output
     named = [line.split()[0] for line in shown.stdout.splitlines() if line.startswith(("ft", "memoe"))]
     assert named == ["memoe", "ft"]
     assert "4 edits in 2 rounds" in shown.stdout
-    document = json.loads(lemoe_command("eval", edits, *options, "--json").stdout)
+    document = json.loads(lemoe_command("compare", edits, *options, "--json").stdout)
     assert document["settings"]["decode"] == "teacher"
     methods = document["comparison"]["methods"]
     assert [method["settings"]["method"] for method in methods] == ["memoe", "ft"]
@@ -186,21 +187,69 @@ def test_one_command_puts_methods_side_by_side(edits: Path, tiny_folder: Callabl
 
 def test_one_command_measures_the_three_factors(edits: Path, tiny_folder: Callable[[str], Path]) -> None:
     small = ("--preset", "paper", "--round-size", 2, "--orders", 1, "-q")
-    options = ("--model", tiny_folder("llama"), "--factors", *small)
-    shown = lemoe_command("eval", edits, *options)
+    options = ("--model", tiny_folder("llama"), *small)
+    shown = lemoe_command("study", edits, *options)
     assert shown.exit_code == 0, shown.output
     assert all(word in shown.stdout for word in ("Forgetting", "Routing", "Order", "random 1"))
-    found = json.loads(lemoe_command("eval", edits, *options, "--json").stdout)["factors"]
+    found = json.loads(lemoe_command("study", edits, *options, "--json").stdout)["factors"]
     assert found["forgetting"][1][0] is None
     assert len(found["orders"]) == 2
 
 
+VARIED = ("--vary", "round-size=2,4", "--vary", "steps=1,2")
+
+
+def test_a_study_varies_settings_in_one_table_and_a_plot(
+    edits: Path, tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    page, short = tmp_path / "study.html", tmp_path / "study.md"
+    options = ("--model", tiny_folder("llama"), "--preset", "paper", *VARIED, "-q")
+    shown = lemoe_command("study", edits, *options, "--report", page, "--report", short)
+    assert shown.exit_code == 0, shown.output
+    assert "4 edits, taught by paper with each combination" in shown.stdout
+    rows = [line.split()[:2] for line in shown.stdout.splitlines() if line[:1].isdigit()][1:]
+    assert rows == [["2", "1"], ["2", "2"], ["4", "1"], ["4", "2"]]
+    assert "Quality by settings" in page.read_text()
+    assert "edits.jsonl: lemoe study" in page.read_text()
+    assert "| 4, 2 |" in short.read_text()
+    found = json.loads(lemoe_command("study", edits, *options, "--json").stdout)["sweep"]
+    assert found["varied"] == ["round_size", "steps"]
+    assert [result["settings"]["steps"] for result in found["results"]] == [1, 2, 1, 2]
+    assert found["results"][0]["metrics"] != found["results"][3]["metrics"]
+
+
+def test_a_sweep_of_one_combination_is_the_comparison_of_one_method(
+    base: lemoe.BaseModel, probed: list[lemoe.Edit]
+) -> None:
+    settings = small_settings("anchor")
+    (one,) = sweep(base, probed, [settings], ("width",)).results
+    (other,) = lemoe.compare(base, probed, [settings]).methods
+    assert one == replace(other, seconds_per_edit=one.seconds_per_edit)
+
+
 @pytest.mark.parametrize(
-    "arguments",
-    [["--compare", "ft,nothing"], ["--compare", ","], ["--factors", "--preset", "nothing"], ["--factors", "--card"]],
+    ("arguments", "message"),
+    [
+        (["compare", "--presets", "ft,nothing"], "nothing"),
+        (["compare", "--presets", ","], "names no preset"),
+        (["study", "--preset", "nothing"], "nothing"),
+        (["study", "--vary", "stepz=1,2"], "did you mean steps?"),
+        (["study", "--vary", "steps=0"], "steps: must be at least 1"),
+        (["study", "--vary", "steps=many"], "is not a whole number"),
+        (["study", "--vary", "steps"], "expected one like round-size=1,10,50"),
+        (["study", "--vary", "steps=1,,2"], "expected one like round-size=1,10,50"),
+        (["study", "--vary", "steps=1", "--vary", "steps=2"], "names a setting twice"),
+        (["study", "--vary", "preset=ft,lora"], "lemoe compare --presets"),
+        (["study", "--vary", "steps=1", "--orders", "2"], "exclude each other"),
+        (["study", "--report", "study.pdf"], "ends in .html or .md"),
+    ],
 )
-def test_what_cannot_be_compared_is_refused_before_anything_is_loaded(edits: Path, arguments: list[str]) -> None:
-    result = lemoe_command("eval", edits, "--model", "no-such-model", *arguments)
+def test_what_cannot_be_studied_is_refused_before_anything_is_loaded(
+    edits: Path, arguments: list[str], message: str
+) -> None:
+    command, *given = arguments
+    result = lemoe_command(command, edits, "--model", "no-such-model", *given)
     assert result.exit_code == 2
+    assert message in result.stderr
     assert "no-such-model" not in result.stderr
     assert result.stdout == ""

@@ -54,7 +54,7 @@ def test_the_command_writes_a_folder_with_the_edits_that_are_not_dropped(
     adaptor: Path, tiny_folder: FolderOf, facts: list[lemoe.Edit], tmp_path: Path
 ) -> None:
     folder = tmp_path / "whole"
-    given = ["merge", str(tiny_folder("llama")), str(adaptor), "--export", str(folder), "--drop", "fact-1"]
+    given = ["export", str(tiny_folder("llama")), str(adaptor), "-o", str(folder), "--drop", "fact-1"]
     result = lemoe_command(*given)
     assert result.exit_code == 0, result.output
     assert "bit for bit" in result.stdout
@@ -123,17 +123,3 @@ def test_weights_in_several_files_are_copied_with_their_index(
     parts = sorted(path.name for path in (tmp_path / "parts").glob("model*"))
     assert len(parts) > 2
     assert sorted(path.name for path in (tmp_path / "whole").glob("model*") if path.suffix != ".py") == parts
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (["--export", "whole", "-o", "file"], "leave out --compact, --output"),
-        (["--export", "whole"], "base model in front of the adaptors"),
-        (["--export", "whole", "--compact"], "leave out --compact"),
-    ],
-)
-def test_a_call_that_makes_no_sense_is_refused(given: list[str], message: str) -> None:
-    result = lemoe_command("merge", "one.safetensors", *given)
-    assert result.exit_code == 2
-    assert message in result.stderr

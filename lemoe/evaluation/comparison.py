@@ -76,18 +76,19 @@ def compare(
         _ = method_of(settings).train_round  # refused at once if its package is missing
     notify("planning")
     rounds = edits_by_round(plan(base, edits, methods[0]), edits)
-    compared = tuple(_compare_method(base, rounds, settings, decode, batch_tokens, notify) for settings in methods)
+    compared = tuple(measure_method(base, rounds, settings, decode, batch_tokens, notify) for settings in methods)
     return Comparison(tuple(tuple(edit.id for edit in members) for members in rounds), compared)
 
 
-def _compare_method(
+def measure_method(
     base: BaseModel,
     rounds: Sequence[Sequence[Edit]],
     settings: Settings,
-    decode: Decode,
-    batch_tokens: int,
-    notify: Notify,
+    decode: Decode = "teacher",
+    batch_tokens: int = 4096,
+    notify: Notify = lambda stage: None,
 ) -> MethodResult:
+    """Teach `rounds` by the method of `settings`, and measure each when it was taught and all at the end."""
     learned: list[Record] = []
     seconds, began = 0.0, time.monotonic()
     for number, edited in enumerate(teach_rounds(base, rounds, settings), 1):

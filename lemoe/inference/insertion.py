@@ -86,7 +86,7 @@ class InsertedAdaptor(LiveAdaptor):
         if not self._thread.bypass:
             raise AdaptorError(
                 "save_pretrained would write the base without the edits, which are not in its weights: save the "
-                "adaptor, or write both as one folder with `lemoe merge ADAPTOR --export FOLDER`; while "
+                "adaptor, or write both as one folder with `lemoe export MODEL ADAPTOR -o FOLDER`; while "
                 "`bypassed()`, or after `remove()`, it writes the base"
             )
         return save_pretrained(*args, **kwargs)

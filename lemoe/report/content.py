@@ -11,12 +11,13 @@ from lemoe.evaluation.comparison import Comparison
 from lemoe.evaluation.evaluate import EvalResult
 from lemoe.evaluation.factors import Factors
 from lemoe.evaluation.metrics import Decode
+from lemoe.evaluation.sweep import Sweep
 from lemoe.report.clusters import Clusters, build_clusters
 from lemoe.report.failures import Failures, find_failures
 from lemoe.report.rounds import Forgetting, RoundQuality, build_forgetting, round_numbers, score_rounds
 from lemoe.report.routes import Destinations, Gate, GateMeasure, OwnExperts, build_gate, count_destinations
 from lemoe.report.scores import MetricScores, group_scores
-from lemoe.report.studies import MethodRow, OrderTable, make_method_rows, make_order_table
+from lemoe.report.studies import MethodRow, OrderTable, SweepTable, make_method_rows, make_order_table, make_sweep_table
 from lemoe.report.text import clean_text, format_count
 
 DECODING = {
@@ -38,12 +39,14 @@ class Report:
     """What a report shows; a part that was not measured is empty, or None.
 
     Attributes:
+        command: that measured.
         source: name of the edits.
         edited: whether there is an adaptor; else all metrics are of the base alone.
         rounds: those that have measured edits.
         forgetting, routed: reliability, and share of prompts that reach their edit's expert, round by round.
     """
 
+    command: str
     source: str
     edited: bool
     facts: tuple[Fact, ...]
@@ -58,6 +61,7 @@ class Report:
     routed: Forgetting | None
     orders: OrderTable | None
     methods: tuple[MethodRow, ...]
+    sweep: SweepTable | None
 
 
 def build_report(
@@ -67,21 +71,27 @@ def build_report(
     result: EvalResult,
     *,
     source: str,
+    command: str = "lemoe eval",
     decode: Decode = "teacher",
     factors: Factors | None = None,
     comparison: Comparison | None = None,
+    sweep: Sweep | None = None,
 ) -> Report:
     """The report on `result`, which `lemoe.evaluate` gave for the same base, state, edits and `decode`.
+
+    A result without metrics leaves the studies.
 
     Args:
         source: name of the edits, such as their file's.
         factors: the three factors of these edits, where they were measured.
         comparison: of methods on them, where it was made.
+        sweep: of settings of one method, where it was made.
     """
     numbers = round_numbers(state, edits)
     own_experts = OwnExperts(state, edits)
     measure = GateMeasure.of_state(state) if state else None
     return Report(
+        command=command,
         source=clean_text(source),
         edited=state is not None,
         facts=_list_facts(base, state, edits, decode),
@@ -96,6 +106,7 @@ def build_report(
         routed=build_forgetting(factors.routing) if factors and factors.routing else None,
         orders=make_order_table(factors) if factors and factors.orders else None,
         methods=make_method_rows(comparison) if comparison else (),
+        sweep=make_sweep_table(sweep) if sweep else None,
     )
 
 

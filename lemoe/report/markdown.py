@@ -18,7 +18,7 @@ _ACTIVE = re.compile(r"[\\`*_~\[\]<>|&:@#$\"]|(?<=www)\.", re.IGNORECASE)
 
 def render_markdown(report: Report) -> str:
     """Headlines, then all metrics and the worst failures folded; rendering is deterministic."""
-    parts = [f"### lemoe eval: {_wrap_code(report.source)}", _render_facts(report)]
+    parts = [f"### {report.command}: {_wrap_code(report.source)}", _render_facts(report)]
     if report.metrics:
         parts += [
             _render_scores([one for metric in report.metrics for one in _pick_headlines(metric)]),
@@ -27,7 +27,9 @@ def render_markdown(report: Report) -> str:
             ),
         ]
     if report.methods:
-        parts.append(_render_methods(report.methods))
+        parts.append(_render_methods("method", report.methods))
+    if report.sweep:
+        parts.append(_render_methods(", ".join(map(_escape_text, report.sweep.varied)), report.sweep.rows))
     if report.forgetting:
         parts.append(_fold_section("Reliability of each round after each round", _render_matrix(report.forgetting)))
     if report.routed:
@@ -67,11 +69,11 @@ def _name_score(score: Score) -> str:
     return score.name if score.kind == "all" else f"{score.name}, {_wrap_code(score.kind)}"
 
 
-def _render_methods(methods: Sequence[MethodRow]) -> str:
-    columns = ("method", "when taught", "reliability", "generality", "locality", "s per edit", "KiB per edit")
+def _render_methods(head: str, methods: Sequence[MethodRow]) -> str:
+    columns = (head, "when taught", "reliability", "generality", "locality", "s per edit", "KiB per edit")
     rows = [
         [
-            row.method,
+            row.name,
             format_number(row.learned),
             *map(format_with_error, (row.reliability, row.generality, row.locality)),
             format_number(row.seconds),

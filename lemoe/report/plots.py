@@ -13,6 +13,7 @@ from lemoe.evaluation.metrics import Metric
 from lemoe.report.clusters import Cluster, Clusters
 from lemoe.report.rounds import ROUNDS_SHOWN, Forgetting, RoundQuality, pick_evenly
 from lemoe.report.routes import Gate, GateScores
+from lemoe.report.studies import SweepTable
 from lemoe.report.text import format_number, format_percent
 
 WIDTH = 420.0
@@ -177,6 +178,19 @@ def course_plot(forgetting: Forgetting) -> Lines:
     return _build_lines(
         "after round", ticks, [Series("round just taught", tuple(fresh)), Series("all so far", tuple(all_))]
     )
+
+
+def sweep_plot(table: SweepTable) -> Lines:
+    """Reliability and generality of each combination of settings, with standard errors."""
+    across = _make_scale(1, max(2, len(table.rows)), LEFT + 14, RIGHT - 14)
+    series = []
+    for name in ("reliability", "generality"):
+        points = [(index, row, getattr(row, name)) for index, row in enumerate(table.rows, 1)]
+        marks = tuple(_mark_metric(across(index), metric, row.name) for index, row, metric in points if metric)
+        series.append(Series(name, marks))
+    step = math.ceil(len(table.rows) / TICKS)
+    ticks = [Tick(across(index), row.name) for index, row in enumerate(table.rows, 1) if (index - 1) % step == 0]
+    return _build_lines(", ".join(table.varied), ticks, [one for one in series if one.marks])
 
 
 def _build_lines(x_label: str, ticks: Sequence[Tick], series: Sequence[Series]) -> Lines:

@@ -1,11 +1,12 @@
-"""What a report reads of studies that teach the edits anew, by several methods or in several orders."""
+"""What a report reads of studies that teach the edits anew: by several methods, in several orders, settings varied."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lemoe.evaluation.comparison import Comparison
+from lemoe.evaluation.comparison import Comparison, MethodResult
 from lemoe.evaluation.factors import Factors, OrderScore
 from lemoe.evaluation.metrics import Metric
+from lemoe.evaluation.sweep import Sweep
 
 Matrix = Sequence[Sequence[float | None]]
 
@@ -31,9 +32,9 @@ class OrderTable:
 
 @dataclass(frozen=True)
 class MethodRow:
-    """A method's metrics (token accuracy), its seconds of training and its bytes kept, both per edit."""
+    """Metrics (token accuracy) of a method or combination, its seconds of training and bytes kept, both per edit."""
 
-    method: str
+    name: str
     learned: float
     reliability: Metric | None
     generality: Metric | None
@@ -66,15 +67,31 @@ def _value_range(values: Sequence[float | None]) -> float | None:
 
 def make_method_rows(comparison: Comparison) -> tuple[MethodRow, ...]:
     """The methods as rows of a table."""
-    return tuple(
-        MethodRow(
-            method=one.settings.method,
-            learned=one.learned,
-            reliability=one.value("reliability"),
-            generality=one.value("generality"),
-            locality=one.value("locality"),
-            seconds=one.seconds_per_edit,
-            bytes=one.bytes_per_edit,
-        )
-        for one in comparison.methods
+    return tuple(_make_row(one.settings.method, one) for one in comparison.methods)
+
+
+@dataclass(frozen=True)
+class SweepTable:
+    """A method's metrics for each combination of the varied settings; a row is named by their values."""
+
+    method: str
+    varied: tuple[str, ...]
+    rows: tuple[MethodRow, ...]
+
+
+def make_sweep_table(sweep: Sweep) -> SweepTable:
+    """The combinations as rows of a table."""
+    rows = tuple(_make_row(", ".join(map(str, sweep.values(one))), one) for one in sweep.results)
+    return SweepTable(sweep.results[0].settings.method, sweep.varied, rows)
+
+
+def _make_row(name: str, one: MethodResult) -> MethodRow:
+    return MethodRow(
+        name=name,
+        learned=one.learned,
+        reliability=one.value("reliability"),
+        generality=one.value("generality"),
+        locality=one.value("locality"),
+        seconds=one.seconds_per_edit,
+        bytes=one.bytes_per_edit,
     )

@@ -1,0 +1,65 @@
+"""What `eval`, `compare` and `study` do with results: the JSON document, and no failure that loses another's output."""
+
+import hashlib
+import platform
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lemoe.errors import LemoeError
+
+if TYPE_CHECKING:
+    from lemoe.base.loading import BaseModel
+    from lemoe.evaluation.metrics import Decode
+
+SCHEMA = 1  # of the JSON document: docs/eval.schema.json
+
+
+def run_all_steps(steps: Iterable[Callable[[], object]]) -> list[str]:
+    """Run every step, even if some fail, and list the failures: no failure loses the results of a long measurement."""
+    problems = []
+    for step in steps:
+        try:
+            step()
+        except LemoeError as error:
+            problems.append(str(error))
+        except (BrokenPipeError, SystemExit):  # by which rich ends: whoever read the results has seen enough
+            continue
+        except OSError as error:
+            problems.append(f"the results cannot be printed: {error.strerror or error}")
+    return problems
+
+
+def make_document(settings: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """What was `found`, with the settings and versions that it was found with."""
+    return {"schema": SCHEMA, "settings": dict(settings), "versions": _list_versions(), **found}
+
+
+def list_settings(edits: Path, base: "BaseModel", decode: "Decode", options: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured, and on what."""
+    chosen = {name: options[name] for name in ("model", "revision", "limit", "sample", "seed")}
+    where = {"dtype": str(base.dtype).removeprefix("torch."), "device": ", ".join(map(str, base.devices))}
+    digest = hashlib.sha256(edits.read_bytes()).hexdigest()
+    return {"edits": str(edits), "edits_sha256": digest, "decode": decode, **chosen, **where}
+
+
+def _list_versions() -> dict[str, str]:
+    """The versions of what computed the metrics."""
+    import torch
+    import transformers
+
+    from lemoe import __version__
+
+    return {
+        "lemoe": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def check_report_files(reports: Iterable[Path], *, force: bool) -> None:
+    """Refuse, before anything is computed, reports that cannot be written."""
+    from lemoe.report import check_reports
+
+    check_reports(reports, overwrite=force)
