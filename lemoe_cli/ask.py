@@ -24,7 +24,7 @@ from lemoe_cli.options import (
     open_adaptor,
     open_base,
     output_option,
-    quiet_option,
+    progress_options,
 )
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ asking_option = options_of("Asking")
 )
 @expert_cache_option
 @mismatch_option
-@quiet_option
+@progress_options
 def ask_command(
     prompts: tuple[str, ...],
     adaptor: Path | None,
@@ -77,7 +77,7 @@ def ask_command(
     first = next(batches, None)
     if first is None:
         raise InputError("no prompts: name them on the command line, or give one per line on stdin")
-    check_inputs([adaptor], options)
+    check_inputs([adaptor], options, quiet=quiet)
 
     from lemoe.adaptor.state import check_base
     from lemoe.inference.asking import ask

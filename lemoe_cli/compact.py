@@ -1,5 +1,6 @@
 """`lemoe compact`: the edits of an adaptor on fewer, smaller experts."""
 
+import math
 import sys
 from dataclasses import asdict, astuple, replace
 from pathlib import Path
@@ -8,23 +9,25 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lemoe_cli.command import lemoe_command
-from lemoe_cli.merge import show_merged
+from lemoe_cli.merge import list_merged, show_merged
 from lemoe_cli.options import (
     FILE,
     adaptors_argument,
     check_inputs,
     force_option,
+    json_option,
     measuring_option,
     merging_options,
     model_options_without_dtype,
     open_base,
     output_option,
-    quiet_option,
+    progress_options,
 )
+from lemoe_cli.results import print_json
 
 if TYPE_CHECKING:
     from lemoe.adaptor.merging import OnConflict
-    from lemoe.runs.compaction import CompactionResult
+    from lemoe.runs.compaction import CompactionResult, Quality
 
 
 @lemoe_command(
@@ -46,8 +49,9 @@ if TYPE_CHECKING:
 )
 @output_option("--output", "-o", type=FILE, help="The compacted adaptor's file.")
 @output_option("--dry-run", is_flag=True, help="Measure what would be lost, and write nothing.")
+@json_option
 @force_option
-@quiet_option
+@progress_options
 def compact_command(
     adaptors: tuple[Path, ...],
     on_conflict: "OnConflict",
@@ -56,6 +60,7 @@ def compact_command(
     tolerance: float,
     output: Path | None,
     dry_run: bool,
+    as_json: bool,
     force: bool,
     quiet: bool,
     **options: Any,
@@ -73,7 +78,7 @@ def compact_command(
     target = None if dry_run else output
     if target is not None:
         check_overwrite(target, overwrite=force)
-    check_inputs(adaptors, options)
+    check_inputs(adaptors, options, quiet=quiet)
 
     from lemoe.adaptor.checkpoint import save_adaptor
     from lemoe.adaptor.merging import merge_in_memory
@@ -84,8 +89,11 @@ def compact_command(
     base = open_base({**options, "device_map": None, "dtype": "auto"}, quiet=quiet)
     with show_stage("compacting", quiet=quiet) as notify:
         outcome = compact_adaptor(base, merged.state, tolerance=tolerance, notify=notify)
-    _show_trials(outcome)
+    if not as_json:
+        _show_trials(outcome)
     if outcome.state is None:
+        if as_json:
+            print_json(_list_trials(outcome))
         print_note(f"nothing is written: more than --tolerance {tolerance:g} would be lost")
         sys.exit(1)
     size = merged.size
@@ -93,7 +101,29 @@ def compact_command(
         remove_scratch(target.parent, target.name)
         save_adaptor(outcome.state, target, overwrite=force)
         size = target.stat().st_size
-    show_merged(len(adaptors), replace(merged, state=outcome.state, size=size), output, dry_run=dry_run)
+    compacted = replace(merged, state=outcome.state, size=size)
+    if as_json:
+        print_json({**list_merged(compacted, target), **_list_trials(outcome)})
+    else:
+        show_merged(len(adaptors), compacted, output, dry_run=dry_run)
+
+
+def _list_trials(outcome: "CompactionResult") -> dict[str, Any]:
+    """What was tried, for JSON."""
+    return {
+        "kept": outcome.state is not None,
+        "before": {"size": outcome.size, **_list_shares(outcome.before)},
+        "trials": [
+            {"neurons_per_edit": trial.neurons, "size": trial.size, **_list_shares(trial.quality)}
+            for trial in outcome.trials
+        ],
+        "left_out": outcome.left_out,
+    }
+
+
+def _list_shares(quality: "Quality") -> dict[str, float | None]:
+    """The shares by name; None for one without probes."""
+    return {name: None if math.isnan(share) else share for name, share in asdict(quality).items()}
 
 
 def _show_trials(outcome: "CompactionResult") -> None:

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
+from lemoe_cli.choices import PresetNames
 from lemoe_cli.command import lemoe_command
 from lemoe_cli.options import training_option
 from lemoe_cli.studies import (
@@ -36,7 +35,11 @@ DEFAULT_PRESETS = "context,rag,ft,ultraedit,anchor"  # none of which needs an ex
 )
 @source_options
 @training_option(
-    "--presets", default=DEFAULT_PRESETS, show_default=True, help="Methods to compare, as ft,lora,memoe,paper,anchor."
+    "--presets",
+    type=PresetNames(baselines=True),
+    default=DEFAULT_PRESETS,
+    show_default=True,
+    help="Methods to compare, as ft,lora,memoe,paper,anchor.",
 )
 @round_size_option
 @measuring_options
@@ -62,14 +65,7 @@ def compare_command(edits: Path, presets: str, **options: Any) -> None:
 
 
 def resolve_methods(names: str, round_size: int, seed: int | None) -> "list[Settings]":
-    """The settings of presets given as `ft,lora,...`, all with the same rounds.
-
-    Raises:
-        InputError: for a preset that is not known.
-    """
+    """The settings of presets given as `ft,lora,...`, all with the same rounds."""
     from lemoe.settings import resolve_settings
 
-    chosen = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
-    if not chosen:
-        raise click.UsageError("--presets names no preset")
-    return [resolve_settings(name, None, {"round_size": round_size, "seed": seed}) for name in chosen]
+    return [resolve_settings(name, None, {"round_size": round_size, "seed": seed}) for name in names.split(",")]

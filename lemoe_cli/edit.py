@@ -1,6 +1,7 @@
 """`lemoe edit`: the main job."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,19 +18,21 @@ from lemoe_cli.options import (
     edits_argument,
     edits_option,
     force_option,
+    json_option,
     make_loader,
     mismatch_option,
     model_options,
     open_base,
     open_edits,
     output_option,
-    quiet_option,
+    progress_options,
     selection_options,
     setting_option,
     settings_from,
     settings_options,
     training_option,
 )
+from lemoe_cli.results import print_json
 
 if TYPE_CHECKING:
     from lemoe.adaptor.merging import OnConflict
@@ -66,6 +69,8 @@ _SETTINGS = (
     "batch_tokens",
     "train_rephrases",
 )
+
+SCHEMA = 1
 
 where_option = options_of("Where to train")
 
@@ -113,8 +118,9 @@ LAYER_HELP = (
 @where_option("--workers", type=click.IntRange(1), help="Rounds that Ray trains at once.  [default: as there is room]")
 @output_option("--output", "-o", type=FILE, help="Folder for the result.  [default: EDITS with .lemoe]")
 @output_option("--resume", is_flag=True, help="Go on with an interrupted run: same edits, same settings.")
+@json_option
 @force_option
-@quiet_option
+@progress_options
 def edit_command(
     edits: Path,
     output: Path | None,
@@ -127,6 +133,7 @@ def edit_command(
     address: str | None,
     workers: int | None,
     resume: bool,
+    as_json: bool,
     force: bool,
     quiet: bool,
     **options: Any,
@@ -160,7 +167,7 @@ def edit_command(
     check_round_range(rounds, settings, planned=planned)
     if plan_file is not None:
         read_plan(plan_file, read)
-    check_inputs([start], options)
+    check_inputs([start], options, quiet=quiet)
 
     from lemoe.adaptor.checkpoint import load_adaptor
     from lemoe.runs.edit import check_engine, edit
@@ -190,7 +197,10 @@ def edit_command(
             measure_layer=measure_layer,
             progress=progress,
         )
-    _show_report(report, read)
+    if as_json:
+        print_json({"schema": SCHEMA, **asdict(report), "path": str(report.path)})
+    else:
+        _show_report(report, read)
 
 
 def _check_engine_options(name: str, address: str | None, workers: int | None, options: Mapping[str, Any]) -> None:

@@ -29,11 +29,11 @@ from lemoe_cli.options import (
     open_base,
     open_edits,
     output_option,
-    quiet_option,
+    progress_options,
     report_option,
     selection_options,
 )
-from lemoe_cli.results import check_report_files, list_settings, make_document, run_all_steps
+from lemoe_cli.results import check_report_files, list_settings, make_document, print_json, run_all_steps
 from lemoe_cli.tasks import measure_tasks, show_tasks, tasks_options
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ THRESHOLD = "METRIC[/KIND][:MEASURE]=NUMBER"
 @report_option
 @output_option("--card", is_flag=True, help="Write the metrics into the card beside the adaptor (README.md).")
 @force_option
-@quiet_option
+@progress_options
 def eval_command(
     edits: Path,
     adaptor: Path | None,
@@ -107,7 +107,7 @@ def eval_command(
     _check_files(adaptor, options, force=force)
     if options["reports"]:
         check_report_files(options["reports"], force=force)
-    check_inputs([adaptor], options)
+    check_inputs([adaptor], options, quiet=quiet)
 
     from lemoe.adaptor.state import check_base
 
@@ -131,8 +131,7 @@ def eval_command(
             settings = list_settings(edits, base, decode, options)
             settings |= {"adaptor": str(adaptor) if adaptor else None, "base_differences": list(differences)}
             settings |= {"texts": str(options["texts"]) if options["texts"] else None, "fluency": options["fluency"]}
-            document = make_document(settings, _list_findings(result.metrics, checks, tasks))
-            click.echo(json.dumps(document, indent=1, ensure_ascii=False))
+            print_json(make_document(settings, _list_findings(result.metrics, checks, tasks)))
         else:
             show_metrics(result.metrics)
             show_tasks(tasks)

@@ -4,18 +4,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lemoe_cli.command import lemoe_command
-from lemoe_cli.merge import show_merged
+from lemoe_cli.merge import list_merged, show_merged
 from lemoe_cli.options import (
     FILE,
     adaptors_argument,
     check_inputs,
     force_option,
+    json_option,
     merging_options,
     model_argument,
     output_option,
     placing_options,
-    quiet_option,
+    progress_options,
 )
+from lemoe_cli.results import print_json
 
 if TYPE_CHECKING:
     from lemoe.adaptor.merging import OnConflict
@@ -34,8 +36,9 @@ if TYPE_CHECKING:
 @placing_options
 @merging_options
 @output_option("--output", "-o", type=FILE, required=True, help="Folder for the result.")
+@json_option
 @force_option
-@quiet_option
+@progress_options
 def export_command(
     model: str,
     adaptors: tuple[Path, ...],
@@ -43,6 +46,7 @@ def export_command(
     on_conflict: "OnConflict",
     drop: tuple[str, ...],
     dtype: str | None,
+    as_json: bool,
     force: bool,
     quiet: bool,
     **options: Any,
@@ -53,7 +57,7 @@ def export_command(
     `AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)`. It gets its name only after it was loaded again
     by a Python that cannot import lemoe and has answered bit for bit as base and adaptors do.
     """
-    check_inputs(adaptors, {**options, "model": model})
+    check_inputs(adaptors, {**options, "model": model}, quiet=quiet)
 
     from lemoe.exporting.folder import export_model
     from lemoe_cli.ui import show_stage
@@ -71,7 +75,11 @@ def export_command(
             overwrite=force,
             notify=notify,
         )
-    _show_export(len(adaptors), exported)
+    if as_json:
+        written = {"path": str(exported.folder), "size": exported.size, "compared": exported.compared}
+        print_json({**list_merged(exported.merged, None), **written})
+    else:
+        _show_export(len(adaptors), exported)
 
 
 def _show_export(count: int, exported: "ExportResult") -> None:

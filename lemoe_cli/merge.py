@@ -1,7 +1,9 @@
 """`lemoe merge`: several adaptors, one file."""
 
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,13 +13,18 @@ from lemoe_cli.options import (
     adaptors_argument,
     check_inputs,
     force_option,
+    json_option,
     merging_options,
     output_option,
-    quiet_option,
+    progress_options,
 )
+from lemoe_cli.results import print_json
 
 if TYPE_CHECKING:
     from lemoe.adaptor.merging import MergeResult, OnConflict
+    from lemoe.adaptor.state import TaughtEdit
+
+SCHEMA = 1
 
 
 @lemoe_command(
@@ -32,8 +39,9 @@ if TYPE_CHECKING:
 @merging_options
 @output_option("--output", "-o", type=FILE, help="The stacked adaptor's file.")
 @output_option("--dry-run", is_flag=True, help="Say what the result would hold, and write nothing.")
+@json_option
 @force_option
-@quiet_option
+@progress_options
 def merge_command(
     adaptors: tuple[Path, ...],
     on_conflict: "OnConflict",
@@ -41,6 +49,7 @@ def merge_command(
     dtype: str | None,
     output: Path | None,
     dry_run: bool,
+    as_json: bool,
     force: bool,
     quiet: bool,
 ) -> None:
@@ -56,13 +65,42 @@ def merge_command(
     """
     if output is None and not dry_run:
         raise click.UsageError("give the result's file with --output, or --dry-run to see what it would hold")
-    check_inputs(adaptors, {"model": None})
+    check_inputs(adaptors, {"model": None}, quiet=quiet)
     target = None if dry_run else output
 
     from lemoe.adaptor.merging import merge_adaptors
 
     merged = merge_adaptors(adaptors, target, on_conflict=on_conflict, drop=drop, dtype=dtype, overwrite=force)
-    show_merged(len(adaptors), merged, output, dry_run=dry_run)
+    if as_json:
+        print_json(list_merged(merged, target))
+    else:
+        show_merged(len(adaptors), merged, output, dry_run=dry_run)
+
+
+def list_merged(merged: "MergeResult", written: Path | None) -> dict[str, Any]:
+    """What the stack holds, and what became of edits with the same question, for JSON."""
+    state = merged.state
+    return {
+        "schema": SCHEMA,
+        "path": str(written) if written else None,
+        "size": merged.size,
+        "rounds": len(state.rounds),
+        "repeated_rounds": merged.repeated_rounds,
+        "edits": len(state.edits),
+        "dtype": str(state.experts.up.dtype).removeprefix("torch."),
+        "dropped": [_list_edit(edit) for edit in merged.dropped],
+        "kept_out": _list_pairs(merged.kept_out),
+        "superseded": _list_pairs(state.superseded_edits),
+        "possible": _list_pairs(merged.possible),
+    }
+
+
+def _list_pairs(pairs: "Iterable[tuple[TaughtEdit, TaughtEdit]]") -> list[dict[str, Any]]:
+    return [{"edit": _list_edit(edit), "other": _list_edit(other)} for edit, other in pairs]
+
+
+def _list_edit(edit: "TaughtEdit") -> dict[str, Any]:
+    return asdict(edit)
 
 
 def show_merged(count: int, merged: "MergeResult", output: Path | None, *, dry_run: bool) -> None:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lemoe_cli.choices import ModelName, PresetName
 from lemoe_cli.command import Command, options_of, settings_of
+from lemoe_cli.timing import start_clock
 
 if TYPE_CHECKING:
     from lemoe.adaptor.checkpoint import AdaptorFile
@@ -64,7 +66,7 @@ def combine_options(*options: Callable[[Command], Command]) -> Callable[[Command
 
 edits_argument = click.argument("edits", type=FILE)
 adaptors_argument = click.argument("adaptors", type=FILE, nargs=-1, required=True, metavar="ADAPTOR...")
-model_argument = click.argument("model")
+model_argument = click.argument("model", type=ModelName())
 
 model_option = options_of("Model")
 edits_option = options_of("Edits")
@@ -91,10 +93,14 @@ _loading_options: Callable[[Any], Any] = combine_options(
     model_option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16."),
     _source_options,
 )
-model_options = combine_options(model_option("--model", "-m", required=True, help=_MODEL_HELP), _loading_options)
-model_options_if_any = combine_options(model_option("--model", "-m", help=_MODEL_HELP), _loading_options)
+model_options = combine_options(
+    model_option("--model", "-m", type=ModelName(), required=True, help=_MODEL_HELP), _loading_options
+)
+model_options_if_any = combine_options(
+    model_option("--model", "-m", type=ModelName(), help=_MODEL_HELP), _loading_options
+)
 model_options_without_dtype = combine_options(
-    model_option("--model", "-m", required=True, help=_MODEL_HELP), _device_option, _source_options
+    model_option("--model", "-m", type=ModelName(), required=True, help=_MODEL_HELP), _device_option, _source_options
 )  # where --dtype means something else
 placing_options = combine_options(_device_option, _source_options)  # where the model is an argument
 
@@ -104,9 +110,20 @@ selection_options: Callable[[Any], Any] = combine_options(
     edits_option("--seed", type=click.IntRange(0), help="Of everything random.  [default: 0]"),
 )
 
+
+def _make_preset_option(help_text: str, *, baselines: bool) -> Callable[[Command], Command]:
+    taken = PresetName(baselines=baselines)
+    return training_option("--preset", type=taken, help=f"{help_text}  [default: anchor]")
+
+
+_config_option = training_option(
+    "--config", type=FILE, help="YAML file of `name: value` settings; options win over it."
+)
 preset_options: Callable[[Any], Any] = combine_options(
-    training_option("--preset", help="Method preset: anchor or paper.  [default: anchor]"),
-    training_option("--config", type=FILE, help="YAML file of `name: value` settings; options win over it."),
+    _make_preset_option("Method preset: anchor or paper.", baselines=False), _config_option
+)
+any_preset_options: Callable[[Any], Any] = combine_options(
+    _make_preset_option("Method preset: anchor, paper or a baseline.", baselines=True), _config_option
 )
 settings_options: Callable[[Any], Any] = combine_options(
     preset_options,
@@ -162,7 +179,17 @@ merging_options: Callable[[Any], Any] = combine_options(
     ),
 )
 
-quiet_option = output_option("--quiet", "-q", is_flag=True, help="No progress, only results and errors.")
+progress_options: Callable[[Any], Any] = combine_options(
+    output_option("--quiet", "-q", is_flag=True, help="No progress, only results and errors."),
+    output_option(
+        "--verbose",
+        "-v",
+        is_flag=True,
+        expose_value=False,
+        callback=start_clock,
+        help="Say how long each phase took.",
+    ),
+)
 force_option = output_option("--force", is_flag=True, help="Replace what is there.")
 
 
@@ -181,13 +208,14 @@ def make_loader(options: Mapping[str, Any]) -> "Callable[..., BaseModel]":
 
 
 def open_base(options: Mapping[str, Any], *, quiet: bool) -> "BaseModel":
-    """The base model that the model options name; says on stderr what the name meant."""
+    """The base model that the model options name."""
+    from lemoe_cli.timing import start_phase
+
+    start_phase("importing torch and transformers")
+
     from lemoe.base.loading import load_base
-    from lemoe.base.sources import resolve_model
     from lemoe_cli.ui import show_stage
 
-    if not quiet:
-        click.echo(f"model: {resolve_model(options['model'], options['revision'])}", err=True)
     with show_stage("loading the model", quiet=quiet) as notify:
         return load_base(
             options["model"],
@@ -200,8 +228,8 @@ def open_base(options: Mapping[str, Any], *, quiet: bool) -> "BaseModel":
         )
 
 
-def check_inputs(adaptors: Sequence[Path | None], options: Mapping[str, Any]) -> None:
-    """Refuse what is no adaptor, and a model's name that means nothing, before anything heavy is loaded.
+def check_inputs(adaptors: Sequence[Path | None], options: Mapping[str, Any], *, quiet: bool) -> None:
+    """Refuse what is no adaptor, and a model's name that means nothing; says on stderr what the name meant.
 
     Commands import what loads torch only after this.
     """
@@ -211,8 +239,9 @@ def check_inputs(adaptors: Sequence[Path | None], options: Mapping[str, Any]) ->
     for adaptor in adaptors:
         if adaptor is not None:
             check_adaptor(adaptor)
-    if options["model"]:
-        resolve_model(options["model"], options["revision"])
+    source = resolve_model(options["model"], options["revision"]) if options["model"] else None
+    if source and not quiet:
+        click.echo(f"model: {source}", err=True)
 
 
 def check_cache(adaptor: Path | None, options: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """`lemoe plan`: how edits would be grouped into rounds, and what is wrong with them."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,20 +12,23 @@ from lemoe_cli.options import (
     check_inputs,
     edits_argument,
     force_option,
+    json_option,
     model_options,
     open_base,
     open_edits,
     output_option,
-    quiet_option,
+    progress_options,
     selection_options,
     settings_from,
     settings_options,
 )
+from lemoe_cli.results import print_json
 
 if TYPE_CHECKING:
     from lemoe.data.edits import Edit
     from lemoe.planning.plan import Plan
 
+SCHEMA = 1
 ROUNDS_SHOWN = 200
 
 
@@ -40,9 +44,10 @@ ROUNDS_SHOWN = 200
 @selection_options
 @settings_options
 @output_option("--output", "-o", type=FILE, help="Write the plan here (YAML); `lemoe edit --plan` follows it.")
+@json_option
 @force_option
-@quiet_option
-def plan_command(edits: Path, output: Path | None, force: bool, quiet: bool, **options: Any) -> None:
+@progress_options
+def plan_command(edits: Path, output: Path | None, as_json: bool, force: bool, quiet: bool, **options: Any) -> None:
     """Show how EDITS would be grouped into rounds, and which repeat or contradict each other.
 
     EDITS is JSON Lines with `prompt` and `target` (see the README), or a published data set as it is.
@@ -53,7 +58,7 @@ def plan_command(edits: Path, output: Path | None, force: bool, quiet: bool, **o
         check_overwrite(output, overwrite=force)
     read = open_edits(edits, options)
     settings = settings_from(options, ("order", "round_size", "seed"))
-    check_inputs([], options)
+    check_inputs([], options, quiet=quiet)
     base = open_base(options, quiet=quiet)
 
     from lemoe.planning.plan import plan, save_plan
@@ -61,7 +66,10 @@ def plan_command(edits: Path, output: Path | None, force: bool, quiet: bool, **o
     planned = plan(base, read, settings)
     if output is not None:
         write_atomically(output, save_plan(planned, read, edits.name).encode(), overwrite=force)
-    _show_plan(planned, read, settings.order)
+    if as_json:
+        print_json({"schema": SCHEMA, "order": settings.order, **asdict(planned)})
+    else:
+        _show_plan(planned, read, settings.order)
     if output is not None and not quiet:
         click.echo(f"plan written to {output}", err=True)
 

@@ -1,10 +1,13 @@
-"""What `eval`, `compare` and `study` do with results: the JSON document, and no failure that loses another's output."""
+"""What commands do with results: JSON documents, and no failure that loses another's output."""
 
 import hashlib
+import json
 import platform
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import click
 
 from lemoe.errors import LemoeError
 
@@ -28,6 +31,11 @@ def run_all_steps(steps: Iterable[Callable[[], object]]) -> list[str]:
         except OSError as error:
             problems.append(f"the results cannot be printed: {error.strerror or error}")
     return problems
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """A document on stdout."""
+    click.echo(json.dumps(document, indent=1, ensure_ascii=False))
 
 
 def make_document(settings: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from lemoe_cli.options import (
     mismatch_option,
     model_options,
     open_base,
-    quiet_option,
+    progress_options,
 )
 
 serving_option = options_of("Serving")
@@ -49,7 +49,7 @@ class NamedAdaptor(click.ParamType[tuple[str | None, Path]]):
 @serving_option("--allow-updates", is_flag=True, help="Let clients load and unload adaptors of this machine.")
 @expert_cache_option
 @mismatch_option
-@quiet_option
+@progress_options
 def serve_command(
     adaptors: tuple[tuple[str | None, Path], ...],
     host: str,
@@ -68,7 +68,7 @@ def serve_command(
     """
     named = name_adaptors(adaptors)
     check_cache(adaptors[0][1] if adaptors else None, options)
-    check_inputs(list(named.values()), options)
+    check_inputs(list(named.values()), options, quiet=quiet)
     try:
         import uvicorn
 

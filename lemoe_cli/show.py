@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lemoe_cli.command import lemoe_command, options_of
-from lemoe_cli.options import FILE, check_inputs, model_options_if_any, open_base
+from lemoe_cli.options import FILE, check_inputs, model_options_if_any, open_base, progress_options
 
 if TYPE_CHECKING:
     from lemoe.adaptor.inspection import Inspection
@@ -33,20 +33,21 @@ EDIT = ("round/edit", "prompt", "target")
 @showing_option("--json", "as_json", is_flag=True, help="Everything as JSON on stdout.")
 @showing_option("--edits", "list_edits", is_flag=True, help="Name every edit, with its prompt and target.")
 @model_options_if_any
-def show_command(adaptor: Path, verify: bool, as_json: bool, list_edits: bool, **options: Any) -> None:
+@progress_options
+def show_command(adaptor: Path, verify: bool, as_json: bool, list_edits: bool, quiet: bool, **options: Any) -> None:
     """Show what ADAPTOR holds: its base, rounds, edits, and which of them are superseded.
 
     ADAPTOR is an adaptor file or the folder of a run. Hashes are shortened; --json has them whole. A file of format 1
     holds its edits as tokens alone: --model, if the adaptor was made for it, turns them into text.
     """
-    check_inputs([adaptor], options)
+    check_inputs([adaptor], options, quiet=quiet)
 
     from lemoe.adaptor.inspection import decode_texts, inspect_adaptor, verify_adaptor
 
     found = inspect_adaptor(adaptor)
     checked: list[str] = []
     if verify or options["model"]:
-        base = open_base(options, quiet=False) if options["model"] else None
+        base = open_base(options, quiet=quiet) if options["model"] else None
         checked = verify_adaptor(found, base)
         found = decode_texts(found, base) if base else found
     if as_json:

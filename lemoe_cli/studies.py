@@ -1,6 +1,5 @@
 """What `lemoe compare` and `lemoe study` share: options, the run, tables. They teach edits anew, and keep nothing."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -22,12 +21,12 @@ from lemoe_cli.options import (
     model_options,
     open_base,
     open_edits,
-    quiet_option,
+    progress_options,
     report_option,
     selection_options,
     training_option,
 )
-from lemoe_cli.results import check_report_files, list_settings, make_document, run_all_steps
+from lemoe_cli.results import check_report_files, list_settings, make_document, print_json, run_all_steps
 
 if TYPE_CHECKING:
     from lemoe.base.embedded import Notify
@@ -44,7 +43,7 @@ round_size_option = training_option(
     "--round-size", type=click.IntRange(1), default=COMMON_ROUND_SIZE, show_default=True, help="Edits in a round."
 )
 measuring_options: Callable[[Any], Any] = combine_options(decode_option, batch_tokens_option)
-written_options: Callable[[Any], Any] = combine_options(json_option, report_option, force_option, quiet_option)
+written_options: Callable[[Any], Any] = combine_options(json_option, report_option, force_option, progress_options)
 source_options: Callable[[Any], Any] = combine_options(edits_argument, model_options, selection_options)
 
 
@@ -78,7 +77,7 @@ def run_study(command: str, edits: Path, measure: Study, options: Mapping[str, A
     read = open_edits(edits, options)
     if options["reports"]:
         check_report_files(options["reports"], force=options["force"])
-    check_inputs([], options)
+    check_inputs([], options, quiet=options["quiet"])
     base = open_base(options, quiet=options["quiet"])
 
     from lemoe_cli.ui import show_stage
@@ -88,8 +87,7 @@ def run_study(command: str, edits: Path, measure: Study, options: Mapping[str, A
 
     def print_results() -> None:
         if options["as_json"]:
-            document = make_document(list_settings(edits, base, options["decode"], options), found.as_dict())
-            click.echo(json.dumps(document, indent=1, ensure_ascii=False))
+            print_json(make_document(list_settings(edits, base, options["decode"], options), found.as_dict()))
         else:
             found.show()
 

@@ -8,7 +8,7 @@ import click
 
 from lemoe.errors import InputError
 from lemoe_cli.command import lemoe_command
-from lemoe_cli.options import preset_options, training_option
+from lemoe_cli.options import any_preset_options, training_option
 from lemoe_cli.studies import (
     Findings,
     Study,
@@ -57,7 +57,7 @@ class Variation(click.ParamType[tuple[str, tuple[Any, ...]]]):
     ),
 )
 @source_options
-@preset_options
+@any_preset_options
 @round_size_option
 @training_option("--orders", type=click.IntRange(0), help=f"Random orders beside the planned one.  [default: {ORDERS}]")
 @training_option(

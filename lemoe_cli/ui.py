@@ -10,6 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from lemoe_cli.timing import start_phase
+
 if TYPE_CHECKING:
     from lemoe.adaptor.state import RoundRecord
     from lemoe.training.steps import Step
@@ -31,6 +33,19 @@ def print_note(text: str) -> None:
 @contextmanager
 def show_stage(text: str, *, quiet: bool) -> Iterator[Callable[[str], None]]:
     """A spinner while something takes time; yields a function that changes its text."""
+    start_phase(text)
+    with _show_text(text, quiet=quiet) as change_text:
+
+        def change_phase(text: str) -> None:
+            start_phase(text)
+            change_text(text)
+
+        yield change_phase
+    start_phase("what follows")
+
+
+@contextmanager
+def _show_text(text: str, *, quiet: bool) -> Iterator[Callable[[str], None]]:
     if quiet:
         yield lambda text: None
         return
@@ -44,6 +59,7 @@ def show_stage(text: str, *, quiet: bool) -> Iterator[Callable[[str], None]]:
 @contextmanager
 def show_counter(text: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """A progress bar; yields a function of (done, total)."""
+    start_phase(text)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -53,6 +69,7 @@ def show_counter(text: str, *, quiet: bool) -> Iterator[Callable[[int, int], Non
     with Progress(*columns, console=notes, disable=quiet or not notes.is_terminal, transient=True) as progress:
         task = progress.add_task(text, total=None)
         yield lambda done, of: progress.update(task, completed=done, total=of)
+    start_phase("showing and writing")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> None:
@@ -91,6 +108,7 @@ class EditProgress:
 
     def __enter__(self) -> "EditProgress":
         self._progress.start()
+        start_phase("planning")
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -101,6 +119,7 @@ class EditProgress:
 
     def round_started(self, number: int, total: int, edits: int) -> None:
         self._label = f"round {number}/{total}"
+        start_phase(self._label)
         self._size, self._share = edits, 0.0
 
     def step(self, step: "Step") -> None:
@@ -121,6 +140,7 @@ class EditProgress:
     def edits_checked(self, done: int, total: int) -> None:
         if not self._checking:
             self._checking = True
+            start_phase("checking every edit")
             self._progress.reset(self._task, description="checking every edit", total=total)
         self._progress.update(self._task, completed=done)
 

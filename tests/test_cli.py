@@ -1,6 +1,7 @@
 """The `lemoe` command: help, the whole way from edits to a merged adaptor, and errors as one clear message."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 import click
 import pytest
 import yaml
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner, Result
 
 import lemoe
@@ -150,11 +152,38 @@ def test_an_old_spelling_ends_with_the_new_one_to_type(old: str) -> None:
 
 def test_all_commands_are_listed_and_an_unknown_one_is_refused() -> None:
     assert tuple(cli.list_commands(click.Context(cli))) == COMMANDS
-    assert "No such command 'edti'" in lemoe_command("edti").stderr
+    assert "No such command 'edti'. Did you mean 'edit'?" in lemoe_command("edti").stderr
 
 
 def test_the_version_is_the_packages() -> None:
     assert lemoe_command("--version").stdout == f"lemoe, version {lemoe.__version__}\n"
+
+
+def test_the_package_runs_as_the_command() -> None:
+    command = [sys.executable, "-m", "lemoe", "show", "none"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (2, "error: none: no such file\n")
+
+
+def complete_last(*words: str) -> list[str]:
+    """What a shell is offered for the last of the words, the others being there."""
+    *before, last = words
+    completion = ShellComplete(cli, {}, "lemoe", "_LEMOE_COMPLETE")
+    return [item.value for item in completion.get_completions(before, last) if item.type == "plain"]
+
+
+def test_a_shell_completes_commands_presets_and_models() -> None:
+    assert complete_last("com") == ["compact", "compare"]
+    assert complete_last("edit", "edits.jsonl", "--preset", "") == ["anchor", "paper"]
+    assert complete_last("study", "edits.jsonl", "--preset", "lora") == ["lora", "lora-merge"]
+    assert complete_last("compare", "edits.jsonl", "--presets", "ft,anc") == ["ft,anchor"]
+    assert complete_last("edit", "edits.jsonl", "-m", "llama") == ["llama", "llama2-7b", "llama3-8b"]
+    assert complete_last("edit", "--conf") == ["--config"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_quiet_or_tells_its_times(name: str) -> None:
+    assert {"-q", "-v"} <= {option for param in get_command(name).params for option in param.opts}
 
 
 def loaded_libraries(arguments: list[str], libraries: set[str]) -> set[str]:
@@ -186,8 +215,11 @@ TOO_SOON = {
     "edit": (
         (["edit", "none.jsonl", "-m", "llama"], "none.jsonl: cannot be read"),
         (["edit", "bad.jsonl", "-m", "llama"], "bad.jsonl:1: "),
-        (["edit", "edits.jsonl", "-m", "lama"], "--model lama: no such folder or preset"),
-        (["edit", "edits.jsonl", "-m", "llama", "--preset", "papr"], "there is: "),
+        (["edit", "edits.jsonl", "-m", "lama"], "--model lama: no such folder or preset; did you mean llama?"),
+        (["edit", "edits.jsonl", "-m", "llama", "--preset", "papr"], "did you mean paper? there is: anchor, paper"),
+        (["edit", "edits.jsonl", "-m", "llama", "--preset", "lora"], "lemoe compare EDITS --presets lora"),
+        (["edit", "bad.csv", "-m", "llama"], "bad.csv:2: "),
+        (["edit", "sheet.xlsx", "-m", "llama"], "sheet.xlsx: this is a spreadsheet"),
         (["edit", "edits.jsonl", "-m", "llama", "--config", "none.yaml"], "none.yaml: cannot be read"),
         (["edit", "edits.jsonl", "-m", "llama", "--config", "bad.yaml"], "did you mean steps?"),
         (["edit", "edits.jsonl", "-m", "llama", "--from", "none"], "none: no such file"),
@@ -259,6 +291,8 @@ TOO_SOON = {
 def test_a_mistake_is_reported_before_anything_heavy_is_loaded(tmp_path: Path, name: str) -> None:
     (tmp_path / "edits.jsonl").write_text('{"id": "a", "prompt": "Ada is", "target": "b"}\n')
     (tmp_path / "bad.jsonl").write_text('{"prompt": "Ada is"}\n')
+    (tmp_path / "bad.csv").write_text("prompt,target\nAda is\n")
+    (tmp_path / "sheet.xlsx").write_bytes(b"PK\x03\x04 and so on")
     (tmp_path / "bad.yaml").write_text("stepz: 3\n")
     (tmp_path / "other.yaml").write_text("rounds: [[b]]\n")
     code = (
@@ -338,6 +372,44 @@ def test_quiet_leaves_only_the_results(edits: Path, model: Path) -> None:
     assert "6 edits taught" in result.stdout
     assert "model:" not in result.stderr
     assert "round 1/3" not in result.stderr
+
+
+def test_verbose_tells_how_long_each_phase_took(edits: Path, model: Path) -> None:
+    result = lemoe_command("edit", edits, "--model", model, *SMALL, "-q", "-v")
+    timed = [line.split(maxsplit=3)[3] for line in result.stderr.splitlines() if line.startswith("time: ")]
+    assert timed[0] == "reading and checking"
+    assert timed[-1] == "all"
+    assert [name for name in timed if name == "planning" or name.startswith(("round", "checking"))] == [
+        "planning",
+        "round 1/3",
+        "round 2/3",
+        "round 3/3",
+        "checking every edit",
+    ]
+
+
+def test_what_plan_edit_and_merge_show_is_there_as_json(edits: Path, model: Path, tmp_path: Path) -> None:
+    planned = json.loads(
+        lemoe_command("plan", edits, "-m", model, "--preset", "paper", "--round-size", "2", "--json").stdout
+    )
+    assert sorted(name for members in planned["rounds"] for name in members) == [f"fact-{n}" for n in range(6)]
+    taught = json.loads(lemoe_command("edit", edits, "-m", model, *SMALL, "--json").stdout)
+    adaptor = tmp_path / "edits.lemoe" / "adaptor.safetensors"
+    assert (taught["taught"], taught["rounds"], taught["path"]) == (6, 3, str(adaptor))
+    merged = json.loads(lemoe_command("merge", adaptor, "--drop", "3", "--dry-run", "--json").stdout)
+    assert (merged["path"], merged["rounds"], merged["edits"]) == (None, 2, 4)
+    assert [(edit["round"], edit["id"]) for edit in merged["dropped"]] == [(3, name) for name in planned["rounds"][2]]
+
+
+def test_nothing_is_coloured_where_colours_are_unwanted() -> None:
+    coloured = "import lemoe_cli.ui as ui; ui.results.print('text', style='bold red')"
+    environment = {**os.environ, "FORCE_COLOR": "1", "TERM": "xterm-256color"}
+    command = [sys.executable, "-c", coloured]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    assert "\x1b[1;31m" in shown
+    environment["NO_COLOR"] = "1"
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    assert "31m" not in shown
 
 
 def test_settings_of_a_run_come_from_options_over_the_file(edits: Path, model: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a `--model` argument means: a local folder, a preset's name, or an id on the hub."""
 
+import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -91,8 +92,10 @@ def resolve_model(name: str, revision: str | None = None) -> ModelSource:
         return _hub_source(name, str(entry["hub"]), revision, entry.get("layers", {}))
     if "/" in name and not name.startswith((".", "/", "~")):
         return _hub_source(name, name, revision, {})
+    nearest = difflib.get_close_matches(name, presets, 1)
+    hint = f"; did you mean {nearest[0]}?" if nearest else "."
     raise ModelError(
-        f"--model {name}: no such folder or preset. Give a local folder, a hub id (org/name[@revision]), "
+        f"--model {name}: no such folder or preset{hint} Give a local folder, a hub id (org/name[@revision]), "
         f"or one of: {', '.join(sorted(presets))}"
     )
 

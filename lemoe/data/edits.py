@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lemoe.data.dataset_formats import RecordError, canonicalise_record, extract_records
+from lemoe.data.tables import EXPECTED, check_kind, is_table, parse_table
 from lemoe.errors import InputError
 
 BRIEF_LENGTH = 80  # characters of a prompt or target in messages
@@ -100,7 +101,7 @@ def combine_digests(digests: Iterable[str]) -> str:
 
 
 def read_edits(path: Path | str) -> list[Edit]:
-    """Read a JSON Lines file or a JSON array of edits, in any format of `lemoe.data.dataset_formats`.
+    """Read JSON Lines or a JSON array of edits, in any format of `lemoe.data.dataset_formats`, or CSV or TSV.
 
     Raises:
         InputError: naming every bad record (the first 20) as `file:line: what was expected`.
@@ -133,17 +134,21 @@ def sample_edits(edits: Sequence[Edit], limit: int | None, sample: int | None, s
 
 
 def read_records(path: Path) -> tuple[list[tuple[str, Any]], list[str]]:
-    """The records of a JSON Lines file or a JSON array, each with its file and line, and the problems of invalid ones.
+    """The records of a file of edits, each with its file and line, and the problems of invalid ones.
 
     Raises:
-        InputError: if the file cannot be read, or starts as a JSON array but is none.
+        InputError: if the file cannot be read, is of another kind, or starts as a JSON array but is none.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes()
+        check_kind(path, content)
+        text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    if is_table(path):
+        return parse_table(path, text)
     if text.lstrip().startswith("[") or _DUNE_COLUMNS.match(text):
         return _parse_json_array(path, text)
     return _parse_json_lines(path, text)
@@ -173,6 +178,8 @@ def _parse_json_lines(path: Path, text: str) -> tuple[list[tuple[str, Any]], lis
             records.append((f"{path}:{number}", json.loads(line)))
         except (ValueError, RecursionError) as error:
             problems.append(f"{path}:{number}: expected one JSON object per line: {error}")
+    if not records and len(problems) > 1 and not text.lstrip().startswith("{"):
+        raise InputError(f"{path}: no line of it is a JSON object; {EXPECTED}")
     return records, problems
 
 
