@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -33,7 +33,14 @@ from lemoe_cli.options import (
     report_option,
     selection_options,
 )
-from lemoe_cli.results import check_report_files, list_settings, make_document, print_json, run_all_steps
+from lemoe_cli.results import (
+    check_report_files,
+    list_settings,
+    make_document,
+    print_json,
+    run_all_steps,
+    write_and_tell,
+)
 from lemoe_cli.tasks import measure_tasks, show_tasks, tasks_options
 
 if TYPE_CHECKING:
@@ -65,6 +72,13 @@ THRESHOLD = "METRIC[/KIND][:MEASURE]=NUMBER"
 @adaptor_option("--adaptor", "-a", type=FILE, help="Adaptor to measure; without one, the base model alone.")
 @expert_cache_option
 @mismatch_option
+@measuring_option(
+    "--probe",
+    type=click.Choice(["file", "auto"]),
+    default="file",
+    show_default=True,
+    help="Rephrases and locality prompts of EDITS, or made up (kind made_up) for edits that have none.",
+)
 @decode_option
 @measuring_option("--texts", type=FILE, help="Texts that editing must not touch: their perplexity (metric collapse).")
 @measuring_option(
@@ -96,6 +110,10 @@ def eval_command(
 
     Locality is agreement with the base model's own predictions. `teacher` compares the most likely token at each
     position of the target, `greedy` lets the model write.
+
+    Where EDITS has no rephrases or no locality prompts, generality or locality stays unknown. --probe auto makes them
+    up from the bank of questions, as training does with its own paraphrases: other wordings of each edit, and other
+    questions about its subject. What they measure is marked made_up, and is a rough estimate.
     """
     from lemoe.data.texts import read_texts
     from lemoe.evaluation.thresholds import check_kinds, check_thresholds
@@ -116,12 +134,15 @@ def eval_command(
     check_kinds(thresholds, read, len(state.rounds) if state else 0)
     base = open_base(options, quiet=quiet)
 
+    from lemoe.evaluation.made_up import find_missing_probes
     from lemoe_cli.tables import show_metrics
     from lemoe_cli.ui import print_note
 
     differences = check_base(base, state, allow=allow_base_mismatch) if state else ()
     for difference in differences:
         print_note(f"warning: another base than the adaptor was made for: {difference}")
+    missing = find_missing_probes(read)
+    read = _make_up_probes(base, state, read, options) if options["probe"] == "auto" else read
     tasks = measure_tasks(base, file, options, allow_mismatch=allow_base_mismatch, quiet=quiet)
     result = _measure_adaptor(base, file, read, decode, untouched, batch_tokens, options, quiet=quiet)
     checks = check_thresholds(thresholds, result.metrics, "after" if state else "before")
@@ -131,18 +152,45 @@ def eval_command(
             settings = list_settings(edits, base, decode, options)
             settings |= {"adaptor": str(adaptor) if adaptor else None, "base_differences": list(differences)}
             settings |= {"texts": str(options["texts"]) if options["texts"] else None, "fluency": options["fluency"]}
+            settings |= {"probe": options["probe"], "missing_probes": list(missing)}
             print_json(make_document(settings, _list_findings(result.metrics, checks, tasks)))
         else:
             show_metrics(result.metrics)
             show_tasks(tasks)
 
-    writers = _make_writers(result, base, state, adaptor, read, edits, decode, options, force=force)
+    writers = _make_writers(result, base, state, adaptor, read, edits, decode, options, force=force, quiet=quiet)
     problems = run_all_steps(chain([print_results], writers))
+    if not quiet:
+        _tell_missing(missing, options["probe"])
     failed = _print_failed(checks)
     if problems:
         raise OutputError("\n  ".join(problems))
     if failed:
         click.get_current_context().exit(1)
+
+
+def _make_up_probes(
+    base: "BaseModel", state: "AdaptorState | None", edits: "Sequence[Edit]", options: dict[str, Any]
+) -> "list[Edit]":
+    from lemoe.evaluation.made_up import add_made_up_probes
+
+    settings = replace(state.settings, layer=state.base.layer) if state else None
+    return add_made_up_probes(base, edits, settings, seed=options["seed"] or 0)
+
+
+def _tell_missing(missing: "Sequence[str]", probe: str) -> None:
+    """Say what was not measured for want of probes, or was measured by made-up ones alone."""
+    from lemoe_cli.ui import print_note
+
+    if not missing:
+        return
+    kinds = {"generality": "no rephrases", "locality": "no locality prompts"}
+    lacking, unknown = ", ".join(kinds[name] for name in missing), " and ".join(missing)
+    verb = "is" if len(missing) == 1 else "are"
+    if probe == "auto":
+        print_note(f"{lacking} in this file: {unknown} {verb} measured on made-up prompts, a rough estimate")
+    else:
+        print_note(f"{lacking} in this file: {unknown} {verb} unknown; --probe auto makes some up")
 
 
 def _measure_adaptor(
@@ -202,23 +250,25 @@ def _make_writers(
     options: dict[str, Any],
     *,
     force: bool,
+    quiet: bool,
 ) -> Iterator[Callable[[], object]]:
     """A function for each of the files that are asked for, which writes it."""
     from lemoe.data.files import write_atomically
     from lemoe.report import build_report, write_reports
-    from lemoe.report.card import write_card
+    from lemoe.report.card import CARD_NAME, write_card
 
     if options["records"] is not None:
         lines = (json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in result.records)
-        yield partial(write_atomically, options["records"], "".join(lines).encode(), overwrite=force)
+        write = partial(write_atomically, options["records"], "".join(lines).encode(), overwrite=force)
+        yield partial(write_and_tell, write, options["records"], quiet=quiet)
     if options["reports"]:
         report = build_report(base, state, edits, result, source=source.name, decode=decode)
-        yield from (
-            partial(write_reports, report, [path], overwrite=force) for path in dict.fromkeys(options["reports"])
-        )
+        for path in dict.fromkeys(options["reports"]):
+            yield partial(write_and_tell, partial(write_reports, report, [path], overwrite=force), path, quiet=quiet)
     if options["card"] and adaptor and state:
         folder = adaptor if adaptor.is_dir() else adaptor.parent
-        yield partial(write_card, folder, base, state, source.name, result.metrics)
+        write_metrics = partial(write_card, folder, base, state, source.name, result.metrics)
+        yield partial(write_and_tell, write_metrics, folder / CARD_NAME, quiet=quiet)
 
 
 def _print_failed(checks: "Sequence[ThresholdCheck]") -> bool:

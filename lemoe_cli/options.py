@@ -10,7 +10,7 @@ import click
 
 from lemoe_cli.choices import ModelName, PresetName
 from lemoe_cli.command import Command, options_of, settings_of
-from lemoe_cli.timing import start_clock
+from lemoe_cli.timing import start_clock, start_phase
 
 if TYPE_CHECKING:
     from lemoe.adaptor.checkpoint import AdaptorFile
@@ -209,10 +209,6 @@ def make_loader(options: Mapping[str, Any]) -> "Callable[..., BaseModel]":
 
 def open_base(options: Mapping[str, Any], *, quiet: bool) -> "BaseModel":
     """The base model that the model options name."""
-    from lemoe_cli.timing import start_phase
-
-    start_phase("importing torch and transformers")
-
     from lemoe.base.loading import load_base
     from lemoe_cli.ui import show_stage
 
@@ -242,6 +238,7 @@ def check_inputs(adaptors: Sequence[Path | None], options: Mapping[str, Any], *,
     source = resolve_model(options["model"], options["revision"]) if options["model"] else None
     if source and not quiet:
         click.echo(f"model: {source}", err=True)
+    start_phase("importing torch and transformers")
 
 
 def check_cache(adaptor: Path | None, options: Mapping[str, Any]) -> None:

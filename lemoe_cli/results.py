@@ -33,6 +33,15 @@ def run_all_steps(steps: Iterable[Callable[[], object]]) -> list[str]:
     return problems
 
 
+def write_and_tell(write: Callable[[], object], path: Path, *, quiet: bool) -> None:
+    """Write a file, and say so on stderr."""
+    write()
+    if not quiet:
+        from lemoe_cli.ui import strip_control
+
+        click.echo(strip_control(f"written: {path}"), err=True)
+
+
 def print_json(document: Mapping[str, Any]) -> None:
     """A document on stdout."""
     click.echo(json.dumps(document, indent=1, ensure_ascii=False))

@@ -26,7 +26,14 @@ from lemoe_cli.options import (
     selection_options,
     training_option,
 )
-from lemoe_cli.results import check_report_files, list_settings, make_document, print_json, run_all_steps
+from lemoe_cli.results import (
+    check_report_files,
+    list_settings,
+    make_document,
+    print_json,
+    run_all_steps,
+    write_and_tell,
+)
 
 if TYPE_CHECKING:
     from lemoe.base.embedded import Notify
@@ -130,7 +137,8 @@ def _make_writers(
         sweep=found.sweep,
     )
     for path in dict.fromkeys(options["reports"]):
-        yield partial(write_reports, report, [path], overwrite=options["force"])
+        write = partial(write_reports, report, [path], overwrite=options["force"])
+        yield partial(write_and_tell, write, path, quiet=options["quiet"])
 
 
 RESULT_COLUMNS = ("reliability\nwhen taught", "\nin the end", "generality", "locality", "s per edit", "per edit")

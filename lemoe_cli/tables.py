@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from lemoe.evaluation.made_up import MADE_UP
 from lemoe.evaluation.metrics import Metric
 from lemoe_cli.ui import print_table, results
 
@@ -31,7 +32,12 @@ def _show_shares(groups: Groups, stages: Sequence[str]) -> None:
     heads = [head for share in ("tokens", "whole") for head in (share, *[""] * (len(stages) - 1))]
     named = [f"{head}\n{stage}" for head, stage in zip(heads, [*stages, *stages], strict=True)]
     rows = [
-        (name if kind == "all" else "", kind, *_metric_cells(group, stages), str(_first_metric(group).n))
+        (
+            name if kind == "all" else "",
+            _name_kind(groups, name, kind),
+            *_metric_cells(group, stages),
+            str(_first_metric(group).n),
+        )
         for (name, kind), group in groups.items()
         if name in SHARES and (kind == "all" or _has_several_kinds(groups, name))
     ]
@@ -47,6 +53,12 @@ def _show_shares(groups: Groups, stages: Sequence[str]) -> None:
 def _has_several_kinds(groups: Groups, name: str) -> bool:
     """Whether a metric has more than one kind."""
     return sum(other == name for other, _ in groups) > 2
+
+
+def _name_kind(groups: Groups, name: str, kind: str) -> str:
+    """The kind; for all kinds together where every probe was made up, that."""
+    kinds = {other for metric, other in groups if metric == name} - {"all"}
+    return MADE_UP if kind == "all" and kinds == {MADE_UP} else kind
 
 
 def _first_metric(group: dict[tuple[str, str], Metric]) -> Metric:
@@ -69,7 +81,7 @@ def _show_measure(groups: Groups, stages: Sequence[str], measure: str, title: st
         there = [metric for metric in metrics if metric]
         if shown and there and (name in names or not names):
             cells = [_format_metric(metric, metric is metrics[-1]) for metric in metrics]
-            rows.append((name if kind == "all" else "", kind, *cells, str(there[0].n)))
+            rows.append((name if kind == "all" else "", _name_kind(groups, name, kind), *cells, str(there[0].n)))
     if rows:
         results.print()
         heads = stages if len(stages) > 1 else [""]

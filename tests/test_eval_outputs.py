@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from test_cli import lemoe_command
 
 import lemoe
+from lemoe.evaluation.made_up import add_made_up_probes
 
 SettingsOf = Callable[..., lemoe.Settings]
 
@@ -85,6 +87,48 @@ def test_the_files_are_written_though_the_metrics_cannot_be_printed(
     assert result.exit_code == 2
     assert "cannot be printed: No space left on device" in result.stderr
     assert Path("a.jsonl").read_text().count("\n") > 0
+
+
+def test_what_was_not_measured_is_said(measured: tuple[Any, ...]) -> None:
+    result = lemoe_command(*[word for word in measured if word != "-q"])
+    assert "no rephrases, no locality prompts in this file: generality and locality are unknown" in " ".join(
+        result.stderr.split()
+    )
+    assert "--probe auto" in result.stderr
+    assert "generality" not in result.stdout
+    document = json.loads(lemoe_command(*measured, "--json").stdout)
+    assert document["settings"]["missing_probes"] == ["generality", "locality"]
+    assert "unknown" not in lemoe_command(*measured).stderr
+
+
+def test_probes_are_made_up_where_that_is_asked_for_and_are_marked(measured: tuple[Any, ...]) -> None:
+    shown = lemoe_command(*measured, "--probe", "auto")
+    rows = [line.split()[:2] for line in shown.stdout.splitlines()]
+    assert all([name, "made_up"] in rows for name in ("generality", "locality"))
+    assert ["reliability", "all"] in rows
+    document = json.loads(lemoe_command(*measured, "--probe", "auto", "--json").stdout)
+    kinds = {metric["name"]: metric["kind"] for metric in document["metrics"] if metric["kind"] != "all"}
+    assert (kinds["generality"], kinds["locality"]) == ("made_up", "made_up")
+    assert document == json.loads(lemoe_command(*measured, "--probe", "auto", "--json").stdout)
+
+
+def test_an_edits_own_probes_stay_where_others_are_made_up(base: lemoe.BaseModel, facts: list[lemoe.Edit]) -> None:
+    own = (lemoe.Probe("Say it", facts[0].target, "paraphrase"),)
+    first, second = add_made_up_probes(base, [replace(facts[0], rephrases=own), facts[1]])
+    assert first.rephrases == own
+    assert {probe.kind for probe in (*first.locality, *second.rephrases, *second.locality)} == {"made_up"}
+    assert all(probe.target == facts[1].target and probe.prompt != facts[1].prompt for probe in second.rephrases)
+    assert all(str(facts[1].subject) in probe.prompt and probe.target is None for probe in second.locality)
+
+
+def test_the_files_that_were_written_are_named(
+    measured: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = [word for word in measured if word != "-q"]
+    result = lemoe_command(*arguments, "--report", "a.md", "--records", "a.jsonl", "--card")
+    written = [line for line in result.stderr.splitlines() if line.startswith("written: ")]
+    assert written == ["written: a.jsonl", "written: a.md", f"written: {tmp_path / 'run' / 'README.md'}"]
 
 
 def test_a_pipe_or_device_is_no_file_that_could_be_replaced(measured: tuple[Any, ...], tmp_path: Path) -> None:
