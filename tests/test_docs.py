@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 
@@ -109,7 +110,9 @@ def test_the_complete_record_has_every_key_and_no_other(tmp_path: Path) -> None:
     (edit,) = lemoe.read_edits(path)
     assert not edit.extra
     keys = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", read_document("docs/edits.md"), re.MULTILINE)
-    assert set(json.loads(path.read_text())) == set(re.findall(r"\w+", " ".join(keys)))
+    documented = set(re.findall(r"\w+", " ".join(keys)))
+    assert set(json.loads(path.read_text())) == documented
+    assert documented == {field.name for field in fields(lemoe.Edit)} - {"extra"}
 
 
 @functools.cache
@@ -166,7 +169,7 @@ def test_every_link_leads_to_a_file_and_a_heading(page: str) -> None:
 @pytest.mark.versions
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="the site is built with the extra `docs`, which is part of `dev`")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -258,6 +261,39 @@ def test_the_recipes_of_the_readme_do_what_they_say(recipes: dict[str, str], wor
     assert (workplace / "edited" / "config.json").is_file()
     served = next(text for command, text in recipes.items() if command.startswith("serve"))
     assert "both" in served.split()
+
+
+@pytest.mark.parametrize(
+    ("title", "words", "file"),
+    [
+        ("The plan", ["plan", "theirs.jsonl", "--model", "llama", "-o", "theirs.yaml"], "theirs.yaml"),
+        ("run.yaml", [], "mine.lemoe/run.yaml"),
+        ("Answers: `lemoe ask --json`", ["ask", "Acme?", "--model", "llama", "-a", "mine.lemoe", "--json"], ""),
+        (
+            "Probes: `lemoe eval --records`",
+            ["eval", "edits.jsonl", "--model", "llama", "-a", "mine.lemoe", "--records", "records.jsonl"],
+            "records.jsonl",
+        ),
+        ("Contents: `lemoe show --json`", ["show", "mine.lemoe", "--json"], ""),
+    ],
+)
+def test_every_key_of_a_file_is_documented(
+    recipes: dict[str, str], workplace: Path, title: str, words: list[str], file: str
+) -> None:
+    printed = run_command(words) if words else ""
+    written = (workplace / file).read_text(encoding="utf-8") if file else printed
+    lines = written.splitlines()[:1] if title.startswith(("Answers", "Probes")) else [written]
+    document = yaml.safe_load("\n".join(lines))  # which reads JSON too
+    assert set(document) == list_keys(title)
+    if "route" in document:
+        assert set(document["route"]) == list_keys("The route")
+
+
+def list_keys(title: str) -> set[str]:
+    """The keys in the table below a heading of the page on files."""
+    section = read_document("docs/files.md").partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    cells = re.findall(r"^\| (`[^|]*) \|", section, re.MULTILINE)
+    return {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
 
 
 # Python
