@@ -27,7 +27,7 @@ GateEvidence = Literal["words", "meaning"]
 
 @dataclass(frozen=True)
 class Settings:
-    """How edits are planned, trained and routed.
+    """How edits are planned, trained and routed; `Settings()` is preset `anchor`, and each default a value of it.
 
     Attributes:
         method: how edits are trained; set by the preset.
@@ -69,28 +69,28 @@ class Settings:
         batch_tokens: padded tokens per batch.
     """
 
-    method: str = "anchor"
+    method: str = DEFAULT_PRESET
     layer: int | None = None
-    depth: float = 0.5625
+    depth: float = 0.72
     layer_path: str | None = None
-    round_size: int = 20
+    round_size: int = 50
     order: Order = "planned"
     seed: int = 0
     width: int | None = None
     router_width: int = 512
     experts: int = 4
     top_k: int = 1
-    steps: int = 60
+    steps: int = 16
     learning_rate: float = 5e-3
     router_learning_rate: float = 2e-5
     weight_decay: float = 0.0
-    loss_target: float = 0.01
+    loss_target: float = 0.1
     retries: int = 3
-    noise: float = 0.0
-    variants: int = 0
+    noise: float = 0.5
+    variants: int = 4
     train_rephrases: bool = False
     negatives: int = 0
-    negative_weight: float = 0.0
+    negative_weight: float = 3.0
     gate: GateEvidence = "meaning"
     gate_probability: float = 0.55
     gate_conflict: float = 3.5

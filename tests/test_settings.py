@@ -1,11 +1,13 @@
 """Settings: where each value comes from, and what is refused."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 import lemoe
 from lemoe.errors import InputError
+from lemoe.settings import preset_names
 
 
 def write_config(folder: Path, text: str) -> Path:
@@ -23,6 +25,46 @@ def refusal_message(path: Path | None, given: dict[str, object] | None = None) -
 def test_preset_paper_needs_no_other_settings() -> None:
     settings = lemoe.resolve_settings("paper")
     assert (settings.method, settings.top_k, settings.round_size) == ("paper", 1, 20)
+
+
+OF_ANCHOR: dict[str, object] = {
+    **{"method": "anchor", "layer": None, "depth": 0.72, "layer_path": None, "round_size": 50, "order": "planned"},
+    **{"seed": 0, "width": None, "router_width": 512, "experts": 4, "top_k": 1, "steps": 16, "learning_rate": 5e-3},
+    **{"router_learning_rate": 2e-5, "weight_decay": 0.0, "loss_target": 0.1, "retries": 3, "noise": 0.5},
+    **{"variants": 4, "train_rephrases": False, "negatives": 0, "negative_weight": 3.0, "gate": "meaning"},
+    **{"gate_probability": 0.55, "gate_conflict": 3.5, "gate_slack": 16, "norm_limit": 5e-4, "change_share": 1.0},
+    **{"retrieval_threshold": 0.0, "merge_share": 1.0, "radius": 1.0, "batch_tokens": 2048},
+}
+OF_PAPER = {
+    **OF_ANCHOR,
+    **{"method": "paper", "depth": 0.5625, "round_size": 20, "steps": 60, "loss_target": 0.01, "noise": 0.0},
+    **{"variants": 0, "negative_weight": 0.0},
+}
+OF_FT = {**OF_PAPER, "method": "ft", "steps": 25, "learning_rate": 1e-3, "norm_limit": 0.02}
+OF_LORA = {**OF_PAPER, "method": "lora", "width": 8, "steps": 30, "learning_rate": 1e-3}
+PRESETS: dict[str, dict[str, object]] = {
+    "anchor": OF_ANCHOR,
+    "paper": OF_PAPER,
+    "memoe": {**OF_PAPER, "method": "memoe"},
+    "context": {**OF_PAPER, "method": "context"},
+    "rag": {**OF_PAPER, "method": "rag", "retrieval_threshold": 0.5},
+    "ft": OF_FT,
+    "rect": {**OF_FT, "method": "rect", "change_share": 0.4},
+    "lora": OF_LORA,
+    "lora-merge": {**OF_LORA, "method": "lora-merge", "merge_share": 0.5},
+    "grace": {**OF_PAPER, "method": "grace", "depth": 0.5, "steps": 100, "learning_rate": 1.0},
+    "ultraedit": {**OF_PAPER, "method": "ultraedit", "depth": 0.64, "learning_rate": 1e-4},
+}
+
+
+def test_the_default_settings_are_the_default_preset() -> None:
+    assert lemoe.Settings() == lemoe.resolve_settings() == lemoe.resolve_settings("anchor")
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_presets_keep_their_values_so_that_earlier_adaptors_can_be_continued(preset: str) -> None:
+    values = lemoe.resolve_settings(preset).as_dict()
+    assert json.dumps(values) == json.dumps(PRESETS[preset])  # a round's id depends on 0 or 0.0 too
 
 
 def test_the_file_wins_over_the_preset_and_given_values_over_the_file(tmp_path: Path) -> None:
