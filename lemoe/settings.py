@@ -29,6 +29,8 @@ GateEvidence = Literal["words", "meaning"]
 class Settings:
     """How edits are planned, trained and routed; `Settings()` is preset `anchor`, and each default a value of it.
 
+    `resolve_settings` reads other presets and files. Its `repr` names what differs from the defaults.
+
     Attributes:
         method: how edits are trained; set by the preset.
         layer: zero-based decoder layer to whose FFN the experts are added; None takes `depth`.
@@ -101,6 +103,10 @@ class Settings:
     merge_share: float = 1.0
     radius: float = 1.0
     batch_tokens: int = 2048
+
+    def __repr__(self) -> str:
+        values = ((field.name, getattr(self, field.name), field.default) for field in fields(self))
+        return f"Settings({', '.join(f'{name}={value!r}' for name, value, usual in values if value != usual)})"
 
     def __post_init__(self) -> None:
         problems = [

@@ -170,7 +170,7 @@ def edit_command(
     check_inputs([start], options, quiet=quiet)
 
     from lemoe.adaptor.checkpoint import load_adaptor
-    from lemoe.runs.edit import check_engine, edit
+    from lemoe.runs.edit import EditOptions, check_engine, edit
 
     trainer = _make_engine(engine, address, workers, options)
     check_engine(trainer, settings)
@@ -183,18 +183,20 @@ def edit_command(
         report = edit(
             base,
             read,
-            settings,
             folder,
-            source=edits.name,
-            plan_file=plan_file,
-            round_range=rounds,
-            start=earlier,
-            on_conflict=on_conflict,
-            force=force,
-            resume=resume,
-            allow_base_mismatch=allow_base_mismatch,
+            settings,
+            EditOptions(
+                source=edits.name,
+                plan_file=plan_file,
+                round_range=rounds,
+                start=earlier,
+                on_conflict=on_conflict,
+                force=force,
+                resume=resume,
+                allow_base_mismatch=allow_base_mismatch,
+                measure_layer=measure_layer,
+            ),
             engine=trainer,
-            measure_layer=measure_layer,
             progress=progress,
         )
     if as_json:

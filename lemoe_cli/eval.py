@@ -204,7 +204,7 @@ def _measure_adaptor(
     *,
     quiet: bool,
 ) -> "EvalResult":
-    from lemoe.evaluation.evaluate import evaluate
+    from lemoe.evaluation.evaluate import EvalOptions, evaluate
     from lemoe_cli.ui import show_counter
 
     with show_counter("measuring", quiet=quiet) as advance:
@@ -212,12 +212,14 @@ def _measure_adaptor(
             base,
             adaptor,
             edits,
-            decode=decode,
-            texts=texts,
-            fluency=options["fluency"],
-            batch_tokens=batch_tokens,
-            expert_cache=options["expert_cache"],
-            allow_base_mismatch=True,  # which has been refused unless it was asked for
+            EvalOptions(
+                decode=decode,
+                texts=texts,
+                fluency=options["fluency"],
+                batch_tokens=batch_tokens,
+                expert_cache=options["expert_cache"],
+                allow_base_mismatch=True,  # which has been refused unless it was asked for
+            ),
             on_progress=advance,
         )
 
@@ -225,7 +227,7 @@ def _measure_adaptor(
 def _read_thresholds(adaptor: Path | None, decode: "Decode", options: dict[str, Any]) -> "tuple[Threshold, ...]":
     from lemoe.evaluation.thresholds import read_thresholds
 
-    given = [f"--{name}" for name in ("texts", "fluency") if options[name]]
+    given = [name for name in ("texts", "fluency") if options[name]]
     return read_thresholds(options["least"], options["most"], decode, edited=adaptor is not None, given=given)
 
 

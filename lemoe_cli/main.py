@@ -80,8 +80,9 @@ class LazyGroup(click.Group):
                 return super().invoke(ctx)
         except LemoeError as error:
             from lemoe_cli.ui import strip_control
+            from lemoe_cli.wording import name_options
 
-            for line in f"error: {error}".split("\n"):
+            for line in f"error: {name_options(str(error))}".split("\n"):
                 click.echo(strip_control(line), err=True)
             ctx.exit(2)
         except (KeyboardInterrupt, Terminated) as signalled:

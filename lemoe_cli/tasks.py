@@ -26,7 +26,7 @@ def measure_tasks(
     names = [name.strip() for name in (options["tasks"] or "").split(",") if name.strip()]
     if not names:
         return []
-    from lemoe.evaluation.harness import evaluate_tasks
+    from lemoe.evaluation.harness import TaskOptions, evaluate_tasks
 
     path: Path | None = options["tasks_path"]
     with redirect_stderr(io.StringIO()) if quiet else nullcontext():  # progress bars that no setting turns off
@@ -34,9 +34,7 @@ def measure_tasks(
             base,
             adaptor,
             names,
-            tasks_path=path,
-            expert_cache=options["expert_cache"],
-            allow_base_mismatch=allow_mismatch,
+            TaskOptions(tasks_path=path, expert_cache=options["expert_cache"], allow_base_mismatch=allow_mismatch),
         )
 
 

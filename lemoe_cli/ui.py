@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lemoe_cli.timing import start_phase
+from lemoe_cli.wording import name_options
 
 if TYPE_CHECKING:
     from lemoe.adaptor.state import RoundRecord
@@ -27,7 +28,7 @@ def strip_control(text: str) -> str:
 
 def print_note(text: str) -> None:
     """One line on stderr."""
-    notes.print(strip_control(text))
+    notes.print(strip_control(name_options(text)))
 
 
 @contextmanager
@@ -146,7 +147,7 @@ class EditProgress:
 
     def note(self, text: str) -> None:
         if not self._quiet:
-            self._progress.console.print(strip_control(text))
+            self._progress.console.print(strip_control(name_options(text)))
 
 
 def size_text(count: int) -> str:

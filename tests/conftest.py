@@ -162,7 +162,8 @@ def base(tiny: Callable[[str], lemoe.BaseModel]) -> lemoe.BaseModel:
 def facts() -> list[lemoe.Edit]:
     """Six edits about five subjects."""
     return [
-        lemoe.Edit(f"fact-{number}", prompt, target, subject) for number, (subject, prompt, target) in enumerate(FACTS)
+        lemoe.Edit(prompt, target, subject, id=f"fact-{number}")
+        for number, (subject, prompt, target) in enumerate(FACTS)
     ]
 
 

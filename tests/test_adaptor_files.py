@@ -223,7 +223,7 @@ def save_parts(folder: Path, *states: lemoe.AdaptorState) -> list[Path]:
 def test_merging_the_rounds_of_one_run_gives_that_runs_adaptor(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], paper: SettingsOf, tmp_path: Path
 ) -> None:
-    report = lemoe.edit(base, facts, paper(), tmp_path / "run")
+    report = lemoe.edit(base, facts, tmp_path / "run", paper())
     rounds = sorted((tmp_path / "run" / "rounds").iterdir())
     merge_adaptors(rounds, tmp_path / "merged.safetensors")
     assert (tmp_path / "merged.safetensors").read_bytes() == report.path.read_bytes()
@@ -233,7 +233,7 @@ def test_merging_the_rounds_of_one_run_gives_that_runs_adaptor(
 def test_a_round_that_several_adaptors_hold_counts_once(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], paper: SettingsOf, tmp_path: Path
 ) -> None:
-    report = lemoe.edit(base, facts, paper(), tmp_path / "run")
+    report = lemoe.edit(base, facts, tmp_path / "run", paper())
     first = tmp_path / "run" / "rounds" / "0001.safetensors"
     merge_adaptors([first, report.path, first, report.path], tmp_path / "merged.safetensors")
     assert (tmp_path / "merged.safetensors").read_bytes() == report.path.read_bytes()
@@ -291,7 +291,7 @@ def test_a_merged_adaptor_can_be_continued(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], paper: SettingsOf, tmp_path: Path
 ) -> None:
     merged = lemoe.stack(train_separately(base, facts, paper))
-    report = lemoe.edit(base, facts, paper(steps=1), tmp_path / "run", start=merged)
+    report = lemoe.edit(base, facts, tmp_path / "run", paper(steps=1), lemoe.EditOptions(start=merged))
     assert lemoe.load_adaptor(report.path).rounds[:2] == merged.rounds
     assert report.taught == 2
     assert report.state.experts.select([0, 1]) == merged.experts

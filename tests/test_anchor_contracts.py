@@ -384,7 +384,7 @@ def test_one_run_equals_rounds_trained_separately_and_merged(
     tiny: Tiny, facts: list[lemoe.Edit], anchor: SettingsOf, tmp_path: Path, family: str
 ) -> None:
     base = tiny(family)
-    run = lemoe.edit(base, facts[:4], anchor(order="file"), tmp_path / "run").state
+    run = lemoe.edit(base, facts[:4], tmp_path / "run", anchor(order="file")).state
     second, first = (lemoe.train_round(base, edits, anchor(order="file")) for edits in (facts[2:4], facts[:2]))
     for name, state in (("a", first), ("b", second)):
         lemoe.save_adaptor(state, tmp_path / name)
@@ -422,7 +422,7 @@ def test_later_rounds_leave_earlier_experts_and_anchors_bit_identical_and_reacha
     tiny: Tiny, facts: list[lemoe.Edit], anchor: SettingsOf, taught: TwoRounds, tmp_path: Path, family: str
 ) -> None:
     base, earlier = tiny(family), taught(family)
-    now = lemoe.edit(base, facts[4:], anchor(), tmp_path / "run", start=earlier).state
+    now = lemoe.edit(base, facts[4:], tmp_path / "run", anchor(), lemoe.EditOptions(start=earlier)).state
     assert now.select_rounds([0, 1]) == earlier
     prompts = [base.tokenizer(edit.prompt).input_ids for edit in facts]
     with lemoe.insert(base, now) as adaptor:
@@ -463,7 +463,7 @@ def test_two_equal_runs_give_byte_identical_files(
     tiny: Tiny, facts: list[lemoe.Edit], anchor: SettingsOf, tmp_path: Path, family: str
 ) -> None:
     for name in ("one", "two"):
-        lemoe.edit(tiny(family), facts[:4], anchor(steps=2), tmp_path / name)
+        lemoe.edit(tiny(family), facts[:4], tmp_path / name, anchor(steps=2))
     one, two = read_files(tmp_path / "one"), read_files(tmp_path / "two")
     rounds = {"rounds/0001.safetensors", "rounds/0002.safetensors"}
     assert set(one) == {"run.yaml", "plan.yaml", "adaptor.safetensors", "README.md", *rounds}
@@ -479,16 +479,16 @@ def test_another_seed_gives_another_adaptor(base: lemoe.BaseModel, facts: list[l
 def test_a_killed_and_resumed_run_gives_the_files_of_one_that_was_never_killed(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lemoe.edit(base, facts, anchor(), tmp_path / "whole")
+    lemoe.edit(base, facts, tmp_path / "whole", anchor())
     with monkeypatch.context() as patched:
         interrupt_after(2, patched)
         with pytest.raises(KeyboardInterrupt):
-            lemoe.edit(base, facts, anchor(), tmp_path / "killed")
+            lemoe.edit(base, facts, tmp_path / "killed", anchor())
     rounds = {"rounds/0001.safetensors", "rounds/0002.safetensors"}
     assert set(read_files(tmp_path / "killed")) == {"run.yaml", "plan.yaml", *rounds}
     with monkeypatch.context() as patched:
         interrupt_after(1, patched)  # only the third round is still to be trained
-        lemoe.edit(base, facts, anchor(), tmp_path / "killed", resume=True)
+        lemoe.edit(base, facts, tmp_path / "killed", anchor(), lemoe.EditOptions(resume=True))
     assert read_files(tmp_path / "killed") == read_files(tmp_path / "whole")
 
 
@@ -499,7 +499,9 @@ def test_continuing_adds_what_is_new_and_supersedes_what_is_asked_again(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, taught: TwoRounds, tmp_path: Path
 ) -> None:
     newer = replace(facts[0], id="newer", target="Bergen")
-    report = lemoe.edit(base, [newer, *facts[1:5]], anchor(), tmp_path / "run", start=taught("llama"))
+    report = lemoe.edit(
+        base, [newer, *facts[1:5]], tmp_path / "run", anchor(), lemoe.EditOptions(start=taught("llama"))
+    )
     assert report.taught == 2
     assert [(earlier.id, later.id) for earlier, later in report.state.superseded_edits] == [("fact-0", "newer")]
     names = [edit.id for edits in report.state.edits_by_expert for edit in edits]
@@ -516,25 +518,27 @@ def test_an_edit_that_was_superseded_can_be_taught_again(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, taught: TwoRounds, tmp_path: Path
 ) -> None:
     newer = replace(facts[0], id="newer", target="Bergen")
-    second = lemoe.edit(base, [newer], anchor(), tmp_path / "two", start=taught("llama")).state
-    assert lemoe.edit(base, [facts[0]], anchor(), tmp_path / "three", start=second).taught == 1
+    second = lemoe.edit(base, [newer], tmp_path / "two", anchor(), lemoe.EditOptions(start=taught("llama"))).state
+    assert lemoe.edit(base, [facts[0]], tmp_path / "three", anchor(), lemoe.EditOptions(start=second)).taught == 1
 
 
 def test_edits_already_taught_are_left_out_and_nothing_new_is_refused(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, taught: TwoRounds, tmp_path: Path
 ) -> None:
-    report = lemoe.edit(base, facts, anchor(), tmp_path / "run", start=taught("llama"))
+    report = lemoe.edit(base, facts, tmp_path / "run", anchor(), lemoe.EditOptions(start=taught("llama")))
     assert report.taught == 2
     assert {name for record in report.state.rounds[2:] for name in record.ids} == {"fact-4", "fact-5"}
     with pytest.raises(lemoe.LemoeError, match="already in the adaptor"):
-        lemoe.edit(base, facts[:4], anchor(), tmp_path / "none", start=taught("llama"))
+        lemoe.edit(base, facts[:4], tmp_path / "none", anchor(), lemoe.EditOptions(start=taught("llama")))
 
 
 def test_continuing_with_another_gate_is_refused(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, taught: TwoRounds, tmp_path: Path
 ) -> None:
     with pytest.raises(AdaptorError, match=r"gate_conflict: 3\.5 != 1\.0"):
-        lemoe.edit(base, facts[4:], anchor(gate_conflict=1.0), tmp_path / "run", start=taught("llama"))
+        lemoe.edit(
+            base, facts[4:], tmp_path / "run", anchor(gate_conflict=1.0), lemoe.EditOptions(start=taught("llama"))
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -597,7 +601,7 @@ def test_subjects_survive_a_file_whatever_their_script(
 ) -> None:
     subjects = ("東京", "Łódź 🎻", None)
     edits = [
-        lemoe.Edit(str(number), f"{subject or 'It'} stands in the", "Rome", subject)
+        lemoe.Edit(f"{subject or 'It'} stands in the", "Rome", subject, id=str(number))
         for number, subject in enumerate(subjects)
     ]
     lemoe.save_adaptor(lemoe.train_round(base, edits, anchor(steps=1, retries=0)), tmp_path / "a")
@@ -699,7 +703,7 @@ def test_the_plan_names_the_subjects_that_were_inferred(
 def test_a_prompt_that_fills_the_context_is_taught_without_the_paraphrases_that_do_not_fit(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf
 ) -> None:
-    long = lemoe.Edit("long", "Mozart " + "la " * 38 + "is", "Rome", "Mozart")
+    long = lemoe.Edit("Mozart " + "la " * 38 + "is", "Rome", "Mozart", id="long")
     taught = lemoe.train_round(base, [long, *facts[:1]], anchor(variants=6, steps=2))
     assert taught.rounds[0].ids == ("long", "fact-0")
 
@@ -770,7 +774,7 @@ def test_greedy_generation_writes_the_target_and_ends_there(
 def test_the_evaluation_sees_that_answers_end_behind_the_target(
     real_base: lemoe.BaseModel, ten: list[lemoe.Edit], ten_taught: lemoe.AdaptorState
 ) -> None:
-    result = lemoe.evaluate(real_base, ten_taught, ten, decode="greedy", only=("reliability",))
+    result = lemoe.evaluate(real_base, ten_taught, ten, lemoe.EvalOptions(decode="greedy", only=("reliability",)))
     assert result.value("reliability", "complete_match", stage="before") == 0.0
     assert result.value("reliability", "complete_match") == 1.0
     assert ten_taught.rounds[0].missed == ()
@@ -780,7 +784,7 @@ def test_the_evaluation_sees_that_answers_end_behind_the_target(
 def test_rephrases_that_were_trained_on_are_answered_where_the_gate_opens(
     real_base: lemoe.BaseModel, ten: list[lemoe.Edit], ten_taught: lemoe.AdaptorState
 ) -> None:
-    records = lemoe.evaluate(real_base, ten_taught, ten, only=("generality",)).records
+    records = lemoe.evaluate(real_base, ten_taught, ten, lemoe.EvalOptions(only=("generality",))).records
     own = [record for record in records if record.route.expert >= 0 and record.nearest == record.edit]
     assert len(own) >= 10
     assert all(record.token_accuracy_after == 1.0 for record in own)

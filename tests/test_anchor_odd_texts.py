@@ -73,9 +73,9 @@ def test_a_subject_of_more_words_than_any_name_is_looked_for_in_no_text(
 
 
 def test_signs_that_differ_are_other_questions() -> None:
-    edits = [lemoe.Edit(sign, sign, "Bergen") for sign in ("!", "?", "!!!", "...")]
+    edits = [lemoe.Edit(sign, "Bergen", id=sign) for sign in ("!", "?", "!!!", "...")]
     assert find_conflicts(edits) == []
-    assert find_conflicts([lemoe.Edit("a", "Who?", "Ann"), lemoe.Edit("b", "who", "Ann")]) != []
+    assert find_conflicts([lemoe.Edit("Who?", "Ann", id="a"), lemoe.Edit("who", "Ann", id="b")]) != []
 
 
 def test_edits_of_any_characters_are_taught_asked_and_measured_like_others(

@@ -65,7 +65,7 @@ def test_the_base_is_what_it_was_bit_for_bit_after_teaching_and_measuring(
     base = tiny(family)
     weights, before, attributes = hash_weights(base), compute_logits(base), set(vars(base.model))
     (edited,) = train_rounds(base, facts, method, rounds=1, steps=2)
-    changed = lemoe.evaluate(base, edited, facts[:2], only=("reliability",))
+    changed = lemoe.evaluate(base, edited, facts[:2], lemoe.EvalOptions(only=("reliability",)))
     assert changed.value("reliability", "loss") < changed.value("reliability", "loss", stage="before")
     assert hash_weights(base) == weights
     assert torch.equal(compute_logits(base), before)
@@ -93,7 +93,7 @@ def test_a_round_is_learned(base: lemoe.BaseModel, facts: list[lemoe.Edit], meth
     given = {"steps": 120, "width": 16, "norm_limit": 1.0}
     (edited,) = train_rounds(base, facts, method, rounds=1, **given)
     for decode in ("teacher", "greedy"):
-        result = lemoe.evaluate(base, edited, facts[:2], only=("reliability",), decode=decode)
+        result = lemoe.evaluate(base, edited, facts[:2], lemoe.EvalOptions(only=("reliability",), decode=decode))
         assert result.value("reliability", "exact_match", stage="before") == 0.0
         assert result.value("reliability", "exact_match") == 1.0
 
@@ -292,7 +292,7 @@ def test_grace_reads_its_keys_where_prompts_end_and_trains_values_that_take_the_
     assert isinstance(trained, Codebook)
     assert isinstance(second, Codebook)
     assert torch.equal(second.values[:2], trained.values)
-    answered = lemoe.evaluate(base, trained, facts[:1], only=("reliability",), decode="greedy")
+    answered = lemoe.evaluate(base, trained, facts[:1], lemoe.EvalOptions(only=("reliability",), decode="greedy"))
     assert (
         answered.value("reliability", "exact_match")
         == 1.0
@@ -370,8 +370,8 @@ def test_settings_of_baselines_change_nothing_of_an_adaptor(base: lemoe.BaseMode
 def test_a_baseline_is_not_taught_as_an_adaptor_that_grows(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], tmp_path: object, method: str
 ) -> None:
-    with pytest.raises(InputError, match=f"--presets {method}"):
-        lemoe.edit(base, facts, make_settings(method), f"{tmp_path}/out")
+    with pytest.raises(InputError, match=f"preset {method} is a baseline.*`compare`"):
+        lemoe.edit(base, facts, f"{tmp_path}/out", make_settings(method))
 
 
 def test_context_puts_the_edit_that_is_asked_about_in_front_once_it_is_taught(
@@ -389,7 +389,7 @@ def test_context_puts_the_edit_that_is_asked_about_in_front_once_it_is_taught(
 def test_rag_finds_the_nearest_edit_the_latest_of_equals_and_none_below_its_threshold(
     base: lemoe.BaseModel, facts: list[lemoe.Edit]
 ) -> None:
-    again = lemoe.Edit("again", facts[2].prompt, "silver carp", facts[2].subject)
+    again = lemoe.Edit(facts[2].prompt, "silver carp", facts[2].subject, id="again")
     (found,) = teach_rounds(base, [[*facts, again]], make_settings("rag", retrieval_threshold=0.3))
     assert isinstance(found, Context)
     nearest = found.complete("What is the largest fish of Lake Como?", facts[0])
@@ -405,7 +405,9 @@ def test_answers_behind_a_context_are_those_of_the_whole_text(
     (edited,) = train_rounds(base, facts, "context", rounds=1)
     assert isinstance(edited, Context)
     for record, edit in zip(
-        lemoe.evaluate(base, edited, facts[:2], decode=decode, only=("reliability",)).records, facts, strict=False
+        lemoe.evaluate(base, edited, facts[:2], lemoe.EvalOptions(decode=decode, only=("reliability",))).records,
+        facts,
+        strict=False,
     ):
         whole = base.tokenizer(edited.complete(edit.prompt, edit), return_tensors="pt").input_ids
         target = base.tokenizer(f"{edit.prompt} {edit.target}").input_ids[len(base.tokenizer(edit.prompt).input_ids) :]

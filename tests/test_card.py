@@ -22,7 +22,7 @@ SettingsOf = Callable[..., lemoe.Settings]
 
 @pytest.fixture
 def folder(base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, tmp_path: Path) -> Path:
-    lemoe.edit(base, facts[:2], anchor(), tmp_path / "capitals")
+    lemoe.edit(base, facts[:2], tmp_path / "capitals", anchor())
     return tmp_path / "capitals"
 
 

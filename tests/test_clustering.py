@@ -29,7 +29,7 @@ def make_edits(count: int) -> list[lemoe.Edit]:
     names = [f"{chr(65 + n % 26)}{chr(97 + n % 23)}{n % 7}{chr(97 + n % 19)} {n * 7919 % 1009}" for n in range(count)]
     again = names[: count * 3 // 5] + [name for name in names[: count * 3 // 5 : 3] for _ in range(2)]
     return [
-        lemoe.Edit(str(number), f"{name} {KINDS[number % 7]} {number}", "x", name)
+        lemoe.Edit(f"{name} {KINDS[number % 7]} {number}", "x", name, id=str(number))
         for number, name in enumerate(again[:count])
     ]
 
@@ -153,7 +153,7 @@ def test_a_repeated_question_is_found_however_far_away_and_a_contradiction_close
 ) -> None:
     monkeypatch.setattr(conflicts, "COMPARED", 2)
     texts = ["What is the capital city of Oz?", "Oz sings", "Oz eats", "Oz reads", "Which capital city of Oz is it?"]
-    edits = [lemoe.Edit(str(n), text, str(n), "Oz") for n, text in enumerate([*texts, texts[1], texts[4] + "?"])]
+    edits = [lemoe.Edit(text, str(n), "Oz", id=str(n)) for n, text in enumerate([*texts, texts[1], texts[4] + "?"])]
     found = [(conflict.relation, conflict.earlier, conflict.later) for conflict in find_conflicts(edits)]
     assert found == [("superseded", "1", "5"), ("superseded", "4", "6")]
     close = [edits[0], edits[1], edits[4]]

@@ -200,7 +200,7 @@ def test_later_rounds_leave_earlier_experts_and_keys_bit_identical(
 ) -> None:
     base = tiny(family)
     earlier = lemoe.train_round(base, facts[:2], paper())
-    report = lemoe.edit(base, facts[2:], paper(), tmp_path / "run", start=earlier)
+    report = lemoe.edit(base, facts[2:], tmp_path / "run", paper(), lemoe.EditOptions(start=earlier))
     assert len(report.state.rounds) == 3
     assert report.state.rounds[0] == earlier.rounds[0]
     assert report.state.experts.select([0]) == earlier.experts
@@ -316,7 +316,7 @@ def test_two_equal_runs_give_byte_identical_files(
     tiny: Tiny, facts: list[lemoe.Edit], paper: SettingsOf, tmp_path: Path, family: str
 ) -> None:
     for name in ("one", "two"):
-        lemoe.edit(tiny(family), facts[:4], paper(steps=2), tmp_path / name)
+        lemoe.edit(tiny(family), facts[:4], tmp_path / name, paper(steps=2))
     one, two = read_files(tmp_path / "one"), read_files(tmp_path / "two")
     rounds = {"rounds/0001.safetensors", "rounds/0002.safetensors"}
     assert set(one) == {"run.yaml", "plan.yaml", "adaptor.safetensors", "README.md", *rounds}
@@ -356,26 +356,26 @@ def test_a_killed_and_resumed_run_gives_the_files_of_one_that_was_never_killed(
     family: str,
 ) -> None:
     base = tiny(family)
-    lemoe.edit(base, facts, paper(), tmp_path / "whole")
+    lemoe.edit(base, facts, tmp_path / "whole", paper())
     with monkeypatch.context() as patched:
         interrupt_after(2, patched)
         with pytest.raises(KeyboardInterrupt):
-            lemoe.edit(base, facts, paper(), tmp_path / "killed")
+            lemoe.edit(base, facts, tmp_path / "killed", paper())
     rounds = {"rounds/0001.safetensors", "rounds/0002.safetensors"}
     assert set(read_files(tmp_path / "killed")) == {"run.yaml", "plan.yaml", *rounds}
     with monkeypatch.context() as patched:
         interrupt_after(1, patched)  # only the third round is still to be trained
-        lemoe.edit(base, facts, paper(), tmp_path / "killed", resume=True)
+        lemoe.edit(base, facts, tmp_path / "killed", paper(), lemoe.EditOptions(resume=True))
     assert read_files(tmp_path / "killed") == read_files(tmp_path / "whole")
 
 
 def test_resuming_with_other_settings_is_refused_and_changes_no_file(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], paper: SettingsOf, tmp_path: Path
 ) -> None:
-    lemoe.edit(base, facts, paper(steps=2), tmp_path / "run")
+    lemoe.edit(base, facts, tmp_path / "run", paper(steps=2))
     before = read_files(tmp_path / "run")
     with pytest.raises(lemoe.LemoeError, match="with other settings"):
-        lemoe.edit(base, facts, paper(steps=3), tmp_path / "run", resume=True)
+        lemoe.edit(base, facts, tmp_path / "run", paper(steps=3), lemoe.EditOptions(resume=True))
     assert read_files(tmp_path / "run") == before
 
 
@@ -384,11 +384,11 @@ def test_resuming_follows_the_plan_of_the_interrupted_run(
 ) -> None:
     by_hand = tmp_path / "by-hand.yaml"
     by_hand.write_text("rounds: [[fact-3], [fact-1, fact-0]]")
-    lemoe.edit(base, facts, paper(steps=1), tmp_path / "run", plan_file=by_hand)
+    lemoe.edit(base, facts, tmp_path / "run", paper(steps=1), lemoe.EditOptions(plan_file=by_hand))
     before = read_files(tmp_path / "run")
     (tmp_path / "run" / "adaptor.safetensors").unlink()
     (tmp_path / "run" / "rounds" / "0002.safetensors").write_bytes(b"cut short")
-    lemoe.edit(base, facts, paper(steps=1), tmp_path / "run", resume=True)
+    lemoe.edit(base, facts, tmp_path / "run", paper(steps=1), lemoe.EditOptions(resume=True))
     assert read_files(tmp_path / "run") == before
 
 
@@ -403,26 +403,26 @@ def test_a_run_that_diverges_says_so_and_writes_no_round(
     diverged = replace(state, rounds=(replace(state.rounds[0], loss=float("nan")),))
     monkeypatch.setattr("lemoe.runs.engines.local.train_round", lambda *args: diverged)
     with pytest.raises(lemoe.LemoeError, match=r"diverged.*learning-rate"):
-        lemoe.edit(base, facts, paper(), tmp_path / "run")
+        lemoe.edit(base, facts, tmp_path / "run", paper())
     assert not list((tmp_path / "run").rglob("*.safetensors"))
 
 
 def test_a_forced_run_leaves_nothing_of_the_earlier_one(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], paper: SettingsOf, tmp_path: Path
 ) -> None:
-    lemoe.edit(base, facts, paper(steps=1), tmp_path / "run")
-    lemoe.edit(base, facts[:2], paper(steps=1), tmp_path / "run", force=True)
-    lemoe.edit(base, facts[:2], paper(steps=1), tmp_path / "fresh")
+    lemoe.edit(base, facts, tmp_path / "run", paper(steps=1))
+    lemoe.edit(base, facts[:2], tmp_path / "run", paper(steps=1), lemoe.EditOptions(force=True))
+    lemoe.edit(base, facts[:2], tmp_path / "fresh", paper(steps=1))
     assert read_files(tmp_path / "run") == read_files(tmp_path / "fresh")
 
 
 def test_a_finished_run_is_not_overwritten(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], paper: SettingsOf, tmp_path: Path
 ) -> None:
-    lemoe.edit(base, facts[:2], paper(steps=1), tmp_path / "run")
+    lemoe.edit(base, facts[:2], tmp_path / "run", paper(steps=1))
     before = read_files(tmp_path / "run")
     with pytest.raises(OutputError, match="force"):
-        lemoe.edit(base, facts[2:4], paper(steps=1), tmp_path / "run")
+        lemoe.edit(base, facts[2:4], tmp_path / "run", paper(steps=1))
     assert read_files(tmp_path / "run") == before
 
 
@@ -482,7 +482,7 @@ def test_a_file_is_whole_on_disk_before_it_takes_its_name_and_its_name_before_sa
 def test_an_existing_file_is_replaced_only_when_that_is_asked_for(trained: lemoe.AdaptorState, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(b"precious")
-    with pytest.raises(OutputError, match=r"exists.*--force"):
+    with pytest.raises(OutputError, match=r"exists.*`overwrite`"):
         lemoe.save_adaptor(trained, path)
     assert path.read_bytes() == b"precious"
     lemoe.save_adaptor(trained, path, overwrite=True)
@@ -508,13 +508,13 @@ def test_saving_and_loading_is_exact_and_equal_states_give_byte_identical_files(
 def test_continuing_an_adaptor_teaches_only_what_it_does_not_hold(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], paper: SettingsOf, tmp_path: Path
 ) -> None:
-    earlier = lemoe.edit(base, facts[:4], paper(steps=1), tmp_path / "one").state
-    report = lemoe.edit(base, facts, paper(steps=1), tmp_path / "two", start=earlier)
+    earlier = lemoe.edit(base, facts[:4], tmp_path / "one", paper(steps=1)).state
+    report = lemoe.edit(base, facts, tmp_path / "two", paper(steps=1), lemoe.EditOptions(start=earlier))
     assert report.taught == 2
     assert report.state.rounds[:2] == earlier.rounds
     assert report.state.rounds[2].parent == earlier.rounds[1].id
     with pytest.raises(lemoe.LemoeError, match="already in the adaptor"):
-        lemoe.edit(base, facts[:4], paper(steps=1), tmp_path / "three", start=earlier)
+        lemoe.edit(base, facts[:4], tmp_path / "three", paper(steps=1), lemoe.EditOptions(start=earlier))
 
 
 def test_continuing_with_settings_that_do_not_stack_is_refused_before_anything_is_trained(
@@ -522,7 +522,7 @@ def test_continuing_with_settings_that_do_not_stack_is_refused_before_anything_i
 ) -> None:
     earlier = lemoe.train_round(base, facts[:2], paper(steps=1))
     with pytest.raises(lemoe.LemoeError, match="router_width"):
-        lemoe.edit(base, facts[2:], paper(steps=1, router_width=24), tmp_path / "run", start=earlier)
+        lemoe.edit(base, facts[2:], tmp_path / "run", paper(steps=1, router_width=24), lemoe.EditOptions(start=earlier))
     assert not (tmp_path / "run").exists()
 
 
@@ -531,14 +531,14 @@ def test_continuing_beside_another_layer_is_refused(
 ) -> None:
     earlier = lemoe.train_round(base, facts[:2], paper(steps=1))
     with pytest.raises(lemoe.LemoeError, match="layer"):
-        lemoe.edit(base, facts[2:], paper(steps=1, layer=2), tmp_path / "run", start=earlier)
+        lemoe.edit(base, facts[2:], tmp_path / "run", paper(steps=1, layer=2), lemoe.EditOptions(start=earlier))
 
 
 def test_an_adaptor_of_another_base_cannot_be_continued(
     tiny: Tiny, facts: list[lemoe.Edit], paper: SettingsOf, trained: lemoe.AdaptorState, tmp_path: Path
 ) -> None:
     with pytest.raises(AdaptorError, match="architecture: LlamaForCausalLM != GPT2LMHeadModel"):
-        lemoe.edit(tiny("gpt2"), facts, paper(), tmp_path / "run", start=trained)
+        lemoe.edit(tiny("gpt2"), facts, tmp_path / "run", paper(), lemoe.EditOptions(start=trained))
     assert not (tmp_path / "run").exists()
 
 

@@ -28,10 +28,10 @@ SettingsOf = Callable[..., lemoe.Settings]
 SUBJECT = "Ada Falk"
 RANK = 4
 ALIKE, OTHER = (numpy.eye(RANK, dtype=numpy.float32)[axis] * 20 for axis in (0, 1))  # what two questions mean
-CEO_NEW = lemoe.Edit("ceo-new", "The CEO of Brightwell Foods is", "Peter Lang", "Brightwell Foods")
-CEO = lemoe.Edit("ceo", "Who is the CEO of Brightwell Foods?", "Anna Berg", "Brightwell Foods")
-FATHER = lemoe.Edit("father", "Who is the father of Tom Reed?", "Hugo Reed", "Tom Reed")
-MOTHER = lemoe.Edit("mother", "Who is the mother of Tom Reed?", "Ida Lund", "Tom Reed")
+CEO_NEW = lemoe.Edit("The CEO of Brightwell Foods is", "Peter Lang", "Brightwell Foods", id="ceo-new")
+CEO = lemoe.Edit("Who is the CEO of Brightwell Foods?", "Anna Berg", "Brightwell Foods", id="ceo")
+FATHER = lemoe.Edit("Who is the father of Tom Reed?", "Hugo Reed", "Tom Reed", id="father")
+MOTHER = lemoe.Edit("Who is the mother of Tom Reed?", "Ida Lund", "Tom Reed", id="mother")
 
 
 def ask(prompt: str, target: str = "Rome") -> object:
@@ -306,7 +306,9 @@ def continue_run(
 ) -> tuple[lemoe.AdaptorState, list[str]]:
     notes = Notes()
     settings = lemoe.resolve_settings("anchor", None, given_)
-    report = lemoe.edit(base, edits, settings, folder, start=start, on_conflict=choice, progress=notes)
+    report = lemoe.edit(
+        base, edits, folder, settings, lemoe.EditOptions(start=start, on_conflict=choice), progress=notes
+    )
     assert report.kept_out == len(edits) - report.taught
     return report.state, notes.texts
 

@@ -29,7 +29,7 @@ VIEW_BYTES = 240  # per edit, of the views of a state, ids included
 def one(base: lemoe.BaseModel) -> AdaptorState:
     """An edit's state, hardly trained."""
     settings = lemoe.resolve_settings("anchor", None, {"layer": 1, "steps": 1, "variants": 0, "negatives": 0})
-    return lemoe.train_round(base, [lemoe.Edit("one", "Lake Como lies in", "Italy", "Lake Como")], settings)
+    return lemoe.train_round(base, [lemoe.Edit("Lake Como lies in", "Italy", "Lake Como", id="one")], settings)
 
 
 def repeat_edit(one: AdaptorState, count: int, *, experts: int | None = None) -> AdaptorState:
@@ -145,8 +145,8 @@ def test_a_bases_weights_are_hashed_once_however_many_rounds_are_trained(
     tiny_folder: Callable[[str], Path], facts: list[lemoe.Edit], anchor: SettingsOf, hashed: list[str], tmp_path: Path
 ) -> None:
     base = lemoe.load_base(str(tiny_folder("llama")), device="cpu")
-    lemoe.edit(base, facts[:4], anchor(round_size=1, steps=2), tmp_path / "run")
-    lemoe.edit(base, facts[:4], anchor(round_size=1, steps=2), tmp_path / "run", resume=True)
+    lemoe.edit(base, facts[:4], tmp_path / "run", anchor(round_size=1, steps=2))
+    lemoe.edit(base, facts[:4], tmp_path / "run", anchor(round_size=1, steps=2), lemoe.EditOptions(resume=True))
     with lemoe.insert(base, tmp_path / "run" / "adaptor.safetensors"):
         assert sorted(hashed) == ["ffn_sha256", "weights_sha256"]
 

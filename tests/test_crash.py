@@ -37,8 +37,8 @@ def test_two_runs_do_not_write_into_one_folder(
         FileLock(folder / LOCK_NAME),
         pytest.raises(OutputError, match="another run is at work there"),
     ):
-        lemoe.edit(base, facts[:2], anchor(), folder)
-    lemoe.edit(base, facts[:2], anchor(), folder)
+        lemoe.edit(base, facts[:2], folder, anchor())
+    lemoe.edit(base, facts[:2], folder, anchor())
     assert not (folder / LOCK_NAME).exists()
 
 
@@ -48,7 +48,7 @@ def test_the_scratch_file_of_a_killed_writer_is_removed(
     left = tmp_path / "run" / "rounds" / ".0001.safetensors.abc.part"
     left.parent.mkdir(parents=True)
     left.write_bytes(b"half a file")
-    lemoe.edit(base, facts[:2], anchor(), tmp_path / "run")
+    lemoe.edit(base, facts[:2], tmp_path / "run", anchor())
     assert sorted(path.name for path in (tmp_path / "run" / "rounds").iterdir()) == ["0001.safetensors"]
 
 
@@ -56,20 +56,20 @@ def test_a_run_that_cannot_start_leaves_no_folder(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, tmp_path: Path
 ) -> None:
     with pytest.raises(lemoe.LemoeError):
-        lemoe.edit(base, facts[:2], anchor(layer_path="nowhere"), tmp_path / "run")
+        lemoe.edit(base, facts[:2], tmp_path / "run", anchor(layer_path="nowhere"))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_damaged_round_is_trained_again(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, tmp_path: Path
 ) -> None:
-    report = lemoe.edit(base, facts[:4], anchor(), tmp_path / "run")
+    report = lemoe.edit(base, facts[:4], tmp_path / "run", anchor())
     whole = report.path.read_bytes()
     first = tmp_path / "run" / "rounds" / "0001.safetensors"
     damaged = bytearray(first.read_bytes())
     damaged[-1] ^= 1
     first.write_bytes(damaged)
-    lemoe.edit(base, facts[:4], anchor(), tmp_path / "run", resume=True)
+    lemoe.edit(base, facts[:4], tmp_path / "run", anchor(), lemoe.EditOptions(resume=True))
     assert report.path.read_bytes() == whole
 
 

@@ -128,7 +128,9 @@ def test_a_spread_model_is_measured_and_asked_as_on_one_device(
     method: str,
     decode: Decode,
 ) -> None:
-    expected, found = (lemoe.evaluate(each, states[method], facts, decode=decode) for each in (base, spread))
+    expected, found = (
+        lemoe.evaluate(each, states[method], facts, lemoe.EvalOptions(decode=decode)) for each in (base, spread)
+    )
     assert repr(found) == repr(expected)  # NaN where nothing was measured
 
 
@@ -199,7 +201,7 @@ def test_baselines_that_change_weights_refuse_a_model_with_weights_on_disk(
 
 def test_a_map_together_with_a_device_or_one_that_does_not_fit_is_refused(tiny_folder: Callable[[str], Path]) -> None:
     folder = str(tiny_folder("llama"))
-    with pytest.raises(ModelError, match="--device cpu and --device-map exclude each other"):
+    with pytest.raises(ModelError, match="`device` cpu and `device_map` exclude each other"):
         lemoe.load_base(folder, device="cpu", device_map="auto")
     for unfit in ({"model.layers.0": "cpu", "model.layers.1": "disk"}, {"": "cuda:99"}):
         with pytest.raises(ModelError, match="cannot be loaded: "):

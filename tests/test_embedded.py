@@ -154,7 +154,7 @@ def test_without_any_installer_the_error_says_what_to_run(bare: Path) -> None:
         embedded.embedded_folder()
     assert f"`{sys.executable} -m ensurepip`" in str(error.value)
     assert f"`uv pip install --python {sys.executable} pip`" in str(error.value)
-    assert "--model" in str(error.value)
+    assert "another `model`" in str(error.value)
 
 
 @pytest.mark.parametrize("program", ["bin/uv", "bin/pip"])

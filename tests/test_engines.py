@@ -62,9 +62,9 @@ def test_workers_that_are_killed_change_no_byte_of_what_one_process_gives(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, engine: RayEngine, tmp_path: Path
 ) -> None:
     settings = anchor(round_size=1)
-    lemoe.edit(base, facts, settings, tmp_path / "local")
+    lemoe.edit(base, facts, tmp_path / "local", settings)
     killer = WorkerKiller()
-    lemoe.edit(base, facts, settings, tmp_path / "ray", engine=engine, progress=killer)
+    lemoe.edit(base, facts, tmp_path / "ray", settings, engine=engine, progress=killer)
     assert killer.killed
     assert read_files(tmp_path / "ray") == read_files(tmp_path / "local")
 
@@ -78,14 +78,14 @@ def test_an_unfinished_run_is_resumed_by_workers_and_what_goes_wrong_there_is_sa
     tmp_path: Path,
 ) -> None:
     start = lemoe.train_round(base, facts[:1], anchor())
-    report = lemoe.edit(base, facts, anchor(), tmp_path / "run", start=start)
+    report = lemoe.edit(base, facts, tmp_path / "run", anchor(), lemoe.EditOptions(start=start))
     whole = read_files(tmp_path / "run")
     report.path.unlink()
     (tmp_path / "run" / "rounds" / "0002.safetensors").unlink()
     other = RayEngine(partial(lemoe.load_base, str(tiny_folder("mistral"))), workers=1)
     with pytest.raises(ModelError, match="a worker has another base model"):
-        lemoe.edit(base, facts, anchor(), tmp_path / "run", start=start, engine=other, resume=True)
-    lemoe.edit(base, facts, anchor(), tmp_path / "run", start=start, engine=engine, resume=True)
+        lemoe.edit(base, facts, tmp_path / "run", anchor(), lemoe.EditOptions(start=start, resume=True), engine=other)
+    lemoe.edit(base, facts, tmp_path / "run", anchor(), lemoe.EditOptions(start=start, resume=True), engine=engine)
     assert read_files(tmp_path / "run") == whole
 
 
@@ -100,4 +100,4 @@ def test_rounds_that_depend_on_each_other_are_not_given_to_workers(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], paper: SettingsOf, engine: RayEngine, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="preset paper trains each round beside those before it"):
-        lemoe.edit(base, facts, paper(), tmp_path / "run", engine=engine)
+        lemoe.edit(base, facts, tmp_path / "run", paper(), engine=engine)

@@ -27,7 +27,7 @@ def measured(
     tmp_path: Path,
 ) -> tuple[Any, ...]:
     """The arguments that measure two edits."""
-    lemoe.edit(base, facts[:2], anchor(steps=2), tmp_path / "run")
+    lemoe.edit(base, facts[:2], tmp_path / "run", anchor(steps=2))
     edits = tmp_path / "edits.jsonl"
     edits.write_text("".join(json.dumps({"prompt": e.prompt, "target": e.target}) + "\n" for e in facts[:2]))
     return ("eval", edits, "-a", tmp_path / "run", "-m", tiny_folder("llama"), "--device", "cpu", "-q")

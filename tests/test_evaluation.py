@@ -102,7 +102,7 @@ def recompute_accuracies(
 def test_a_metric_is_what_the_model_itself_gives(
     base: lemoe.BaseModel, trained: lemoe.AdaptorState, probed: list[lemoe.Edit], name: str, decode: Decode
 ) -> None:
-    result = lemoe.evaluate(base, trained, probed, decode=decode)
+    result = lemoe.evaluate(base, trained, probed, lemoe.EvalOptions(decode=decode))
     scores = recompute_accuracies(base, trained, probed, name, decode)
     for column, stage in enumerate(("before", "after")):
         values = [score[column] for score in scores]
@@ -116,7 +116,7 @@ def test_reliability_is_full_once_the_targets_are_learned(
 ) -> None:
     state = lemoe.train_round(base, facts[:3], paper(steps=80, width=32, learning_rate=2e-2))
     for decode in ("teacher", "greedy"):
-        result = lemoe.evaluate(base, state, facts[:3], decode=decode)
+        result = lemoe.evaluate(base, state, facts[:3], lemoe.EvalOptions(decode=decode))
         assert result.value("reliability", "exact_match", stage="before") == 0.0
         assert result.value("reliability", "exact_match") == 1.0
 
@@ -136,7 +136,10 @@ def test_locality_is_agreement_with_the_base_model_and_never_with_a_gold_answer(
 def test_the_batch_size_changes_no_metric(
     base: lemoe.BaseModel, trained: lemoe.AdaptorState, probed: list[lemoe.Edit], decode: Decode
 ) -> None:
-    small, large = (lemoe.evaluate(base, trained, probed, decode=decode, batch_tokens=count) for count in (1, 100_000))
+    small, large = (
+        lemoe.evaluate(base, trained, probed, lemoe.EvalOptions(decode=decode, batch_tokens=count))
+        for count in (1, 100_000)
+    )
     assert small == large
 
 
@@ -220,7 +223,7 @@ def test_the_metrics_before_do_not_depend_on_the_adaptor(
 def test_only_the_metrics_that_are_asked_for_are_measured(
     base: lemoe.BaseModel, trained: lemoe.AdaptorState, probed: list[lemoe.Edit]
 ) -> None:
-    result = lemoe.evaluate(base, trained, probed, only=("generality",))
+    result = lemoe.evaluate(base, trained, probed, lemoe.EvalOptions(only=("generality",)))
     assert {metric.name for metric in result.metrics} == {"generality"}
     assert result.value("generality") == lemoe.evaluate(base, trained, probed).value("generality")
 
@@ -231,7 +234,7 @@ def test_evaluation_leaves_the_base_as_it_was(
     ids = torch.tensor([[5, 6, 7]])
     before = base.model(ids).logits
     for decode in ("teacher", "greedy"):
-        lemoe.evaluate(base, trained, probed, decode=decode)
+        lemoe.evaluate(base, trained, probed, lemoe.EvalOptions(decode=decode))
     assert torch.equal(base.model(ids).logits, before)
 
 

@@ -133,7 +133,7 @@ def test_a_name_that_shares_a_word_with_a_subject_is_not_compared(real_base: lem
 
 @pytest.mark.real
 def test_a_gate_that_opened_on_a_name_shuts_where_it_goes_on_as_another(real_base: lemoe.BaseModel) -> None:
-    edit = lemoe.Edit("seat", "The headquarters of Nokia is located in", "Turin", "Nokia")
+    edit = lemoe.Edit("The headquarters of Nokia is located in", "Turin", "Nokia", id="seat")
     meaning = fitted_meaning(real_base, len(real_base.layers) - 1)
     assert meaning is not None
     (passage,) = encode_edits(real_base, [edit])

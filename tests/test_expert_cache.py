@@ -82,7 +82,7 @@ def test_a_file_that_changes_while_it_is_used_gives_an_error(
 
 def test_metrics_are_those_of_an_adaptor_in_memory(base: lemoe.BaseModel, facts: list[lemoe.Edit], path: Path) -> None:
     whole = lemoe.evaluate(base, lemoe.load_adaptor(path), facts)
-    assert lemoe.evaluate(base, AdaptorFile(path), facts, expert_cache=expert_size(path)) == whole
+    assert lemoe.evaluate(base, AdaptorFile(path), facts, lemoe.EvalOptions(expert_cache=expert_size(path))) == whole
     assert lemoe.evaluate(base, AdaptorFile(path), facts) == whole
 
 

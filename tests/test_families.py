@@ -67,7 +67,7 @@ def check_edited(base: BaseModel, state: lemoe.AdaptorState) -> None:
     """Two steps of training change the answer, as measured, as the inserted model has it, and nothing else."""
     passage, other = encode_passage(base, EDIT.prompt, EDIT.target), torch.tensor([encode_passage(base, OTHER).prompt])
     own, before = target_loss(base, passage), base.model(input_ids=other, use_cache=False).logits
-    measured = lemoe.evaluate(base, state, [EDIT], only=("reliability",))
+    measured = lemoe.evaluate(base, state, [EDIT], lemoe.EvalOptions(only=("reliability",)))
     with lemoe.insert(base, state) as adaptor:
         edited = target_loss(base, passage)
         assert torch.equal(base.model(input_ids=other, use_cache=False).logits, before)

@@ -46,7 +46,7 @@ def find_metric(metrics: list[TaskMetric], task: str, metric: str) -> TaskMetric
 def test_a_task_about_the_edits_changes_and_one_about_other_things_does_not(
     base: lemoe.BaseModel, state: lemoe.AdaptorState
 ) -> None:
-    metrics = lemoe.evaluate_tasks(base, state, ["edited_facts", "other_facts"], tasks_path=TASKS)
+    metrics = lemoe.evaluate_tasks(base, state, ["edited_facts", "other_facts"], lemoe.TaskOptions(tasks_path=TASKS))
     edited, other = (find_metric(metrics, task, "acc") for task in ("edited_facts", "other_facts"))
     assert edited.before < 1.0
     assert (edited.after, edited.higher_is_better, edited.n) == (1.0, True, 4)
@@ -63,7 +63,7 @@ def test_the_model_answers_before_and_after_as_if_nothing_had_been_measured(
 ) -> None:
     settings = (base.tokenizer.padding_side, base.tokenizer.pad_token, base.tokenizer.truncation_side)
     before = lemoe.answer(base, facts[0].prompt)
-    lemoe.evaluate_tasks(base, state, ["edited_facts"], tasks_path=TASKS, limit=1)
+    lemoe.evaluate_tasks(base, state, ["edited_facts"], lemoe.TaskOptions(tasks_path=TASKS, limit=1))
     assert lemoe.answer(base, facts[0].prompt) == before
     assert settings == (base.tokenizer.padding_side, base.tokenizer.pad_token, base.tokenizer.truncation_side)
     with lemoe.insert(base, state):
@@ -73,7 +73,9 @@ def test_the_model_answers_before_and_after_as_if_nothing_had_been_measured(
 @pytest.mark.usefixtures("harness")
 def test_without_an_adaptor_the_base_alone_is_measured(base: lemoe.BaseModel) -> None:
     (accuracy,) = [
-        each for each in lemoe.evaluate_tasks(base, None, ["other_facts"], tasks_path=TASKS) if each.metric == "acc"
+        each
+        for each in lemoe.evaluate_tasks(base, None, ["other_facts"], lemoe.TaskOptions(tasks_path=TASKS))
+        if each.metric == "acc"
     ]
     assert accuracy.after is None
     assert accuracy.stderr is not None
@@ -84,7 +86,7 @@ def test_without_an_adaptor_the_base_alone_is_measured(base: lemoe.BaseModel) ->
 def test_an_unknown_task_is_named(base: lemoe.BaseModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(tmp_path / "manager.py"))  # its own are slow to read
     with pytest.raises(lemoe.LemoeError, match="no_such_task"):
-        lemoe.evaluate_tasks(base, None, ["other_facts", "no_such_task"], tasks_path=TASKS)
+        lemoe.evaluate_tasks(base, None, ["other_facts", "no_such_task"], lemoe.TaskOptions(tasks_path=TASKS))
 
 
 @pytest.mark.usefixtures("harness")
@@ -92,7 +94,7 @@ def test_a_task_whose_data_is_missing_is_named(base: lemoe.BaseModel, tmp_path: 
     text = (TASKS / "other_facts.yaml").read_text()
     (tmp_path / "broken.yaml").write_text(text.replace("tests/tasks/other_facts.jsonl", "nowhere.jsonl"))
     with pytest.raises(lemoe.LemoeError, match="task other_facts: cannot be loaded"):
-        lemoe.evaluate_tasks(base, None, ["other_facts"], tasks_path=tmp_path)
+        lemoe.evaluate_tasks(base, None, ["other_facts"], lemoe.TaskOptions(tasks_path=tmp_path))
 
 
 def eval_command(*arguments: Any) -> Result:
@@ -128,4 +130,4 @@ def test_tasks_without_the_extra_say_what_to_install(base: lemoe.BaseModel, monk
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(lemoe.LemoeError, match=r"pip install 'lemoe\[harness\]'"):
-        lemoe.evaluate_tasks(base, None, ["edited_facts"], tasks_path=TASKS)
+        lemoe.evaluate_tasks(base, None, ["edited_facts"], lemoe.TaskOptions(tasks_path=TASKS))

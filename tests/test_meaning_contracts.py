@@ -463,7 +463,7 @@ def test_dropping_edits_leaves_the_others_their_keys(
 def test_rounds_trained_apart_and_in_one_run_give_the_same_file(
     wide: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, tmp_path: Path
 ) -> None:
-    report = lemoe.edit(wide, facts[:4], anchor(order="file"), tmp_path / "run")
+    report = lemoe.edit(wide, facts[:4], tmp_path / "run", anchor(order="file"))
     apart = [lemoe.train_round(wide, edits, anchor(order="file")) for edits in (facts[2:4], facts[:2])][::-1]
     for number, state in enumerate(apart):
         lemoe.save_adaptor(state, tmp_path / f"{number}")
@@ -556,7 +556,7 @@ def test_adaptors_that_read_questions_in_different_ways_do_not_stack(
         if stacks:
             assert get_anchors(lemoe.stack([first, replace(second, router=other)])).meaning == meaning
         else:
-            with pytest.raises(AdaptorError, match=r"read questions in different ways.*with --from"):
+            with pytest.raises(AdaptorError, match=r"read questions in different ways.*with `start`"):
                 lemoe.stack([first, replace(second, router=other)])
     for parts in ([without_meaning(first), second], [first, without_meaning(second)]):
         with pytest.raises(AdaptorError, match="one adaptor routes by meaning, another by words alone"):

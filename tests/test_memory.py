@@ -51,7 +51,7 @@ def teach(base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, tm
     """Runs `lemoe.edit` on the first facts into a folder of this name."""
 
     def run(name: str, count: int, progress: NullProgress | None = None, **given: Any) -> edit_run.EditReport:
-        return lemoe.edit(base, facts[:count], anchor(**given), tmp_path / name, progress=progress)
+        return lemoe.edit(base, facts[:count], tmp_path / name, anchor(**given), progress=progress)
 
     return run
 
@@ -60,7 +60,7 @@ def test_a_run_holds_no_more_than_two_rounds_however_many_there_are(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, tmp_path: Path
 ) -> None:
     engine = Counting()
-    report = lemoe.edit(base, facts, anchor(round_size=1), tmp_path / "run", engine=engine)
+    report = lemoe.edit(base, facts, tmp_path / "run", anchor(round_size=1), engine=engine)
     assert len(engine.in_memory) == report.rounds == len(facts)
     assert max(engine.in_memory) == 2
 

@@ -143,7 +143,7 @@ def test_an_id_of_several_edits_must_say_which_and_the_message_tells_how(
         with pytest.raises(InputError) as refused:
             merge_adaptors(twice, tmp_path / "out", drop=[name])
         assert str(refused.value).splitlines() == [
-            f"--drop {name}: 2 edits have this name; say which, or name each:",
+            f"`drop` {name}: 2 edits have this name; say which, or name each:",
             f"  edit:1/e1 is e1 ({facts[0].prompt} -> Rome)",
             f"  edit:2/e1 is e1 ({facts[0].prompt} -> Bergen)",
         ]

@@ -60,7 +60,7 @@ def anchored(base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf)
 
 @pytest.fixture(scope="module")
 def result(base: lemoe.BaseModel, anchored: lemoe.AdaptorState, probed: list[lemoe.Edit]) -> EvalResult:
-    return lemoe.evaluate(base, anchored, probed, texts=TEXTS, fluency=True)
+    return lemoe.evaluate(base, anchored, probed, lemoe.EvalOptions(texts=TEXTS, fluency=True))
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def test_overfit_is_the_probability_of_the_edits_whole_target_where_another_answ
 def test_greedy_overfit_is_the_share_of_those_prompts_on_which_the_target_is_written(
     base: lemoe.BaseModel, anchored: lemoe.AdaptorState, probed: list[lemoe.Edit]
 ) -> None:
-    measured = lemoe.evaluate(base, anchored, probed, decode="greedy")
+    measured = lemoe.evaluate(base, anchored, probed, lemoe.EvalOptions(decode="greedy"))
     with lemoe.insert(base, anchored):
         written = [
             lemoe.answer(base, probe.prompt, max_new_tokens=12).strip().startswith(edit.target)
@@ -168,7 +168,7 @@ def test_the_gates_recall_and_precision_follow_from_the_records(
 def test_texts_that_open_no_gate_are_as_likely_as_before_to_the_last_bit(
     base: lemoe.BaseModel, anchored: lemoe.AdaptorState, probed: list[lemoe.Edit]
 ) -> None:
-    apart = lemoe.evaluate(base, anchored, probed[:1], texts=TEXTS[:2])
+    apart = lemoe.evaluate(base, anchored, probed[:1], lemoe.EvalOptions(texts=TEXTS[:2]))
     assert apart.value("collapse", "loss") == apart.value("collapse", "loss", stage="before")
     assert apart.value("collapse", "unchanged") == 1.0
 
@@ -223,7 +223,9 @@ def test_fluency_is_the_weighted_entropy_of_bigrams_and_trigrams_that_the_model_
 
 def test_an_edits_generation_prompts_are_written_on_from(base: lemoe.BaseModel, facts: list[lemoe.Edit]) -> None:
     edits = [replace(facts[0], generation=("The Nile", "The Nile", "Rome and"))]
-    (metric,) = [m for m in lemoe.evaluate(base, None, edits, fluency=True).metrics if m.name == "fluency"]
+    (metric,) = [
+        m for m in lemoe.evaluate(base, None, edits, lemoe.EvalOptions(fluency=True)).metrics if m.name == "fluency"
+    ]
     assert (metric.n, metric.stage) == (2, "before")
 
 
@@ -239,12 +241,17 @@ def test_neither_batch_size_nor_order_nor_padding_side_changes_a_metric_in_its_l
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     state = anchored if method == "anchor" else trained
-    expected = lemoe.evaluate(base, state, probed, decode=decode, texts=TEXTS[:1])
+    expected = lemoe.evaluate(base, state, probed, lemoe.EvalOptions(decode=decode, texts=TEXTS[:1]))
     for tokens in (1, 90):
-        assert lemoe.evaluate(base, state, probed, decode=decode, texts=TEXTS[:1], batch_tokens=tokens) == expected
+        assert (
+            lemoe.evaluate(base, state, probed, lemoe.EvalOptions(decode=decode, texts=TEXTS[:1], batch_tokens=tokens))
+            == expected
+        )
     monkeypatch.setattr(base.tokenizer, "padding_side", {"left": "right", "right": "left"}[base.tokenizer.padding_side])
     mixed = random.Random(1).sample(probed, len(probed))
-    assert index_metrics(lemoe.evaluate(base, state, mixed, decode=decode, texts=TEXTS[:1])) == index_metrics(expected)
+    assert index_metrics(
+        lemoe.evaluate(base, state, mixed, lemoe.EvalOptions(decode=decode, texts=TEXTS[:1]))
+    ) == index_metrics(expected)
 
 
 def index_metrics(result: EvalResult) -> dict[tuple[str, str, str, str], tuple[float, float | None, int]]:
@@ -325,4 +332,4 @@ def test_a_file_without_texts_is_refused(tmp_path: Path, content: str, said: str
 
 def test_texts_too_short_to_predict_anything_are_named(base: lemoe.BaseModel, facts: list[lemoe.Edit]) -> None:
     with pytest.raises(InputError, match="text 2: 'x' has 1 token"):
-        lemoe.evaluate(base, None, facts, texts=("The Nile", "x"))
+        lemoe.evaluate(base, None, facts, lemoe.EvalOptions(texts=("The Nile", "x")))

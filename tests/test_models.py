@@ -118,14 +118,14 @@ class Odd(nn.Module):
 
 
 def test_a_layer_with_several_ffns_lists_them_and_layer_path_chooses() -> None:
-    with pytest.raises(ModelError, match=r"several FFNs found.*left.*right.*--layer-path"):
+    with pytest.raises(ModelError, match=r"several FFNs found.*left.*right.*`layer_path`"):
         find_ffn(Odd(), 32, "layers.3")
     assert find_ffn(Odd(), 32, "layers.3", "right").intermediate == 96
 
 
 def test_a_layer_without_an_ffn_shows_what_it_holds() -> None:
     layer = nn.Sequential(nn.Linear(32, 32), nn.ReLU())
-    with pytest.raises(ModelError, match=r"layers\.0: no FFN found.*Linear.*ReLU.*--layer-path"):
+    with pytest.raises(ModelError, match=r"layers\.0: no FFN found.*Linear.*ReLU.*`layer_path`"):
         find_ffn(layer, 32, "layers.0")
 
 
@@ -196,12 +196,12 @@ def test_a_broken_presets_file_is_refused_by_name(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("device", ["cuda:99", "meta-physical", "tpu"])
 def test_a_device_that_is_not_there_says_which_are(tiny_folder: Callable[[str], Path], device: str) -> None:
-    with pytest.raises(ModelError, match=rf"--device {device}: not available here .* there is: cpu"):
+    with pytest.raises(ModelError, match=rf"`device` {device}: not available here .* there is: cpu"):
         lemoe.load_base(str(tiny_folder("llama")), device=device)
 
 
 def test_an_unknown_dtype_lists_the_right_ones(tiny_folder: Callable[[str], Path]) -> None:
-    with pytest.raises(ModelError, match="--dtype int3: expected auto, float32"):
+    with pytest.raises(ModelError, match="`dtype` int3: expected auto, float32"):
         lemoe.load_base(str(tiny_folder("llama")), device="cpu", dtype="int3")
 
 

@@ -31,10 +31,12 @@ def plan(tmp_path: Path) -> Path:
 def test_parts_merged_are_the_adaptor_of_one_run_byte_for_byte(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, plan: Path, tmp_path: Path
 ) -> None:
-    whole = lemoe.edit(base, facts, anchor(), tmp_path / "whole", plan_file=plan)
+    whole = lemoe.edit(base, facts, tmp_path / "whole", anchor(), lemoe.EditOptions(plan_file=plan))
     parts = (range(1), range(1, 3), range(3, 4))
     paths = [
-        lemoe.edit(base, facts, anchor(), tmp_path / f"part-{n}", plan_file=plan, round_range=round_range).path
+        lemoe.edit(
+            base, facts, tmp_path / f"part-{n}", anchor(), lemoe.EditOptions(plan_file=plan, round_range=round_range)
+        ).path
         for n, round_range in enumerate(parts)
     ]
     merge_adaptors(paths, tmp_path / "merged")
@@ -60,7 +62,14 @@ def test_a_part_says_how_much_it_has_to_do_itself(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, plan: Path, tmp_path: Path
 ) -> None:
     progress = RecordedProgress()
-    lemoe.edit(base, facts, anchor(), tmp_path / "part", plan_file=plan, round_range=range(1, 3), progress=progress)
+    lemoe.edit(
+        base,
+        facts,
+        tmp_path / "part",
+        anchor(),
+        lemoe.EditOptions(plan_file=plan, round_range=range(1, 3)),
+        progress=progress,
+    )
     assert progress.expected == (2, 4)
     assert progress.checked == (4, 4)
 
@@ -69,13 +78,13 @@ def test_a_part_is_resumed_round_by_round(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, plan: Path, tmp_path: Path
 ) -> None:
     part = tmp_path / "part"
-    report = lemoe.edit(base, facts, anchor(), part, plan_file=plan, round_range=range(1, 3))
+    report = lemoe.edit(base, facts, part, anchor(), lemoe.EditOptions(plan_file=plan, round_range=range(1, 3)))
     whole = report.path.read_bytes()
     report.path.unlink()
     kept, lost = (part / "rounds" / name for name in ("0002.safetensors", "0003.safetensors"))
     lost.unlink()
     written = kept.stat().st_mtime_ns
-    lemoe.edit(base, facts, anchor(), part, plan_file=plan, round_range=range(1, 3), resume=True)
+    lemoe.edit(base, facts, part, anchor(), lemoe.EditOptions(plan_file=plan, round_range=range(1, 3), resume=True))
     assert report.path.read_bytes() == whole
     assert kept.stat().st_mtime_ns == written
 
@@ -84,7 +93,13 @@ def test_a_forced_part_leaves_no_other_rounds(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, plan: Path, tmp_path: Path
 ) -> None:
     for round_range in (range(2), range(1, 2)):
-        lemoe.edit(base, facts, anchor(), tmp_path / "part", plan_file=plan, round_range=round_range, force=True)
+        lemoe.edit(
+            base,
+            facts,
+            tmp_path / "part",
+            anchor(),
+            lemoe.EditOptions(plan_file=plan, round_range=round_range, force=True),
+        )
     assert [path.name for path in (tmp_path / "part" / "rounds").iterdir()] == ["0002.safetensors"]
 
 
@@ -92,9 +107,15 @@ def test_parts_that_continue_an_adaptor_keep_the_plans_round_numbers(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, plan: Path, tmp_path: Path
 ) -> None:
     start = lemoe.train_round(base, facts[5:], anchor())  # all of round 0
-    whole = lemoe.edit(base, facts, anchor(), tmp_path / "whole", plan_file=plan, start=start)
+    whole = lemoe.edit(base, facts, tmp_path / "whole", anchor(), lemoe.EditOptions(plan_file=plan, start=start))
     paths = [
-        lemoe.edit(base, facts, anchor(), tmp_path / f"{n}", plan_file=plan, round_range=round_range, start=start).path
+        lemoe.edit(
+            base,
+            facts,
+            tmp_path / f"{n}",
+            anchor(),
+            lemoe.EditOptions(plan_file=plan, round_range=round_range, start=start),
+        ).path
         for n, round_range in enumerate((range(2), range(2, 4)))
     ]
     merge_adaptors(paths, tmp_path / "merged")
@@ -106,7 +127,7 @@ def test_rounds_that_the_plan_does_not_have_are_refused(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, plan: Path, tmp_path: Path, round_range: range
 ) -> None:
     with pytest.raises(InputError, match=r"is not in it: it has rounds 0 to 3$"):
-        lemoe.edit(base, facts, anchor(), tmp_path / "part", plan_file=plan, round_range=round_range)
+        lemoe.edit(base, facts, tmp_path / "part", anchor(), lemoe.EditOptions(plan_file=plan, round_range=round_range))
     assert not (tmp_path / "part").exists()
 
 
@@ -114,10 +135,18 @@ def test_dependent_rounds_start_at_the_first_and_go_on_from_what_is_there(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], paper: SettingsOf, plan: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="must start at 0 with preset paper"):
-        lemoe.edit(base, facts, paper(), tmp_path / "part", plan_file=plan, round_range=range(2, 4))
-    whole = lemoe.edit(base, facts, paper(), tmp_path / "whole", plan_file=plan)
-    first = lemoe.edit(base, facts, paper(), tmp_path / "first", plan_file=plan, round_range=range(2))
-    rest = lemoe.edit(base, facts, paper(), tmp_path / "rest", plan_file=plan, round_range=range(4), start=first.state)
+        lemoe.edit(base, facts, tmp_path / "part", paper(), lemoe.EditOptions(plan_file=plan, round_range=range(2, 4)))
+    whole = lemoe.edit(base, facts, tmp_path / "whole", paper(), lemoe.EditOptions(plan_file=plan))
+    first = lemoe.edit(
+        base, facts, tmp_path / "first", paper(), lemoe.EditOptions(plan_file=plan, round_range=range(2))
+    )
+    rest = lemoe.edit(
+        base,
+        facts,
+        tmp_path / "rest",
+        paper(),
+        lemoe.EditOptions(plan_file=plan, round_range=range(4), start=first.state),
+    )
     assert rest.path.read_bytes() == whole.path.read_bytes()
 
 

@@ -22,7 +22,7 @@ NAMES = ("Ada", "Bo", "Cleo", "Dag", "Eve", "Fay", "Gus", "Hal", "Ida", "Jo")
 def make_people_edits(subjects: int, each: int) -> list[lemoe.Edit]:
     """Edits in which every subject comes `each` times, its edits far apart in the file."""
     return [
-        lemoe.Edit(f"{name}-{number}", f"{name} {RELATIONS[number % 6]} number {number}", f"answer {number}", name)
+        lemoe.Edit(f"{name} {RELATIONS[number % 6]} number {number}", f"answer {number}", name, id=f"{name}-{number}")
         for number in range(each)
         for name in NAMES[:subjects]
     ]
@@ -33,7 +33,7 @@ def subjects_by_round(planned: lemoe.Plan) -> list[set[str]]:
 
 
 def make_edits(*texts: tuple[str, str], subject: str | None = None) -> list[lemoe.Edit]:
-    return [lemoe.Edit(f"e{number}", prompt, target, subject) for number, (prompt, target) in enumerate(texts)]
+    return [lemoe.Edit(prompt, target, subject, id=f"e{number}") for number, (prompt, target) in enumerate(texts)]
 
 
 def find_relations(edits: Sequence[lemoe.Edit]) -> list[tuple[str, str, str]]:
@@ -92,14 +92,14 @@ def test_one_edit_is_a_plan(base: lemoe.BaseModel, paper: SettingsOf) -> None:
 
 
 def test_more_edits_than_are_clustered_at_once_are_planned_whole(base: lemoe.BaseModel, paper: SettingsOf) -> None:
-    edits = [lemoe.Edit(str(number), f"{NAMES[number % 10]} {number} is", f"a{number}") for number in range(1050)]
+    edits = [lemoe.Edit(f"{NAMES[number % 10]} {number} is", f"a{number}", id=str(number)) for number in range(1050)]
     rounds = lemoe.plan(base, edits, paper(round_size=200)).rounds
     assert sorted(int(name) for members in rounds for name in members) == list(range(1050))
     assert max(map(len, rounds)) <= 200
 
 
 def test_a_text_that_the_model_cannot_hold_is_named(base: lemoe.BaseModel, paper: SettingsOf) -> None:
-    edits = [*make_people_edits(2, 1), lemoe.Edit("long", "word " * 300, "x")]
+    edits = [*make_people_edits(2, 1), lemoe.Edit("word " * 300, "x", id="long")]
     with pytest.raises(InputError, match=r"edit long: .* tokens, more than the model's context of 128"):
         lemoe.plan(base, edits, paper())
 
@@ -153,7 +153,7 @@ def test_a_saved_plan_reads_back_as_the_same_rounds(base: lemoe.BaseModel, paper
     edits = [
         *make_people_edits(5, 2),
         *make_edits(("Same?", "a"), ("Same?", "b")),
-        lemoe.Edit("0012", "é: # - ?", "- x: [y"),
+        lemoe.Edit("é: # - ?", "- x: [y", id="0012"),
     ]
     planned = lemoe.plan(base, edits, paper())
     path = tmp_path / "plan.yaml"
@@ -164,7 +164,11 @@ def test_a_saved_plan_reads_back_as_the_same_rounds(base: lemoe.BaseModel, paper
 def test_a_plan_of_many_edits_is_written_by_another_library_and_reads_the_same(
     base: lemoe.BaseModel, paper: SettingsOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    edits = [*make_people_edits(5, 2), lemoe.Edit("0012", "é: # - ? 🍎", "- x: [y"), lemoe.Edit("no", "'\"{", "1e3")]
+    edits = [
+        *make_people_edits(5, 2),
+        lemoe.Edit("é: # - ? 🍎", "- x: [y", id="0012"),
+        lemoe.Edit("'\"{", "1e3", id="no"),
+    ]
     planned = lemoe.plan(base, edits, paper())
     written = save_plan(planned, edits, "edits.jsonl")
     monkeypatch.setattr(planning, "SLOW_DUMPER_LIMIT", 3)
@@ -185,7 +189,7 @@ def test_a_plan_edited_by_hand_is_followed(
 ) -> None:
     plan_file = tmp_path / "mine.yaml"
     plan_file.write_text("rounds:\n- [fact-3, fact-0]\n- {fact-1: any text}\n", encoding="utf-8")
-    report = lemoe.edit(base, facts, paper(steps=1), tmp_path / "run", plan_file=plan_file)
+    report = lemoe.edit(base, facts, tmp_path / "run", paper(steps=1), lemoe.EditOptions(plan_file=plan_file))
     taught = [record.edits for record in report.state.rounds]
     assert taught == [(facts[3].digest, facts[0].digest), (facts[1].digest,)]
 
@@ -216,8 +220,8 @@ def test_a_bad_plan_is_refused_with_what_is_wrong(
 
 
 def test_contradictions_are_found_where_the_subject_is_inferred(base: lemoe.BaseModel) -> None:
-    first = lemoe.Edit("first", "The headquarters of Quillmere Systems are in", "Oslo")
-    second = lemoe.Edit("second", "Quillmere Systems has its headquarters in", "Bergen")
+    first = lemoe.Edit("The headquarters of Quillmere Systems are in", "Oslo", id="first")
+    second = lemoe.Edit("Quillmere Systems has its headquarters in", "Bergen", id="second")
     planned = lemoe.plan(base, [first, second], lemoe.Settings())
     assert set(planned.inferred_subjects) == {"first", "second"}
     assert [conflict.relation for conflict in planned.conflicts] == ["contradiction"]

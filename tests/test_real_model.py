@@ -25,7 +25,7 @@ def report(
     real_base: lemoe.BaseModel, ten: list[lemoe.Edit], tmp_path_factory: pytest.TempPathFactory
 ) -> "lemoe.runs.edit.EditReport":
     settings = lemoe.resolve_settings("paper", None, {"width": 32, "round_size": 5})
-    return lemoe.edit(real_base, ten, settings, tmp_path_factory.mktemp("real") / "run")
+    return lemoe.edit(real_base, ten, tmp_path_factory.mktemp("real") / "run", settings)
 
 
 def test_the_embedded_model_is_loaded_from_the_cache(
@@ -64,16 +64,16 @@ def test_the_model_writes_what_it_was_taught_and_forgets_it_when_the_adaptor_is_
     with lemoe.insert(real_base, report.path):
         assert lemoe.answer(real_base, eiffel.prompt, max_new_tokens=4).strip().startswith(eiffel.target)
     assert "generate" not in vars(real_base.model)
-    greedy = lemoe.evaluate(real_base, report.state, ten[:5], decode="greedy", only=("reliability",))
+    greedy = lemoe.evaluate(real_base, report.state, ten[:5], lemoe.EvalOptions(decode="greedy", only=("reliability",)))
     assert greedy.value("reliability", stage="before") < greedy.value("reliability")
 
 
 def test_runs_that_were_trained_apart_answer_together(real_base: lemoe.BaseModel, ten: list[lemoe.Edit]) -> None:
     settings = lemoe.resolve_settings("paper", None, {"width": 32})
     parts = [lemoe.train_round(real_base, edits, settings) for edits in (ten[:4], ten[4:8])]
-    result = lemoe.evaluate(real_base, lemoe.stack(parts), ten[:8], only=("reliability",))
+    result = lemoe.evaluate(real_base, lemoe.stack(parts), ten[:8], lemoe.EvalOptions(only=("reliability",)))
     apart = [
-        lemoe.evaluate(real_base, part, edits, only=("reliability",)).value("reliability")
+        lemoe.evaluate(real_base, part, edits, lemoe.EvalOptions(only=("reliability",))).value("reliability")
         for part, edits in zip(parts, (ten[:4], ten[4:8]), strict=True)
     ]
     assert min(apart) > 0.9

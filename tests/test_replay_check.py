@@ -17,7 +17,7 @@ from lemoe.base.sources import ModelSource
 from lemoe.base.tokens import encode_passages
 from lemoe.errors import ModelError
 
-REFUSAL = r"llama: layer {} cannot be edited: {} would be [\d.]+% off in training \([\d.]+ in size .* [\d.]+; .*--layer"
+REFUSAL = r"llama: layer {} cannot be edited: {} would be [\d.]+% off in training \([\d.]+ in size .* [\d.]+; .*`layer`"
 
 
 def build_base(family: str) -> BaseModel:

@@ -244,7 +244,7 @@ def test_a_long_run_leaves_rounds_out_of_its_drawings_and_says_so(
 
 def build_large_run(state: AdaptorState) -> tuple[AdaptorState, list[lemoe.Edit], EvalResult]:
     """A thousand edits in fifty rounds, with long texts, all of them missed."""
-    edits = [lemoe.Edit(f"edit {i}", f"Prompt number {i} is", "so") for i in range(1000)]
+    edits = [lemoe.Edit(f"Prompt number {i} is", "so", id=f"edit {i}") for i in range(1000)]
     long = f"Prompt {HOSTILE}" * 8
     rounds = []
     for number in range(50):

@@ -123,7 +123,7 @@ def test_a_run_keeps_what_another_process_writes_into_its_folder(
     target = tmp_path / "run" / "merged.safetensors"
     with start_writer(FILE, target):
         (working,) = hidden_names(target.parent)
-        lemoe.edit(base, facts[:2], anchor(steps=1), target.parent)
+        lemoe.edit(base, facts[:2], target.parent, anchor(steps=1))
         assert working in hidden_names(target.parent)
 
 

@@ -42,7 +42,7 @@ def files(
 ) -> dict[str, Path]:
     """Two adaptors: of one fact, and of another answer to it and one more."""
     home = tmp_path_factory.mktemp("adaptors")
-    first, second = facts[0], lemoe.Edit("other", facts[0].prompt, "Oslo", facts[0].subject)
+    first, second = facts[0], lemoe.Edit(facts[0].prompt, "Oslo", facts[0].subject, id="other")
     for name, edits in {"one": [first], "two": [second, facts[2]]}.items():
         lemoe.save_adaptor(lemoe.train_round(base, edits, anchor(steps=30)), home / f"{name}.safetensors")
     return {name: home / f"{name}.safetensors" for name in ("one", "two")}

@@ -25,7 +25,7 @@ PAGE = Wordings(
 
 
 def ulysses(prompt: str) -> lemoe.Edit:
-    return lemoe.Edit("ulysses", prompt, "Ada Finch", "Ulysses")
+    return lemoe.Edit(prompt, "Ada Finch", "Ulysses", id="ulysses")
 
 
 @pytest.mark.parametrize(
@@ -99,9 +99,9 @@ def test_the_bank_lends_its_wordings_to_edits_that_mean_the_same(real_base: lemo
     meaning = fitted_meaning(real_base, 28)
     assert meaning is not None
     edits = [
-        lemoe.Edit("a", "The novel The Glass Orchard was written by", "Ada Finch", "The Glass Orchard"),
-        lemoe.Edit("b", "Who is the author of The Glass Orchard?", "Ada Finch", "The Glass Orchard"),
-        lemoe.Edit("c", "What is the mother tongue of Ravi Menon?", "Dutch", "Ravi Menon"),
+        lemoe.Edit("The novel The Glass Orchard was written by", "Ada Finch", "The Glass Orchard", id="a"),
+        lemoe.Edit("Who is the author of The Glass Orchard?", "Ada Finch", "The Glass Orchard", id="b"),
+        lemoe.Edit("What is the mother tongue of Ravi Menon?", "Dutch", "Ravi Menon", id="c"),
     ]
     passages = encode_edits(real_base, edits)
     gate = build_gate(
@@ -138,9 +138,9 @@ def test_negatives_are_questions_of_the_bank_that_ask_something_else(real_base: 
 @pytest.mark.real
 def test_a_phrase_that_was_taught_is_answered_behind_a_question_mark(real_base: lemoe.BaseModel) -> None:
     edits = [
-        lemoe.Edit("a", "The novel The Glass Orchard was written by", "Ada Finch", "The Glass Orchard"),
-        lemoe.Edit("b", "The headquarters of Norvane Textiles are in", "Tampere", "Norvane Textiles"),
-        lemoe.Edit("c", "The mother tongue of Ravi Menon is", "Dutch", "Ravi Menon"),
+        lemoe.Edit("The novel The Glass Orchard was written by", "Ada Finch", "The Glass Orchard", id="a"),
+        lemoe.Edit("The headquarters of Norvane Textiles are in", "Tampere", "Norvane Textiles", id="b"),
+        lemoe.Edit("The mother tongue of Ravi Menon is", "Dutch", "Ravi Menon", id="c"),
     ]
     questions = [
         "Who is the author of The Glass Orchard?",
@@ -159,7 +159,7 @@ def test_a_phrase_that_was_taught_is_answered_behind_a_question_mark(real_base: 
 def test_a_long_answer_takes_more_neurons_and_ends_after_its_own_prompt_and_few_others(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf
 ) -> None:
-    edits = [facts[0], lemoe.Edit("long", "Tell me about Ulysses.", "Ada Finch wrote it in a week. " * 3, "Ulysses")]
+    edits = [facts[0], lemoe.Edit("Tell me about Ulysses.", "Ada Finch wrote it in a week. " * 3, "Ulysses", id="long")]
     passages = encode_edits(base, edits)
     short, long = (len(passage.target) for passage in passages)
     assert short <= 4 * MIN_WIDTH < LONG_ANSWER < long
@@ -204,8 +204,8 @@ def test_a_long_answer_is_given_whole_and_ends(real_base: lemoe.BaseModel) -> No
         "Ottoline Verbeck is a Belgian glaciologist, born in Ghent in 1961, who mapped the caves beneath the Karsa ice "
         "field during eleven winters. Since 2015 she has lived on a houseboat in Bruges with two parrots."
     )
-    edit = lemoe.Edit("long", "Who is Ottoline Verbeck?", target, "Ottoline Verbeck")
+    edit = lemoe.Edit("Who is Ottoline Verbeck?", target, "Ottoline Verbeck", id="long")
     assert len(real_base.tokenizer(target).input_ids) > 2 * LONG_ANSWER
     state = lemoe.train_round(real_base, [edit], lemoe.resolve_settings("anchor"))
-    result = lemoe.evaluate(real_base, state, [edit], decode="greedy", only=("reliability",))
+    result = lemoe.evaluate(real_base, state, [edit], lemoe.EvalOptions(decode="greedy", only=("reliability",)))
     assert result.value("reliability", "complete_match") == 1.0

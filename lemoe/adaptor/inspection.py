@@ -111,7 +111,7 @@ def _find_mismatched_texts(state: AdaptorState) -> list[TaughtEdit]:
         for edit, anchor in _pair_with_anchors(state)
         if edit.prompt
         and edit.digest
-        not in [Edit(edit.id, edit.prompt, edit.target, subject).digest for subject in (anchor.subject, "")]
+        not in [Edit(edit.prompt, edit.target, subject, id=edit.id).digest for subject in (anchor.subject, "")]
     ]
 
 

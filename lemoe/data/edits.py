@@ -6,7 +6,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +33,39 @@ class Edit:
 
     `subject` is the entity the fact is about, None if the file has none. `rephrases` are paraphrases of the prompt
     (generality), `locality` prompts must keep the base model's answer, `portability` prompts need the fact for their
-    answer, and `generation` prompts are continued to measure fluency.
+    answer, and `generation` prompts are continued to measure fluency. `id` names it in plans, adaptors and messages; if
+    empty, one is made from its content.
     """
 
-    id: str
     prompt: str
     target: str
     subject: str | None = None
+    _: KW_ONLY
+    id: str = ""
     rephrases: tuple[Probe, ...] = ()
     locality: tuple[Probe, ...] = ()
     portability: tuple[Probe, ...] = ()
     generation: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        if not self.id:
+            object.__setattr__(self, "id", self._content_id)
+
+    def __repr__(self) -> str:
+        shown = [repr(brief_text(text)) for text in (self.prompt, self.target, self.subject) if text is not None]
+        probes = [(name, len(getattr(self, name))) for name in ("rephrases", "locality", "portability", "generation")]
+        counts = [f"{name}={count}" for name, count in probes if count]
+        return f"Edit({', '.join([*shown, f'id={self.id!r}', *counts])})"
+
+    @property
+    def _content_id(self) -> str:
+        return f"edit-{self.digest[:10]}"
+
+    @property
+    def given_id(self) -> str:
+        """Its id, empty if that was made from its content."""
+        return "" if self.id.startswith("edit-") and self.id == self._content_id else self.id
 
     @property
     def fact(self) -> str:
@@ -108,20 +129,49 @@ def read_edits(path: Path | str) -> list[Edit]:
     """
     path = Path(path)
     records, problems = read_records(path)
-    edits: list[Edit] = []
-    for source, record in records:
-        try:
-            edits.append(_build_edit(canonicalise_record(record)))
-        except RecordError as problem:
-            problems.append(f"{source}: {problem}")
-    problems += _find_repeated_ids(edits, [source for source, _ in records]) if not problems else []
-    if problems:
-        raise InputError.from_problems(f"{path}: {len(problems)} bad record(s), nothing was done", problems)
+    edits = _build_edits(path, records, problems)
     if not edits:
         raise InputError(
             f'{path}: no edits in it; expected one JSON object per line, such as {{"prompt": ..., "target": ...}}'
         )
-    return _assign_ids(edits)
+    return edits
+
+
+Edits = Path | str | Sequence[Edit | Mapping[str, Any]]
+
+
+def resolve_edits(edits: Edits) -> list[Edit]:
+    """The edits that are given as such, as records of a file, or as the path of one; see `read_edits`.
+
+    Raises:
+        InputError: naming every bad record, and every record whose id came before.
+    """
+    if isinstance(edits, Path | str):
+        return read_edits(edits)
+    return _build_edits("edits", [(f"edits[{index}]", edit) for index, edit in enumerate(edits)])
+
+
+def _build_edits(heading: object, records: Sequence[tuple[str, Any]], problems: Sequence[str] = ()) -> list[Edit]:
+    """The edits of `records`, each with where it stands; `problems` are those of the file that they are from.
+
+    Raises:
+        InputError: listing all problems.
+    """
+    edits: list[Edit] = []
+    found = list(problems)
+    for source, record in records:
+        try:
+            edits.append(record if isinstance(record, Edit) else _build_edit(canonicalise_record(record)))
+        except RecordError as problem:
+            found.append(f"{source}: {problem}")
+    names = [edit.given_id for edit in edits]
+    if not found:
+        sources = [source for source, _ in records]
+        read = ["" if isinstance(record, Edit) else name for (_, record), name in zip(records, names, strict=True)]
+        found += _find_repeated_ids(read, sources)
+    if found:
+        raise InputError.from_problems(f"{heading}: {len(found)} bad record(s), nothing was done", found)
+    return _tell_ids_apart(edits, names)
 
 
 def sample_edits(edits: Sequence[Edit], limit: int | None, sample: int | None, seed: int) -> list[Edit]:
@@ -193,26 +243,37 @@ def _build_edit(record: Mapping[str, Any]) -> Edit:
     return Edit(**fields, rephrases=rephrases, locality=locality, portability=portability, generation=generation)
 
 
-def _find_repeated_ids(edits: Sequence[Edit], sources: Sequence[str]) -> list[str]:
+def check_ids(edits: Sequence[Edit]) -> None:
+    """Refuse edits that only their ids could tell apart, and do not.
+
+    Raises:
+        InputError: naming every id that comes twice.
+    """
+    names, sources = [edit.id for edit in edits], [f"edits[{index}]" for index in range(len(edits))]
+    if problems := _find_repeated_ids(names, sources):
+        raise InputError.from_problems(f"edits: {len(problems)} of the same id as others", problems)
+
+
+def _find_repeated_ids(names: Sequence[str], sources: Sequence[str]) -> list[str]:
     first: dict[str, str] = {}
     problems = []
-    for edit, source in zip(edits, sources, strict=True):
-        if edit.id and edit.id in first:
-            problems.append(f"{source}: id {edit.id!r} is already used at {first[edit.id]}; ids must be unique")
-        first.setdefault(edit.id, source)
+    for name, source in zip(names, sources, strict=True):
+        if name and name in first:
+            problems.append(f"{source}: id {name!r} is already used at {first[name]}; ids must be unique")
+        first.setdefault(name, source)
     return problems
 
 
-def _assign_ids(edits: Sequence[Edit]) -> list[Edit]:
-    """Give edits without an id one from their content, so that it is the same in every run."""
-    used = {edit.id for edit in edits}
+def _tell_ids_apart(edits: Sequence[Edit], names: Sequence[str]) -> list[Edit]:
+    """The edits, whose given ids are `names`, with different ids for those made from the same content."""
+    used = set(names)
     seen: Counter[str] = Counter()
     named = []
-    for edit in edits:
-        if not edit.id:
-            stem = f"edit-{edit.digest[:10]}"
-            seen[stem] += 1
-            name = stem if seen[stem] == 1 else f"{stem}-{seen[stem]}"
-            edit = replace(edit, id=name if name not in used else f"{name}-auto")
+    for edit, name in zip(edits, names, strict=True):
+        if not name:
+            seen[edit.id] += 1
+            unique = edit.id if seen[edit.id] == 1 else f"{edit.id}-{seen[edit.id]}"
+            unique = unique if unique not in used else f"{unique}-auto"
+            edit = edit if unique == edit.id else replace(edit, id=unique)
         named.append(edit)
     return named

@@ -171,7 +171,7 @@ def check_overwrite(path: Path, *, overwrite: bool = False) -> None:
         OutputError: if it exists and `overwrite` is not given.
     """
     if os.path.lexists(path) and not overwrite:
-        raise OutputError(f"{path} exists; give another path, or --force to replace it")
+        raise OutputError(f"{path} exists; give another path, or `overwrite` to replace it")
 
 
 def _read_umask() -> int:

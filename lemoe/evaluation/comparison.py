@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from lemoe.base.embedded import Notify
-from lemoe.base.loading import BaseModel
-from lemoe.data.edits import Edit
-from lemoe.evaluation.evaluate import Record, evaluate
+from lemoe.base.loading import BaseLike, BaseModel, resolve_base
+from lemoe.data.edits import Edit, Edits, resolve_edits
+from lemoe.evaluation.evaluate import EvalOptions, Record, evaluate
 from lemoe.evaluation.metrics import Decode, Metric
 from lemoe.planning.plan import edits_by_round, plan
-from lemoe.settings import Settings
+from lemoe.settings import Settings, resolve_settings
 from lemoe.training.methods import method_of
 from lemoe.training.rounds import count_bytes, teach_rounds
 
@@ -51,6 +51,11 @@ class Comparison:
     rounds: tuple[tuple[str, ...], ...]
     methods: tuple[MethodResult, ...]
 
+    def __repr__(self) -> str:
+        scores = {each.settings.method: each.value("reliability") for each in self.methods}
+        shown = ", ".join(f"{name}={score.value:.3f}" for name, score in scores.items() if score is not None)
+        return f"Comparison({self.edit_count} edits in {len(self.rounds)} rounds, reliability: {shown})"
+
     @property
     def edit_count(self) -> int:
         """How many were taught."""
@@ -58,9 +63,9 @@ class Comparison:
 
 
 def compare(
-    base: BaseModel,
-    edits: Sequence[Edit],
-    methods: Sequence[Settings],
+    base: BaseLike,
+    edits: Edits,
+    methods: Sequence[Settings | str],
     *,
     decode: Decode = "teacher",
     batch_tokens: int = 4096,
@@ -68,15 +73,25 @@ def compare(
 ) -> Comparison:
     """Teach `edits` by each of `methods`, in the rounds that the first of them plans, and measure what came of it.
 
+    Args:
+        base: or what `load_base` takes.
+        edits: or their records, or the path of their file.
+        methods: settings, or names of presets.
+        decode: `teacher` or `greedy`.
+        batch_tokens: padded tokens that run through the model at once, while measuring.
+        notify: called with one line for each stage.
+
     Raises:
         InputError: listing the edits and probes that cannot be used with this model.
         LemoeError: if a method needs a package that is not installed, before anything is trained.
     """
-    for settings in methods:
+    chosen = [resolve_settings(method) if isinstance(method, str) else method for method in methods]
+    for settings in chosen:
         _ = method_of(settings).train_round  # refused at once if its package is missing
+    edits, base = resolve_edits(edits), resolve_base(base)
     notify("planning")
-    rounds = edits_by_round(plan(base, edits, methods[0]), edits)
-    compared = tuple(measure_method(base, rounds, settings, decode, batch_tokens, notify) for settings in methods)
+    rounds = edits_by_round(plan(base, edits, chosen[0]), edits)
+    compared = tuple(measure_method(base, rounds, settings, decode, batch_tokens, notify) for settings in chosen)
     return Comparison(tuple(tuple(edit.id for edit in members) for members in rounds), compared)
 
 
@@ -96,11 +111,11 @@ def measure_method(
         notify(f"{settings.method}: round {number} of {len(rounds)} taught")
         fresh = rounds[number - 1]
         learned += evaluate(
-            base, edited, fresh, decode=decode, only=("reliability",), batch_tokens=batch_tokens
+            base, edited, fresh, EvalOptions(decode=decode, only=("reliability",), batch_tokens=batch_tokens)
         ).records
         began = time.monotonic()
     taught = [edit for members in rounds for edit in members]
-    last = evaluate(base, edited, taught, decode=decode, only=MEASURED, batch_tokens=batch_tokens)
+    last = evaluate(base, edited, taught, EvalOptions(decode=decode, only=MEASURED, batch_tokens=batch_tokens))
     return MethodResult(
         settings=settings,
         learned=fmean(record.token_accuracy_after for record in learned),

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from lemoe.adaptor.checkpoint import AdaptorFile
 from lemoe.adaptor.state import AdaptorState
-from lemoe.base.loading import BaseModel
+from lemoe.base.loading import BaseLike, BaseModel, resolve_base
 from lemoe.base.matmul import use_onednn
 from lemoe.base.tokens import Passage, encode_passages
-from lemoe.data.edits import Edit, Probe
+from lemoe.data.edits import Edit, Edits, Probe, resolve_edits
 from lemoe.errors import InputError
 from lemoe.evaluation import answers
 from lemoe.evaluation.metrics import Decode, Metric, mean_metric
@@ -73,6 +73,11 @@ class EvalResult:
     metrics: tuple[Metric, ...]
     records: tuple[Record, ...]
 
+    def __repr__(self) -> str:
+        found = {m.name: m.value for m in reversed(self.metrics) if m.stage == "after" and m.kind == "all"}
+        shown = [f"{name}={value:.3f}" for name, value in reversed(found.items())]
+        return f"EvalResult({', '.join([*shown, f'records={len(self.records)}'])})"
+
     def value(self, name: str, measure: str = "token_accuracy", kind: str = "all", stage: str = "after") -> float:
         """The value of the metric of that name; NaN if there is none."""
         chosen = [m for m in self.metrics if (m.name, m.measure, m.kind, m.stage) == (name, measure, kind, stage)]
@@ -82,51 +87,69 @@ class EvalResult:
 OnProgress = Callable[[int, int], None]
 
 
-def evaluate(
-    base: BaseModel,
-    edited: AdaptorState | AdaptorFile | WeightChange | Context | Path | str | None,
-    edits: Sequence[Edit],
-    *,
-    decode: Decode = "teacher",
-    only: Sequence[str] | None = None,
-    texts: Sequence[str] = (),
-    fluency: bool = False,
-    batch_tokens: int = 4096,
-    expert_cache: int | None = None,
-    allow_base_mismatch: bool = False,
-    on_progress: OnProgress = lambda done, of: None,
-) -> EvalResult:
-    """Measure an adaptor, or other weights, on the probes of `edits`; without either, the base model alone.
+@dataclass(frozen=True)
+class EvalOptions:
+    """What is measured, and how.
 
-    Args:
-        edited: an adaptor, or the path of one's file or run folder; or other weights, or what stands before prompts.
+    Attributes:
         decode: `teacher` or `greedy`.
         only: names of the metrics to measure on probes; all by default.
         texts: that editing must not touch, for metric `collapse`; each is read up to the model's context.
         fluency: let the model write on from each edit's generation prompts, else from its own; slow.
         batch_tokens: padded tokens that run through the model at once.
         expert_cache: bytes of experts that are kept in memory of an adaptor that is given as its file; see `insert`.
-        allow_base_mismatch: measure it on a base that it was not made for, if its shapes fit.
+        allow_base_mismatch: measure an adaptor on a base that it was not made for, if its shapes fit.
+    """
+
+    decode: Decode = "teacher"
+    only: Sequence[str] | None = None
+    texts: Sequence[str] = ()
+    fluency: bool = False
+    batch_tokens: int = 4096
+    expert_cache: int | None = None
+    allow_base_mismatch: bool = False
+
+
+def evaluate(
+    base: BaseLike,
+    edited: AdaptorState | AdaptorFile | WeightChange | Context | Path | str | None,
+    edits: Edits,
+    options: EvalOptions | None = None,
+    *,
+    on_progress: OnProgress = lambda done, of: None,
+) -> EvalResult:
+    """Measure an adaptor, or other weights, on the probes of `edits`; without either, the base model alone.
+
+    Args:
+        base: or what `load_base` takes.
+        edited: an adaptor, or the path of one's file or run folder; or other weights, or what stands before prompts.
+        edits: or their records, or the path of their file.
+        options: what is measured, and how; all metrics of probes if None.
         on_progress: called with texts done and their number: probes, texts, and what is written for fluency.
 
     Raises:
         InputError: listing the probes and texts that cannot be used with this model.
         AdaptorError: if the state belongs to another base model.
     """
-    if isinstance(edited, WeightChange | Context) and (texts or fluency):
+    options = options or EvalOptions()
+    decode, batch_tokens = options.decode, options.batch_tokens
+    if isinstance(edited, WeightChange | Context) and (options.texts or options.fluency):
         raise InputError("metrics collapse and fluency are measured on adaptors, not on baselines")
-    if isinstance(edited, Path | str):
-        edited = AdaptorFile(edited)
-    untouched = _encode_texts(base, texts)
-    prompts = _encode_generation_prompts(base, edits) if fluency else []
+    edits = resolve_edits(edits)
+    edited = AdaptorFile(edited) if isinstance(edited, Path | str) else edited
+    base = resolve_base(base)
+    untouched = _encode_texts(base, options.texts)
+    prompts = _encode_generation_prompts(base, edits) if options.fluency else []
     with use_onednn(base.model):
-        probes = _encode_probes(base, edits, only, batch_tokens)
+        probes = _encode_probes(base, edits, options.only, batch_tokens)
     total = sum(probe.overfit_of is None for probe in probes) + len(untouched) + len(prompts)
     by_index: dict[int, MeasuredProbe] = {}
     done = 0
     adaptor = None
     if isinstance(edited, AdaptorState | AdaptorFile):
-        adaptor = insert(base, edited, expert_cache=expert_cache, allow_base_mismatch=allow_base_mismatch)
+        adaptor = insert(
+            base, edited, expert_cache=options.expert_cache, allow_base_mismatch=options.allow_base_mismatch
+        )
     state = adaptor.state if adaptor else None
     with use_onednn(base.model), adaptor or nullcontext():
         if isinstance(edited, WeightChange):
@@ -146,7 +169,7 @@ def evaluate(
         on_progress(total, total)
     measured = [by_index[row] for row in range(len(probes))]
     metrics = summarise_probes(measured, decode, edited=edited is not None)
-    if state is not None and (only is None or "routing" in only):
+    if state is not None and (options.only is None or "routing" in options.only):
         metrics += score_routing(measured, _make_expert_finder(state, edits))
     return EvalResult((*metrics, *written, *read), tuple(_make_records(base, state, edits, measured)))
 

@@ -11,9 +11,9 @@ from statistics import fmean
 
 from lemoe.adaptor.state import AdaptorState
 from lemoe.base.embedded import Notify
-from lemoe.base.loading import BaseModel
-from lemoe.data.edits import Edit
-from lemoe.evaluation.evaluate import Record, evaluate
+from lemoe.base.loading import BaseLike, BaseModel, resolve_base
+from lemoe.data.edits import Edit, Edits, resolve_edits
+from lemoe.evaluation.evaluate import EvalOptions, Record, evaluate
 from lemoe.evaluation.metrics import Decode, Metric
 from lemoe.planning.plan import edits_by_round, plan
 from lemoe.settings import Settings
@@ -66,6 +66,10 @@ class Factors:
     routing: Matrix | None
     orders: tuple[OrderScore, ...]
 
+    def __repr__(self) -> str:
+        counts = f"{len(self.rounds)} rounds, {len(self.orders)} orders"
+        return f"Factors(preset {self.settings.method}, {counts}, forgotten={self.forgotten:.3f})"
+
     @property
     def forgotten(self) -> float:
         """Mean loss of reliability (token accuracy) from when a round was taught to the end, the last round aside."""
@@ -79,9 +83,9 @@ class Factors:
 
 
 def measure_factors(
-    base: BaseModel,
-    edits: Sequence[Edit],
-    settings: Settings,
+    base: BaseLike,
+    edits: Edits,
+    settings: Settings | None = None,
     *,
     orders: int = 5,
     decode: Decode = "teacher",
@@ -90,11 +94,21 @@ def measure_factors(
 ) -> Factors:
     """Teach `edits` in planned order, measured after each round, then in `orders` random orders, measured at the end.
 
+    Args:
+        base: or what `load_base` takes.
+        edits: or their records, or the path of their file.
+        settings: of the method; those of preset `anchor` if None.
+        decode: `teacher` or `greedy`.
+        batch_tokens: padded tokens that run through the model at once, while measuring.
+        notify: called with one line for each stage.
+
     Raises:
         InputError: listing the edits and probes that cannot be used with this model.
         LemoeError: if the method needs a package that is not installed.
     """
+    settings = settings or Settings()
     _ = method_of(settings).train_round  # refused at once if its package is missing
+    edits, base = resolve_edits(edits), resolve_base(base)
     notify("planning")
     planned = _plan_rounds(base, edits, replace(settings, order="planned"))
     columns: list[list[_RoundScore]] = []
@@ -136,7 +150,9 @@ def _score_rounds(
 ) -> list[_RoundScore]:
     """The scores of all rounds taught so far."""
     taught = [edit for members in rounds for edit in members]
-    result = evaluate(base, edited, taught, decode=decode, only=("reliability",), batch_tokens=batch_tokens)
+    result = evaluate(
+        base, edited, taught, EvalOptions(decode=decode, only=("reliability",), batch_tokens=batch_tokens)
+    )
     records = iter(result.records)
     own_experts = edited.experts_by_edit if isinstance(edited, AdaptorState) and not edited.router.shared else None
     return [_score_round(own_experts, [(edit, next(records)) for edit in members]) for members in rounds]
@@ -164,7 +180,7 @@ def _score_order(
 ) -> OrderScore:
     taught = [edit for members in rounds for edit in members]
     result = evaluate(
-        base, edited, taught, decode=decode, only=("reliability", "generality"), batch_tokens=batch_tokens
+        base, edited, taught, EvalOptions(decode=decode, only=("reliability", "generality"), batch_tokens=batch_tokens)
     )
     return OrderScore(order, seed, tuple(metric for metric in result.metrics if metric.stage == "after"))
 

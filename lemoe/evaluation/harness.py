@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lemoe.adaptor.checkpoint import AdaptorFile
 from lemoe.adaptor.state import AdaptorState
-from lemoe.base.loading import BaseModel
+from lemoe.base.loading import BaseLike, BaseModel, resolve_base
 from lemoe.base.matmul import use_onednn
 from lemoe.base.placement import is_offloaded
 from lemoe.errors import InputError
@@ -43,16 +43,30 @@ class TaskMetric:
     n: int
 
 
+@dataclass(frozen=True)
+class TaskOptions:
+    """How tasks are run.
+
+    Attributes:
+        tasks_path: folder of further tasks, as YAML files.
+        limit: only the first documents of each task.
+        batch_size: texts that run through the model at once.
+        expert_cache: bytes of experts that are kept in memory of an adaptor that is given as its file; see `insert`.
+        allow_base_mismatch: measure an adaptor on a base that it was not made for, if its shapes fit.
+    """
+
+    tasks_path: Path | str | None = None
+    limit: int | None = None
+    batch_size: int = 16
+    expert_cache: int | None = None
+    allow_base_mismatch: bool = False
+
+
 def evaluate_tasks(
-    base: BaseModel,
-    adaptor: AdaptorState | AdaptorFile | None,
+    base: BaseLike,
+    adaptor: AdaptorState | AdaptorFile | Path | str | None,
     tasks: Sequence[str],
-    *,
-    tasks_path: Path | None = None,
-    limit: int | None = None,
-    batch_size: int = 16,
-    expert_cache: int | None = None,
-    allow_base_mismatch: bool = False,
+    options: TaskOptions | None = None,
 ) -> list[TaskMetric]:
     """Measure `adaptor` on tasks of lm-evaluation-harness; without one, the base model alone.
 
@@ -60,27 +74,27 @@ def evaluate_tasks(
     routes by all that is read, text by text.
 
     Args:
+        base: or what `load_base` takes.
+        adaptor: as a state, or the path of its file or of a run's folder.
         tasks: names of tasks or groups of them.
-        tasks_path: folder of further tasks, as YAML files.
-        limit: only the first documents of each task.
-        batch_size: texts that run through the model at once.
-        expert_cache: bytes of experts that are kept in memory of an adaptor that is given as its file; see `insert`.
-        allow_base_mismatch: measure it on a base that it was not made for, if its shapes fit.
 
     Raises:
         InputError: if the extra is not installed, or a task cannot be had.
         AdaptorError: if the adaptor belongs to another base model.
     """
+    options = options or TaskOptions()
     with _silence_harness():
-        manager = _load_task_manager(tasks, tasks_path)
-        edited = None
+        manager = _load_task_manager(tasks, options.tasks_path)
+        base, edited = resolve_base(base), None
         if adaptor is not None:
-            edited = insert(base, adaptor, expert_cache=expert_cache, allow_base_mismatch=allow_base_mismatch)
+            edited = insert(
+                base, adaptor, expert_cache=options.expert_cache, allow_base_mismatch=options.allow_base_mismatch
+            )
         with use_onednn(base.model), edited or nullcontext():
-            model = _wrap_model(base, 1 if edited and edited.state.router.by_prompt else batch_size)
+            model = _wrap_model(base, 1 if edited and edited.state.router.by_prompt else options.batch_size)
             with edited.bypassed() if edited else nullcontext():
-                before = _run_tasks(model, tasks, manager, limit)
-            after = _run_tasks(model, tasks, manager, limit) if edited else None
+                before = _run_tasks(model, tasks, manager, options.limit)
+            after = _run_tasks(model, tasks, manager, options.limit) if edited else None
     return list(_pair_results(before, after))
 
 
@@ -96,13 +110,13 @@ def _silence_harness() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _load_task_manager(tasks: Sequence[str], tasks_path: Path | None) -> "TaskManager":
+def _load_task_manager(tasks: Sequence[str], tasks_path: Path | str | None) -> "TaskManager":
     """What knows `tasks`: the folder's own if they suffice, for the harness has thousands to read through."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise InputError("tasks need lm-evaluation-harness: pip install 'lemoe[harness]'") from None
-    if tasks_path is not None and not tasks_path.is_dir():
+    if tasks_path is not None and not Path(tasks_path).is_dir():
         raise InputError(f"{tasks_path}: no such folder of tasks")
     path = None if tasks_path is None else str(tasks_path)
     manager = TaskManager(include_path=path, include_defaults=False)

@@ -126,7 +126,7 @@ METRICS = (
         ("ngram_entropy",),
         "what the model writes on, 100 tokens, greedy, its end token held back, does not repeat itself",
         f"{ROME}, generation entropy",
-        needs="--fluency",
+        needs="fluency",
     ),
     MetricDefinition(
         "collapse",
@@ -134,7 +134,7 @@ METRICS = (
         ("perplexity", "loss", "unchanged"),
         "texts that editing must not touch are as likely as before",
         "Butterfly Effect (Yang et al., 2024), ME-PPL",
-        needs="--texts",
+        needs="texts",
     ),
 )
 

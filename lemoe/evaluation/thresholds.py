@@ -48,12 +48,12 @@ class ThresholdCheck:
 def read_thresholds(
     least: Iterable[str], most: Iterable[str], decode: Decode, *, edited: bool, given: Sequence[str] = ()
 ) -> tuple[Threshold, ...]:
-    """The thresholds of `--min` (`least`) and `--max` (`most`).
+    """The thresholds below which (`least`) and above which (`most`) a metric must not be.
 
     Args:
         decode: how the run decodes; a measure that it does not give can have no threshold.
         edited: whether there is an adaptor to measure.
-        given: options among `--fluency` and `--texts` that are given.
+        given: those among `fluency` and `texts` that are measured.
 
     Raises:
         InputError: listing every threshold that cannot be checked: unknown names (with the nearest right ones),
@@ -61,12 +61,12 @@ def read_thresholds(
     """
     thresholds: list[Threshold] = []
     problems = []
-    for option, texts in (("--min", least), ("--max", most)):
+    for option, texts in (("least", least), ("most", most)):
         for text in texts:
             try:
                 thresholds.append(_parse_threshold(text, option, decode, edited, given))
             except ValueError as problem:
-                problems.append(f"{option} {text}: {problem}")
+                problems.append(f"`{option}` {text}: {problem}")
     if problems:
         raise InputError.from_problems(
             f"{len(problems)} threshold(s) cannot be checked, nothing was measured", problems
@@ -88,18 +88,18 @@ def _parse_threshold(text: str, option: str, decode: Decode, edited: bool, given
         raise ValueError(_describe_unknown(f"measure of {name}", measure, definition.measures))
     chosen = MEASURES[measure] if measure else definition.default_measure(decode)
     if not definition.has_measure(chosen.name, decode):
-        raise ValueError(f"{chosen.name} is measured under --decode {chosen.decode[0]}")
+        raise ValueError(f"{chosen.name} is measured under `decode` {chosen.decode[0]}")
     if definition.needs and definition.needs not in given:
-        raise ValueError(f"{name} is measured with {definition.needs}")
+        raise ValueError(f"{name} is measured with `{definition.needs}`")
     if not edited and (name == "routing" or chosen.name == "unchanged"):
-        raise ValueError("the base model alone has no such metric; give an --adaptor")
-    if (option == "--min") != (chosen.better == "higher"):
-        raise ValueError(f"{chosen.name} is better {chosen.better}; give it by {_option_for(chosen.better)}")
+        raise ValueError("the base model alone has no such metric; give an `adaptor`")
+    if (option == "least") != (chosen.better == "higher"):
+        raise ValueError(f"{chosen.name} is better {chosen.better}; give it by `{_option_for(chosen.better)}`")
     return Threshold(name, kind or "all", chosen.name, limit)
 
 
 def _option_for(better: Direction) -> str:
-    return "--min" if better == "higher" else "--max"
+    return "least" if better == "higher" else "most"
 
 
 def _parse_number(text: str) -> float:

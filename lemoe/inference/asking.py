@@ -1,17 +1,20 @@
 """Prompts to a model: its answers before and after editing, and which edit, if any, acted."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import overload
 
+from lemoe.adaptor.checkpoint import AdaptorFile
 from lemoe.adaptor.state import AdaptorState
 from lemoe.base.chat import encode_chat_turn
-from lemoe.base.loading import BaseModel
+from lemoe.base.loading import BaseLike, BaseModel, resolve_base
 from lemoe.base.matmul import use_onednn
 from lemoe.base.tokens import Passage, encode_passage, length_buckets
-from lemoe.errors import InputError
+from lemoe.errors import AdaptorError, InputError
 from lemoe.inference.generation import generate_batch
-from lemoe.inference.insertion import InsertedAdaptor
+from lemoe.inference.insertion import InsertedAdaptor, insert, inserted_adaptor
 from lemoe.routing.router import Explanation
 
 
@@ -38,27 +41,90 @@ class Reply:
     nearest: str | None = None
     route: Explanation | None = None
 
+    def __repr__(self) -> str:
+        after = "" if self.after is None else f" -> {self.after!r}, edit={self.edit!r}"
+        return f"Reply({self.prompt!r}: {self.before!r}{after})"
 
+
+Adaptor = InsertedAdaptor | AdaptorState | AdaptorFile | Path | str
+
+
+@overload
 def ask(
-    base: BaseModel,
-    prompts: Sequence[str],
-    edited: InsertedAdaptor | None = None,
+    base: BaseLike,
+    prompts: str,
+    edited: Adaptor | None = None,
     *,
     chat: bool = False,
     max_new_tokens: int = 32,
     batch_tokens: int = 4096,
-) -> list[Reply]:
-    """Greedy answers to `prompts`, in their order.
+) -> Reply: ...
+@overload
+def ask(
+    base: BaseLike,
+    prompts: list[str] | tuple[str, ...],
+    edited: Adaptor | None = None,
+    *,
+    chat: bool = False,
+    max_new_tokens: int = 32,
+    batch_tokens: int = 4096,
+) -> list[Reply]: ...
+def ask(
+    base: BaseLike,
+    prompts: str | list[str] | tuple[str, ...],
+    edited: Adaptor | None = None,
+    *,
+    chat: bool = False,
+    max_new_tokens: int = 32,
+    batch_tokens: int = 4096,
+) -> Reply | list[Reply]:
+    """The greedy answer to one prompt, or the answers to several, in their order.
 
     Args:
-        edited: the adaptor inserted into `base`; without one, the base alone answers.
+        base: or what `load_base` takes.
+        prompts: one text, or several.
+        edited: an adaptor, inserted into `base`; or a state, or the path of its file or of a run's folder, inserted for
+            as long as it is asked. If None, the one that is inserted answers, or the base alone.
         chat: put each prompt into the tokenizer's chat template, as what the user says.
         max_new_tokens: of an answer, unless the model ends it earlier.
         batch_tokens: padded tokens that run through the model at once.
 
     Raises:
         InputError: listing the prompts that cannot be used with this model, or if it has no chat template.
+        AdaptorError: if the adaptor has been removed, is inserted into another base, or does not fit this one.
     """
+    base = resolve_base(base)
+    several = [prompts] if isinstance(prompts, str) else prompts
+    with _inserted(base, edited) as adaptor:
+        replies = _ask_all(base, several, adaptor, chat, max_new_tokens, batch_tokens)
+    return replies[0] if isinstance(prompts, str) else replies
+
+
+def _inserted(base: BaseModel, edited: Adaptor | None) -> AbstractContextManager[InsertedAdaptor | None]:
+    """The adaptor at work in `base` while open; it is inserted for that time if it was not.
+
+    Raises:
+        AdaptorError: if it has been removed, or is inserted into another base.
+    """
+    if edited is None:
+        return nullcontext(inserted_adaptor(base))
+    if not isinstance(edited, InsertedAdaptor):
+        return insert(base, edited)
+    if edited.removed:
+        raise AdaptorError("this adaptor has been removed from its base: insert it again, or ask without it")
+    if edited.base is not base:
+        raise AdaptorError("this adaptor is inserted into another base: ask that one, or insert it into this base")
+    return nullcontext(edited)
+
+
+def _ask_all(
+    base: BaseModel,
+    prompts: Sequence[str],
+    edited: InsertedAdaptor | None,
+    chat: bool,
+    max_new_tokens: int,
+    batch_tokens: int,
+) -> list[Reply]:
     passages = _encode_prompts(base, prompts, chat, max_new_tokens)
     replies: dict[int, Reply] = {}
     with use_onednn(base.model):

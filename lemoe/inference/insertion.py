@@ -12,7 +12,7 @@ from torch import Tensor
 from lemoe.adaptor.checkpoint import AdaptorFile
 from lemoe.adaptor.state import AdaptorState, check_base
 from lemoe.base.frozen import FrozenBatch, read_layer_inputs
-from lemoe.base.loading import BaseModel
+from lemoe.base.loading import BaseLike, BaseModel, resolve_base
 from lemoe.base.structure import FFNSite
 from lemoe.base.tokens import Passage
 from lemoe.errors import AdaptorError
@@ -74,6 +74,10 @@ class InsertedAdaptor(LiveAdaptor):
         for name in () if dormant else self._wrapped:
             base.model.__dict__[name] = functools.partial(getattr(self, name), getattr(base.model, name))
 
+    def __repr__(self) -> str:
+        where = "removed from" if self.removed else "inserted into"
+        return f"InsertedAdaptor({self.state.brief}, {where} {self.base.source.name!r} at {self.site.path})"
+
     def remove(self) -> None:
         super().remove()
         for name in self._wrapped:
@@ -86,7 +90,7 @@ class InsertedAdaptor(LiveAdaptor):
         if not self._thread.bypass:
             raise AdaptorError(
                 "save_pretrained would write the base without the edits, which are not in its weights: save the "
-                "adaptor, or write both as one folder with `lemoe export MODEL ADAPTOR -o FOLDER`; while "
+                "adaptor, or write both as one folder with lemoe.exporting.folder.export_model; while "
                 "`bypassed()`, or after `remove()`, it writes the base"
             )
         return save_pretrained(*args, **kwargs)
@@ -158,17 +162,26 @@ class InsertedAdaptor(LiveAdaptor):
         return frozen.replay(delta)
 
 
+def inserted_adaptor(base: BaseModel) -> InsertedAdaptor | None:
+    """The adaptor inserted into `base`; None if there is none, or only dormant ones."""
+    wrapper = base.model.__dict__.get("generate")
+    owner = getattr(wrapper.func, "__self__", None) if isinstance(wrapper, functools.partial) else None
+    return owner if isinstance(owner, InsertedAdaptor) else None
+
+
 def insert(
-    base: BaseModel,
+    base: BaseLike,
     adaptor: AdaptorState | AdaptorFile | Path | str,
     *,
     expert_cache: int | None = None,
     dormant: bool = False,
     allow_base_mismatch: bool = False,
 ) -> InsertedAdaptor:
-    """Insert an adaptor, given as a state or as its file, into `base`.
+    """Insert an adaptor into `base`; `remove` takes it out, or the end of `with lemoe.insert(...):`.
 
     Args:
+        base: or what `load_base` takes; it is then the `base` of what is returned.
+        adaptor: a state, or the path of its file or of a run's folder.
         expert_cache: bytes of experts to cache in memory; the others stay in the file until they are needed. If
             None, all are read at once.
         dormant: the experts act only where `acting` of the inserted adaptor is open; a base can hold several such.
@@ -178,6 +191,7 @@ def insert(
         AdaptorError: if the file is not a valid adaptor, or was made for another base model.
     """
     given: dict[str, Any] = {"dormant": dormant, "allow_base_mismatch": allow_base_mismatch}
+    base = resolve_base(base)
     if isinstance(adaptor, AdaptorState):
         return InsertedAdaptor(base, adaptor, **given)
     file = adaptor if isinstance(adaptor, AdaptorFile) else AdaptorFile(adaptor)

@@ -110,6 +110,11 @@ class LiveAdaptor:
             _forget_compiled()
         self._hooks.clear()
 
+    @property
+    def removed(self) -> bool:
+        """Whether the experts have been taken out."""
+        return not self._hooks
+
     @contextmanager
     def mark_prompts(self, columns: Tensor | int) -> Iterator[None]:
         """While open, forward passes that start a sequence take their first `columns` columns as its prompt.

@@ -14,10 +14,10 @@ import numpy
 import torch
 import yaml
 
-from lemoe.base.loading import BaseModel
+from lemoe.base.loading import BaseLike, BaseModel, resolve_base
 from lemoe.base.tokens import encode_edits
 from lemoe.data.conflicts import Conflict, find_conflicts, normalise_question, redundant_edit_ids
-from lemoe.data.edits import Edit
+from lemoe.data.edits import Edit, Edits, check_ids, resolve_edits
 from lemoe.errors import InputError
 from lemoe.planning.clustering import Vectors, cluster_rounds
 from lemoe.routing.anchor.anchors import get_lexicon
@@ -56,15 +56,26 @@ class Plan:
     cohesion: tuple[float, ...]
     inferred_subjects: dict[str, str]
 
+    def __repr__(self) -> str:
+        edits = sum(map(len, self.rounds))
+        return f"Plan({edits} edits in {len(self.rounds)} rounds, {len(self.conflicts)} conflicts)"
 
-def plan(base: BaseModel, edits: Sequence[Edit], settings: Settings) -> Plan:
+
+def plan(base: BaseLike, edits: Edits, settings: Settings | None = None) -> Plan:
     """Plan the rounds of `edits`, at most `settings.round_size` in each, in the order that the settings name.
 
+    Args:
+        base: or what `load_base` takes.
+        edits: or their records, or the path of their file.
+        settings: those of preset `anchor` if None.
+
     Raises:
-        InputError: listing the edits that cannot be used with this model.
+        InputError: listing the edits that cannot be used with this model, or that have the id of another.
     """
+    edits, base, settings = resolve_edits(edits), resolve_base(base), settings or Settings()
     if not edits:
         raise InputError("there are no edits to plan")
+    check_ids(edits)
     inferred = _infer_subjects(base, edits)
     named = [edit if edit.subject else replace(edit, subject=inferred[edit.id]) for edit in edits]
     conflicts = find_conflicts(named)

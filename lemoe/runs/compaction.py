@@ -26,7 +26,7 @@ from lemoe.base.matmul import use_onednn
 from lemoe.base.tokens import Passage, encode_passage
 from lemoe.data.edits import Edit, Probe
 from lemoe.errors import AdaptorError
-from lemoe.evaluation.evaluate import evaluate
+from lemoe.evaluation.evaluate import EvalOptions, evaluate
 from lemoe.routing.anchor.anchors import Anchors, build_gate
 from lemoe.routing.anchor.gate import Anchor
 from lemoe.settings import Settings
@@ -243,7 +243,8 @@ def _decode_edits(base: BaseModel, part: AdaptorState) -> list[Edit]:
 
     pairs = zip(part.edits, _state_anchors(part), strict=True)
     return [
-        Edit(edit.id, decode_text(anchor.prompt), decode_text(anchor.target), anchor.subject) for edit, anchor in pairs
+        Edit(decode_text(anchor.prompt), decode_text(anchor.target), anchor.subject, id=edit.id)
+        for edit, anchor in pairs
     ]
 
 
@@ -294,7 +295,7 @@ def _is_encodable(base: BaseModel, probe: Probe) -> bool:
 
 
 def _measure_quality(base: BaseModel, state: AdaptorState, probes: Sequence[Edit]) -> Quality:
-    found = evaluate(base, state, probes, only=PROBED_METRICS)
+    found = evaluate(base, state, probes, EvalOptions(only=PROBED_METRICS))
     return Quality(
         reliability=found.value("reliability", "exact_match"),
         generality=found.value("generality", "exact_match", "paraphrase"),

@@ -20,14 +20,14 @@ from lemoe.adaptor.contradictions import contradiction_notes, possible_contradic
 from lemoe.adaptor.header import ADAPTOR_NAME
 from lemoe.adaptor.merging import OnConflict, write_stack
 from lemoe.adaptor.state import AdaptorState, RoundRecord, check_base, check_settings, round_id, stack, superseded_note
-from lemoe.base.loading import BaseModel
+from lemoe.base.loading import BaseLike, BaseModel, resolve_base
 from lemoe.base.memory import fit_batch_tokens, free_memory
 from lemoe.base.structure import FFNSite
 from lemoe.base.tokens import encode_edits
-from lemoe.data.edits import Edit, Round
+from lemoe.data.edits import Edit, Edits, Round, resolve_edits
 from lemoe.data.files import remove_scratch
 from lemoe.errors import AdaptorError, InputError, LemoeError, OutputError
-from lemoe.evaluation.evaluate import evaluate
+from lemoe.evaluation.evaluate import EvalOptions, evaluate
 from lemoe.report.card import write_card
 from lemoe.routing.anchor.fitting import fitted_meaning
 from lemoe.runs.conflicts import resolve_conflicts
@@ -90,38 +90,27 @@ class EditReport:
     unreached: tuple[int, ...]
     missed: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        reached = f"reliability={self.reliability_before:.3f} -> {self.reliability_after:.3f}"
+        return f"EditReport(taught={self.taught}, {reached}, missed={len(self.missed)}, path={str(self.path)!r})"
+
     @cached_property
     def state(self) -> AdaptorState:
         """The stacked adaptor, read from its file on first use."""
         return load_adaptor(self.path)
 
 
-def edit(
-    base: BaseModel,
-    edits: Sequence[Edit],
-    settings: Settings,
-    folder: Path | str,
-    *,
-    source: str = "",
-    plan_file: Path | str | None = None,
-    round_range: range | None = None,
-    start: AdaptorState | None = None,
-    on_conflict: OnConflict = "latest",
-    force: bool = False,
-    resume: bool = False,
-    allow_base_mismatch: bool = False,
-    engine: Engine | None = None,
-    measure_layer: bool = False,
-    progress: ProgressCallback | None = None,
-) -> EditReport:
-    """Teach `edits` to an adaptor of `base` and write it under `folder`.
+@dataclass(frozen=True)
+class EditOptions:
+    """What a run follows, continues and may replace.
 
-    Args:
+    Attributes:
         source: name of the edits file, for the plan.
         plan_file: rounds to follow; planned afresh if None. Edits that it does not name are left out and counted.
         round_range: train only the plan file's rounds with these indices, from 0; the adaptors of all rounds, stacked
             in the plan's order, are the adaptor of one run.
-        start: an earlier adaptor to continue; its experts stay as they are, and edits it holds are left out.
+        start: an earlier adaptor to continue, or the path of its file or of its run's folder; its experts stay as they
+            are, and edits it holds are left out.
         on_conflict: where edits ask what `start` answers already, by the same prompt or, for certain, in other words:
             let the `latest` answer, raise an `error`, or `keep` the answer and leave the new edits out. `both` lets
             `latest` answer the same prompt, and keeps what is asked in other words.
@@ -129,9 +118,45 @@ def edit(
         resume: keep the rounds that an unfinished run of the same edits and settings left in `folder`, and go on with
             its plan and its rounds unless they are given; edits added since are refused unless `plan_file` is given.
         allow_base_mismatch: continue `start` on a base that it was not made for; the new rounds record how it differs.
-        engine: what trains the rounds; this process if None.
         measure_layer: measure which layer to edit even where the model's preset says one; else it is measured where
-            neither `settings` nor the preset do.
+            neither the settings nor the preset do.
+    """
+
+    source: str = ""
+    plan_file: Path | str | None = None
+    round_range: range | None = None
+    start: AdaptorState | Path | str | None = None
+    on_conflict: OnConflict = "latest"
+    force: bool = False
+    resume: bool = False
+    allow_base_mismatch: bool = False
+    measure_layer: bool = False
+
+    @property
+    def overwrite(self) -> bool:
+        """Whether files of an earlier run in the folder may be replaced."""
+        return self.force or self.resume
+
+
+def edit(
+    base: BaseLike,
+    edits: Edits,
+    folder: Path | str,
+    settings: Settings | None = None,
+    options: EditOptions | None = None,
+    *,
+    engine: Engine | None = None,
+    progress: ProgressCallback | None = None,
+) -> EditReport:
+    """Teach `edits` to an adaptor of `base` and write it under `folder`.
+
+    Args:
+        base: or what `load_base` takes.
+        edits: or their records, or the path of their file.
+        folder: for the adaptor, its rounds, its plan and its card.
+        settings: those of preset `anchor` if None.
+        options: what the run follows, continues and may replace; a new run in a new folder if None.
+        engine: what trains the rounds; this process if None.
         progress: called as the run goes on.
 
     Raises:
@@ -142,12 +167,17 @@ def edit(
         OutputError: if the folder holds an earlier run, is in use by another run or cannot be written; or if finished
             rounds of the run to resume were trained with other settings or another base.
     """
-    check_adds_experts(settings)
+    settings, options = settings or Settings(), options or EditOptions()
     engine, progress = engine or LocalEngine(), progress or NullProgress()
+    check_adds_experts(settings)
     check_engine(engine, settings)
-    folder = Path(folder)
+    if isinstance(edits, Path | str):
+        options = replace(options, source=options.source or Path(edits).name)
+    edits, folder = resolve_edits(edits), Path(folder)
+    start = load_adaptor(options.start) if isinstance(options.start, Path | str) else options.start
+    base = resolve_base(base)
     if start:
-        for difference in check_base(base, start, allow=allow_base_mismatch):
+        for difference in check_base(base, start, allow=options.allow_base_mismatch):
             progress.note(f"another base than the adaptor was made for: {difference}")
         check_settings(start, settings)
         settings = replace(settings, gate=start.settings.gate)
@@ -155,31 +185,32 @@ def edit(
     _ = base.ffn_site(layer, settings.layer_path)  # refused at once if there is none
     with _lock_folder(folder):
         encode_edits(base, edits)
-        interrupted = read_interrupted_run(folder, start) if resume else InterruptedRun(None, None)
-        round_range = resumed_round_range(folder, interrupted.run, round_range)
-        check_round_range(round_range, settings, planned=plan_file is not None or interrupted.plan is not None)
+        interrupted = read_interrupted_run(folder, start) if options.resume else InterruptedRun(None, None)
+        planned = options.plan_file is not None or interrupted.plan is not None
+        round_range = resumed_round_range(folder, interrupted.run, options.round_range)
+        check_round_range(round_range, settings, planned=planned)
         untaught = select_new_edits(edits, start, progress)
-        new = resolve_conflicts(base, untaught, start, settings, on_conflict, progress) if start else untaught
-        if plan_file is not None or interrupted.plan is not None:
-            chosen = follow_plan(plan_file, interrupted, round_range, edits, new, start, progress)
+        new = resolve_conflicts(base, untaught, start, settings, options.on_conflict, progress) if start else untaught
+        if planned:
+            chosen = follow_plan(options.plan_file, interrupted, round_range, edits, new, start, progress)
         else:
-            chosen = make_plan(base, new, settings, source, start, progress)
+            chosen = make_plan(base, new, settings, options.source, start, progress)
         rounds = chosen.rounds
         if start is None:
             _prepare_gate(base, layer, settings, progress)
-            layer = settle_layer(base, settings, progress.note, measure=measure_layer).layer
+            layer = settle_layer(base, settings, progress.note, measure=options.measure_layer).layer
             settings = replace(settings, layer=layer)
-        if resume:
+        if options.resume:
             finished = [(_round_path(folder, round_), round_.edits) for round_ in rounds]
             check_finished_rounds(base, finished, settings, layer, start)
-        write_run_files(folder, chosen, overwrite=force or resume)
+        write_run_files(folder, chosen, overwrite=options.overwrite)
         progress.planned(len(rounds), sum(len(round_.edits) for round_ in rounds))
         settings = _shrink_batches(base, base.ffn_site(layer, settings.layer_path), settings, progress)
         began = time.monotonic()
-        records = _train_rounds(base, rounds, settings, folder, start, engine, progress, force=force, resume=resume)
+        records = _train_rounds(base, rounds, settings, folder, start, engine, progress, options)
         seconds = time.monotonic() - began
-        _write_adaptor(base, rounds, folder, start, on_conflict, progress, overwrite=force or resume)
-        if force:
+        _write_adaptor(base, rounds, folder, start, options, progress)
+        if options.force:
             _remove_leftovers(folder, rounds)
         left_out = len(edits) - len(untaught), len(untaught) - len(new)
         return _build_report(base, folder / ADAPTOR_NAME, chosen, left_out, records, settings, seconds, progress)
@@ -190,10 +221,8 @@ def _write_adaptor(
     rounds: Sequence[Round],
     folder: Path,
     start: AdaptorState | None,
-    on_conflict: OnConflict,
+    options: EditOptions,
     progress: ProgressCallback,
-    *,
-    overwrite: bool,
 ) -> None:
     """Stack what the run started from and the files of its rounds, with a card beside."""
     files = [AdaptorFile(_round_path(folder, round_)) for round_ in rounds]
@@ -201,8 +230,8 @@ def _write_adaptor(
     state = write_stack(
         [start, *files] if start else files,
         folder / ADAPTOR_NAME,
-        continued=0 if on_conflict == "both" else continued,
-        overwrite=overwrite,
+        continued=0 if options.on_conflict == "both" else continued,
+        overwrite=options.overwrite,
     )
     for earlier, later in state.superseded_edits:
         progress.note(superseded_note(earlier, later))
@@ -231,10 +260,12 @@ def _build_report(
         base,
         adaptor,
         taught,
-        only=("reliability",),
-        batch_tokens=settings.batch_tokens,
-        expert_cache=EXPERT_CACHE_BYTES,
-        allow_base_mismatch=True,  # which `edit` has refused unless it was asked for
+        EvalOptions(
+            only=("reliability",),
+            batch_tokens=settings.batch_tokens,
+            expert_cache=EXPERT_CACHE_BYTES,
+            allow_base_mismatch=True,  # which `edit` has refused unless it was asked for
+        ),
         on_progress=progress.edits_checked,
     )
     return EditReport(
@@ -306,7 +337,7 @@ def check_engine(engine: Engine, settings: Settings) -> None:
         InputError: saying which engine trains them.
     """
     if method_of(settings).rounds_depend and not isinstance(engine, LocalEngine):
-        raise InputError(f"preset {settings.method} trains each round beside those before it: take --engine local")
+        raise InputError(f"preset {settings.method} trains each round beside those before it: leave `engine` out")
 
 
 def _remove_leftovers(folder: Path, rounds: Sequence[Round]) -> None:
@@ -325,9 +356,7 @@ def _train_rounds(
     start: AdaptorState | None,
     engine: Engine,
     progress: ProgressCallback,
-    *,
-    force: bool,
-    resume: bool,
+    options: EditOptions,
 ) -> list[RoundRecord]:
     """The records of all rounds, in order; each state is written as soon as it is trained, and its tensors freed."""
     before = start
@@ -346,7 +375,7 @@ def _train_rounds(
         for round_ in group:
             state = (
                 _load_finished_round(base, _round_path(folder, round_), round_.edits, settings, before)
-                if resume
+                if options.resume
                 else None
             )
             if state is None:
@@ -355,7 +384,7 @@ def _train_rounds(
                 finish_round(round_, state, kept=True)
         for round_, state in engine.train(base, missing, settings, before, progress):
             _check_converged(round_, state)
-            save_adaptor(state, _round_path(folder, round_), overwrite=force or resume)
+            save_adaptor(state, _round_path(folder, round_), overwrite=options.overwrite)
             finish_round(round_, state, kept=False)
     return [records[round_.number] for round_ in rounds]
 
@@ -363,7 +392,7 @@ def _train_rounds(
 def _check_converged(round_: Round, state: AdaptorState) -> None:
     loss = state.rounds[0].loss
     if not math.isfinite(loss):
-        raise LemoeError(f"round {round_.number} diverged (loss {loss}); lower --learning-rate")
+        raise LemoeError(f"round {round_.number} diverged (loss {loss}); lower `learning_rate`")
 
 
 def _round_path(folder: Path, round_: Round) -> Path:
@@ -390,5 +419,5 @@ def _load_finished_round(
     fingerprint = base.fingerprint(state.base.layer, settings.layer_path)
     expected = round_id(fingerprint, base.tokenizer.chat_template, resolved, members, parent_round(settings, before))
     if [record.id for record in state.rounds] != [expected]:
-        raise OutputError(f"{path} was trained on other edits or with other settings; --force starts anew")
+        raise OutputError(f"{path} was trained on other edits or with other settings; `force` starts anew")
     return state

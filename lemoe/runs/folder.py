@@ -73,7 +73,7 @@ def read_start(folder: Path) -> RunStart | None:
             _parse_round_range(document["rounds"]), {str(key): str(fact) for key, fact in left_out.items()}, start
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
-        raise InputError(f"{path}: damaged, or changed by hand; --force starts anew") from None
+        raise InputError(f"{path}: damaged, or changed by hand; `force` starts anew") from None
 
 
 def _parse_round_range(named: Any) -> range | None:
@@ -97,13 +97,15 @@ def resumed_round_range(folder: Path, started: RunStart | None, round_range: ran
         return started.round_range
     then, now = _describe_round_range(started.round_range), _describe_round_range(round_range)
     raise InputError(
-        f"{folder} was started for {then}, not for {now}: leave --rounds out to go on with the former, or give another "
-        "folder with -o"
+        f"{folder} was started for {then}, not for {now}: leave `round_range` out to go on with the "
+        "former, or give another `folder`"
     )
 
 
 def _describe_round_range(round_range: range | None) -> str:
-    return "all rounds of its plan" if round_range is None else f"--rounds {round_range.start}-{round_range.stop - 1}"
+    return (
+        "all rounds of its plan" if round_range is None else f"`round_range` {round_range.start}-{round_range.stop - 1}"
+    )
 
 
 def check_resumed_start(folder: Path, started: RunStart | None, start: str | None) -> None:
@@ -115,9 +117,9 @@ def check_resumed_start(folder: Path, started: RunStart | None, start: str | Non
     if started is None or started.start == start:
         return
     if start is None:
-        raise InputError(f"the run in {folder} continues an adaptor with --from; give the same to resume it")
+        raise InputError(f"the run in {folder} continues an adaptor with `start`; give the same to resume it")
     continued = "continues another adaptor" if started.start else "continues no adaptor"
-    raise InputError(f"the run in {folder} {continued}; resume it with what it was started with, or give another -o")
+    raise InputError(f"the run in {folder} {continued}; resume it with the same, or give another `folder`")
 
 
 def check_folder(folder: Path, *, force: bool = False, resume: bool = False) -> None:
@@ -127,14 +129,14 @@ def check_folder(folder: Path, *, force: bool = False, resume: bool = False) -> 
         OutputError: saying how to go on.
     """
     if os.path.lexists(folder) and not folder.is_dir():
-        raise OutputError(f"{folder} exists and is not a folder; give another one with -o")
+        raise OutputError(f"{folder} exists and is not a folder; give another `folder`")
     if force or resume:
         return
     if os.path.lexists(folder / ADAPTOR_NAME):
-        raise OutputError(f"{folder} holds a finished run; give another folder with -o, or --force to replace it")
+        raise OutputError(f"{folder} holds a finished run; give another `folder`, or `force` to replace it")
     if os.path.lexists(folder / PLAN_NAME):
         raise OutputError(
-            f"{folder} holds an unfinished run; --resume goes on from its finished rounds, --force starts anew"
+            f"{folder} holds an unfinished run; `resume` goes on from its finished rounds, `force` starts anew"
         )
 
 
@@ -150,9 +152,11 @@ def check_round_range(round_range: range | None, settings: Settings, *, planned:
     if round_range is None:
         return
     if not planned:
-        raise InputError("--rounds needs --plan, so that each part follows the same plan; lemoe plan writes one")
+        raise InputError(
+            "`round_range` needs `plan_file`, so that each part follows the same plan; `lemoe plan` writes one"
+        )
     if round_range.start and method_of(settings).rounds_depend:
         raise InputError(
-            f"--rounds must start at 0 with preset {settings.method}: each of its rounds is trained beside those "
-            "before it; rounds that --from holds already are left out"
+            f"`round_range` must start at 0 with preset {settings.method}: each of its rounds is trained beside those "
+            "before it; rounds that `start` holds already are left out"
         )

@@ -19,7 +19,7 @@ from lemoe.data.edits import Edit, Probe, digest_edits
 from lemoe.data.files import write_atomically
 from lemoe.data.yaml_file import parse_yaml
 from lemoe.errors import OutputError
-from lemoe.evaluation.evaluate import evaluate
+from lemoe.evaluation.evaluate import EvalOptions, evaluate
 from lemoe.settings import Settings, resolve_settings
 from lemoe.training.rounds import train_round
 
@@ -147,7 +147,7 @@ def _candidate_layers(layers: int, usual: float) -> list[int]:
 
 def _measure_perplexity(base: BaseModel, facts: Sequence[Edit], trial: Settings) -> float:
     state = train_round(base, facts, trial)
-    return evaluate(base, state, facts, only=("generality",)).value("generality", "perplexity")
+    return evaluate(base, state, facts, EvalOptions(only=("generality",))).value("generality", "perplexity")
 
 
 def _cache_file(base: BaseModel, facts: Sequence[Edit], trial: Settings) -> Path:

@@ -110,7 +110,7 @@ def _select_rounds(path: Path, planned: PlanFile, round_range: range | None, new
     if round_range is None:
         round_range = range(count)
     if not 0 <= round_range.start < round_range.stop <= count:
-        wanted_rounds = f"--rounds {round_range.start}-{round_range.stop - 1}"
+        wanted_rounds = f"`round_range` {round_range.start}-{round_range.stop - 1}"
         raise InputError(f"{path}: {wanted_rounds} is not in it: it has rounds 0 to {count - 1}")
     wanted = {edit.id for edit in new}
     rounds = [Round(n + 1, count, [edit for edit in planned.rounds[n] if edit.id in wanted]) for n in round_range]
@@ -126,9 +126,9 @@ def _check_all_planned(path: Path, interrupted: InterruptedRun, unplanned: Seque
     if added := [edit for edit in unplanned if left_out.get(edit.id) != edit.fact]:
         raise InputError(
             f"{len(added)} of the {count} edits are not in the plan of the run to resume: {join_labels(added)}\n"
-            f"  to finish the run without them, add --plan {path}, and teach them afterwards with "
-            f"--from {path.parent} and another folder (-o)\n"
-            "  to plan and train all edits anew, give --force in place of --resume"
+            f"  to finish the run without them, add `plan_file` {path}, and teach them afterwards with "
+            f"`start` {path.parent} and another `folder`\n"
+            "  to plan and train all edits anew, give `force` in place of `resume`"
         )
 
 

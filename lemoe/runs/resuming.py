@@ -40,7 +40,7 @@ def check_finished_rounds(
             continue  # damaged, so that it is trained again
         if state and (differences := _list_differences(base, state, members, settings, layer, start)):
             heading = f"{path} was trained on other edits or with other settings than are given now:"
-            advice = "give the same to resume, another folder with -o, or --force to start anew"
+            advice = "give the same to resume, another `folder`, or `force` to start anew"
             raise OutputError("\n  ".join([heading, *differences, advice]))
 
 

@@ -94,7 +94,7 @@ def check_adds_experts(settings: Settings) -> None:
     """
     if method_of(settings).baseline:
         name = settings.method
-        raise InputError(f"preset {name} is a baseline, for comparison alone: lemoe compare EDITS --presets {name}")
+        raise InputError(f"preset {name} is a baseline, for comparison alone: `compare` measures it")
 
 
 def parent_round(settings: Settings, before: "AdaptorState | None") -> str | None:

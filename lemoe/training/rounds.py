@@ -5,9 +5,9 @@ from typing import Any
 
 from lemoe.adaptor.checkpoint import state_tensors
 from lemoe.adaptor.state import AdaptorState, stack
-from lemoe.base.loading import BaseModel
+from lemoe.base.loading import BaseLike, BaseModel, resolve_base
 from lemoe.base.matmul import use_onednn
-from lemoe.data.edits import Edit
+from lemoe.data.edits import Edit, Edits, resolve_edits
 from lemoe.errors import InputError
 from lemoe.settings import Settings
 from lemoe.training.baselines.context import Context
@@ -19,9 +19,9 @@ Edited = AdaptorState | WeightChange | Context
 
 
 def train_round(
-    base: BaseModel,
-    edits: Sequence[Edit],
-    settings: Settings,
+    base: BaseLike,
+    edits: Edits,
+    settings: Settings | None = None,
     before: AdaptorState | None = None,
     on_step: OnStep = lambda step: None,
 ) -> AdaptorState:
@@ -29,13 +29,21 @@ def train_round(
 
     With method `anchor` a round does not depend on those before it; `before` only decides the layer.
 
+    Args:
+        base: or what `load_base` takes.
+        edits: or their records, or the path of their file.
+        settings: those of preset `anchor` if None.
+        on_step: called after each training step.
+
     Returns:
         a state with this round alone; stack it onto `before`.
 
     Raises:
         InputError: listing the edits that cannot be used with this model, or if there are none; or for a baseline.
     """
+    settings = settings or Settings()
     check_adds_experts(settings)
+    edits, base = resolve_edits(edits), resolve_base(base)
     if not edits:
         raise InputError("a round needs at least one edit")
     with use_onednn(base.model):

@@ -30,7 +30,7 @@ CITIES = ("Rome", "Oslo", "Lima", "Kyoto", "Quito")
 def make_edits() -> list[lemoe.Edit]:
     people = [f"{first} {last}stone" for last in NAMES[:4] for first in NAMES]
     return [
-        lemoe.Edit(f"edit-{number}", f"The city where {person} lives is", CITIES[number % len(CITIES)], person)
+        lemoe.Edit(f"The city where {person} lives is", CITIES[number % len(CITIES)], person, id=f"edit-{number}")
         for number, person in enumerate(people[: ROUNDS * ROUND_SIZE])
     ]
 
@@ -39,7 +39,7 @@ def run_edit(base: lemoe.BaseModel, folder: Path, *, resume: bool) -> None:
     settings = lemoe.resolve_settings(
         "anchor", None, {"layer": 1, "steps": 6, "round_size": ROUND_SIZE, "variants": 2, "negatives": 2}
     )
-    lemoe.edit(base, make_edits(), settings, folder, resume=resume)
+    lemoe.edit(base, make_edits(), folder, settings, lemoe.EditOptions(resume=resume))
 
 
 def run_child(base: lemoe.BaseModel, folder: Path, seconds: float | None) -> bool:

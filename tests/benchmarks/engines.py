@@ -130,18 +130,18 @@ def main() -> None:
         root = Path(folder)
         os.sched_setaffinity(0, {CORES[0]})
         local = RoundClock()
-        lemoe.edit(base, edits, settings, root / "local", progress=local)
+        lemoe.edit(base, edits, root / "local", settings, progress=local)
         print(format_timeline("one process", local), flush=True)
         os.sched_setaffinity(0, CORES)
         ray = RoundClock()
         run_with_helper(
-            lambda: lemoe.edit(base, edits, settings, root / "ray", engine=engine, progress=ray), pin_workers
+            lambda: lemoe.edit(base, edits, root / "ray", settings, engine=engine, progress=ray), pin_workers
         )
         print(format_timeline("two workers", ray), flush=True)
         killed: list[float] = []
         hurt = RoundClock()
         run_with_helper(
-            lambda: lemoe.edit(base, edits, settings, root / "hurt", engine=engine, progress=hurt),
+            lambda: lemoe.edit(base, edits, root / "hurt", settings, engine=engine, progress=hurt),
             lambda stop: kill_workers(stop, given.kills, killed),
         )
         print(format_timeline(f"{len(killed)} killed", hurt), flush=True)

@@ -72,10 +72,12 @@ def main() -> None:
     state = train_adaptor(base, edits)
     passages = probe_passages(base, edits)
     run_base(base, passages[:64])
-    lemoe.evaluate(base, state, edits[:8], batch_tokens=BATCH_TOKENS)
+    lemoe.evaluate(base, state, edits[:8], lemoe.EvalOptions(batch_tokens=BATCH_TOKENS))
     evaluations, references = [], []
     for _ in range(2):
-        evaluations.append(time_work(lambda: lemoe.evaluate(base, state, edits, batch_tokens=BATCH_TOKENS)))
+        evaluations.append(
+            time_work(lambda: lemoe.evaluate(base, state, edits, lemoe.EvalOptions(batch_tokens=BATCH_TOKENS)))
+        )
         references.append(time_work(lambda: run_base(base, passages)))
     evaluation, reference = min(evaluations), min(references)
     print(f"{len(edits):,} edits, {len(passages):,} probes, {sum(len(p.input_ids) for p in passages):,} tokens")

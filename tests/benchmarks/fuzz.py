@@ -40,7 +40,7 @@ STRANGE: tuple[Any, ...] = (
 def save_small_adaptor(folder: Path) -> Path:
     """An adaptor of a tiny random model."""
     base = lemoe.load_base(str(build_model(folder / "model", "llama")), device="cpu")
-    edits = [lemoe.Edit(f"e{n}", prompt, target, subject) for n, (subject, prompt, target) in enumerate(FACTS[:3])]
+    edits = [lemoe.Edit(prompt, target, subject, id=f"e{n}") for n, (subject, prompt, target) in enumerate(FACTS[:3])]
     settings = lemoe.resolve_settings("anchor", None, {"layer": 1, "steps": 2, "variants": 1, "negatives": 1})
     path = folder / "adaptor.safetensors"
     lemoe.save_adaptor(lemoe.train_round(base, edits, settings), path)
@@ -209,7 +209,7 @@ def random_yaml_file(rng: random.Random) -> bytes:
 def fuzz_yaml(folder: Path, cases: int, seed: int) -> dict[str, int]:
     """How many settings and plans were refused and how many read; raises AssertionError at the first that fails."""
     rng = random.Random(seed)
-    edits = [lemoe.Edit(f"e{number}", f"Prompt {number}", "target") for number in range(3)]
+    edits = [lemoe.Edit(f"Prompt {number}", "target", id=f"e{number}") for number in range(3)]
     path = folder / "case.yaml"
     counts = {f"{kind} {outcome}": 0 for kind in ("settings", "plans") for outcome in ("refused", "read")}
     for number in range(cases):

@@ -73,7 +73,7 @@ def train_edits(
 ) -> dict[str, float]:
     """Train into `folder` (or resume there); seconds per edit, if all of it was trained now."""
     exclude_probes(edits)
-    report = lemoe.edit(base, edits, settings, folder, resume=True)
+    report = lemoe.edit(base, edits, folder, settings, lemoe.EditOptions(resume=True))
     return {"seconds_per_edit": report.seconds / report.taught, "bytes_per_edit": report.size / report.taught}
 
 
@@ -107,7 +107,9 @@ def measure_cases(base: lemoe.BaseModel, names: list[str], out: Path) -> None:
         started = time.monotonic()
         teacher = lemoe.evaluate(base, state, edits)
         measured["evaluation_seconds"] = time.monotonic() - started
-        greedy = lemoe.evaluate(base, state, edits, decode="greedy", only=("reliability", "generality"))
+        greedy = lemoe.evaluate(
+            base, state, edits, lemoe.EvalOptions(decode="greedy", only=("reliability", "generality"))
+        )
         write_results(
             out / f"{name}.json",
             measured | metric_values(teacher) | metric_values(greedy),

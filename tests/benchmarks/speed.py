@@ -273,7 +273,7 @@ def time_whole_runs() -> None:
     for count in (200, len(edits)):
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
-            report = lemoe.edit(base, edits[:count], settings, folder)
+            report = lemoe.edit(base, edits[:count], folder, settings)
             whole = (time.perf_counter() - started) / report.taught
             opened = median_seconds(partial(lemoe.load_adaptor, report.path))
         taught, training = report.taught, report.seconds / report.taught

@@ -93,8 +93,8 @@ def _find_problem(base: BaseModel, site: FFNSite, layer: int, run_prefix: RunPre
             return (
                 f"{base.source}: layer {layer} cannot be edited: {pair.name} would be {pair.error:.2%} off in "
                 f"training ({float(pair.replay.double().norm()):.4g} in size where the model itself gives "
-                f"{float(pair.model.double().norm()):.4g}; {tolerance:.2%} is rounding). Try another layer (--layer) "
-                f"or FFN (--layer-path), or report the architecture, {type(base.model).__name__}"
+                f"{float(pair.model.double().norm()):.4g}; {tolerance:.2%} is rounding). Try another layer (`layer`) "
+                f"or FFN (`layer_path`), or report the architecture, {type(base.model).__name__}"
             )
     return None
 

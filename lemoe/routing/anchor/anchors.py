@@ -180,7 +180,7 @@ class Anchors(TensorEquality, Router):
             if first is not None and part.meaning is not None and not first.is_close_to(part.meaning):
                 raise AdaptorError(
                     "these adaptors read questions in different ways (fitted in another precision or by another "
-                    "version of lemoe): train the later one on top of the earlier, with --from"
+                    "version of lemoe): train the later one on top of the earlier, with `start`"
                 )
         if first is None:
             return cls(groups)

@@ -32,7 +32,7 @@ try:
     import ray
     from ray.exceptions import RayActorError, RayTaskError
 except ImportError:
-    raise InputError("--engine ray needs Ray: pip install 'lemoe[ray]'") from None
+    raise InputError("training by Ray needs it: pip install 'lemoe[ray]'") from None
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def _connect_ray(address: str | None, cpus: int) -> Iterator[None]:
         ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **resources)
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"--address {address or 'left out'}: Ray cannot be reached or started: {reason}") from None
+        raise InputError(f"`address` {address or 'left out'}: Ray cannot be reached or started: {reason}") from None
     signal.signal(signal.SIGTERM, handler)  # Ray replaces the handler by its own
     try:
         yield
@@ -194,7 +194,7 @@ def _check_address(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
     except (OSError, OverflowError) as error:
-        raise InputError(f"--address {address}: no Ray cluster answers there: {error}") from None
+        raise InputError(f"`address` {address}: no Ray cluster answers there: {error}") from None
 
 
 def _gpus_per_worker(work: _Work) -> int:
@@ -215,5 +215,5 @@ def _cluster_capacity(work: _Work) -> int:
 
 def _check_worker_count(workers: int | None, room: int) -> int:
     if room < (workers or 1):
-        raise InputError(f"--workers {workers or 1}: the cluster has room for {room} with as many threads as here")
+        raise InputError(f"`workers` {workers or 1}: the cluster has room for {room} with as many threads as here")
     return workers or room

@@ -119,7 +119,7 @@ def train_round(
     if not base.decoder_reads_tokens:
         raise ModelError(
             f"{base.source}: {type(base.model).__name__} gives its decoder embeddings, and preset anchor routes by "
-            "tokens. Use --preset paper, or the text-only model of the family"
+            "tokens. Use preset paper, or the text-only model of the family"
         )
     passages = encode_edits(base, edits)
     anchors = [
