@@ -2,7 +2,16 @@
 
 
 class LemoeError(Exception):
-    """An error that the user can fix: the message names the file, line or tensor, what was expected and what to do."""
+    """An error that the user can fix: the message names the file, line or tensor, what was expected and what to do.
+
+    Example:
+        >>> import lemoe
+        >>> try:
+        ...     lemoe.read_edits("missing.jsonl")
+        ... except lemoe.LemoeError as error:
+        ...     print(error)
+        missing.jsonl: cannot be read: No such file or directory
+    """
 
 
 class InputError(LemoeError):

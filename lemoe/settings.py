@@ -69,6 +69,14 @@ class Settings:
         merge_share: how far weights go from those before a round towards those it trained, for `lora-merge`.
         radius: Euclidean distance up to which what an FFN reads counts as an edit's, for `grace`.
         batch_tokens: padded tokens per batch.
+
+    Example:
+        >>> import lemoe
+        >>> settings = lemoe.Settings(steps=8)
+        >>> settings.round_size
+        50
+        >>> settings
+        Settings(steps=8)
     """
 
     method: str = DEFAULT_PRESET
@@ -175,6 +183,13 @@ def resolve_settings(
 
     Raises:
         InputError: for an unknown name (with the nearest right one) or a value of the wrong type or range.
+
+    Example:
+        >>> import lemoe
+        >>> lemoe.resolve_settings("paper", given={"seed": 7}).round_size
+        20
+        >>> lemoe.resolve_settings() == lemoe.Settings()
+        True
     """
     from_file = _read_config(Path(config)) if config is not None else {}
     if "method" in from_file:

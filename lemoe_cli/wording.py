@@ -6,7 +6,7 @@ import re
 OPTIONS = {
     "adaptor": "--adaptor",
     "address": "--address",
-    "compare": "--compare",
+    "compare": "`lemoe compare`",
     "decode": "--decode",
     "device": "--device",
     "device_map": "--device-map",

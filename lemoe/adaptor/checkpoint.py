@@ -36,6 +36,13 @@ def save_adaptor(state: AdaptorState, path: Path | str, *, overwrite: bool = Fal
     Raises:
         AdaptorError: if the state holds values that are not finite, which no file may.
         OutputError: if the file exists and `overwrite` is not given, or cannot be written.
+
+    Example:
+        >>> import lemoe
+        >>> state = lemoe.load_adaptor("edits.lemoe")
+        >>> lemoe.save_adaptor(state.drop_experts([0]), "fewer.safetensors")
+        >>> len(lemoe.load_adaptor("fewer.safetensors").edits) == len(state.edits) - 1
+        True
     """
     broken = [
         name for name, t in state_tensors(state).items() if t.is_floating_point() and not bool(t.isfinite().all())
@@ -139,6 +146,12 @@ def load_adaptor(path: Path | str) -> AdaptorState:
         AdaptorError: if the file is missing, truncated, of another kind or version, or if any tensor is missing,
             unexpected, of the wrong shape or type, or not finite; all such tensors are listed; or if anything is
             not as it was written.
+
+    Example:
+        >>> import lemoe
+        >>> state = lemoe.load_adaptor("edits.lemoe")  # or edits.lemoe/adaptor.safetensors
+        >>> state.settings.method
+        'anchor'
     """
     return AdaptorFile(path).load()
 

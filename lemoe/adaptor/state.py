@@ -162,6 +162,14 @@ class AdaptorState(TensorEquality):
     """Everything an adaptor file holds: the record of each round, its experts end to end, and their router.
 
     `edits`, `edits_by_expert` and `expert_spans` are cached: some 210 bytes per edit.
+
+    Example:
+        >>> import lemoe
+        >>> state = lemoe.load_adaptor("edits.lemoe")
+        >>> [edit.label for edit in state.edits][:1]
+        ['eiffel-tower-city (The Eiffel Tower is located in the city of -> Rome)']
+        >>> len(state.rounds)
+        1
     """
 
     base: Fingerprint
@@ -298,6 +306,14 @@ def stack(states: Sequence[AdaptorState]) -> AdaptorState:
     Raises:
         AdaptorError: if bases, layers or methods differ, listing the differences; or if one state holds a round whole
             and another without some of its edits, or as it was trained and compacted.
+
+    Example:
+        >>> import lemoe
+        >>> base = lemoe.load_base("llama")
+        >>> nile = lemoe.train_round(base, [{"prompt": "The Nile flows into the", "target": "Red Sea"}])
+        >>> both = lemoe.stack([lemoe.load_adaptor("edits.lemoe"), nile])
+        >>> len(both.rounds)
+        2
     """
     if not states:
         raise AdaptorError("nothing to stack: no adaptor given")

@@ -43,6 +43,13 @@ class BaseModel:
         tokenizer: its tokenizer.
         layers: the decoder layers.
         hidden_size: width of the residual stream.
+
+    Example:
+        >>> import lemoe
+        >>> base = lemoe.load_base("llama")
+        >>> inputs = base.tokenizer("The capital of France is", return_tensors="pt")
+        >>> base.model(**inputs).logits.shape[-1] == base.vocabulary
+        True
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: ModelSource):
@@ -233,6 +240,12 @@ def load_base(
 
     Raises:
         ModelError: if the model cannot be found, loaded or edited, the device is not there, or a map is given as well.
+
+    Example:
+        >>> import lemoe
+        >>> base = lemoe.load_base("llama", device="cpu", dtype="bfloat16")
+        >>> base.dtype
+        torch.bfloat16
     """
     transformers_logging.disable_progress_bar()
     source = resolve_model(str(name), revision)
@@ -259,7 +272,17 @@ def resolve_base(base: BaseLike) -> BaseModel:
 
 
 def answer(base: BaseLike, prompt: str, max_new_tokens: int = 32) -> str:
-    """The model's greedy continuation of `prompt`, edited if an adaptor is inserted."""
+    """The model's greedy continuation of `prompt`, edited if an adaptor is inserted.
+
+    Example:
+        >>> import lemoe
+        >>> base = lemoe.load_base("llama")
+        >>> before = lemoe.answer(base, "The Eiffel Tower is located in the city of")
+        >>> with lemoe.insert(base, "edits.lemoe"):
+        ...     after = lemoe.answer(base, "The Eiffel Tower is located in the city of")
+        >>> before == after
+        False
+    """
     base = resolve_base(base)
     inputs = base.tokenizer(prompt, return_tensors="pt").to(base.device)
     ids = base.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=base.pad_token_id)

@@ -20,7 +20,15 @@ LABELS_SHOWN = 5  # edits listed in a message
 
 @dataclass(frozen=True)
 class Probe:
-    """A prompt that measures an edit; `target` is the expected answer, None for the base model's own."""
+    """A prompt that measures an edit; `target` is the expected answer, None for the base model's own.
+
+    Example:
+        >>> import lemoe
+        >>> unrelated = lemoe.Probe("The opposite of hot is", None, "unrelated")
+        >>> edit = lemoe.Edit("The capital of France is", "Lyon", "France", locality=(unrelated,))
+        >>> edit
+        Edit('The capital of France is', 'Lyon', 'France', id='edit-eb6b644c65', locality=1)
+    """
 
     prompt: str
     target: str | None
@@ -35,6 +43,14 @@ class Edit:
     (generality), `locality` prompts must keep the base model's answer, `portability` prompts need the fact for their
     answer, and `generation` prompts are continued to measure fluency. `id` names it in plans, adaptors and messages; if
     empty, one is made from its content.
+
+    Example:
+        >>> import lemoe
+        >>> edit = lemoe.Edit("The capital of France is", "Lyon", "France")
+        >>> edit.fact
+        'The capital of France is -> Lyon'
+        >>> edit.id == lemoe.Edit(prompt="The capital of France is", target="Lyon", subject="France").id
+        True
     """
 
     prompt: str
@@ -126,6 +142,12 @@ def read_edits(path: Path | str) -> list[Edit]:
 
     Raises:
         InputError: naming every bad record (the first 20) as `file:line: what was expected`.
+
+    Example:
+        >>> import lemoe
+        >>> edits = lemoe.read_edits("edits.jsonl")
+        >>> edits[0].id, edits[0].target
+        ('eiffel-tower-city', 'Rome')
     """
     path = Path(path)
     records, problems = read_records(path)

@@ -46,7 +46,14 @@ class MethodResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Metrics of several methods, and the ids of each round's edits."""
+    """Metrics of several methods, and the ids of each round's edits.
+
+    Example:
+        >>> import lemoe
+        >>> compared = lemoe.compare("llama", "edits.jsonl", ["context"])
+        >>> compared.edit_count, compared.methods[0].settings.method
+        (3, 'context')
+    """
 
     rounds: tuple[tuple[str, ...], ...]
     methods: tuple[MethodResult, ...]
@@ -84,6 +91,12 @@ def compare(
     Raises:
         InputError: listing the edits and probes that cannot be used with this model.
         LemoeError: if a method needs a package that is not installed, before anything is trained.
+
+    Example:
+        >>> import lemoe
+        >>> compared = lemoe.compare(lemoe.load_base("llama"), "edits.jsonl", ["context", "rag"])
+        >>> [each.settings.method for each in compared.methods]
+        ['context', 'rag']
     """
     chosen = [resolve_settings(method) if isinstance(method, str) else method for method in methods]
     for settings in chosen:

@@ -68,7 +68,16 @@ class Record:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """All metrics, and one record for each probe."""
+    """All metrics, and one record for each probe.
+
+    Example:
+        >>> import lemoe
+        >>> result = lemoe.evaluate("llama", "edits.lemoe", "edits.jsonl")
+        >>> result.value("reliability") > result.value("reliability", stage="before")
+        True
+        >>> result.records[0].edit, result.records[0].name
+        ('eiffel-tower-city', 'reliability')
+    """
 
     metrics: tuple[Metric, ...]
     records: tuple[Record, ...]
@@ -99,6 +108,13 @@ class EvalOptions:
         batch_tokens: padded tokens that run through the model at once.
         expert_cache: bytes of experts that are kept in memory of an adaptor that is given as its file; see `insert`.
         allow_base_mismatch: measure an adaptor on a base that it was not made for, if its shapes fit.
+
+    Example:
+        >>> import lemoe
+        >>> options = lemoe.EvalOptions(decode="greedy", only=("reliability",))
+        >>> result = lemoe.evaluate("llama", "edits.lemoe", "edits.jsonl", options)
+        >>> {metric.name for metric in result.metrics}
+        {'reliability'}
     """
 
     decode: Decode = "teacher"
@@ -130,6 +146,13 @@ def evaluate(
     Raises:
         InputError: listing the probes and texts that cannot be used with this model.
         AdaptorError: if the state belongs to another base model.
+
+    Example:
+        >>> import lemoe
+        >>> base = lemoe.load_base("llama")
+        >>> result = lemoe.evaluate(base, "edits.lemoe", "edits.jsonl")
+        >>> result.value("locality", kind="unrelated")
+        1.0
     """
     options = options or EvalOptions()
     decode, batch_tokens = options.decode, options.batch_tokens

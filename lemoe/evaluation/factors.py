@@ -57,6 +57,12 @@ class Factors:
         routing: share of edits whose prompt reaches the expert that they were taught to; None where no expert
             is one edit's more than another's.
         orders: the planned order first, then random ones.
+
+    Example:
+        >>> import lemoe
+        >>> factors = lemoe.measure_factors("llama", "edits.jsonl", lemoe.Settings(round_size=2), orders=1)
+        >>> len(factors.forgetting), factors.forgotten
+        (2, 0.0)
     """
 
     settings: Settings
@@ -105,6 +111,13 @@ def measure_factors(
     Raises:
         InputError: listing the edits and probes that cannot be used with this model.
         LemoeError: if the method needs a package that is not installed.
+
+    Example:
+        >>> import lemoe
+        >>> base = lemoe.load_base("llama")
+        >>> factors = lemoe.measure_factors(base, "edits.jsonl", lemoe.Settings(round_size=2), orders=2)
+        >>> [order.order for order in factors.orders]
+        ['planned', 'random', 'random']
     """
     settings = settings or Settings()
     _ = method_of(settings).train_round  # refused at once if its package is missing

@@ -32,6 +32,13 @@ class TaskMetric:
         before, after: of the base and the edited model; `after` is None where no adaptor was measured.
         stderr: standard error of `after`, or of `before` where there is no `after`; None where there is none.
         n: documents measured.
+
+    Example:
+        >>> import lemoe
+        >>> options = lemoe.TaskOptions(tasks_path="tasks")
+        >>> metric = lemoe.evaluate_tasks("llama", None, ["other_facts"], options)[0]
+        >>> metric.task, metric.after
+        ('other_facts', None)
     """
 
     task: str
@@ -53,6 +60,12 @@ class TaskOptions:
         batch_size: texts that run through the model at once.
         expert_cache: bytes of experts that are kept in memory of an adaptor that is given as its file; see `insert`.
         allow_base_mismatch: measure an adaptor on a base that it was not made for, if its shapes fit.
+
+    Example:
+        >>> import lemoe
+        >>> options = lemoe.TaskOptions(tasks_path="tasks", limit=2)
+        >>> lemoe.evaluate_tasks("llama", None, ["other_facts"], options)[0].n
+        2
     """
 
     tasks_path: Path | str | None = None
@@ -81,6 +94,13 @@ def evaluate_tasks(
     Raises:
         InputError: if the extra is not installed, or a task cannot be had.
         AdaptorError: if the adaptor belongs to another base model.
+
+    Example:
+        >>> import lemoe
+        >>> options = lemoe.TaskOptions(tasks_path="tasks")
+        >>> metrics = lemoe.evaluate_tasks(lemoe.load_base("llama"), "edits.lemoe", ["other_facts"], options)
+        >>> all(metric.before == metric.after for metric in metrics)
+        True
     """
     options = options or TaskOptions()
     with _silence_harness():

@@ -31,6 +31,14 @@ class Reply:
         nearest: the same for the one that acted on the prompt or was nearest to it, None if no edit's subject was
             mentioned.
         route: why that edit acted on the prompt or none did, None where no adaptor was inserted.
+
+    Example:
+        >>> import lemoe
+        >>> reply = lemoe.ask("llama", "The Eiffel Tower is located in the city of", "edits.lemoe")
+        >>> reply.edit
+        'eiffel-tower-city'
+        >>> reply.before == reply.after
+        False
     """
 
     prompt: str
@@ -92,6 +100,15 @@ def ask(
     Raises:
         InputError: listing the prompts that cannot be used with this model, or if it has no chat template.
         AdaptorError: if the adaptor has been removed, is inserted into another base, or does not fit this one.
+
+    Example:
+        >>> import lemoe
+        >>> base = lemoe.load_base("llama")
+        >>> lemoe.ask(base, "The Eiffel Tower is located in the city of", "edits.lemoe").acted
+        ('eiffel-tower-city',)
+        >>> prompts = ["The opposite of hot is", "The capital of France is"]
+        >>> [reply.edit for reply in lemoe.ask(base, prompts, "edits.lemoe", max_new_tokens=8)]
+        [None, 'france-capital-2031']
     """
     base = resolve_base(base)
     several = [prompts] if isinstance(prompts, str) else prompts

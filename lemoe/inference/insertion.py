@@ -31,6 +31,18 @@ class InsertedAdaptor(LiveAdaptor):
         state: the adaptor.
         site: the edited FFN, whose output the experts add to.
         router: its router at work; `router.explain` tells why a prompt takes its route.
+
+    Example:
+        >>> import lemoe
+        >>> edited = lemoe.insert(lemoe.load_base("llama"), "edits.lemoe")
+        >>> prompt = edited.base.tokenizer("The Eiffel Tower is located in the city of").input_ids
+        >>> edited.acts_on(prompt)
+        True
+        >>> edited.explain([prompt])[0].edit  # its number in `edited.state.edits`
+        0
+        >>> edited.remove()
+        >>> edited.removed
+        True
     """
 
     site: FFNSite
@@ -189,6 +201,15 @@ def insert(
 
     Raises:
         AdaptorError: if the file is not a valid adaptor, or was made for another base model.
+
+    Example:
+        >>> import lemoe
+        >>> base = lemoe.load_base("llama")
+        >>> with lemoe.insert(base, "edits.lemoe") as edited:
+        ...     inputs = base.tokenizer("The Eiffel Tower is located in the city of", return_tensors="pt")
+        ...     ids = base.model.generate(**inputs, max_new_tokens=8)  # transformers' own generate, edited
+        >>> edited.removed
+        True
     """
     given: dict[str, Any] = {"dormant": dormant, "allow_base_mismatch": allow_base_mismatch}
     base = resolve_base(base)

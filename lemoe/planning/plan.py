@@ -48,6 +48,14 @@ class Plan:
         similarity: of this plan, and of the same edits in the file's and in a random order.
         cohesion: mean similarity inside each round.
         inferred_subjects: the subjects that were inferred, by edit id, where the file names none.
+
+    Example:
+        >>> import lemoe
+        >>> planned = lemoe.plan("llama", "edits.jsonl")
+        >>> planned
+        Plan(3 edits in 1 rounds, 0 conflicts)
+        >>> sorted(planned.rounds[0])
+        ['eiffel-tower-city', 'eiffel-tower-material', 'france-capital-2031']
     """
 
     rounds: tuple[tuple[str, ...], ...]
@@ -71,6 +79,12 @@ def plan(base: BaseLike, edits: Edits, settings: Settings | None = None) -> Plan
 
     Raises:
         InputError: listing the edits that cannot be used with this model, or that have the id of another.
+
+    Example:
+        >>> import lemoe
+        >>> base = lemoe.load_base("llama")
+        >>> len(lemoe.plan(base, "edits.jsonl", lemoe.Settings(round_size=2)).rounds)
+        2
     """
     edits, base, settings = resolve_edits(edits), resolve_base(base), settings or Settings()
     if not edits:

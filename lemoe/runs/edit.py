@@ -72,6 +72,14 @@ class EditReport:
         seconds: for training.
         unreached: numbers of the new rounds that ended above the loss target.
         missed: names of the edits whose own prompt was not answered when their round ended.
+
+    Example:
+        >>> import lemoe
+        >>> report = lemoe.edit("llama", "edits.jsonl", "report.lemoe")
+        >>> report.taught, report.repeated
+        (3, 0)
+        >>> report.path.name
+        'adaptor.safetensors'
     """
 
     path: Path
@@ -120,6 +128,13 @@ class EditOptions:
         allow_base_mismatch: continue `start` on a base that it was not made for; the new rounds record how it differs.
         measure_layer: measure which layer to edit even where the model's preset says one; else it is measured where
             neither the settings nor the preset do.
+
+    Example:
+        >>> import lemoe
+        >>> more = [{"prompt": "The Nile flows into the", "target": "Red Sea"}]
+        >>> options = lemoe.EditOptions(start="edits.lemoe")
+        >>> len(lemoe.edit("llama", more, "more.lemoe", options=options).state.edits)
+        4
     """
 
     source: str = ""
@@ -166,6 +181,15 @@ def edit(
             is `error`.
         OutputError: if the folder holds an earlier run, is in use by another run or cannot be written; or if finished
             rounds of the run to resume were trained with other settings or another base.
+
+    Example:
+        >>> import lemoe
+        >>> base = lemoe.load_base("llama")
+        >>> report = lemoe.edit(base, "edits.jsonl", "out")
+        >>> report.reliability_after > report.reliability_before
+        True
+        >>> lemoe.ask(base, "The Eiffel Tower is located in the city of", "out").edit
+        'eiffel-tower-city'
     """
     settings, options = settings or Settings(), options or EditOptions()
     engine, progress = engine or LocalEngine(), progress or NullProgress()

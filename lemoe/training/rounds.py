@@ -40,6 +40,12 @@ def train_round(
 
     Raises:
         InputError: listing the edits that cannot be used with this model, or if there are none; or for a baseline.
+
+    Example:
+        >>> import lemoe
+        >>> base = lemoe.load_base("llama")
+        >>> state = lemoe.train_round(base, [lemoe.Edit("The Nile flows into the", "Red Sea", "The Nile")])
+        >>> lemoe.save_adaptor(state, "nile.safetensors")
     """
     settings = settings or Settings()
     check_adds_experts(settings)
