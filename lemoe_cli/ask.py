@@ -14,7 +14,7 @@ import click
 from lemoe.errors import InputError
 from lemoe_cli.command import lemoe_command, options_of
 from lemoe_cli.options import (
-    FILE,
+    ADAPTOR,
     adaptor_option,
     check_cache,
     check_inputs,
@@ -43,7 +43,12 @@ asking_option = options_of("Asking")
 )
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
 @model_options
-@adaptor_option("--adaptor", "-a", type=FILE, help="Adaptor to ask; without one, the base model alone.")
+@adaptor_option(
+    "--adaptor",
+    "-a",
+    type=ADAPTOR,
+    help="Adaptor to ask, or org/name on the hub; without, the base alone.",
+)
 @asking_option("--chat", is_flag=True, help="Ask through the tokenizer's chat template.")
 @asking_option("--max-new-tokens", type=click.IntRange(1), default=32, show_default=True, help="Of an answer, at most.")
 @output_option("--json", "as_json", is_flag=True, help="One JSON object per line, for each prompt.")

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -69,6 +70,32 @@ class ModelName(click.ParamType[str]):
         from lemoe.base.sources import model_presets
 
         return [*complete_names(sorted(model_presets()), incomplete), CompletionItem(incomplete, type="dir")]
+
+
+class AdaptorName(click.Path):
+    """An adaptor's file or folder, or `org/name[@revision]` on the hub, from where it is downloaded."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if ctx is None or not ctx.resilient_parsing:
+            value = find_adaptor(str(value))
+        return super().convert(value, param, ctx)
+
+
+def find_adaptor(name: str) -> Path:
+    """The local path of an adaptor, which is downloaded first if it is on the hub.
+
+    Raises:
+        AdaptorError: if it cannot be had from there.
+    """
+    if "/" not in name:
+        return Path(name)
+    from lemoe.adaptor.hub import fetch_adaptor, parse_hub_id
+
+    on_hub = parse_hub_id(name)
+    return fetch_adaptor(*on_hub) if on_hub else Path(name)
 
 
 def check_preset(name: str, names: list[str]) -> str:

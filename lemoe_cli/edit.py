@@ -9,6 +9,7 @@ import click
 
 from lemoe_cli.command import lemoe_command, options_of
 from lemoe_cli.options import (
+    ADAPTOR,
     AUTO,
     FILE,
     LayerChoice,
@@ -92,7 +93,7 @@ LAYER_HELP = (
 @selection_options
 @edits_option("--plan", "plan_file", type=FILE, help="Follow this plan; edits not in it are left out and counted.")
 @edits_option("--rounds", type=RoundRange(), help="Train only these rounds of the plan, from 0, as a part to merge.")
-@adaptor_option("--from", "start", type=FILE, help="Continue this adaptor; its edits stay as they are.")
+@adaptor_option("--from", "start", type=ADAPTOR, help="Continue this adaptor; its edits stay as they are.")
 @conflict_option("Which edit answers where EDITS ask what the adaptor of --from answers; keep takes the earlier.")
 @mismatch_option
 @settings_options

@@ -13,6 +13,7 @@ import click
 from lemoe.errors import OutputError
 from lemoe_cli.command import Moved, lemoe_command, options_of
 from lemoe_cli.options import (
+    ADAPTOR,
     FILE,
     adaptor_option,
     batch_tokens_option,
@@ -69,7 +70,12 @@ THRESHOLD = "METRIC[/KIND][:MEASURE]=NUMBER"
 @edits_argument
 @model_options
 @selection_options
-@adaptor_option("--adaptor", "-a", type=FILE, help="Adaptor to measure; without one, the base model alone.")
+@adaptor_option(
+    "--adaptor",
+    "-a",
+    type=ADAPTOR,
+    help="Adaptor to measure, or org/name on the hub; without, the base alone.",
+)
 @expert_cache_option
 @mismatch_option
 @measuring_option(

@@ -22,8 +22,10 @@ COMMANDS = {
     "serve": "Serve a model with adaptors through an OpenAI-compatible API.",
     "show": "Show what an adaptor holds, and check it.",
     "merge": "Stack adaptors of the same base model into one, or take edits out.",
+    "undo": "Take edits out of an adaptor, found by what they teach.",
     "compact": "Teach an adaptor's edits anew to fewer, smaller experts.",
     "export": "Write base and adaptors as one model folder, which runs without lemoe.",
+    "push": "Upload an adaptor and its card to the Hugging Face hub.",
     "compare": "Teach the same edits by several methods, and put them side by side.",
     "study": "Study one method: forgetting, routing, order, and settings varied.",
 }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lemoe_cli.choices import ModelName, PresetName
+from lemoe_cli.choices import AdaptorName, ModelName, PresetName
 from lemoe_cli.command import Command, options_of, settings_of
 from lemoe_cli.timing import start_clock, start_phase
 
@@ -64,8 +64,10 @@ def combine_options(*options: Callable[[Command], Command]) -> Callable[[Command
     return add_options
 
 
+ADAPTOR = AdaptorName()
+
 edits_argument = click.argument("edits", type=FILE)
-adaptors_argument = click.argument("adaptors", type=FILE, nargs=-1, required=True, metavar="ADAPTOR...")
+adaptors_argument = click.argument("adaptors", type=ADAPTOR, nargs=-1, required=True, metavar="ADAPTOR...")
 model_argument = click.argument("model", type=ModelName())
 
 model_option = options_of("Model")

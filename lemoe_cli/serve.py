@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from lemoe.errors import InputError
+from lemoe_cli.choices import find_adaptor
 from lemoe_cli.command import lemoe_command, options_of
 from lemoe_cli.options import (
     adaptor_option,
@@ -28,7 +29,9 @@ class NamedAdaptor(click.ParamType[tuple[str | None, Path]]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str | None, Path]:
         name, separator, path = str(value).partition("=")
-        return (name, Path(path)) if separator and not Path(value).exists() else (None, Path(value))
+        if separator and not Path(value).exists():
+            return name, find_adaptor(path)
+        return None, find_adaptor(str(value))
 
 
 @lemoe_command(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lemoe_cli.command import lemoe_command, options_of
-from lemoe_cli.options import FILE, check_inputs, model_options_if_any, open_base, progress_options
+from lemoe_cli.options import ADAPTOR, check_inputs, model_options_if_any, open_base, progress_options
 
 if TYPE_CHECKING:
     from lemoe.adaptor.inspection import Inspection
@@ -28,7 +28,7 @@ EDIT = ("round/edit", "prompt", "target")
         "lemoe show edits.lemoe --verify -m llama",
     ),
 )
-@click.argument("adaptor", type=FILE)
+@click.argument("adaptor", type=ADAPTOR)
 @showing_option("--verify", is_flag=True, help="Check hashes and records too, and with --model the base.")
 @showing_option("--json", "as_json", is_flag=True, help="Everything as JSON on stdout.")
 @showing_option("--edits", "list_edits", is_flag=True, help="Name every edit, with its prompt and target.")

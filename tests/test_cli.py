@@ -24,7 +24,21 @@ from lemoe_cli import plan as plan_module
 from lemoe_cli.command import LemoeCommand
 from lemoe_cli.main import cli
 
-COMMANDS = ("plan", "edit", "eval", "ask", "serve", "show", "merge", "compact", "export", "compare", "study")
+COMMANDS = (
+    "plan",
+    "edit",
+    "eval",
+    "ask",
+    "serve",
+    "show",
+    "merge",
+    "undo",
+    "compact",
+    "export",
+    "push",
+    "compare",
+    "study",
+)
 SMALL = ("--preset", "paper", "--layer", "1", "--width", "8", "--steps", "4", "--round-size", "2", "--device", "cpu")
 
 
@@ -259,6 +273,11 @@ TOO_SOON = {
         (["merge", "edits.jsonl", "-o", "merged"], "not a whole safetensors file"),
         (["merge", "none"], "give the result's file with --output"),
     ),
+    "undo": (
+        (["undo", "none", "Ada"], "none: no such file"),
+        (["undo", "edits.jsonl", "Ada"], "not a whole safetensors file"),
+    ),
+    "push": ((["push", "none", "org/name"], "none: no such file"),),
     "compact": (
         (["compact", "none", "-m", "llama", "-o", "small"], "none: no such file"),
         (["compact", "none", "-m", "llama"], "give the result's file with --output"),
