@@ -119,6 +119,11 @@ LAYER_HELP = (
 @where_option("--workers", type=click.IntRange(1), help="Rounds that Ray trains at once.  [default: as there is room]")
 @output_option("--output", "-o", type=FILE, help="Folder for the result.  [default: EDITS with .lemoe]")
 @output_option("--resume", is_flag=True, help="Go on with an interrupted run: same edits, same settings.")
+@output_option(
+    "--log-to",
+    type=click.Choice(["tensorboard", "csv", "json"]),
+    help="Log every step and round under DIR/logs, for other tools (tensorboard: extra `tensorboard`).",
+)
 @json_option
 @force_option
 @progress_options
@@ -134,6 +139,7 @@ def edit_command(
     address: str | None,
     workers: int | None,
     resume: bool,
+    log_to: str | None,
     as_json: bool,
     force: bool,
     quiet: bool,
@@ -157,8 +163,10 @@ def edit_command(
     """
     from lemoe.planning.plan_file import read_plan
     from lemoe.runs.folder import PLAN_NAME, check_folder, check_round_range
+    from lemoe_cli.logs import check_log
 
     _check_engine_options(engine, address, workers, options)
+    check_log(log_to)
     read = open_edits(edits, options)
     folder = output or edits.with_suffix(".lemoe")
     measure_layer = options["layer"] == AUTO
@@ -178,9 +186,10 @@ def edit_command(
     earlier = load_adaptor(start) if start else None
     base = open_base(options, quiet=quiet)
 
+    from lemoe_cli.logs import LoggedProgress
     from lemoe_cli.ui import EditProgress
 
-    with EditProgress(quiet=quiet) as progress:
+    with LoggedProgress(folder, log_to, quiet=quiet) if log_to else EditProgress(quiet=quiet) as progress:
         report = edit(
             base,
             read,
