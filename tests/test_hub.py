@@ -140,7 +140,7 @@ def test_an_adaptor_is_pushed_with_its_card_and_taken_by_its_name(
     anchor: Callable[..., lemoe.Settings],
     tmp_path: Path,
 ) -> None:
-    lemoe.edit(base, facts[:2], anchor(steps=1), tmp_path / "run")
+    lemoe.edit(base, facts[:2], tmp_path / "run", anchor(steps=1))
     adaptor = (tmp_path / "run" / "adaptor.safetensors").read_bytes()
     unasked = lemoe_with_hub("push", tmp_path / "run", "org/facts")
     assert (unasked.returncode, hub.repositories) == (1, {})
