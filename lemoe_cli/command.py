@@ -109,7 +109,7 @@ def _respell(moved: Moved, args: Sequence[str], position: int) -> str:
 
 def _named_preset(arguments: Sequence[str]) -> str | None:
     """The preset that the arguments name."""
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for word, following in zip(arguments, [*arguments, ""][1:], strict=True):
         name, equals, value = word.partition("=")
         if name == "--preset":
             return value if equals else following

@@ -59,22 +59,12 @@ def export_command(
     """
     check_inputs(adaptors, {**options, "model": model}, quiet=quiet)
 
-    from lemoe.exporting.folder import export_model
+    from lemoe.exporting.folder import ExportOptions, export_model
     from lemoe_cli.ui import show_stage
 
     with show_stage("reading the adaptors", quiet=quiet) as notify:
-        exported = export_model(
-            model,
-            adaptors,
-            output,
-            device=options["device"],
-            revision=options["revision"],
-            on_conflict=on_conflict,
-            drop=drop,
-            dtype=dtype,
-            overwrite=force,
-            notify=notify,
-        )
+        how = ExportOptions(options["device"], options["revision"], on_conflict, drop, dtype, overwrite=force)
+        exported = export_model(model, adaptors, output, how, notify=notify)
     if as_json:
         written = {"path": str(exported.folder), "size": exported.size, "compared": exported.compared}
         print_json({**list_merged(exported.merged, None), **written})

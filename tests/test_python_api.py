@@ -1,5 +1,6 @@
 """What a Python user meets: names that are found, values that are taken as people have them, and reprs that tell."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -53,6 +54,12 @@ def test_every_public_name_is_there() -> None:
     assert all(getattr(lemoe, name) is not None for name in lemoe.__all__)
     with pytest.raises(AttributeError, match="no attribute 'edti'"):
         _ = lemoe.edti
+
+
+@pytest.mark.parametrize("name", lemoe.__all__)
+def test_no_public_function_takes_more_than_seven_arguments(name: str) -> None:
+    if inspect.isfunction(function := getattr(lemoe, name)):
+        assert len(inspect.signature(function).parameters) <= 7, "group them in a dataclass, as in `EditOptions`"
 
 
 def test_an_edit_needs_no_id_and_gets_the_one_that_the_reader_gives(edits_file: Path) -> None:

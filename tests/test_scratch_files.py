@@ -11,7 +11,7 @@ import pytest
 import lemoe
 from lemoe.adaptor.merging import merge_adaptors
 from lemoe.data.files import remove_scratch, write_atomically
-from lemoe.exporting.folder import export_model
+from lemoe.exporting.folder import ExportOptions, export_model
 
 SettingsOf = Callable[..., lemoe.Settings]
 
@@ -112,7 +112,7 @@ def test_a_folder_that_was_being_replaced_when_its_writer_was_killed_is_restored
     with pytest.raises(lemoe.LemoeError, match="exists"):
         export_model(str(tiny_folder("llama")), [adaptor], target)
     assert [path.name for path in target.iterdir()] == ["mine"]
-    export_model(str(tiny_folder("llama")), [adaptor], target, overwrite=True)
+    export_model(str(tiny_folder("llama")), [adaptor], target, ExportOptions(overwrite=True))
     assert (target / "adaptor.safetensors").is_file()
     assert [path.name for path in target.parent.iterdir()] == ["whole"]
 

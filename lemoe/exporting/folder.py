@@ -49,17 +49,30 @@ class ExportResult:
     compared: int
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    """How base and adaptors are read and written.
+
+    Attributes:
+        device, revision: of the base; see `load_base`.
+        on_conflict, drop, dtype: see `merge_adaptors`.
+        overwrite: replace the folder if it is there.
+    """
+
+    device: str = "auto"
+    revision: str | None = None
+    on_conflict: OnConflict = "latest"
+    drop: Sequence[str] = ()
+    dtype: str | None = None
+    overwrite: bool = False
+
+
 def export_model(
-    model: str,
+    model: Path | str,
     paths: Sequence[Path | str],
     folder: Path | str,
+    options: ExportOptions | None = None,
     *,
-    device: str = "auto",
-    revision: str | None = None,
-    on_conflict: OnConflict = "latest",
-    drop: Sequence[str] = (),
-    dtype: str | None = None,
-    overwrite: bool = False,
     notify: Notify = lambda stage: None,
 ) -> ExportResult:
     """Write a folder that transformers loads with `trust_remote_code=True`, without lemoe, as base and adaptors.
@@ -71,7 +84,9 @@ def export_model(
 
     Args:
         model: of the base: a preset name, a folder, or a hub id.
-        on_conflict, drop, dtype: see `merge_adaptors`.
+        paths: of the adaptors, in order.
+        folder: to be written.
+        options: a new folder, with all of the adaptors' edits, if None.
         notify: called with one line for each stage that takes time.
 
     Raises:
@@ -80,12 +95,18 @@ def export_model(
         OutputError: if the folder exists or cannot be written.
         LemoeError: if the folder does not answer as base and adaptor do.
     """
-    folder = Path(folder)
+    folder, options = Path(folder), options or ExportOptions()
     restore_replaced(folder)
-    check_overwrite(folder, overwrite=overwrite)
-    with _publish_folder(folder, overwrite=overwrite) as scratch:
-        merged = merge_adaptors(paths, scratch / ADAPTOR_NAME, on_conflict=on_conflict, drop=drop, dtype=dtype)
-        base = load_base(model, device=device, revision=revision, notify=notify)
+    check_overwrite(folder, overwrite=options.overwrite)
+    with _publish_folder(folder, overwrite=options.overwrite) as scratch:
+        merged = merge_adaptors(
+            paths,
+            scratch / ADAPTOR_NAME,
+            on_conflict=options.on_conflict,
+            drop=options.drop,
+            dtype=options.dtype,
+        )
+        base = load_base(model, device=options.device, revision=options.revision, notify=notify)
         state = load_adaptor(scratch)
         texts = _comparison_texts(base, state)
         notify("asking base and adaptor")
