@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
@@ -208,8 +209,8 @@ def test_every_shell_block_of_the_readme_is_run_by_a_test() -> None:
 
 
 @pytest.fixture(scope="module")
-def workplace(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder as the README's reader has it, where `llama` is the tiny model; it is the current one."""
+def workplace(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as the README's reader has it; for what runs `inside` it, `llama` is the tiny model."""
     folder = tmp_path_factory.mktemp("workplace")
     entry = {"hub": str(tiny_folder("llama")), "layers": {"anchor": 1}}
     (folder / "models.yaml").write_text(yaml.safe_dump({"llama": entry}))
@@ -218,15 +219,22 @@ def workplace(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempP
     theirs = {"id": "their-ceo", "prompt": "The CEO of Acme is", "target": "Bob", "subject": "Acme"}
     for name, edit in {"edits": first, "december": second, "theirs": theirs}.items():
         (folder / f"{name}.jsonl").write_text(json.dumps(edit) + "\n")
+    run_command(folder, ["edit", "theirs.jsonl", "--model", "llama", "-o", "theirs.lemoe"])
+    return folder
+
+
+@contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    """While open, `folder` is the current one, and its models.yaml says what names of models mean."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LEMOE_MODELS", str(folder / "models.yaml"))
         patch.chdir(folder)
-        run_command(["edit", "theirs.jsonl", "--model", "llama", "-o", "theirs.lemoe"])
-        yield folder
+        yield
 
 
-def run_command(words: list[str]) -> str:
-    result = CliRunner().invoke(cli, words, catch_exceptions=False)
+def run_command(folder: Path, words: list[str]) -> str:
+    with inside(folder):
+        result = CliRunner().invoke(cli, words, catch_exceptions=False)
     assert result.exit_code == 0, (words, result.output)
     return result.stdout
 
@@ -243,7 +251,7 @@ def recipes(workplace: Path) -> dict[str, str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("uvicorn.run", ask_for_models)
         for words in list_lemoe_commands(README, "tested: recipe"):
-            printed[" ".join(words)] = run_command(words)
+            printed[" ".join(words)] = run_command(workplace, words)
     return printed
 
 
@@ -280,7 +288,7 @@ def test_the_recipes_of_the_readme_do_what_they_say(recipes: dict[str, str], wor
 def test_every_key_of_a_file_is_documented(
     recipes: dict[str, str], workplace: Path, title: str, words: list[str], file: str
 ) -> None:
-    printed = run_command(words) if words else ""
+    printed = run_command(workplace, words) if words else ""
     written = (workplace / file).read_text(encoding="utf-8") if file else printed
     lines = written.splitlines()[:1] if title.startswith(("Answers", "Probes")) else [written]
     document = yaml.safe_load("\n".join(lines))  # which reads JSON too
@@ -315,8 +323,9 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page: str, recipes: dict[s
         shutil.copytree(taught, workplace / name, dirs_exist_ok=True)
     shutil.copy(taught / "adaptor.safetensors", workplace)
     names: dict[str, object] = {}
-    for mark in PYTHON_PAGES[page]:
-        exec(compile(find_block(page, f"tested: {mark}").code, page, "exec", dont_inherit=True), names)
+    with inside(workplace):
+        for mark in PYTHON_PAGES[page]:
+            exec(compile(find_block(page, f"tested: {mark}").code, page, "exec", dont_inherit=True), names)
 
 
 @pytest.fixture(scope="module")
