@@ -1,7 +1,7 @@
 # lemoe on a CPU:
 #   docker build -t lemoe .
-#   docker run --rm --user "$(id -u):$(id -g)" -v "$PWD:/work" -v lemoe:/cache lemoe edit edits.jsonl --model llama
-#   docker run --rm -p 8000:8000 -v "$PWD:/work" -v lemoe:/cache lemoe serve --model llama --adaptor edits.lemoe --host 0.0.0.0
+#   docker run --rm --user "$(id -u):$(id -g)" -v "$PWD:/data" -v lemoe:/cache lemoe edit edits.jsonl --model llama
+#   docker run --rm -p 8000:8000 -v "$PWD:/data" -v lemoe:/cache lemoe serve --model llama --adaptor edits.lemoe --host 0.0.0.0
 FROM python:3.12-slim AS build
 WORKDIR /src
 COPY constraints.txt ./
@@ -20,7 +20,7 @@ COPY --from=build /opt/lemoe /opt/lemoe
 RUN mkdir -m 1777 /cache
 ENV PATH=/opt/lemoe/bin:$PATH LEMOE_CACHE=/cache/lemoe HF_HOME=/cache/huggingface HOME=/tmp
 VOLUME /cache
-WORKDIR /work
+WORKDIR /data
 USER 1000:1000
 EXPOSE 8000
 ENTRYPOINT ["lemoe"]
