@@ -65,6 +65,7 @@ class Settings:
         gate_slack: tokens that an open gate stays open beyond the target's length.
         norm_limit: how far any weight may move from the base's, for `ft` and `rect`.
         change_share: share of a round's changes of weights that stays, the largest relative to the weight, for `rect`.
+        demonstrations: other edits, as new facts and their answers, in front of the fact, for `context` and `rag`.
         retrieval_threshold: cosine of a prompt and a fact from which the fact is put in front of it, for `rag`.
         merge_share: how far weights go from those before a round towards those it trained, for `lora-merge`.
         radius: Euclidean distance up to which what an FFN reads counts as an edit's, for `grace`.
@@ -107,6 +108,7 @@ class Settings:
     gate_slack: int = 16
     norm_limit: float = 5e-4
     change_share: float = 1.0
+    demonstrations: int = 0
     retrieval_threshold: float = 0.0
     merge_share: float = 1.0
     radius: float = 1.0
@@ -149,6 +151,7 @@ _NOT_NEGATIVE = (
     "gate_conflict",
     "gate_slack",
     "norm_limit",
+    "demonstrations",
     "retrieval_threshold",
     "radius",
 )

@@ -358,7 +358,7 @@ def test_nothing_is_stacked_onto_a_mixture_or_taken_out_of_it(base: lemoe.BaseMo
 
 
 def test_settings_of_baselines_change_nothing_of_an_adaptor(base: lemoe.BaseModel, facts: list[lemoe.Edit]) -> None:
-    given = {"change_share": 0.5, "merge_share": 0.5, "radius": 0.5, "retrieval_threshold": 0.5}
+    given = {"change_share": 0.5, "demonstrations": 4, "merge_share": 0.5, "radius": 0.5, "retrieval_threshold": 0.5}
     one, other = (train_rounds(base, facts, "paper", rounds=1, steps=2, **own)[0] for own in ({}, given))
     assert isinstance(one, lemoe.AdaptorState)
     assert isinstance(other, lemoe.AdaptorState)
@@ -384,6 +384,24 @@ def test_context_puts_the_edit_that_is_asked_about_in_front_once_it_is_taught(
     assert first.complete(asked, facts[0]) == f"New Fact: {facts[0].prompt} {facts[0].target}\nPrompt: {asked}"
     assert first.complete(asked, facts[2]) == asked != both.complete(asked, facts[2])
     assert count_bytes(first) == sum(len(f"{edit.prompt} {edit.target}".encode()) for edit in facts[:2])
+
+
+@pytest.mark.parametrize("method", PROMPTING)
+def test_demonstrations_are_the_other_edits_nearest_to_the_fact_the_nearest_last(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], method: str
+) -> None:
+    asked = lemoe.Edit("The capital of Peru is", "Cusco", "Peru")
+    near = lemoe.Edit("The capital of Chile is", "Temuco", "Chile")
+    nearer = lemoe.Edit("The old capital of Peru is", "Lima", "Peru")
+    again = lemoe.Edit(asked.prompt, "Puno", "Peru")
+    taught = (
+        [asked, again, nearer, *facts[:2], near] if method == "context" else [again, asked, nearer, *facts[:2], near]
+    )
+    (found,) = teach_rounds(base, [taught], make_settings(method, demonstrations=2))
+    assert isinstance(found, Context)
+    blocks = found.complete(asked.prompt, asked).split("\n\n")
+    shown = [f"New Fact: {each.prompt} {each.target}\nPrompt: {each.prompt} {each.target}" for each in (near, nearer)]
+    assert blocks == [*shown, f"New Fact: {asked.prompt} {asked.target}\nPrompt: {asked.prompt}"]
 
 
 def test_rag_finds_the_nearest_edit_the_latest_of_equals_and_none_below_its_threshold(

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 
 GATE_SETTINGS = {"gate", "gate_probability"}
-BASELINE_SETTINGS = {"change_share", "merge_share", "radius", "retrieval_threshold"}  # of methods that make no adaptors
+# Of methods that make no adaptors:
+BASELINE_SETTINGS = {"change_share", "demonstrations", "merge_share", "radius", "retrieval_threshold"}
 
 
 @dataclass(frozen=True, slots=True)
