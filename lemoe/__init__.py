@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lemoe.adaptor.checkpoint import load_adaptor, save_adaptor
     from lemoe.adaptor.state import AdaptorState, stack
     from lemoe.base.loading import BaseModel, answer, load_base
+    from lemoe.data.conversation import Conversation
     from lemoe.data.edits import Edit, Probe, read_edits
     from lemoe.errors import LemoeError
     from lemoe.evaluation.comparison import Comparison, compare
@@ -35,6 +36,7 @@ _HOMES = {
     "AdaptorState": "adaptor.state",
     "BaseModel": "base.loading",
     "Comparison": "evaluation.comparison",
+    "Conversation": "data.conversation",
     "Edit": "data.edits",
     "EditOptions": "runs.edit",
     "EditReport": "runs.edit",
@@ -71,6 +73,7 @@ __all__ = [
     "AdaptorState",
     "BaseModel",
     "Comparison",
+    "Conversation",
     "Edit",
     "EditOptions",
     "EditReport",

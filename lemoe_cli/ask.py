@@ -1,16 +1,17 @@
-"""`lemoe ask`: answers before and after, and which edit acted, for prompts on the command line or on stdin."""
+"""`lemoe ask`: answers before and after, and which edit acted; of prompts, lines of stdin, or in a conversation."""
 
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
-from itertools import chain, islice
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from lemoe.data.conversation import Conversation
 from lemoe.errors import InputError
 from lemoe_cli.command import lemoe_command, options_of
 from lemoe_cli.options import (
@@ -26,18 +27,26 @@ from lemoe_cli.options import (
     output_option,
     progress_options,
 )
+from lemoe_cli.prompt_lines import Line, batch_lines, read_lines
+from lemoe_cli.routes import describe_route
 
 if TYPE_CHECKING:
+    from lemoe.base.loading import BaseModel
     from lemoe.inference.asking import Reply
+    from lemoe.inference.insertion import InsertedAdaptor
 
 
 asking_option = options_of("Asking")
+
+TOKENS = 32  # of an answer, at most
+TOKENS_IN_CONVERSATION = 256
 
 
 @lemoe_command(
     "ask",
     examples=(
         "lemoe ask 'Where is the Eiffel Tower?' -m llama -a edits.lemoe",
+        "lemoe ask -m llama -a edits.lemoe",
         "lemoe ask -m llama -a edits.lemoe --chat --json < prompts.txt",
     ),
 )
@@ -50,8 +59,18 @@ asking_option = options_of("Asking")
     help="Adaptor to ask, or org/name on the hub; without, the base alone.",
 )
 @asking_option("--chat", is_flag=True, help="Ask through the tokenizer's chat template.")
-@asking_option("--max-new-tokens", type=click.IntRange(1), default=32, show_default=True, help="Of an answer, at most.")
-@output_option("--json", "as_json", is_flag=True, help="One JSON object per line, for each prompt.")
+@asking_option("--system", metavar="TEXT", help="System prompt of a conversation, or of each prompt with --chat.")
+@asking_option(
+    "--max-new-tokens",
+    type=click.IntRange(1),
+    help=f"Of an answer, at most.  [default: {TOKENS}; in a conversation {TOKENS_IN_CONVERSATION}]",
+)
+@output_option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help='One JSON object per line, for each prompt; lines of stdin may be {"messages": [...]} too.',
+)
 @asking_option(
     "--batch",
     type=click.IntRange(1),
@@ -66,7 +85,8 @@ def ask_command(
     prompts: tuple[str, ...],
     adaptor: Path | None,
     chat: bool,
-    max_new_tokens: int,
+    system: str | None,
+    max_new_tokens: int | None,
     as_json: bool,
     batch: int,
     allow_base_mismatch: bool,
@@ -75,74 +95,124 @@ def ask_command(
 ) -> None:
     """Ask each PROMPT: greedy answers before and after, and which edits acted, or why none did.
 
-    Without a PROMPT, or with -, every line of stdin is one.
+    Without a PROMPT, in a terminal, this is a conversation: /help lists its commands. With -, or where stdin is no
+    terminal, every line of stdin is a prompt.
     """
     check_cache(adaptor, options)
-    batches = _batch_prompts(_read_prompts() if prompts in ((), ("-",)) else prompts, batch)
+    talking = not prompts and not as_json and sys.stdin.isatty() and sys.stdout.isatty()
+    if system is not None and not chat and not talking:
+        raise click.UsageError("--system needs --chat: only a chat template has a place for a system prompt")
+    batches = iter(()) if talking else _read_batches(prompts, batch, as_json=as_json)
+    check_inputs([adaptor], options, quiet=quiet)
+
+    from lemoe_cli.conversation import converse
+
+    base = open_base(options, quiet=quiet)
+    inserted = _insert_adaptor(base, adaptor, options["expert_cache"], allow_mismatch=allow_base_mismatch)
+    with inserted or nullcontext():
+        if talking:
+            converse(base, inserted, system, max_new_tokens or TOKENS_IN_CONVERSATION, quiet=quiet)
+        else:
+            _answer_batches(base, inserted, batches, Asking(chat, system, max_new_tokens or TOKENS), as_json=as_json)
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How prompts are asked; see the options of the command."""
+
+    chat: bool
+    system: str | None
+    max_new_tokens: int
+
+
+def _read_batches(prompts: Sequence[str], size: int, *, as_json: bool) -> Iterator[list[Line]]:
+    named = (Line(number, prompt) for number, prompt in enumerate(prompts, 1))
+    batches = batch_lines(read_lines(conversations=as_json) if prompts in ((), ("-",)) else named, size)
     first = next(batches, None)
     if first is None:
         raise InputError("no prompts: name them on the command line, or give one per line on stdin")
-    check_inputs([adaptor], options, quiet=quiet)
+    return chain([first], batches)
 
+
+def _insert_adaptor(
+    base: "BaseModel", adaptor: Path | None, expert_cache: int | None, *, allow_mismatch: bool
+) -> "InsertedAdaptor | None":
     from lemoe.adaptor.state import check_base
-    from lemoe.inference.asking import ask
     from lemoe.inference.insertion import insert
     from lemoe_cli.ui import print_note
 
-    file = open_adaptor(adaptor) if adaptor else None
-    base = open_base(options, quiet=quiet)
-    for difference in check_base(base, file.state, allow=allow_base_mismatch) if file else ():
+    if adaptor is None:
+        return None
+    file = open_adaptor(adaptor)
+    for difference in check_base(base, file.state, allow=allow_mismatch):
         print_note(f"warning: another base than the adaptor was made for: {difference}")
-    edited = None
-    if file is not None:
-        edited = insert(base, file, expert_cache=options["expert_cache"], allow_base_mismatch=allow_base_mismatch)
-    with edited or nullcontext():
-        for asked in chain([first], batches):
-            replies = ask(base, asked, edited, chat=chat, max_new_tokens=max_new_tokens)
-            if as_json:
-                _print_json(replies)
+    return insert(base, file, expert_cache=expert_cache, allow_base_mismatch=allow_mismatch)
+
+
+def _answer_batches(
+    base: "BaseModel",
+    edited: "InsertedAdaptor | None",
+    batches: Iterable[Sequence[Line]],
+    asking: Asking,
+    *,
+    as_json: bool,
+) -> None:
+    """Answer all lines, in their order; those that hold no conversation that the model takes are reported."""
+    failed = 0
+    for batch in batches:
+        lines = [_check_line(base, line, asking) for line in batch]
+        replies = iter(_ask_lines(base, edited, [line for line in lines if line.problem is None], asking))
+        for line in lines:
+            if line.problem is not None:
+                failed += 1
+                _report_line(line)
+            elif as_json:
+                click.echo(json.dumps(asdict(next(replies)), ensure_ascii=False))
             else:
-                _show_replies(replies)
+                _show_reply(next(replies))
+    if failed:
+        raise InputError(f"lines of stdin that were not answered: {failed}")
 
 
-def _read_prompts() -> Iterator[str]:
-    """The lines of stdin that are not empty."""
-    for number, raw in enumerate(sys.stdin.buffer, 1):
-        try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-        except UnicodeDecodeError as error:
-            raise InputError(f"stdin:{number}: not UTF-8 text (byte {error.start} of the line)") from None
-        if "\0" in line:
-            raise InputError(f"stdin:{number}: expected text, one prompt per line; there are zero bytes in it")
-        if line:
-            yield line
+def _check_line(base: "BaseModel", line: Line, asking: Asking) -> Line:
+    """The line with its system prompt and its problem, if it is a conversation; all prompts are checked together."""
+    from lemoe.inference.asking import find_problem
+
+    if line.problem is not None or isinstance(line.asked, str):
+        return line
+    asked = line.asked.with_system(asking.system)
+    return replace(line, asked=asked, problem=find_problem(base, asked, max_new_tokens=asking.max_new_tokens))
 
 
-def _batch_prompts(prompts: Iterable[str], size: int) -> Iterator[list[str]]:
-    waiting = iter(prompts)
-    return iter(lambda: list(islice(waiting, size)), [])
+def _ask_lines(
+    base: "BaseModel", edited: "InsertedAdaptor | None", lines: Sequence[Line], asking: Asking
+) -> "list[Reply]":
+    from lemoe.inference.asking import Prompt, ask
+
+    asked: list[Prompt] = [
+        Conversation.from_prompt(line.asked, asking.system)
+        if isinstance(line.asked, str) and asking.system is not None
+        else line.asked
+        for line in lines
+    ]
+    return ask(base, asked, edited, chat=asking.chat, max_new_tokens=asking.max_new_tokens)
 
 
-def _print_json(replies: "Sequence[Reply]") -> None:
-    for reply in replies:
-        click.echo(json.dumps(asdict(reply), ensure_ascii=False))
+def _report_line(line: Line) -> None:
+    """On stderr, and on stdout in the place of its answer, so that who wrote it does not wait."""
+    from lemoe_cli.ui import print_note
+
+    print_note(f"stdin:{line.number}: {line.problem}")
+    click.echo(json.dumps({"line": line.number, "error": line.problem}, ensure_ascii=False))
 
 
-def _show_replies(replies: "Sequence[Reply]") -> None:
+def _show_reply(reply: "Reply") -> None:
     from lemoe_cli.ui import print_table, results
 
-    for reply in replies:
-        if reply.route is None:
-            print_table(" ".join(reply.prompt.split("\n")), ("before",), [(reply.before,)])
-        else:
-            cells = (reply.before, reply.after or "", _describe_route(reply))
-            print_table(" ".join(reply.prompt.split("\n")), ("before", "after", "edit"), [cells], left=3)
-        results.print()
-
-
-def _describe_route(reply: "Reply") -> str:
-    """Which edits acted, and when, or why none did."""
-    if reply.acted and reply.route is not None:
-        later = " (later in the answer)" if reply.route.expert < 0 else ""
-        return ", ".join(reply.acted) + later
-    return "none: no subject mentioned" if reply.nearest is None else f"none: asks something else than {reply.nearest}"
+    title = " ".join(reply.prompt.split("\n"))
+    if reply.route is None:
+        print_table(title, ("before",), [(reply.before,)])
+    else:
+        cells = (reply.before, reply.after or "", describe_route(reply))
+        print_table(title, ("before", "after", "edit"), [cells], left=3)
+    results.print()

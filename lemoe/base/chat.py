@@ -6,12 +6,10 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError
 
 from lemoe.base.tokens import Passage, check_context_length
+from lemoe.data.conversation import Turn
 
 if TYPE_CHECKING:
     from lemoe.base.loading import BaseModel
-
-
-Turn = tuple[str, str]  # role and what it says
 
 
 def encode_chat_turn(base: "BaseModel", prompt: str, before: Sequence[Turn] = ()) -> Passage:

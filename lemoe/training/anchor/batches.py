@@ -14,13 +14,14 @@ import numpy
 import torch
 from torch import Tensor
 
-from lemoe.base.chat import Turn, encode_chat_turn
+from lemoe.base.chat import encode_chat_turn
 from lemoe.base.equality import TensorEquality
 from lemoe.base.frozen import FrozenBatch, PrefixActivations, compute_prefix_activations
 from lemoe.base.loading import BaseModel
 from lemoe.base.structure import FFNSite
 from lemoe.base.tensors import rms_normalise
 from lemoe.base.tokens import Batch, Passage, encode_passage, encode_passages, replay_buckets
+from lemoe.data.conversation import Turn
 from lemoe.data.edits import Edit
 from lemoe.routing.anchor.anchors import build_gate
 from lemoe.routing.anchor.gate import Anchor, Gate
