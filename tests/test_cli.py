@@ -231,7 +231,10 @@ TOO_SOON = {
         (["edit", "bad.jsonl", "-m", "llama"], "bad.jsonl:1: "),
         (["edit", "edits.jsonl", "-m", "lama"], "--model lama: no such folder or preset; did you mean llama?"),
         (["edit", "edits.jsonl", "-m", "llama", "--preset", "papr"], "did you mean paper? there is: anchor, paper"),
-        (["edit", "edits.jsonl", "-m", "llama", "--preset", "lora"], "lemoe compare EDITS --presets lora"),
+        (
+            ["edit", "edits.jsonl", "-m", "llama", "--preset", "lora"],
+            "for comparison alone: `lemoe compare` measures it",
+        ),
         (["edit", "bad.csv", "-m", "llama"], "bad.csv:2: "),
         (["edit", "sheet.xlsx", "-m", "llama"], "sheet.xlsx: this is a spreadsheet"),
         (["edit", "edits.jsonl", "-m", "llama", "--config", "none.yaml"], "none.yaml: cannot be read"),

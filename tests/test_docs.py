@@ -43,6 +43,7 @@ from lemoe.routing.registry import ROUTERS
 from lemoe.settings import preset_names
 from lemoe.training.rounds import teach_rounds
 from lemoe_cli.main import COMMANDS, cli
+from lemoe_cli.wording import name_options
 
 README = "README.md"
 PAGES = [name_document(path) for path in DOCUMENTS]
@@ -118,14 +119,14 @@ def test_the_complete_record_has_every_key_and_no_other(tmp_path: Path) -> None:
 
 @functools.cache
 def list_messages() -> tuple[str, ...]:
-    """Every text in the code, with `…` for what is put into it."""
+    """Every text in the code as the command line says it, with `…` for what is put into it."""
     found = []
     for path in (*(REPOSITORY / "lemoe").rglob("*.py"), *(REPOSITORY / "lemoe_cli").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             parts = node.values if isinstance(node, ast.JoinedStr) else [node]
             texts = [str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts]
             if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str)):
-                found.append(" ".join("".join(texts).split()))
+                found.append(name_options(" ".join("".join(texts).split())))
     return tuple(found)
 
 

@@ -39,7 +39,9 @@ def test_no_message_of_the_library_names_an_option_of_the_command_line() -> None
 def test_every_option_in_messages_is_one_of_a_command() -> None:
     commands = [cli.get_command(click.Context(cli), name) for name in COMMANDS]
     known = {option for command in commands if command for parameter in command.params for option in parameter.opts}
-    assert set(OPTIONS.values()) <= known
+    named = {name for name in OPTIONS.values() if not name.startswith("`lemoe ")}
+    assert named <= known
+    assert {f"`lemoe {name}`" for name in COMMANDS} >= set(OPTIONS.values()) - named
 
 
 def test_arguments_become_options_and_all_else_stays() -> None:

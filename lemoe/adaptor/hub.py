@@ -16,6 +16,7 @@ from lemoe.adaptor.header import ADAPTOR_NAME, adaptor_path, check_adaptor
 from lemoe.errors import AdaptorError, InputError, OutputError
 
 CARD_NAME = "README.md"
+SUFFIX = Path(ADAPTOR_NAME).suffix  # which names of repositories do not have
 # The HTTP library beneath raises its own errors where nothing answers; which library depends on the hub's version.
 _FAILURES: tuple[type[Exception], ...] = (
     OSError,
@@ -28,7 +29,9 @@ _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?")
 def parse_hub_id(name: str) -> tuple[str, str | None] | None:
     """The repository and revision of `org/name[@revision]`; None for what is, or may be meant as, a local path."""
     found = _HUB_ID.fullmatch(name)
-    if not found or name.startswith(".") or Path(name).exists() or Path(found[1]).parent.exists():
+    if not found or name.startswith(".") or Path(found[1]).suffix == SUFFIX:
+        return None
+    if Path(name).exists() or Path(found[1]).parent.exists():
         return None
     return found[1], found[2]
 
