@@ -137,7 +137,8 @@ def eval_command(
 
     file = open_adaptor(adaptor) if adaptor else None
     state = file.state if file else None
-    check_kinds(thresholds, read, len(state.rounds) if state else 0)
+    rounds = len(state.rounds) if state else 0
+    check_kinds(thresholds, read, rounds, made_up=options["probe"] == "auto")
     base = open_base(options, quiet=quiet)
 
     from lemoe.evaluation.made_up import find_missing_probes

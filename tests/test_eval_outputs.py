@@ -112,6 +112,16 @@ def test_probes_are_made_up_where_that_is_asked_for_and_are_marked(measured: tup
     assert document == json.loads(lemoe_command(*measured, "--probe", "auto", "--json").stdout)
 
 
+def test_thresholds_are_checked_on_made_up_probes_where_those_are_asked_for(measured: tuple[Any, ...]) -> None:
+    given = ("--min", "generality=0", "--min", "locality/made_up=0")
+    met = lemoe_command(*measured, "--probe", "auto", *given)
+    assert met.exit_code == 0, met.stderr
+    assert lemoe_command(*measured, "--probe", "auto", "--min", "locality=2").exit_code == 1
+    refused = lemoe_command(*measured, *given)
+    assert refused.exit_code == 2
+    assert "these edits have no probes of generality" in refused.stderr
+
+
 def test_an_edits_own_probes_stay_where_others_are_made_up(base: lemoe.BaseModel, facts: list[lemoe.Edit]) -> None:
     own = (lemoe.Probe("Say it", facts[0].target, "paraphrase"),)
     first, second = add_made_up_probes(base, [replace(facts[0], rephrases=own), facts[1]])

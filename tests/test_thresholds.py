@@ -94,7 +94,7 @@ WRONG = {
     "other decoding": (("--min", "reliability:complete_match=1"), "measured under --decode greedy"),
     "no texts": (("--max", "collapse=100"), "collapse is measured with --texts"),
     "unknown kind": (("--min", "locality/same_templat=1"), "is no kind of locality in these edits"),
-    "no such probes": (("--min", "portability=1"), "is no kind of portability in these edits"),
+    "no such probes": (("--min", "portability=1"), "these edits have no probes of portability"),
 }
 
 

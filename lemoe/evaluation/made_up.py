@@ -33,6 +33,16 @@ def find_missing_probes(edits: Sequence[Edit]) -> tuple[str, ...]:
     return tuple(name for name, found in there.items() if not found)
 
 
+def find_made_up(edits: Sequence[Edit]) -> tuple[str, ...]:
+    """The metrics for which `add_made_up_probes` makes up probes of some edit."""
+    lacking = {
+        "generality": any(not edit.rephrases for edit in edits),
+        "locality": any(not edit.locality for edit in edits),
+        "overfit": any(edit.subject and not edit.locality for edit in edits),
+    }
+    return tuple(name for name, found in lacking.items() if found)
+
+
 def add_made_up_probes(
     base: BaseModel, edits: Sequence[Edit], settings: Settings | None = None, *, seed: int = 0
 ) -> list[Edit]:

@@ -118,23 +118,23 @@ def _describe_unknown(what: str, name: str, known: Sequence[str]) -> str:
     return f"{name!r} is no {what}; {hint}"
 
 
-def check_kinds(thresholds: Iterable[Threshold], edits: Sequence[Edit], rounds: int = 0) -> None:
+def check_kinds(
+    thresholds: Iterable[Threshold], edits: Sequence[Edit], rounds: int = 0, *, made_up: bool = False
+) -> None:
     """Refuse thresholds on kinds of probes that `edits` do not have, before anything is measured.
 
     Args:
         rounds: of the adaptor, each of which is a kind of routing's agreement.
+        made_up: whether probes will be made up for edits that have none.
 
     Raises:
         InputError: listing them, with the nearest kinds that are there.
     """
-    kinds = _list_kinds(edits)
+    kinds = _list_kinds(edits, made_up=made_up)
     kinds["routing"] = kinds["reliability"] | kinds["generality"] | kinds["locality"]
     kinds["routing"] |= {f"round {number}" for number in range(1, rounds + 1)}
     problems = [
-        f"{threshold}: "
-        + _describe_unknown(
-            f"kind of {threshold.name} in these edits", threshold.kind, ["all", *sorted(kinds[threshold.name])]
-        )
+        f"{threshold}: {_describe_missing(threshold, sorted(kinds[threshold.name]))}"
         for threshold in thresholds
         if threshold.kind not in kinds[threshold.name] and (threshold.kind != "all" or not kinds[threshold.name])
     ]
@@ -144,11 +144,18 @@ def check_kinds(thresholds: Iterable[Threshold], edits: Sequence[Edit], rounds: 
         )
 
 
-def _list_kinds(edits: Sequence[Edit]) -> dict[str, set[str]]:
+def _describe_missing(threshold: Threshold, kinds: Sequence[str]) -> str:
+    if not kinds:
+        return f"these edits have no probes of {threshold.name}"
+    return _describe_unknown(f"kind of {threshold.name} in these edits", threshold.kind, ["all", *kinds])
+
+
+def _list_kinds(edits: Sequence[Edit], *, made_up: bool) -> dict[str, set[str]]:
     from lemoe.evaluation.evaluate import (  # loads torch, which reading thresholds does not need
         is_overfit_probe,
         list_probes,
     )
+    from lemoe.evaluation.made_up import MADE_UP, find_made_up
 
     kinds: dict[str, set[str]] = {name: set() for name in DEFINITIONS}
     kinds["fluency"], kinds["collapse"] = {"all"}, {"all"}
@@ -157,6 +164,8 @@ def _list_kinds(edits: Sequence[Edit]) -> dict[str, set[str]]:
             kinds[name].add(probe.kind)
             if is_overfit_probe(edit, name, probe):
                 kinds["overfit"].add(probe.kind)
+    for name in find_made_up(edits) if made_up else ():
+        kinds[name].add(MADE_UP)
     return kinds
 
 
