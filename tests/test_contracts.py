@@ -402,7 +402,7 @@ def test_a_run_that_diverges_says_so_and_writes_no_round(
     state = lemoe.train_round(base, facts, paper(steps=1))
     diverged = replace(state, rounds=(replace(state.rounds[0], loss=float("nan")),))
     monkeypatch.setattr("lemoe.runs.engines.local.train_round", lambda *args: diverged)
-    with pytest.raises(lemoe.LemoeError, match=r"diverged.*learning-rate"):
+    with pytest.raises(lemoe.LemoeError, match=r"diverged.*learning_rate"):
         lemoe.edit(base, facts, tmp_path / "run", paper())
     assert not list((tmp_path / "run").rglob("*.safetensors"))
 

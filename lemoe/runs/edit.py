@@ -33,7 +33,7 @@ from lemoe.routing.anchor.fitting import fitted_meaning
 from lemoe.runs.conflicts import resolve_conflicts
 from lemoe.runs.engines import Engine
 from lemoe.runs.engines.local import LocalEngine
-from lemoe.runs.folder import ROUNDS_NAME, check_round_range, resumed_round_range
+from lemoe.runs.folder import ROUNDS_NAME, check_folder, check_round_range, resumed_round_range
 from lemoe.runs.layers import settle_layer
 from lemoe.runs.plan import (
     InterruptedRun,
@@ -208,6 +208,7 @@ def edit(
     layer = start.base.layer if start else settings.resolve_layer(len(base.layers), base.source.layers)
     _ = base.ffn_site(layer, settings.layer_path)  # refused at once if there is none
     with _lock_folder(folder):
+        check_folder(folder, force=options.force, resume=options.resume)
         encode_edits(base, edits)
         interrupted = read_interrupted_run(folder, start) if options.resume else InterruptedRun(None, None)
         planned = options.plan_file is not None or interrupted.plan is not None
