@@ -19,6 +19,7 @@ from lemoe_cli.options import (
     adaptor_option,
     check_cache,
     check_inputs,
+    check_match,
     expert_cache_option,
     mismatch_option,
     model_options,
@@ -137,15 +138,12 @@ def _read_batches(prompts: Sequence[str], size: int, *, as_json: bool) -> Iterat
 def _insert_adaptor(
     base: "BaseModel", adaptor: Path | None, expert_cache: int | None, *, allow_mismatch: bool
 ) -> "InsertedAdaptor | None":
-    from lemoe.adaptor.state import check_base
     from lemoe.inference.insertion import insert
-    from lemoe_cli.ui import print_note
 
     if adaptor is None:
         return None
     file = open_adaptor(adaptor)
-    for difference in check_base(base, file.state, allow=allow_mismatch):
-        print_note(f"warning: another base than the adaptor was made for: {difference}")
+    check_match(base, file.state, allow=allow_mismatch)
     return insert(base, file, expert_cache=expert_cache, allow_base_mismatch=allow_mismatch)
 
 

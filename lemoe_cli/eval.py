@@ -19,6 +19,7 @@ from lemoe_cli.options import (
     batch_tokens_option,
     check_cache,
     check_inputs,
+    check_match,
     decode_option,
     edits_argument,
     expert_cache_option,
@@ -39,6 +40,7 @@ from lemoe_cli.results import (
     list_settings,
     make_document,
     print_json,
+    report_writers,
     run_all_steps,
     write_and_tell,
 )
@@ -133,8 +135,6 @@ def eval_command(
         check_report_files(options["reports"], force=force)
     check_inputs([adaptor], options, quiet=quiet)
 
-    from lemoe.adaptor.state import check_base
-
     file = open_adaptor(adaptor) if adaptor else None
     state = file.state if file else None
     rounds = len(state.rounds) if state else 0
@@ -143,11 +143,8 @@ def eval_command(
 
     from lemoe.evaluation.made_up import find_missing_probes
     from lemoe_cli.tables import show_metrics
-    from lemoe_cli.ui import print_note
 
-    differences = check_base(base, state, allow=allow_base_mismatch) if state else ()
-    for difference in differences:
-        print_note(f"warning: another base than the adaptor was made for: {difference}")
+    differences = check_match(base, state, allow=allow_base_mismatch) if state else ()
     missing = find_missing_probes(read)
     read = _make_up_probes(base, state, read, options) if options["probe"] == "auto" else read
     tasks = measure_tasks(base, file, options, allow_mismatch=allow_base_mismatch, quiet=quiet)
@@ -263,7 +260,7 @@ def _make_writers(
 ) -> Iterator[Callable[[], object]]:
     """A function for each of the files that are asked for, which writes it."""
     from lemoe.data.files import write_atomically
-    from lemoe.report import build_report, write_reports
+    from lemoe.report import build_report
     from lemoe.report.card import CARD_NAME, write_card
 
     if options["records"] is not None:
@@ -272,8 +269,7 @@ def _make_writers(
         yield partial(write_and_tell, write, options["records"], quiet=quiet)
     if options["reports"]:
         report = build_report(base, state, edits, result, source=source.name, decode=decode)
-        for path in dict.fromkeys(options["reports"]):
-            yield partial(write_and_tell, partial(write_reports, report, [path], overwrite=force), path, quiet=quiet)
+        yield from report_writers(report, options["reports"], force=force, quiet=quiet)
     if options["card"] and adaptor and state:
         folder = adaptor if adaptor.is_dir() else adaptor.parent
         write_metrics = partial(write_card, folder, base, state, source.name, result.metrics)

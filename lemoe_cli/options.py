@@ -14,6 +14,7 @@ from lemoe_cli.timing import start_clock, start_phase
 
 if TYPE_CHECKING:
     from lemoe.adaptor.checkpoint import AdaptorFile
+    from lemoe.adaptor.state import AdaptorState
     from lemoe.base.loading import BaseModel
     from lemoe.data.edits import Edit
     from lemoe.settings import Settings
@@ -256,6 +257,17 @@ def open_adaptor(path: Path) -> "AdaptorFile":
     file = AdaptorFile(path)
     file.check_hash()
     return file
+
+
+def check_match(base: "BaseModel", state: "AdaptorState", *, allow: bool) -> tuple[str, ...]:
+    """How `base` differs from that which an adaptor was made for: refused, or where that is allowed, said on stderr."""
+    from lemoe.adaptor.state import check_base
+    from lemoe_cli.ui import print_note
+
+    differences = check_base(base, state, allow=allow)
+    for difference in differences:
+        print_note(f"warning: another base than the adaptor was made for: {difference}")
+    return differences
 
 
 def open_edits(path: Path, options: Mapping[str, Any]) -> "list[Edit]":

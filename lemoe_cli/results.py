@@ -3,7 +3,8 @@
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from lemoe.errors import LemoeError
 if TYPE_CHECKING:
     from lemoe.base.loading import BaseModel
     from lemoe.evaluation.metrics import Decode
+    from lemoe.report.content import Report
 
 SCHEMA = 1  # of the JSON document: docs/eval.schema.json
 
@@ -73,6 +75,16 @@ def _list_versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def report_writers(
+    report: "Report", paths: Iterable[Path], *, force: bool, quiet: bool
+) -> Iterator[Callable[[], object]]:
+    """A function for each of the paths, which writes the report there and says so."""
+    from lemoe.report import write_reports
+
+    for path in dict.fromkeys(paths):
+        yield partial(write_and_tell, partial(write_reports, report, [path], overwrite=force), path, quiet=quiet)
 
 
 def check_report_files(reports: Iterable[Path], *, force: bool) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,8 +30,8 @@ from lemoe_cli.results import (
     list_settings,
     make_document,
     print_json,
+    report_writers,
     run_all_steps,
-    write_and_tell,
 )
 
 if TYPE_CHECKING:
@@ -122,7 +121,7 @@ def _make_writers(
     if not options["reports"]:
         return
     from lemoe.evaluation.evaluate import EvalResult
-    from lemoe.report import build_report, write_reports
+    from lemoe.report import build_report
 
     report = build_report(
         base,
@@ -136,9 +135,7 @@ def _make_writers(
         comparison=found.comparison,
         sweep=found.sweep,
     )
-    for path in dict.fromkeys(options["reports"]):
-        write = partial(write_reports, report, [path], overwrite=options["force"])
-        yield partial(write_and_tell, write, path, quiet=options["quiet"])
+    yield from report_writers(report, options["reports"], force=options["force"], quiet=options["quiet"])
 
 
 RESULT_COLUMNS = ("reliability\nwhen taught", "\nin the end", "generality", "locality", "s per edit", "per edit")

@@ -141,8 +141,6 @@ def test_a_value_is_never_equal_to_one_of_another_kind() -> None:
 
 def dataclasses_of_the_library() -> Iterator[type]:
     for module in pkgutil.walk_packages(lemoe.__path__, "lemoe."):
-        if module.name == "lemoe.__main__":  # runs the command
-            continue
         try:
             content = vars(importlib.import_module(module.name))
         except (lemoe.LemoeError, ImportError):  # an extra that is not installed

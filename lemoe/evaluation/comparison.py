@@ -12,7 +12,7 @@ from lemoe.evaluation.evaluate import EvalOptions, Record, evaluate
 from lemoe.evaluation.metrics import Decode, Metric
 from lemoe.planning.plan import edits_by_round, plan
 from lemoe.settings import Settings, resolve_settings
-from lemoe.training.methods import method_of
+from lemoe.training.methods import check_installed
 from lemoe.training.rounds import count_bytes, teach_rounds
 
 MEASURED = ("reliability", "generality", "locality")
@@ -99,8 +99,7 @@ def compare(
         ['context', 'rag']
     """
     chosen = [resolve_settings(method) if isinstance(method, str) else method for method in methods]
-    for settings in chosen:
-        _ = method_of(settings).train_round  # refused at once if its package is missing
+    check_installed(chosen)
     edits, base = resolve_edits(edits), resolve_base(base)
     notify("planning")
     rounds = edits_by_round(plan(base, edits, chosen[0]), edits)

@@ -17,7 +17,7 @@ from lemoe.evaluation.evaluate import EvalOptions, Record, evaluate
 from lemoe.evaluation.metrics import Decode, Metric
 from lemoe.planning.plan import edits_by_round, plan
 from lemoe.settings import Settings
-from lemoe.training.methods import method_of
+from lemoe.training.methods import check_installed
 from lemoe.training.rounds import Edited, teach_rounds
 
 Matrix = tuple[tuple[float | None, ...], ...]
@@ -120,7 +120,7 @@ def measure_factors(
         ['planned', 'random', 'random']
     """
     settings = settings or Settings()
-    _ = method_of(settings).train_round  # refused at once if its package is missing
+    check_installed([settings])
     edits, base = resolve_edits(edits), resolve_base(base)
     notify("planning")
     planned = _plan_rounds(base, edits, replace(settings, order="planned"))

@@ -11,7 +11,7 @@ from lemoe.evaluation.comparison import MethodResult, measure_method
 from lemoe.evaluation.metrics import Decode
 from lemoe.planning.plan import edits_by_round, plan
 from lemoe.settings import Settings
-from lemoe.training.methods import method_of
+from lemoe.training.methods import check_installed
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ def sweep(
         InputError: listing the edits and probes that cannot be used with this model.
         LemoeError: if the method needs a package that is not installed, before anything is trained.
     """
-    for settings in combinations:
-        _ = method_of(settings).train_round  # refused at once if its package is missing
+    check_installed(combinations)
     results = []
     for number, settings in enumerate(combinations, 1):
         values = ", ".join(f"{name} {getattr(settings, name)}" for name in varied)

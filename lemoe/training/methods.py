@@ -11,7 +11,7 @@ from lemoe.errors import InputError
 from lemoe.settings import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from lemoe.adaptor.state import AdaptorState
     from lemoe.base.loading import BaseModel
@@ -84,6 +84,16 @@ METHODS = {
 def method_of(settings: Settings) -> Method:
     """The method that `settings` name."""
     return METHODS[settings.method]
+
+
+def check_installed(chosen: "Iterable[Settings]") -> None:
+    """Refuse, before anything is trained, a method that needs a package that is not installed.
+
+    Raises:
+        LemoeError: saying what to install.
+    """
+    for settings in chosen:
+        _ = method_of(settings).train_round
 
 
 def check_adds_experts(settings: Settings) -> None:
