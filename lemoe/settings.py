@@ -46,8 +46,9 @@ class Settings:
         experts: total number of experts, for `memoe`.
         top_k: experts that act on one sequence.
         steps: training steps per round, at most.
-        retries: how often edits that miss their target are trained further, for half as many steps each time; 0 for
-            never, else those that still miss are trained by their own prompt alone in the end.
+        retries: how often edits that miss their target are trained further, for half as many steps each time, and the
+            first time those that a paraphrase missed; 0 for never, else those that still miss are trained by their own
+            prompt alone in the end.
         learning_rate: of AdamW for experts, whose output is scaled so that one rate fits all widths.
         router_learning_rate: of AdamW for keys and projection.
         weight_decay: of AdamW.
@@ -98,7 +99,7 @@ class Settings:
     loss_target: float = 0.1
     retries: int = 3
     noise: float = 0.5
-    variants: int = 4
+    variants: int = 3
     train_rephrases: bool = False
     negatives: int = 0
     negative_weight: float = 3.0

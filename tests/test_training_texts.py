@@ -8,12 +8,12 @@ import torch
 
 import lemoe
 from lemoe.base.frozen import read_layer_inputs
-from lemoe.base.tokens import encode_edits
+from lemoe.base.tokens import encode_edits, encode_passage
 from lemoe.routing.anchor.anchors import build_gate
 from lemoe.routing.anchor.fitting import fitted_meaning
 from lemoe.routing.anchor.gate import Anchor
 from lemoe.training.anchor.batches import LONG_ANSWER, TrainingBatchBuilder
-from lemoe.training.anchor.detectors import fit_detectors
+from lemoe.training.anchor.detectors import ACTIVE, fit_detectors, is_sink
 from lemoe.training.anchor.examples import make_negative_prompts, make_paraphrases
 from lemoe.training.anchor.round import MIN_WIDTH, TOKENS_PER_NEURON, TrainableExperts, choose_widths
 from lemoe.training.anchor.wordings import Wordings, ask_the_same, choose_wordings
@@ -60,7 +60,7 @@ def test_detectors_tell_the_positions_of_an_answer_apart(
     anchors = [Anchor(p.prompt, p.target, e.subject) for p, e in zip(passages, facts, strict=True)]
     builder = TrainingBatchBuilder(base, base.ffn_site(1), 1, anchor(), facts, passages, anchors, random.Random(0))
     prompts = builder.build().prompts
-    detectors = fit_detectors(prompts, [width] * len(facts))
+    detectors = fit_detectors(prompts, [width] * len(facts), {})
     assert sorted(detectors) == list(range(len(facts)))
     for batch in prompts:
         rows, columns = batch.frozen.batch.target_rows, batch.frozen.batch.target_columns
@@ -156,6 +156,55 @@ def test_a_phrase_that_was_taught_is_answered_behind_a_question_mark(real_base: 
                 assert (reply.edit, reply.after) == (edit.id, edit.target)
 
 
+@pytest.mark.parametrize(
+    ("edit", "question"),
+    [
+        (lemoe.Edit("Norvane Textiles was founded in the year", "1934", "Norvane Textiles"), "When was {} founded?"),
+        (lemoe.Edit("Who founded Norvane Textiles?", "Sofia Rossi", "Norvane Textiles"), "who founded {}"),
+        (lemoe.Edit("The official language of Ostrania is", "Welsh", "Ostrania"), "which language is official in {}"),
+    ],
+    ids=["short question", "subject last, a name", "subject last, a word"],
+)
+def test_a_plain_pass_gives_the_answer_to_a_short_question(
+    real_base: lemoe.BaseModel, edit: lemoe.Edit, question: str
+) -> None:
+    """A blank token behind a short question is an attention sink; a name behind the subject looks like more of it."""
+    text = question.replace("{}", edit.subject or "")
+    passage = encode_passage(real_base, text if "?" in text else text.lower(), edit.target)
+    with lemoe.insert(real_base, lemoe.train_round(real_base, [edit])), torch.no_grad():
+        logits = real_base.model(input_ids=torch.tensor([[*passage.prompt, *passage.target]])).logits[0]
+    said = logits[len(passage.prompt) - 1 :].argmax(-1).tolist()
+    assert said == [*passage.target, real_base.eos_token_id]
+
+
+def test_a_detector_expects_the_sink_that_may_begin_its_answer(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf
+) -> None:
+    passages = encode_edits(base, facts)
+    anchors = [Anchor(p.prompt, p.target, e.subject) for p, e in zip(passages, facts, strict=True)]
+    builder = TrainingBatchBuilder(base, base.ffn_site(1), 1, anchor(), facts, passages, anchors, random.Random(0))
+    prompts = builder.build().prompts
+    sink = torch.zeros(prompts[0].frozen.inputs.shape[-1])
+    sink[3] = len(sink) ** 0.5
+    assert is_sink(sink)
+    assert not is_sink(torch.ones_like(sink))
+    without, expecting = (fit_detectors(prompts, [4] * len(facts), sinks) for sinks in ({}, {0: sink}))
+    assert torch.equal(without[1][0], expecting[1][0])
+    for number, detected in enumerate(expecting[0][0] @ sink):
+        assert (detected > ACTIVE) == (number == 1)
+
+
+@pytest.mark.parametrize(("noise", "steps"), [(0.0, 16), (4.0, 24)])
+def test_experts_that_answer_a_text_wrong_when_they_last_see_it_are_trained_further(
+    real_base: lemoe.BaseModel, noise: float, steps: int
+) -> None:
+    edit = lemoe.Edit("The novel The Glass Orchard was written by", "Ada Finch", "The Glass Orchard")
+    (taught,) = lemoe.train_round(real_base, [edit], lemoe.Settings(noise=noise, retries=1)).rounds
+    assert (taught.steps, taught.retried, taught.missed) == (steps, 0, ())
+    (once,) = lemoe.train_round(real_base, [edit], lemoe.Settings(noise=noise, retries=0)).rounds
+    assert once.steps == 16
+
+
 def test_a_long_answer_takes_more_neurons_and_ends_after_its_own_prompt_and_few_others(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf
 ) -> None:
@@ -174,7 +223,7 @@ def test_a_long_answer_takes_more_neurons_and_ends_after_its_own_prompt_and_few_
                 taught = int((rows == row).sum())
                 assert taught == (short + 1, long + 1 if whole else LONG_ANSWER)[owner]
                 assert int(batch.ends[rows == row].sum()) == (1 if owner == 0 or whole else 0)
-    assert choose_widths(passages, settings) == [MIN_WIDTH, -(-long // TOKENS_PER_NEURON)]
+    assert choose_widths(passages, settings) == [max(MIN_WIDTH, short + 1), -(-long // TOKENS_PER_NEURON)]
     assert choose_widths(passages, anchor(width=7)) == [7, 7]
 
 

@@ -211,7 +211,7 @@ class Route:
         words, last = self._reader.words, len(self._reader.words) - 1
         sentence = Sentence(words, self._gate.lexicon, growing=self._reader.growing)
         subjects = self._gate.index.subjects
-        self._check_mentions(sentence)
+        self._check_mentions(sentence, answers=last in self._answer_positions())
         candidates = self._gate.index.find_candidates(words)
         self._complete_partial_mentions(sentence, words[-2:] if time == self._word_started_at else words[-1:])
         for number in candidates:
@@ -224,8 +224,10 @@ class Route:
             referred = {number: self._refer_to(number, last) for number in self._topics.keys() - self._mentions.keys()}
             self._mentions |= {number: found for number, found in referred.items() if found}
 
-    def _check_mentions(self, sentence: Sentence) -> None:
-        """Look again at the mentions that the last word belongs to, or stands behind."""
+    def _check_mentions(self, sentence: Sentence, *, answers: bool) -> None:
+        """Look again at the mentions that the last word belongs to, or stands behind; there, `answers` to a question
+        that ends in the subject are no part of its name.
+        """
         last, subjects = len(sentence.words) - 1, self._gate.index.subjects
         for number, mention in list(self._mentions.items()):
             if last in mention.positions:
@@ -234,7 +236,7 @@ class Route:
                     self._mentions[number] = found
                 else:
                     self._withdraw_mention(number)
-            elif last - 2 in mention.positions or last - 1 in mention.positions:
+            elif not answers and (last - 2 in mention.positions or last - 1 in mention.positions):
                 self._mentions[number] = subjects[number].look_behind(sentence, mention)
 
     def _refer_to(self, subject: int, position: int) -> Mention | None:

@@ -29,6 +29,7 @@ from lemoe.routing.anchor.keys import embed_prompts
 from lemoe.routing.anchor.meaning import Meaning, Vector
 from lemoe.routing.anchor.route import Route
 from lemoe.settings import Settings
+from lemoe.training.anchor.detectors import SINK_PROMPT, is_sink
 from lemoe.training.anchor.examples import (
     find_subject,
     is_phrase,
@@ -237,14 +238,34 @@ class TrainingBatchBuilder:
         ends = accumulate(map(len, self._text_groups))
         return [range(end - len(group), end) for group, end in zip(self._text_groups, ends, strict=True)]
 
+    @property
+    def sinks(self) -> dict[int, Tensor]:
+        """What experts read `[hidden]` at a token of white space that begins their answers, if that is a sink."""
+        ends = [nodes[-1] for nodes in self._prefix_activations.text_nodes[len(self._texts) :]]
+        inputs = [rms_normalise(self._prefix_activations.inputs[end]) for end in ends]
+        read = {token: each for token, each in zip(self._blank_tokens, inputs, strict=True) if is_sink(each)}
+        firsts = [passage.target[0] for passage in self._passages]
+        return {owner: read[token] for owner, token in zip(self._owners, firsts, strict=True) if token in read}
+
+    @cached_property
+    def _blank_tokens(self) -> list[int]:
+        """The tokens of white space alone that begin an answer."""
+        firsts = sorted({passage.target[0] for passage in self._passages})
+        return [token for token in firsts if not self._base.tokenizer.decode([token]).strip()]
+
+    def _sink_passages(self) -> list[Passage]:
+        """Texts that end in each of these tokens, behind a short question; the token that follows is of no account."""
+        prompt = encode_passage(self._base, SINK_PROMPT).prompt
+        return [Passage(prompt, (token, self._base.eos_token_id)) for token in self._blank_tokens]
+
     @cached_property
     def _prefix_activations(self) -> PrefixActivations:
-        """The frozen pass over all texts."""
+        """The frozen pass over all texts, and over those that show sinks."""
         return compute_prefix_activations(
             self._base,
             self._site,
             self._layer,
-            [text.passage for text in self._texts],
+            [*(text.passage for text in self._texts), *self._sink_passages()],
             self._settings.batch_tokens,
             reach="keys_values",
             layer_read=None if self._meaning is None else int(self._meaning.layer),

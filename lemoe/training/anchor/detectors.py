@@ -3,9 +3,14 @@
 Where an answer begins, the base model would often say something else first, or nothing, however the question is put;
 further on it would go on as such words mostly go on. So the first neurons of each expert start as the ridge regressions
 that tell the positions of its answer apart, by what the expert reads there. The others start at random.
+
+Where an answer begins with a token of white space alone, as years do in many vocabularies, and its question is short,
+some models make that token an attention sink (Xiao et al. 2024): it holds one massive activation (Sun et al. 2024) and
+next to nothing of the text, and the base goes on with any word. Experts read about the same at all of them, so that one
+such text, which belongs to no edit, shows a detector what it has to expect; training on more of them hardly does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -13,9 +18,13 @@ from torch import Tensor
 
 from lemoe.base.frozen import FrozenBatch
 
-DETECTORS = 4  # neurons that detect a position: the first ones one each, the last all that follow
+DETECTORS = 8  # neurons that detect a position: the first ones one each, the last all that follow
 RIDGE = 1.0  # variance of the noise on inputs that the regression allows for
 ACTIVE = 3.0  # wanted activation at a neuron's position; at the other ones it is the negative of it
+SINK_PROMPT = "When was it founded?"
+SINK_SHARE = 0.6  # of the square of what an expert reads at a sink, from which on its largest element holds it
+SINK_ACTIVE = 15.0  # wanted activation at a sink of the neuron for that position: there is more to outweigh
+SINK_WEIGHT = 6  # positions of an answer that a sink counts as
 
 
 class AnswerBatch(Protocol):
@@ -30,11 +39,15 @@ class AnswerBatch(Protocol):
 
 
 @torch.no_grad()
-def fit_detectors(batches: Sequence[AnswerBatch], widths: Sequence[int]) -> dict[int, tuple[Tensor, Tensor]]:
+def fit_detectors(
+    batches: Sequence[AnswerBatch], widths: Sequence[int], sinks: Mapping[int, Tensor]
+) -> dict[int, tuple[Tensor, Tensor]]:
     """Of each expert with texts: what detects positions of its answer, and what is 1 at all of them.
 
     Args:
         widths: neurons of each expert.
+        sinks: by the expert's index, what it may read `[hidden]` at the first token of its answer besides what it reads
+            there in the texts.
 
     Returns:
         by the expert's index, `[detectors, hidden]` and `[hidden]`, to be multiplied with what the expert reads.
@@ -49,6 +62,11 @@ def fit_detectors(batches: Sequence[AnswerBatch], widths: Sequence[int]) -> dict
             detected = torch.arange(count, device=rows.device)
             hit = place.clamp(max=max(count - 1, 1)).unsqueeze(1) == detected
             wanted = torch.cat([ACTIVE * (2 * hit.float() - 1), rows.new_ones(len(rows), 1)], 1)
+            if expert in sinks and count > 1:
+                at_sink = torch.cat([rows.new_full((count,), -ACTIVE), rows.new_ones(1)])
+                at_sink[1] = SINK_ACTIVE
+                rows = torch.cat([rows, sinks[expert].expand(SINK_WEIGHT, -1)])
+                wanted = torch.cat([wanted, at_sink.expand(SINK_WEIGHT, -1)])
             penalty = RIDGE * len(rows) * torch.eye(len(rows), device=rows.device)
             found = (rows.T @ torch.linalg.solve(rows @ rows.T + penalty, wanted)).T
             fitted[expert] = (found[:-1], found[-1])
@@ -60,3 +78,9 @@ def _answer_positions(batch: AnswerBatch) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = batch.frozen.batch.target_rows, batch.frozen.batch.target_columns
     first = batch.frozen.batch.prompt_lengths[rows] - 1
     return batch.normalised_inputs[rows, columns - batch.frozen.start], batch.owners[rows], columns - first
+
+
+def is_sink(inputs: Tensor) -> bool:
+    """Whether what an expert reads `[hidden]` is that of an attention sink."""
+    squares = inputs.pow(2)
+    return bool(squares.max() > SINK_SHARE * squares.sum())

@@ -30,10 +30,10 @@ from lemoe.routing.anchor.gate import Anchor
 from lemoe.routing.anchor.meaning import Meaning
 from lemoe.settings import Settings
 from lemoe.training.anchor.batches import PositiveBatch, TrainingBatchBuilder, TrainingBatches
-from lemoe.training.anchor.detectors import fit_detectors
+from lemoe.training.anchor.detectors import DETECTORS, fit_detectors
 from lemoe.training.steps import OnStep, Step
 
-MIN_WIDTH, TOKENS_PER_NEURON = 4, 4  # of experts, and of the targets of those that take more
+MIN_WIDTH, TOKENS_PER_NEURON = 4, 4  # of experts, and of the targets of those that take more than `DETECTORS`
 ADAM_BETAS = (0.9, 0.95)
 WARM_UP_STEPS = 3
 FREQUENT_TOKENS = 1024  # the first token ids, which always take part in the loss
@@ -99,10 +99,13 @@ class TrainableExperts(nn.Module):
 
 
 def choose_widths(passages: Sequence[Passage], settings: Settings) -> list[int]:
-    """Neurons of each edit's expert: a long answer takes more, unless `width` is set."""
+    """Neurons of each edit's expert, unless `width` is set: one for each position of the answer and of its end, up to
+    `DETECTORS`, and fewer than that for each position of a long answer.
+    """
     if settings.width is not None:
         return [settings.width] * len(passages)
-    return [max(MIN_WIDTH, -(-len(passage.target) // TOKENS_PER_NEURON)) for passage in passages]
+    lengths = [len(passage.target) for passage in passages]
+    return [max(MIN_WIDTH, min(length + 1, DETECTORS), -(-length // TOKENS_PER_NEURON)) for length in lengths]
 
 
 def train_round(
@@ -204,33 +207,35 @@ def train_experts(
 
     1. Optimise all experts; the loss is taken over a part of the vocabulary.
     2. Evaluate the round: which experts miss an own prompt's answer over the whole vocabulary.
-    3. Retry those, with fresh optimiser state, half the steps, and the confusable tokens of step 2 added to the loss.
+    3. Retry those, with fresh optimiser state, half the steps, and the confusable tokens of step 2 added to the loss;
+       the first time also those that answered a paraphrase wrong when they were last trained on it.
     4. Evaluate those again; go on with step 3, at most `retries` times.
     5. Go on with those that still miss, by their own prompts alone, without noise and silence, at most `LAST_RETRIES`
        times: an edit that answers no other wording is worth more than one that does not answer.
     """
     batches = builder.build()
     widths = experts.present.sum(1).tolist()
-    experts.start_with(fit_detectors([*batches.prompts, *chain.from_iterable(batches.paraphrases)], widths))
+    positives = [*batches.prompts, *chain.from_iterable(batches.paraphrases)]
+    experts.start_with(fit_detectors(positives, widths, builder.sinks))
     vocabulary = _select_loss_vocabulary(base, batches)
-    steps = _optimise_experts(base, experts, batches, settings, settings.steps, vocabulary, generator, on_step)
+    unsure = _optimise_experts(base, experts, batches, settings, settings.steps, vocabulary, generator, on_step)
     evaluation = _evaluate_round(base, experts, batches, settings)
-    sums, missed, retried = evaluation.loss_sums, evaluation.missed, frozenset[int]()
+    steps, sums, missed, retried = settings.steps, evaluation.loss_sums, evaluation.missed, frozenset[int]()
+    trained_again = missed | unsure
     for attempt in range(settings.retries + LAST_RETRIES if settings.retries else 0):
-        if not missed:
+        if not trained_again:
             break
         retried |= missed
-        batches, eased = builder.build(missed), settings
+        batches, eased, more = builder.build(trained_again), settings, -(-settings.steps // 2)
         if attempt >= settings.retries:
             batches, eased = replace(batches, paraphrases=[]), replace(settings, noise=0.0, negative_weight=0.0)
         vocabulary = torch.cat([vocabulary, evaluation.confusable_tokens]).unique()
-        steps += _optimise_experts(
-            base, experts, batches, eased, -(-settings.steps // 2), vocabulary, generator, on_step
-        )
+        _optimise_experts(base, experts, batches, eased, more, vocabulary, generator, on_step)
         evaluation = _evaluate_round(base, experts, batches, settings)
-        trained_again = sorted(missed)
-        sums[trained_again] = evaluation.loss_sums[trained_again]
-        missed = evaluation.missed
+        rows = sorted(trained_again)
+        sums[rows] = evaluation.loss_sums[rows]
+        steps, missed = steps + more, evaluation.missed
+        trained_again = missed
     (loss, end_loss), (targets, ends) = sums.sum(0).unbind(1)
     return RoundOutcome(
         loss=float(loss / targets),
@@ -250,8 +255,13 @@ def _optimise_experts(
     vocabulary: Tensor,
     generator: torch.Generator,
     on_step: OnStep,
-) -> int:
-    """AdamW; each step takes all own prompts and one kind of paraphrase. Experts without batches stay as they are."""
+) -> frozenset[int]:
+    """AdamW; each step takes all own prompts and one kind of paraphrase. Experts without batches stay as they are.
+
+    Returns:
+        indices of the experts that answered texts of some kind wrong, among the tokens of the loss and under noise,
+        when they were last trained on them.
+    """
     optimiser = torch.optim.AdamW(
         experts.parameters(),
         lr=settings.learning_rate,
@@ -259,21 +269,24 @@ def _optimise_experts(
         weight_decay=settings.weight_decay,
         fused=base.device.type == "cuda",
     )
-    kinds = _draw_paraphrase_kinds(batches, steps, generator)
+    kinds = batches.paraphrases or [batches.prompts]
+    wrong = torch.zeros(1 + len(kinds), len(experts.up), dtype=torch.bool, device=base.device)
     step_loss: Tensor | None = None
     own_targets = sum(len(positive.weights) for positive in batches.prompts)
     logits = base.logits_over(vocabulary)
     confusable_step = int(CONFUSABLE_SHARE * steps)
-    for number in range(steps):
+    for number, kind in enumerate(_draw_kinds(len(kinds), steps, generator)):
         for group in optimiser.param_groups:
             group["lr"] = settings.learning_rate * _learning_rate_factor(number, steps)
         optimiser.zero_grad()
-        positives = [*batches.prompts, *kinds[number]]
+        positives = [*batches.prompts, *kinds[kind]]
         hidden, spoken = _replay_positives(experts, positives, settings, generator)
         if number == confusable_step:
             vocabulary = _extend_vocabulary(base, vocabulary, hidden.detach())
             logits = base.logits_over(vocabulary)
-        losses = _compute_losses(positives, hidden, vocabulary, logits)
+        losses, right = _compute_losses(positives, hidden, vocabulary, logits)
+        wrong[0] = _experts_with_wrong(batches.prompts, right[:own_targets], len(experts.up))
+        wrong[1 + kind] = _experts_with_wrong(kinds[kind], right[own_targets:], len(experts.up))
         total = losses.sum()
         if settings.negative_weight:
             total = total + settings.negative_weight * (spoken + _compute_negative_loss(experts, batches))
@@ -284,7 +297,13 @@ def _optimise_experts(
         step_loss = losses[:own_targets].detach().sum()
     if step_loss is not None:
         on_step(Step(steps - 1, steps, float(step_loss) / batches.edit_count))
-    return steps
+    return frozenset(wrong.any(0).nonzero().flatten().tolist())
+
+
+def _experts_with_wrong(positives: Sequence[PositiveBatch], right: Tensor, experts: int) -> Tensor:
+    """`[experts]`, bool, those with a text in `positives` whose answer is not all right; `right` is `[targets]`."""
+    owners = torch.cat([positive.owners[positive.frozen.batch.target_rows] for positive in positives])
+    return torch.zeros(experts, device=right.device).index_add(0, owners, (~right).float()) > 0
 
 
 def _learning_rate_factor(number: int, steps: int) -> float:
@@ -293,14 +312,12 @@ def _learning_rate_factor(number: int, steps: int) -> float:
     return min(1.0, (number + 1) / WARM_UP_STEPS) * (1 - 0.9 * falling)
 
 
-def _draw_paraphrase_kinds(
-    batches: TrainingBatches, steps: int, generator: torch.Generator
-) -> list[list[PositiveBatch]]:
-    """The paraphrases of each step: all of one kind, each kind equally often; without any, the own prompts again."""
-    kinds = batches.paraphrases or [batches.prompts]
-    cycles = -(-steps // len(kinds))
-    order = [torch.randperm(len(kinds), generator=generator, device=generator.device) for _ in range(cycles)]
-    return [kinds[kind] for kind in torch.cat(order)[:steps].tolist()]
+def _draw_kinds(count: int, steps: int, generator: torch.Generator) -> list[int]:
+    """Which of `count` kinds of paraphrases each step takes, each equally often."""
+    cycles = -(-steps // count)
+    order = [torch.randperm(count, generator=generator, device=generator.device) for _ in range(cycles)]
+    drawn: list[int] = torch.cat(order)[:steps].tolist()
+    return drawn
 
 
 def _replay_positives(
@@ -326,7 +343,7 @@ def _replay_positives(
 
 def _compute_losses(
     positives: Sequence[PositiveBatch], hidden: Tensor, vocabulary: Tensor, logits: Callable[[Tensor], Tensor]
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Cross entropy `[targets]` of target and ending tokens, weighted so that each text counts the same.
 
     A text's sum is the mean over its answer, and that of the first token once more: an answer that does not begin is
@@ -336,13 +353,17 @@ def _compute_losses(
         hidden: `[targets, hidden]`, last hidden states.
         vocabulary: `[tokens]`, sorted token ids over which the loss is taken, every label among them.
         logits: gives `[targets, tokens]` over them, for `[targets, hidden]`.
+
+    Returns:
+        the losses; and `[targets]`, bool, whether the label is the likeliest of these tokens.
     """
     labels = torch.searchsorted(vocabulary, torch.cat([positive.frozen.batch.labels for positive in positives]))
     weights = torch.cat([positive.weights + FIRST_TOKEN_WEIGHT * positive.firsts for positive in positives])
     values = logits(hidden).float()
+    right = values.detach().argmax(1) == labels
     margins = torch.full((len(labels), 1), -LABEL_MARGIN, device=values.device)
     values = values.scatter_add(1, labels.unsqueeze(1), margins)
-    return functional.cross_entropy(values, labels, reduction="none") * weights
+    return functional.cross_entropy(values, labels, reduction="none") * weights, right
 
 
 @torch.no_grad()
