@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lemoe.data.counting import format_count
 from lemoe_cli.command import lemoe_command
 from lemoe_cli.merge import list_merged, show_merged
 from lemoe_cli.options import (
@@ -137,4 +138,4 @@ def _show_trials(outcome: "CompactionResult") -> None:
         rows.append((f"{trial.neurons:g} neurons per edit", size_text(trial.size), *metrics, f"{loss:.3f}"))
     print_table("Share of whole answers given", ("experts", "size", *measures, "loss"), rows)
     if outcome.left_out:
-        print_note(f"{outcome.left_out} superseded edit(s) are left out for good")
+        print_note(f"{format_count(outcome.left_out, 'superseded edit')} left out for good")

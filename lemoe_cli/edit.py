@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lemoe.data.counting import format_count
 from lemoe_cli.command import lemoe_command, options_of
 from lemoe_cli.options import (
     ADAPTOR,
@@ -241,7 +242,7 @@ def _show_report(report: "EditReport", edits: "Sequence[Edit]") -> None:
         ("reliability, target tokens", f"{report.reliability_before:.3f}", f"{report.reliability_after:.3f}"),
         ("reliability, whole target", f"{report.exact_before:.3f}", f"{report.exact_after:.3f}"),
     ]
-    print_table(f"{report.taught} edits taught", ("", "before", "after"), rows)
+    print_table(f"{format_count(report.taught, 'edit')} taught", ("", "before", "after"), rows)
     left_out = _describe_left_out(report)
     print_table(
         "",
@@ -258,7 +259,9 @@ def _show_report(report: "EditReport", edits: "Sequence[Edit]") -> None:
     if report.missed:
         names = set(report.missed)
         missed = [edit for edit in edits if edit.id in names]
-        print_note(f"{len(missed)} edit(s) still missed their target after all retries: {join_labels(missed)}")
+        print_note(
+            f"{format_count(len(missed), 'edit')} still missed the target after all retries: {join_labels(missed)}"
+        )
     for number in report.unreached:
         print_note(f"round {number} ended above its loss target; give it more --steps")
 

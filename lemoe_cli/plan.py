@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lemoe.data.counting import format_count
 from lemoe_cli.command import lemoe_command
 from lemoe_cli.options import (
     FILE,
@@ -82,7 +83,9 @@ def _show_plan(planned: "Plan", edits: "list[Edit]", order: str) -> None:
         (str(number), str(len(members)), f"{cohesion:.3f}", by_id[members[0]].prompt)
         for number, members, cohesion in zip(range(1, ROUNDS_SHOWN + 1), planned.rounds, planned.cohesion, strict=False)
     ]
-    print_table(f"{len(planned.rounds)} rounds", ("round", "edits", "similarity", "first edit"), rows, left=4)
+    print_table(
+        format_count(len(planned.rounds), "round"), ("round", "edits", "similarity", "first edit"), rows, left=4
+    )
     _show_rest(len(planned.rounds) - len(rows))
     results.print()
     print_table(
@@ -97,7 +100,7 @@ def _show_plan(planned: "Plan", edits: "list[Edit]", order: str) -> None:
         shown_subjects = list(planned.inferred_subjects.items())[:20]
         results.print()
         print_table(
-            f"Subjects inferred for {len(planned.inferred_subjects)} edits that name none",
+            f"Subjects inferred for {format_count(len(planned.inferred_subjects), 'edit')} without one",
             ("subject", "prompt"),
             [(subject, by_id[name].prompt) for name, subject in shown_subjects],
             left=2,

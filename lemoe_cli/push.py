@@ -4,9 +4,10 @@ from pathlib import Path
 
 import click
 
+from lemoe.data.counting import format_count
 from lemoe_cli.command import lemoe_command, options_of
 from lemoe_cli.options import FILE, check_inputs, json_option, progress_options
-from lemoe_cli.results import print_json
+from lemoe_cli.results import confirm, print_json
 
 publishing_option = options_of("Publishing")
 
@@ -39,7 +40,7 @@ def push_command(adaptor: Path, repository: str, private: bool, yes: bool, as_js
     count = len(AdaptorFile(adaptor).state.edits)
     if not yes:
         reader = "those who may read it" if private else "everyone"
-        click.confirm(f"Let {reader} read the texts of {count} edit(s) at {repository}?", abort=True, err=True)
+        confirm(f"Let {reader} read the texts of {format_count(count, 'edit')} at {repository}?")
     with show_stage(f"uploading to {repository}", quiet=quiet):
         address = push_adaptor(adaptor, repository, private=private)
     if as_json:

@@ -1,8 +1,9 @@
-"""What commands do with results: JSON documents, and no failure that loses another's output."""
+"""What commands do with results: JSON documents, no failure that loses another's output, and a question first."""
 
 import hashlib
 import json
 import platform
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lemoe.errors import LemoeError
+from lemoe.errors import InputError, LemoeError
 
 if TYPE_CHECKING:
     from lemoe.base.loading import BaseModel
@@ -42,6 +43,22 @@ def write_and_tell(write: Callable[[], object], path: Path, *, quiet: bool) -> N
         from lemoe_cli.ui import strip_control
 
         click.echo(strip_control(f"written: {path}"), err=True)
+
+
+def confirm(question: str) -> None:
+    """Ask on stderr; anything but yes ends the command.
+
+    Raises:
+        InputError: if there is nobody to answer.
+    """
+    try:
+        agreed = click.confirm(question, err=True)
+    except click.Abort:
+        if sys.stdin.isatty():
+            raise
+        raise InputError("nobody is there to answer: --yes agrees beforehand") from None
+    if not agreed:
+        raise click.Abort
 
 
 def print_json(document: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lemoe.data.counting import format_count
 from lemoe_cli.command import lemoe_command, options_of
 from lemoe_cli.options import ADAPTOR, check_inputs, model_options_if_any, open_base, progress_options
 
@@ -89,8 +90,11 @@ def _show_inspection(found: "Inspection", *, list_edits: bool) -> None:
     rows = [
         ("base", f"{base.name}{'@' + base.revision if base.revision else ''} ({base.architecture})"),
         ("beside", f"{base.ffn} (layer {base.layer})"),
-        ("method", f"{state.settings.method}, {len(state.experts)} expert(s)"),
-        ("edits", f"{found.edit_count:,} in {len(state.rounds)} round(s), {len(found.superseded)} superseded"),
+        ("method", f"{state.settings.method}, {format_count(len(state.experts), 'expert')}"),
+        (
+            "edits",
+            f"{found.edit_count:,} in {format_count(len(state.rounds), 'round')}, {len(found.superseded)} superseded",
+        ),
         ("size", f"{size_text(found.size)} ({size_text(found.size // max(1, found.edit_count))} per edit)"),
         ("written by", found.tool),
         ("sha256", _shorten_digest(found.sha256)),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lemoe.data.counting import format_count
 from lemoe.errors import OutputError
 from lemoe_cli.options import (
     batch_tokens_option,
@@ -146,7 +147,7 @@ def _show_comparison(comparison: "Comparison") -> None:
     from lemoe_cli.ui import print_table
 
     print_table(
-        f"{comparison.edit_count} edits in {len(comparison.rounds)} rounds: {SHARES}",
+        f"{format_count(comparison.edit_count, 'edit')} in {format_count(len(comparison.rounds), 'round')}: {SHARES}",
         ("", *RESULT_COLUMNS),
         [(each.settings.method, *_result_cells(each)) for each in comparison.methods],
     )
@@ -157,7 +158,7 @@ def _show_sweep(sweep: "Sweep") -> None:
 
     method = sweep.results[0].settings.method
     print_table(
-        f"{sweep.edit_count} edits, taught by {method} with each combination: {SHARES}",
+        f"{format_count(sweep.edit_count, 'edit')}, taught by {method} with each combination: {SHARES}",
         (*(name.replace("_", "-") for name in sweep.varied), *RESULT_COLUMNS),
         [(*map(str, sweep.values(each)), *_result_cells(each)) for each in sweep.results],
         left=len(sweep.varied),

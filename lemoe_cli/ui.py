@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from lemoe.data.counting import format_count
 from lemoe_cli.timing import start_phase
 from lemoe_cli.wording import name_options
 
@@ -116,7 +117,7 @@ class EditProgress:
         self._progress.stop()
 
     def planned(self, rounds: int, edits: int) -> None:
-        self._progress.update(self._task, description=f"{rounds} rounds", total=edits)
+        self._progress.update(self._task, description=format_count(rounds, "round"), total=edits)
 
     def round_started(self, number: int, total: int, edits: int) -> None:
         self._label = f"round {number}/{total}"
@@ -136,7 +137,7 @@ class EditProgress:
         how = "kept from the unfinished run" if kept else f"{record.steps} steps, loss {record.loss:.3f}"
         if record.retried and not kept:
             how += f", {record.retried} needed more"
-        self.note(f"round {number}/{total}: {len(record.edits)} edits, {how}")
+        self.note(f"round {number}/{total}: {format_count(len(record.edits), 'edit')}, {how}")
 
     def edits_checked(self, done: int, total: int) -> None:
         if not self._checking:

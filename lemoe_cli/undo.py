@@ -10,7 +10,7 @@ from lemoe.errors import InputError
 from lemoe_cli.command import lemoe_command, options_of
 from lemoe_cli.merge import list_merged, show_merged
 from lemoe_cli.options import FILE, check_inputs, force_option, json_option, output_option, progress_options
-from lemoe_cli.results import print_json
+from lemoe_cli.results import confirm, print_json
 
 if TYPE_CHECKING:
     from lemoe.adaptor.finding import Found
@@ -66,7 +66,7 @@ def undo_command(
     target = output or file.path
     if not yes:
         what = "it" if len(chosen) == 1 else f"all {len(chosen)}"
-        click.confirm(f"Take {what} out and write {target}?", abort=True, err=True)
+        confirm(f"Take {what} out and write {target}?")
     drop = [f"edit:{each.edit.round}/{each.edit.id}" for each in chosen]
     merged = merge_adaptors([file.path], target, drop=drop, overwrite=force or output is None)
     if as_json:

@@ -482,7 +482,7 @@ def test_edits_that_missed_their_target_are_named_with_what_they_teach(model: Pa
     settings.write_text("steps: 1\nretries: 0\nlearning_rate: 1e-7\n")
     arguments = ("-m", model, "--config", settings, "--layer", "1", "--device", "cpu")
     said = " ".join(lemoe_command("edit", tmp_path / "edits.jsonl", *arguments).stderr.split())
-    assert re.search(r"1 edit\(s\) still missed .*: edit-[0-9a-f]{10} \(Ada lives in -> Rome\)", said)
+    assert re.search(r"1 edit still missed .*: edit-[0-9a-f]{10} \(Ada lives in -> Rome\)", said)
 
 
 def test_limit_and_sample_choose_the_edits(edits: Path, model: Path, tmp_path: Path) -> None:

@@ -143,8 +143,8 @@ def test_an_adaptor_is_pushed_with_its_card_and_taken_by_its_name(
     lemoe.edit(base, facts[:2], tmp_path / "run", anchor(steps=1))
     adaptor = (tmp_path / "run" / "adaptor.safetensors").read_bytes()
     unasked = lemoe_with_hub("push", tmp_path / "run", "org/facts")
-    assert (unasked.returncode, hub.repositories) == (1, {})
-    assert "read the texts of 2 edit(s) at org/facts?" in unasked.stderr
+    assert (unasked.returncode, hub.repositories) == (2, {})
+    assert "read the texts of 2 edits at org/facts?" in unasked.stderr
     pushed = lemoe_with_hub("push", tmp_path / "run", "org/facts", "--yes", "-q")
     assert pushed.returncode == 0, pushed.stderr
     assert pushed.stdout.strip().endswith(f"/org/facts/commit/{COMMIT}")

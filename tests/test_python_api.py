@@ -153,7 +153,7 @@ def test_the_end_of_with_removes_the_adaptor_whatever_happens(base: lemoe.BaseMo
 def test_methods_may_be_named_by_their_presets(base: lemoe.BaseModel, facts: list[lemoe.Edit]) -> None:
     compared = lemoe.compare(base, facts[:2], ["context", "rag"])
     assert [each.settings.method for each in compared.methods] == ["context", "rag"]
-    assert repr(compared).startswith("Comparison(2 edits in 1 rounds, reliability: context=")
+    assert repr(compared).startswith("Comparison(2 edits in 1 round, reliability: context=")
 
 
 def test_a_repr_tells_on_one_line_without_tensors(
@@ -171,7 +171,7 @@ def test_a_repr_tells_on_one_line_without_tensors(
     assert "removed from" in repr(edited)
     result = lemoe.evaluate(base, state, facts[:2])
     assert repr(result).startswith("EvalResult(reliability=")
-    assert repr(lemoe.plan(base, facts)).startswith("Plan(6 edits in 1 rounds")
+    assert repr(lemoe.plan(base, facts)).startswith("Plan(6 edits in 1 round, ")
     for shown in (base, state, edited, reply, result, *facts):
         assert "\n" not in repr(shown)
         assert "tensor" not in repr(shown)

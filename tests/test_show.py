@@ -37,7 +37,7 @@ def file(state: lemoe.AdaptorState, tmp_path: Path) -> Path:
 def test_show_tells_base_rounds_edits_and_supersessions(file: Path, state: lemoe.AdaptorState) -> None:
     result = lemoe_command("show", file, "--edits")
     assert result.exit_code == 0
-    for part in ("LlamaForCausalLM", "3 in 2 round(s), 1 superseded", state.rounds[0].id[:12], "fact-0", "anew"):
+    for part in ("LlamaForCausalLM", "3 in 2 rounds, 1 superseded", state.rounds[0].id[:12], "fact-0", "anew"):
         assert part in result.stdout
     assert lemoe_command("show", file.parent, "--edits").stdout == result.stdout
 

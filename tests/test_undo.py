@@ -60,9 +60,10 @@ def test_undo_shows_asks_and_writes_what_dropping_the_edit_gives(
 ) -> None:
     merge_adaptors([adaptor], tmp_path / "expected", drop=[facts[1].id])
     before = adaptor.read_bytes()
-    for answer in ("n\n", ""):
+    for answer, code, said in (("n\n", 1, "Aborted!"), ("", 2, "nobody is there to answer: --yes")):
         refused = undo(adaptor, facts[1].prompt, answer=answer)
-        assert (refused.exit_code, adaptor.read_bytes() == before) == (1, True)
+        assert (refused.exit_code, adaptor.read_bytes() == before) == (code, True)
+        assert said in refused.stderr
         assert f"-> 1/{facts[1].label}" in " ".join(refused.stderr.split())
     elsewhere = undo(adaptor, facts[1].prompt, "-o", str(tmp_path / "other"), "--yes")
     assert (elsewhere.exit_code, adaptor.read_bytes() == before) == (0, True)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lemoe.adaptor.state import AdaptorState, TaughtEdit
+from lemoe.data.counting import format_count
 from lemoe.data.edits import Edit
 from lemoe.routing.anchor.anchors import Anchors
 from lemoe.routing.anchor.contradictions import AskedQuestion, Contradiction, find_contradictions
@@ -56,7 +57,7 @@ def contradiction_notes(pairs: Sequence[EditPair]) -> list[str]:
         for earlier, later in pairs[:MAX_NOTED]
     ]
     more = len(pairs) - len(notes)
-    return [*notes, f"{more} more edit(s) may contradict earlier ones"] if more else notes
+    return [*notes, f"{format_count(more, 'more edit')} may contradict earlier ones"] if more else notes
 
 
 def conflicts_with(start: AdaptorState, edits: Sequence[Edit], anchors: Anchors) -> list[EditPair]:

@@ -14,6 +14,7 @@ from lemoe.adaptor.contradictions import EditPair, possible_contradictions, spli
 from lemoe.adaptor.state import AdaptorState, RoundRecord, TaughtEdit, stack
 from lemoe.adaptor.tensor_file import CHUNK_BYTES, TensorEntry
 from lemoe.base.tensors import DTYPES
+from lemoe.data.counting import format_count
 from lemoe.data.files import check_overwrite, remove_scratch
 from lemoe.errors import AdaptorError, InputError
 
@@ -224,7 +225,7 @@ def refuse_conflicts(pairs: Sequence[EditPair]) -> NoReturn:
         AdaptorError: listing both of each pair.
     """
     lines = [f"edit {earlier.label} is superseded by {later.label}" for earlier, later in pairs]
-    raise AdaptorError("\n  ".join([f"{len(pairs)} edit(s) would be superseded:", *lines[:MAX_LISTED]]))
+    raise AdaptorError("\n  ".join([f"{format_count(len(pairs), 'edit')} would be superseded:", *lines[:MAX_LISTED]]))
 
 
 def _round_sources(state: AdaptorState, files: Sequence[AdaptorFile]) -> list[int]:

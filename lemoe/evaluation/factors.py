@@ -12,6 +12,7 @@ from statistics import fmean
 from lemoe.adaptor.state import AdaptorState
 from lemoe.base.embedded import Notify
 from lemoe.base.loading import BaseLike, BaseModel, resolve_base
+from lemoe.data.counting import format_count
 from lemoe.data.edits import Edit, Edits, resolve_edits
 from lemoe.evaluation.evaluate import EvalOptions, Record, evaluate
 from lemoe.evaluation.metrics import Decode, Metric
@@ -73,7 +74,7 @@ class Factors:
     orders: tuple[OrderScore, ...]
 
     def __repr__(self) -> str:
-        counts = f"{len(self.rounds)} rounds, {len(self.orders)} orders"
+        counts = f"{format_count(len(self.rounds), 'round')}, {format_count(len(self.orders), 'order')}"
         return f"Factors(preset {self.settings.method}, {counts}, forgotten={self.forgotten:.3f})"
 
     @property

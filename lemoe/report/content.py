@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from lemoe import __version__
 from lemoe.adaptor.state import AdaptorState
 from lemoe.base.loading import BaseModel
+from lemoe.data.counting import format_count
 from lemoe.data.edits import Edit, digest_edits
 from lemoe.evaluation.comparison import Comparison
 from lemoe.evaluation.evaluate import EvalResult
@@ -18,7 +19,7 @@ from lemoe.report.rounds import Forgetting, RoundQuality, build_forgetting, roun
 from lemoe.report.routes import Destinations, Gate, GateMeasure, OwnExperts, build_gate, count_destinations
 from lemoe.report.scores import MetricScores, group_scores
 from lemoe.report.studies import MethodRow, OrderTable, SweepTable, make_method_rows, make_order_table, make_sweep_table
-from lemoe.report.text import clean_text, format_count
+from lemoe.report.text import clean_text
 
 DECODING = {
     "teacher": "teacher forcing: the likeliest token at each position of the target",

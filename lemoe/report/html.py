@@ -2,11 +2,12 @@
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from lemoe.data.counting import format_count
 from lemoe.report import plots
 from lemoe.report.content import Report
 from lemoe.report.rounds import pick_evenly
 from lemoe.report.routes import DESTINATIONS
-from lemoe.report.text import format_count, format_number, format_percent, format_with_error
+from lemoe.report.text import format_number, format_percent, format_with_error
 
 ROWS_SHOWN = 100  # rounds in a table
 DESTINATION_NAMES = ("own expert", "another edit’s", "shut: other question", "shut: no subject")

@@ -3,12 +3,13 @@
 import re
 from collections.abc import Iterable, Sequence
 
+from lemoe.data.counting import format_count
 from lemoe.report.content import Report
 from lemoe.report.failures import Failure, Failures
 from lemoe.report.rounds import Forgetting, pick_evenly
 from lemoe.report.scores import MetricScores, Score
 from lemoe.report.studies import MethodRow, OrderTable
-from lemoe.report.text import format_count, format_number, format_percent, format_with_error
+from lemoe.report.text import format_number, format_percent, format_with_error
 
 ANSWER_SHOWN = 120  # characters
 MATRIX_SHOWN = 10  # rounds

@@ -51,8 +51,3 @@ def format_percent(share: float) -> str:
     if 0 < share < 0.005 or 0.995 < share < 1:
         return "<1 %" if share < 0.5 else ">99 %"
     return f"{share:.0%}".replace("%", " %")
-
-
-def format_count(number: int, noun: str) -> str:
-    """A number of things."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

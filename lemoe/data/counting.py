@@ -1,0 +1,6 @@
+"""How numbers of things are put into words."""
+
+
+def format_count(number: int, noun: str) -> str:
+    """A number of things: `1 edit`, `1,000 edits`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
