@@ -54,7 +54,7 @@ class Plan:
         >>> import lemoe
         >>> planned = lemoe.plan("llama", "edits.jsonl")
         >>> planned
-        Plan(3 edits in 1 rounds, 0 conflicts)
+        Plan(3 edits in 1 round, 0 conflicts)
         >>> sorted(planned.rounds[0])
         ['eiffel-tower-city', 'eiffel-tower-material', 'france-capital-2031']
     """
