@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lemoe.data.counting import format_count
+from lemoe.data.counting import edits_in_rounds, format_count
 from lemoe.errors import OutputError
 from lemoe_cli.options import (
     batch_tokens_option,
@@ -147,7 +147,7 @@ def _show_comparison(comparison: "Comparison") -> None:
     from lemoe_cli.ui import print_table
 
     print_table(
-        f"{format_count(comparison.edit_count, 'edit')} in {format_count(len(comparison.rounds), 'round')}: {SHARES}",
+        f"{edits_in_rounds(comparison.edit_count, len(comparison.rounds))}: {SHARES}",
         ("", *RESULT_COLUMNS),
         [(each.settings.method, *_result_cells(each)) for each in comparison.methods],
     )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from lemoe.adaptor.experts import Experts
 from lemoe.base.equality import TensorEquality
 from lemoe.base.fingerprint import Fingerprint
-from lemoe.data.counting import format_count
+from lemoe.data.counting import edits_in_rounds
 from lemoe.data.edits import Edit, combine_digests, digest_edits, edit_label
 from lemoe.errors import AdaptorError
 from lemoe.routing.registry import ROUTERS
@@ -187,7 +187,7 @@ class AdaptorState(TensorEquality):
     def brief(self) -> str:
         """Its preset and how much it holds, in a few words."""
         edits, rounds = sum(len(record.edits) for record in self.rounds), len(self.rounds)
-        return f"preset {self.settings.method}, {format_count(edits, 'edit')} in {format_count(rounds, 'round')}"
+        return f"preset {self.settings.method}, {edits_in_rounds(edits, rounds)}"
 
     @property
     def lineages(self) -> list[Lineage]:

@@ -7,7 +7,7 @@ from statistics import fmean
 
 from lemoe.base.embedded import Notify
 from lemoe.base.loading import BaseLike, BaseModel, resolve_base
-from lemoe.data.counting import format_count
+from lemoe.data.counting import edits_in_rounds
 from lemoe.data.edits import Edit, Edits, resolve_edits
 from lemoe.evaluation.evaluate import EvalOptions, Record, evaluate
 from lemoe.evaluation.metrics import Decode, Metric
@@ -62,8 +62,7 @@ class Comparison:
     def __repr__(self) -> str:
         scores = {each.settings.method: each.value("reliability") for each in self.methods}
         shown = ", ".join(f"{name}={score.value:.3f}" for name, score in scores.items() if score is not None)
-        edits, rounds = format_count(self.edit_count, "edit"), format_count(len(self.rounds), "round")
-        return f"Comparison({edits} in {rounds}, reliability: {shown})"
+        return f"Comparison({edits_in_rounds(self.edit_count, len(self.rounds))}, reliability: {shown})"
 
     @property
     def edit_count(self) -> int:

@@ -17,7 +17,7 @@ import yaml
 from lemoe.base.loading import BaseLike, BaseModel, resolve_base
 from lemoe.base.tokens import encode_edits
 from lemoe.data.conflicts import Conflict, find_conflicts, normalise_question, redundant_edit_ids
-from lemoe.data.counting import format_count
+from lemoe.data.counting import edits_in_rounds, format_count
 from lemoe.data.edits import Edit, Edits, check_ids, resolve_edits
 from lemoe.errors import InputError
 from lemoe.planning.clustering import Vectors, cluster_rounds
@@ -66,9 +66,8 @@ class Plan:
     inferred_subjects: dict[str, str]
 
     def __repr__(self) -> str:
-        counts = (sum(map(len, self.rounds)), "edit"), (len(self.rounds), "round"), (len(self.conflicts), "conflict")
-        edits, rounds, conflicts = (format_count(*each) for each in counts)
-        return f"Plan({edits} in {rounds}, {conflicts})"
+        size = edits_in_rounds(sum(map(len, self.rounds)), len(self.rounds))
+        return f"Plan({size}, {format_count(len(self.conflicts), 'conflict')})"
 
 
 def plan(base: BaseLike, edits: Edits, settings: Settings | None = None) -> Plan:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from lemoe import __version__
 from lemoe.adaptor.state import AdaptorState
 from lemoe.base.loading import BaseModel
-from lemoe.data.counting import format_count
+from lemoe.data.counting import edits_in_rounds, format_count
 from lemoe.data.edits import Edit, digest_edits
 from lemoe.evaluation.comparison import Comparison
 from lemoe.evaluation.evaluate import EvalResult
@@ -121,7 +121,7 @@ def _list_facts(base: BaseModel, state: AdaptorState | None, edits: Sequence[Edi
     if state:
         taught = sum(len(record.edits) for record in state.rounds)
         facts += [
-            Fact("adaptor", f"{format_count(taught, 'edit')} in {format_count(len(state.rounds), 'round')}"),
+            Fact("adaptor", edits_in_rounds(taught, len(state.rounds))),
             Fact("method", f"{state.settings.method}, beside the FFN of layer {state.base.layer}"),
         ]
     facts += [

@@ -211,7 +211,7 @@ class Route:
         words, last = self._reader.words, len(self._reader.words) - 1
         sentence = Sentence(words, self._gate.lexicon, growing=self._reader.growing)
         subjects = self._gate.index.subjects
-        self._check_mentions(sentence, answers=last in self._answer_positions())
+        self._check_mentions(sentence)
         candidates = self._gate.index.find_candidates(words)
         self._complete_partial_mentions(sentence, words[-2:] if time == self._word_started_at else words[-1:])
         for number in candidates:
@@ -224,10 +224,8 @@ class Route:
             referred = {number: self._refer_to(number, last) for number in self._topics.keys() - self._mentions.keys()}
             self._mentions |= {number: found for number, found in referred.items() if found}
 
-    def _check_mentions(self, sentence: Sentence, *, answers: bool) -> None:
-        """Look again at the mentions that the last word belongs to, or stands behind; there, `answers` to a question
-        that ends in the subject are no part of its name.
-        """
+    def _check_mentions(self, sentence: Sentence) -> None:
+        """Look again at the mentions that the last word belongs to, or stands behind without being of the answer."""
         last, subjects = len(sentence.words) - 1, self._gate.index.subjects
         for number, mention in list(self._mentions.items()):
             if last in mention.positions:
@@ -236,7 +234,7 @@ class Route:
                     self._mentions[number] = found
                 else:
                     self._withdraw_mention(number)
-            elif not answers and (last - 2 in mention.positions or last - 1 in mention.positions):
+            elif not mention.positions.isdisjoint((last - 2, last - 1)) and last not in self._answer_positions():
                 self._mentions[number] = subjects[number].look_behind(sentence, mention)
 
     def _refer_to(self, subject: int, position: int) -> Mention | None:
