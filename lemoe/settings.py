@@ -104,7 +104,7 @@ class Settings:
     negatives: int = 0
     negative_weight: float = 3.0
     gate: GateEvidence = "meaning"
-    gate_probability: float = 0.55
+    gate_probability: float = 0.5
     gate_conflict: float = 3.5
     gate_slack: int = 16
     norm_limit: float = 5e-4

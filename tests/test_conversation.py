@@ -201,7 +201,7 @@ def test_why_tells_scope_nearest_edit_probability_and_conflict(talk: Talk, facts
     assert acted["edit"].strip() == facts[0].id
     assert acted["scope"].startswith("in: ")
     assert facts[0].target in acted["nearest"]
-    assert "(acts from 0.55)" in acted["probability"]
+    assert "(acts from 0.5)" in acted["probability"]
     assert float(acted["conflict"]) >= 0
     assert "scope  subject: no edit's subject is mentioned" in out
 

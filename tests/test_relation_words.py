@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lemoe.data.question_bank import REMARK, read_question_bank
-from lemoe.routing.anchor.relation_words import MIN_AGREEMENT, RelationProfiles, RelationWords
+from lemoe.routing.anchor.relation_words import RelationProfiles, RelationWords, bound_nats
 from lemoe.routing.anchor.words import split_words
 
 WORDINGS = (
@@ -99,5 +99,14 @@ def test_the_bank_tells_relations_apart_and_knows_their_wordings(
 
 def test_certain_profiles_of_two_relations_agree_least() -> None:
     one, other = numpy.array([[1.0, 0, 0]], numpy.float32), numpy.array([0, 1.0, 0], numpy.float32)
-    assert RelationProfiles(one).compare(other)[0] == pytest.approx(numpy.log(MIN_AGREEMENT))
-    assert RelationProfiles(one).compare(one[0])[0] == pytest.approx(numpy.log(2 + MIN_AGREEMENT))
+    least, most = bound_nats(2)
+    assert RelationProfiles(one).compare(other)[0] == pytest.approx(least)
+    assert RelationProfiles(one).compare(one[0])[0] == pytest.approx(most)
+
+
+def test_relations_that_share_their_words_agree_more_than_any_two_and_less_than_one_with_itself(
+    bank: RelationWords,
+) -> None:
+    born, birthday, taken = "where was born", "when was born", "is headquartered in"
+    assert compare(bank, born, taken) < compare(bank, born, birthday) < compare(bank, born, born) - 1
+    assert compare(bank, taken, "is based in") > 1

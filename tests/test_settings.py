@@ -32,7 +32,7 @@ OF_ANCHOR: dict[str, object] = {
     **{"seed": 0, "width": None, "router_width": 512, "experts": 4, "top_k": 1, "steps": 16, "learning_rate": 5e-3},
     **{"router_learning_rate": 2e-5, "weight_decay": 0.0, "loss_target": 0.1, "retries": 3, "noise": 0.5},
     **{"variants": 3, "train_rephrases": False, "negatives": 0, "negative_weight": 3.0, "gate": "meaning"},
-    **{"gate_probability": 0.55, "gate_conflict": 3.5, "gate_slack": 16, "norm_limit": 5e-4, "change_share": 1.0},
+    **{"gate_probability": 0.5, "gate_conflict": 3.5, "gate_slack": 16, "norm_limit": 5e-4, "change_share": 1.0},
     **{"demonstrations": 0, "retrieval_threshold": 0.0, "merge_share": 1.0, "radius": 1.0, "batch_tokens": 2048},
 }
 OF_PAPER = {

@@ -23,6 +23,7 @@ from lemoe.routing.anchor.questions import (
     Comparison,
     Question,
     StoredQuestion,
+    ask_for_other_kinds,
 )
 
 VECTORISED_FROM = 16  # anchors of one subject from which arrays are faster; see `tests/benchmarks/speed.py crowd`
@@ -89,6 +90,7 @@ class WordComparisons:
     read_weight: Values
     enough_evidence: Flags
     substituted: Flags
+    clash: Flags
 
     @cached_property
     def heard(self) -> Values:
@@ -107,12 +109,13 @@ class WordComparisons:
             read_weight=float(self.read_weight[index]),
             enough_evidence=bool(self.enough_evidence[index]),
             substituted=bool(self.substituted[index]),
+            clash=bool(self.clash[index]),
         )
 
     @classmethod
     def from_pairs(cls, compared: Sequence[Comparison]) -> "WordComparisons":
         """Of comparisons made pair by pair."""
-        values = numpy.array([each[:7] for each in compared]).reshape(-1, 7).T
+        values = numpy.array([each[:8] for each in compared]).reshape(-1, 8).T
         return cls(*values[:5], *values[5:].astype(numpy.bool_))
 
 
@@ -168,8 +171,9 @@ class QuestionTable(ABC):
             for stemmed in stored.answer_stems:
                 answers.setdefault(stemmed, []).append(index)
         self._anchors_by_answer = {stemmed: numpy.array(indices, numpy.intp) for stemmed, indices in answers.items()}
+        self._kinds = [stored.question.kind for stored in asked]
         self._stem_numbers: dict[str, int] = {}
-        self._by_length = self._number_stems([stored.question.stems for stored in asked])
+        self._by_length = self._number_stems([stored.question.frame for stored in asked])
 
     def _number_stems(self, questions: Sequence[Sequence[str]]) -> dict[int, tuple[Indices, Indices]]:
         """By number of words: the indices of the questions that have as many, and their stems as numbers."""
@@ -196,7 +200,8 @@ class QuestionTable(ABC):
             unread=(total - matched) / both,
             read_weight=total_read,
             enough_evidence=self._have_enough(total_read),
-            substituted=self._find_substituted(read.stems),
+            substituted=self._find_substituted(read.frame),
+            clash=self._find_clashes(read.kind),
         )
 
     @abstractmethod
@@ -206,6 +211,11 @@ class QuestionTable(ABC):
     @abstractmethod
     def _have_enough(self, total_read: Values) -> Flags:
         """`[anchors]`, whether enough was read to decide."""
+
+    def _find_clashes(self, kind: str) -> Flags:
+        """`[anchors]`, whether a question asks for an answer of another kind than this one."""
+        clashes = {known: ask_for_other_kinds(known, kind) for known in set(self._kinds)}
+        return numpy.array([clashes[known] for known in self._kinds])
 
     def _find_substituted(self, stems: Sequence[str]) -> Flags:
         """`[anchors]`, whether a question is the same but for one word; see `are_one_word_apart`."""

@@ -13,11 +13,12 @@ import numpy
 
 from lemoe.routing.anchor.comparisons import MeaningComparisons, Values, WordComparisons
 from lemoe.routing.anchor.meaning import QUESTION_FEATURES, SUBJECT_FEATURES, Meaning
-from lemoe.routing.anchor.relation_words import MIN_AGREEMENT
+from lemoe.routing.anchor.relation_words import bound_nats
 from lemoe.routing.anchor.subjects import MIN_COVERAGE, Mention, Subject
 
 MAX_RATIO = 20.0  # log-likelihood ratios (nats) beyond which more is no further evidence
 MAX_VOUCHED = 1.0  # score where all words of an edit's question were read
+CLASH = -2.0  # score at most where an answer of another kind is asked for
 MAX_EARLIER = 3.0  # score by which the sentence before can speak against an edit,
 EARLIER_SHARE = 0.3  # of which so much counts however much was asked since
 COMPLETE = 0.95  # coverage of a name of several words that was read whole; beside another it may be a longer form
@@ -49,13 +50,16 @@ def question_features(words: WordComparisons, meaning: MeaningComparisons) -> Va
     """`QUESTION_FEATURES` `[features, anchors]` of comparisons.
 
     `overlap` is what the words that mark a relation and the likeness of profiles say twice. Nothing read is no
-    agreement.
+    agreement. Another word in the same frame is no other question as far as both mark the same relation.
     """
     features = numpy.empty((len(QUESTION_FEATURES), len(words.conflict)))
     ratio, profile, relation, overlap, contradiction, agreement, substituted = features
     numpy.minimum(numpy.maximum(meaning.ratio, -MAX_RATIO), MAX_RATIO, out=ratio)
-    profile[:], relation[:], substituted[:] = meaning.profile, meaning.relation, words.substituted
-    numpy.multiply(relation, profile, out=overlap)
+    profile[:], relation[:] = meaning.profile, meaning.relation
+    numpy.exp(-numpy.maximum(relation, 0.0), out=substituted)
+    substituted *= words.substituted
+    numpy.maximum(relation, 0.0, out=overlap)
+    overlap *= profile
     numpy.log1p(words.conflict, out=contradiction)
     numpy.exp(-words.conflict, out=agreement)
     agreement *= words.heard
@@ -171,6 +175,7 @@ class FittedDecision(Decision):
         vouched += MAX_VOUCHED + sum(found[DOUBTS])
         vouched -= words.unread
         score: Values = numpy.maximum(fitted, vouched)
+        numpy.minimum(score, CLASH, out=score, where=words.clash)
         if earlier is not None:
             fading = 1 - (1 - EARLIER_SHARE) * words.heard
             score += fading * numpy.minimum(numpy.maximum(earlier, -MAX_EARLIER), 0.0)
@@ -182,9 +187,11 @@ def _bound_questions(weights: Sequence[float], relations: int) -> float:
     meaning, profile, relation, overlap, contradiction, agreement, substituted = weights
     if contradiction > 0:
         return math.inf
-    marked = (math.log(MIN_AGREEMENT), math.log(max(relations, 1) + MIN_AGREEMENT))
+    marked = bound_nats(relations)
     likest = max(
-        profile * alike + relation * nats + overlap * alike * nats for alike in (-1.0, 1.0) for nats in (0.0, *marked)
+        profile * alike + relation * nats + overlap * alike * max(nats, 0.0)
+        for alike in (-1.0, 1.0)
+        for nats in (0.0, *marked)
     )
     return abs(meaning) * MAX_RATIO + likest + max(agreement, 0.0) + max(substituted, 0.0)
 

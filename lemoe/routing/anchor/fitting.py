@@ -29,7 +29,7 @@ from lemoe.routing.anchor.bank_texts import make_texts, read_texts
 from lemoe.routing.anchor.meaning import Meaning
 from lemoe.routing.anchor.weight_fit import fit_weights
 
-VERSION = 4  # of the fit; raised whenever an equal bank would give another one
+VERSION = 5  # of the fit; raised whenever an equal bank would give another one
 DEPTH = 1 / 3  # relative depth of the layer that is read
 SEED = 0
 

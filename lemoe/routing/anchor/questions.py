@@ -12,6 +12,13 @@ MIN_EVIDENCE = 0.02  # weight that must be read, as a share of the anchor's ques
 MIN_SAME_WORDS, MORE_WORDS = 3, 2  # words of questions that are the same but for one of them, and behind them
 WORDS_BEFORE = 12  # words in front of a mention that belong to the question
 DESCRIPTION_WORDS = 4  # at most, with `the`, of what describes a mention in front of it
+_QUESTION_WORDS = frozenset("what which how when where who whom whose why".split())
+_ASKED_FOR = {
+    **dict.fromkeys("when year date day month many much".split(), "amount"),
+    **dict.fromkeys("where city town country place state continent who whom whose".split(), "name"),
+}  # by a question word, or by the word behind `what`, `which` or `how`
+_FIRST_WORDS = 3  # of a question, among which is the word that asks: `tell me when`
+_AUXILIARIES = frozenset("is s are was were be been has have had do does did".split())  # none asks for something else
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +27,8 @@ class Question:
 
     Attributes:
         words, stems, weights: each word, once.
+        frame: the stems, all auxiliaries as one: `was` for `is` asks for nothing else.
+        kind: what kind of answer its first words ask for, an amount (or time) or a name; empty where they say neither.
         total_weight: the sum of the weights.
         weight_by_stem: the sum for each stem.
     """
@@ -27,6 +36,8 @@ class Question:
     words: tuple[str, ...]
     stems: tuple[str, ...]
     weights: tuple[float, ...]
+    frame: tuple[str, ...]
+    kind: str
     total_weight: float
     weight_by_stem: dict[str, float]
 
@@ -38,7 +49,21 @@ class Question:
         by_stem: dict[str, float] = {}
         for stemmed, weight in zip(stems, weights, strict=True):
             by_stem[stemmed] = by_stem.get(stemmed, 0.0) + weight
-        return cls(unique, stems, weights, sum(weights), by_stem)
+        frame = tuple("is" if word in _AUXILIARIES else stem for word, stem in zip(unique, stems, strict=True))
+        return cls(unique, stems, weights, frame, _find_kind(unique), sum(weights), by_stem)
+
+
+def _find_kind(words: Sequence[str]) -> str:
+    """What kind of answer the words of a question ask for; see `Question`."""
+    for word, following in zip(words[:_FIRST_WORDS], (*words[1 : _FIRST_WORDS + 1], ""), strict=False):
+        if word in _QUESTION_WORDS:
+            return _ASKED_FOR.get(word) or _ASKED_FOR.get(following, "")
+    return ""
+
+
+def ask_for_other_kinds(kind: str, other: str) -> bool:
+    """Whether two questions ask for answers of two kinds, so that none answers both: `when` and `where`."""
+    return bool(kind and other) and kind != other
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +86,7 @@ class Comparison(NamedTuple):
         read_weight: weight of what was read that is no part of the answer.
         enough_evidence: whether enough was read to decide.
         substituted: whether the two are the same but for one word.
+        clash: whether the two ask for answers of two kinds.
         meaning: log-likelihood ratio (nats) of both asking the same; 0 where the gate compares words alone.
         score: log odds that the edit is asked for, above the threshold: the gate opens from 0.
     """
@@ -72,6 +98,7 @@ class Comparison(NamedTuple):
     read_weight: float
     enough_evidence: bool
     substituted: bool = False
+    clash: bool = False
     meaning: float = 0.0
     score: float = 0.0
 
@@ -125,19 +152,20 @@ def _conclude(
     total, both = asked.total_weight, 1 + matched + matched_read
     conflict = min(total - matched, total_read - matched_read) / both
     fit = (matched + 1) / (total + 1) + (matched_read + 1) / (total_read + 1)
-    substituted = are_one_word_apart(asked.stems, read.stems)
-    return Comparison(conflict, fit, matched, (total - matched) / both, total_read, enough_evidence, substituted)
+    substituted = are_one_word_apart(asked.frame, read.frame)
+    clash = ask_for_other_kinds(asked.kind, read.kind)
+    return Comparison(conflict, fit, matched, (total - matched) / both, total_read, enough_evidence, substituted, clash)
 
 
-def are_one_word_apart(stems: Sequence[str], others: Sequence[str]) -> bool:
+def are_one_word_apart(frame: Sequence[str], other: Sequence[str]) -> bool:
     """Whether two questions of at least `MIN_SAME_WORDS` words are the same but for one: `father` for `mother`.
 
     One of them may have up to `MORE_WORDS` more, since a question that is still being read has not ended.
     """
-    length = min(len(stems), len(others))
-    if length < MIN_SAME_WORDS or max(len(stems), len(others)) > length + MORE_WORDS:
+    length = min(len(frame), len(other))
+    if length < MIN_SAME_WORDS or max(len(frame), len(other)) > length + MORE_WORDS:
         return False
-    return sum(one != other for one, other in zip(stems, others, strict=False)) == 1
+    return sum(one != word for one, word in zip(frame, other, strict=False)) == 1
 
 
 def question_words(words: Sequence[Word], mention: Mention, silent: frozenset[int]) -> list[str]:
