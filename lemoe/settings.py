@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
+from lemoe.data.counting import format_count
 from lemoe.data.yaml_file import read_yaml
 from lemoe.errors import InputError
 
@@ -249,7 +250,7 @@ def coerce_settings(source: str, values: Mapping[str, Any]) -> dict[str, Any]:
         except (TypeError, ValueError, OverflowError):
             problems.append(f"{name}: {_shorten_value(value)} is not {_describe_type(hints[name])}")
     if problems:
-        raise InputError.from_problems(f"{source}: {len(problems)} bad setting(s)", problems)
+        raise InputError.from_problems(f"{source}: {format_count(len(problems), 'bad setting')}", problems)
     return coerced
 
 

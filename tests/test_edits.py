@@ -397,7 +397,7 @@ def test_all_bad_lines_are_counted_and_the_first_20_listed(tmp_path: Path) -> No
     path = write_records(tmp_path, *[{"prompt": "x"}] * 23, FACT)
     message = refusal_message(path)
     assert [f"{path}:{number}: " in message for number in range(1, 24)] == [True] * 20 + [False] * 3
-    assert "23 bad record(s)" in message
+    assert "23 bad records" in message
     assert "and 3 more" in message
 
 

@@ -44,7 +44,7 @@ def test_cells_may_hold_marks_and_line_breaks_and_be_empty(tmp_path: Path) -> No
 def test_all_bad_rows_are_named_at_once_by_their_lines(tmp_path: Path) -> None:
     text = b'prompt,target\n"Ada\nis",Rome\nBo is\nCleo is,Oslo,Bergen\nDee is,\n'
     assert refusal_lines(tmp_path, "a.csv", text) == [
-        "a.csv: 3 bad record(s), nothing was done",
+        "a.csv: 3 bad records, nothing was done",
         "a.csv:4: expected 2 cells, as in the header, not 1",
         "a.csv:5: expected 2 cells, as in the header, not 3",
         "a.csv:6: missing `target` (the record has: prompt)",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lemoe.adaptor.checkpoint import AdaptorFile
 from lemoe.adaptor.state import AdaptorState, TaughtEdit, check_base
+from lemoe.data.counting import format_count
 from lemoe.data.edits import Edit, combine_digests
 from lemoe.errors import AdaptorError
 from lemoe.routing.anchor.anchors import Anchors
@@ -90,7 +91,7 @@ def verify_adaptor(found: Inspection, base: "BaseModel | None" = None) -> list[s
     checked = [
         "the file is as it was written, by its SHA-256",
         "every tensor has the shape and type that the records say, and finite values",
-        f"the records of {len(found.state.rounds)} round(s) fit their edits",
+        f"the records of {format_count(len(found.state.rounds), 'round')} fit their edits",
     ]
     if base is not None:
         check_base(base, found.state)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lemoe.base.equality import TensorEquality
+from lemoe.data.counting import format_count
 from lemoe.data.edits import Edit
 from lemoe.errors import InputError
 
@@ -100,7 +101,9 @@ def encode_passages(base: "BaseModel", texts: Iterable[tuple[str, str, str | Non
             except ValueError as problem:
                 problems.append(f"{label}: {problem}")
     if problems:
-        raise InputError.from_problems(f"{len(problems)} text(s) cannot be used with this model", problems)
+        raise InputError.from_problems(
+            f"{format_count(len(problems), 'text')} cannot be used with this model", problems
+        )
     return passages
 
 

@@ -10,6 +10,7 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lemoe.data.counting import format_count
 from lemoe.data.dataset_formats import RecordError, canonicalise_record, extract_records
 from lemoe.data.tables import EXPECTED, check_kind, is_table, parse_table
 from lemoe.errors import InputError
@@ -192,7 +193,7 @@ def _build_edits(heading: object, records: Sequence[tuple[str, Any]], problems: 
         read = ["" if isinstance(record, Edit) else name for (_, record), name in zip(records, names, strict=True)]
         found += _find_repeated_ids(read, sources)
     if found:
-        raise InputError.from_problems(f"{heading}: {len(found)} bad record(s), nothing was done", found)
+        raise InputError.from_problems(f"{heading}: {format_count(len(found), 'bad record')}, nothing was done", found)
     return _tell_ids_apart(edits, names)
 
 

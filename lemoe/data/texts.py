@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lemoe.data.counting import format_count
 from lemoe.data.edits import read_records
 from lemoe.errors import InputError
 
@@ -27,7 +28,9 @@ def read_texts(path: Path | str) -> list[str]:
         found = [(source, _get_text(record)) for source, record in records]
         problems += [f"{source}: expected a text, or an object with `text`" for source, text in found if not text]
         if problems:
-            raise InputError.from_problems(f"{path}: {len(problems)} bad record(s), nothing was measured", problems)
+            raise InputError.from_problems(
+                f"{path}: {format_count(len(problems), 'bad record')}, nothing was measured", problems
+            )
         texts = [text for _, text in found]
     if not texts:
         raise InputError(f"{path}: no texts in it")

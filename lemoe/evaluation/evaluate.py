@@ -16,6 +16,7 @@ from lemoe.adaptor.state import AdaptorState
 from lemoe.base.loading import BaseLike, BaseModel, resolve_base
 from lemoe.base.matmul import use_onednn
 from lemoe.base.tokens import Passage, encode_passages
+from lemoe.data.counting import format_count
 from lemoe.data.edits import Edit, Edits, Probe, resolve_edits
 from lemoe.errors import InputError
 from lemoe.evaluation import answers
@@ -324,9 +325,13 @@ def _encode_texts(base: BaseModel, texts: Iterable[str]) -> list[Passage]:
         tokens = tuple(base.tokenizer(text).input_ids)[: base.max_length]
         passages.append(Passage(tokens[:1], tokens[1:]))
         if len(tokens) < 2:
-            problems.append(f"text {number}: {text[:60]!r} has {len(tokens)} token(s); at least 2 are needed")
+            problems.append(
+                f"text {number}: {text[:60]!r} has {format_count(len(tokens), 'token')}; at least 2 are needed"
+            )
     if problems:
-        raise InputError.from_problems(f"{len(problems)} text(s) cannot be used with this model", problems)
+        raise InputError.from_problems(
+            f"{format_count(len(problems), 'text')} cannot be used with this model", problems
+        )
     return passages
 
 

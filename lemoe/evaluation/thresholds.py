@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from lemoe.data.counting import format_count
 from lemoe.data.edits import Edit
 from lemoe.errors import InputError
 from lemoe.evaluation.metrics import DEFINITIONS, MEASURES, Decode, Direction, Metric
@@ -69,7 +70,7 @@ def read_thresholds(
                 problems.append(f"`{option}` {text}: {problem}")
     if problems:
         raise InputError.from_problems(
-            f"{len(problems)} threshold(s) cannot be checked, nothing was measured", problems
+            f"{format_count(len(problems), 'threshold')} cannot be checked, nothing was measured", problems
         )
     return tuple(thresholds)
 
@@ -140,7 +141,7 @@ def check_kinds(
     ]
     if problems:
         raise InputError.from_problems(
-            f"{len(problems)} threshold(s) cannot be checked, nothing was measured", problems
+            f"{format_count(len(problems), 'threshold')} cannot be checked, nothing was measured", problems
         )
 
 

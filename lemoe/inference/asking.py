@@ -13,6 +13,7 @@ from lemoe.base.loading import BaseLike, BaseModel, resolve_base
 from lemoe.base.matmul import use_onednn
 from lemoe.base.tokens import Passage, check_context_length, encode_passage, length_buckets
 from lemoe.data.conversation import Conversation
+from lemoe.data.counting import format_count
 from lemoe.errors import AdaptorError, InputError
 from lemoe.inference.generation import Tokens, generate_batch
 from lemoe.inference.insertion import InsertedAdaptor, insert, inserted_adaptor
@@ -237,7 +238,9 @@ def _encode_prompts(base: BaseModel, prompts: Sequence[Prompt], chat: bool, answ
             text = prompt if isinstance(prompt, str) else prompt.prompt
             problems.append(f"{text[:60]!r}: {problem}")
     if problems:
-        raise InputError.from_problems(f"{len(problems)} prompt(s) cannot be used with this model", problems)
+        raise InputError.from_problems(
+            f"{format_count(len(problems), 'prompt')} cannot be used with this model", problems
+        )
     return passages
 
 
