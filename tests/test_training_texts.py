@@ -52,28 +52,22 @@ def test_text_behind_a_question_continues_a_question_that_is_taught_too() -> Non
     assert longer.startswith(lower)
 
 
-@pytest.mark.parametrize("width", [1, 2, 4])
-def test_detectors_tell_the_positions_of_an_answer_apart(
-    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, width: int
+def test_where_answers_of_other_edits_begin_no_later_position_is_detected(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf
 ) -> None:
     passages = encode_edits(base, facts)
     anchors = [Anchor(p.prompt, p.target, e.subject) for p, e in zip(passages, facts, strict=True)]
     builder = TrainingBatchBuilder(base, base.ffn_site(1), 1, anchor(), facts, passages, anchors, random.Random(0))
     prompts = builder.build().prompts
-    detectors = fit_detectors(prompts, [width] * len(facts), {})
-    assert sorted(detectors) == list(range(len(facts)))
+    detectors = fit_detectors(prompts, [4] * len(facts), {})
     for batch in prompts:
-        rows, columns = batch.frozen.batch.target_rows, batch.frozen.batch.target_columns
-        inputs = batch.normalised_inputs[rows, columns - batch.frozen.start]
-        for row, column, read in zip(rows.tolist(), columns.tolist(), inputs, strict=True):
-            detecting, constant = detectors[int(batch.owners[row])]
-            position = column - int(batch.frozen.batch.prompt_lengths[row]) + 1
-            assert len(detecting) == min(width, len(passages[int(batch.owners[row])].target) + 1)
-            if width == 1:
-                assert bool(detecting @ read > 0) == (position == 0)
-            else:
-                assert int((detecting @ read).argmax()) == min(position, len(detecting) - 1)
-            assert read @ constant > 0
+        last = batch.frozen.batch.prompt_lengths - 1 - batch.frozen.start
+        for owner, read in zip(
+            batch.owners.tolist(), batch.normalised_inputs[torch.arange(len(last)), last], strict=True
+        ):
+            for expert, (detecting, _) in detectors.items():
+                at_beginning = detecting @ read
+                assert expert == owner or (at_beginning[0] > 0 and bool((at_beginning[1:] < 0).all()))
 
 
 def test_only_negatives_that_reach_the_expert_are_trained_on(
@@ -92,6 +86,33 @@ def test_only_negatives_that_reach_the_expert_are_trained_on(
 
 
 # What only a real model shows.
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_detectors_tell_the_positions_of_an_answer_apart(
+    real_base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, width: int
+) -> None:
+    passages = encode_edits(real_base, facts)
+    anchors = [Anchor(p.prompt, p.target, e.subject) for p, e in zip(passages, facts, strict=True)]
+    builder = TrainingBatchBuilder(
+        real_base, real_base.ffn_site(24), 24, anchor(), facts, passages, anchors, random.Random(0)
+    )
+    prompts = builder.build().prompts
+    detectors = fit_detectors(prompts, [width] * len(facts), {})
+    assert sorted(detectors) == list(range(len(facts)))
+    for batch in prompts:
+        rows, columns = batch.frozen.batch.target_rows, batch.frozen.batch.target_columns
+        inputs = batch.normalised_inputs[rows, columns - batch.frozen.start]
+        for row, column, read in zip(rows.tolist(), columns.tolist(), inputs, strict=True):
+            detecting, constant = detectors[int(batch.owners[row])]
+            position = column - int(batch.frozen.batch.prompt_lengths[row]) + 1
+            assert len(detecting) == min(width, len(passages[int(batch.owners[row])].target) + 1)
+            if width == 1:
+                assert bool(detecting @ read > 0) == (position == 0)
+            else:
+                assert int((detecting @ read).argmax()) == min(position, len(detecting) - 1)
+            assert read @ constant > 0
 
 
 @pytest.mark.real
@@ -189,7 +210,7 @@ def test_a_detector_expects_the_sink_that_may_begin_its_answer(
     assert is_sink(sink)
     assert not is_sink(torch.ones_like(sink))
     without, expecting = (fit_detectors(prompts, [4] * len(facts), sinks) for sinks in ({}, {0: sink}))
-    assert torch.equal(without[1][0], expecting[1][0])
+    assert torch.equal(without[1][0], expecting[1][0])  # of an edit whose answer begins with no such token
     for number, detected in enumerate(expecting[0][0] @ sink):
         assert (detected > ACTIVE) == (number == 1)
 

@@ -4,6 +4,9 @@ Where an answer begins, the base model would often say something else first, or 
 further on it would go on as such words mostly go on. So the first neurons of each expert start as the ridge regressions
 that tell the positions of its answer apart, by what the expert reads there. The others start at random.
 
+Where the answers of other edits begin, the first of these neurons is active too, and the later ones are not: an expert
+whose few texts do not show it how else a question may end would mostly take that for the end of its answer.
+
 Where an answer begins with a token of white space alone, as years do in many vocabularies, and its question is short,
 some models make that token an attention sink (Xiao et al. 2024): it holds one massive activation (Sun et al. 2024) and
 next to nothing of the text, and the base goes on with any word. Experts read about the same at all of them, so that one
@@ -21,6 +24,9 @@ from lemoe.base.frozen import FrozenBatch
 DETECTORS = 8  # neurons that detect a position: the first ones one each, the last all that follow
 RIDGE = 1.0  # variance of the noise on inputs that the regression allows for
 ACTIVE = 3.0  # wanted activation at a neuron's position; at the other ones it is the negative of it
+OTHER_BEGINNINGS = (
+    256  # positions at which answers of other edits begin that an expert's detectors are fitted to, at most
+)
 SINK_PROMPT = "When was it founded?"
 SINK_SHARE = 0.6  # of the square of what an expert reads at a sink, from which on its largest element holds it
 SINK_ACTIVE = 15.0  # wanted activation at a sink of the neuron for that position: there is more to outweigh
@@ -53,6 +59,7 @@ def fit_detectors(
         by the expert's index, `[detectors, hidden]` and `[hidden]`, to be multiplied with what the expert reads.
     """
     inputs, owners, places = (torch.cat(parts) for parts in zip(*map(_answer_positions, batches), strict=True))
+    beginnings, beginners = inputs[places == 0].float(), owners[places == 0]
     fitted = {}
     for expert, width in enumerate(widths):
         own = owners == expert
@@ -62,15 +69,30 @@ def fit_detectors(
             detected = torch.arange(count, device=rows.device)
             hit = place.clamp(max=max(count - 1, 1)).unsqueeze(1) == detected
             wanted = torch.cat([ACTIVE * (2 * hit.float() - 1), rows.new_ones(len(rows), 1)], 1)
-            if expert in sinks and count > 1:
-                at_sink = torch.cat([rows.new_full((count,), -ACTIVE), rows.new_ones(1)])
-                at_sink[1] = SINK_ACTIVE
-                rows = torch.cat([rows, sinks[expert].expand(SINK_WEIGHT, -1)])
-                wanted = torch.cat([wanted, at_sink.expand(SINK_WEIGHT, -1)])
+            shown = [(rows, wanted)]
+            if count > 1:
+                others = _take_evenly(beginnings[beginners != expert], OTHER_BEGINNINGS)
+                shown.append((others, _activations(0, ACTIVE, count, others)))
+                if expert in sinks:
+                    at_sink = sinks[expert].expand(SINK_WEIGHT, -1)
+                    shown.append((at_sink, _activations(1, SINK_ACTIVE, count, at_sink)))
+            rows, wanted = (torch.cat(parts) for parts in zip(*shown, strict=True))
             penalty = RIDGE * len(rows) * torch.eye(len(rows), device=rows.device)
             found = (rows.T @ torch.linalg.solve(rows @ rows.T + penalty, wanted)).T
             fitted[expert] = (found[:-1], found[-1])
     return fitted
+
+
+def _activations(place: int, active: float, count: int, rows: Tensor) -> Tensor:
+    """What `count` detectors shall be at `rows`, all at this place of an answer, and 1: `[rows, count + 1]`."""
+    wanted = rows.new_full((len(rows), count + 1), -ACTIVE)
+    wanted[:, place], wanted[:, -1] = active, 1.0
+    return wanted
+
+
+def _take_evenly(rows: Tensor, most: int) -> Tensor:
+    """At most so many of the rows, the same distance apart."""
+    return rows[:: max(1, -(-len(rows) // most))]
 
 
 def _answer_positions(batch: AnswerBatch) -> tuple[Tensor, Tensor, Tensor]:
