@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from lemoe.routing.anchor.lexicon import Lexicon, Vector
 from lemoe.routing.anchor.questions import (
+    KINDS,
     MIN_EVIDENCE,
     MIN_SAME_WORDS,
     MORE_WORDS,
@@ -171,7 +172,10 @@ class QuestionTable(ABC):
             for stemmed in stored.answer_stems:
                 answers.setdefault(stemmed, []).append(index)
         self._anchors_by_answer = {stemmed: numpy.array(indices, numpy.intp) for stemmed, indices in answers.items()}
-        self._kinds = [stored.question.kind for stored in asked]
+        self._clashes = {
+            kind: numpy.array([ask_for_other_kinds(stored.question.kind, kind) for stored in asked], numpy.bool_)
+            for kind in KINDS
+        }
         self._stem_numbers: dict[str, int] = {}
         self._by_length = self._number_stems([stored.question.frame for stored in asked])
 
@@ -201,7 +205,7 @@ class QuestionTable(ABC):
             read_weight=total_read,
             enough_evidence=self._have_enough(total_read),
             substituted=self._find_substituted(read.frame),
-            clash=self._find_clashes(read.kind),
+            clash=self._clashes[read.kind],
         )
 
     @abstractmethod
@@ -211,11 +215,6 @@ class QuestionTable(ABC):
     @abstractmethod
     def _have_enough(self, total_read: Values) -> Flags:
         """`[anchors]`, whether enough was read to decide."""
-
-    def _find_clashes(self, kind: str) -> Flags:
-        """`[anchors]`, whether a question asks for an answer of another kind than this one."""
-        clashes = {known: ask_for_other_kinds(known, kind) for known in set(self._kinds)}
-        return numpy.array([clashes[known] for known in self._kinds])
 
     def _find_substituted(self, stems: Sequence[str]) -> Flags:
         """`[anchors]`, whether a question is the same but for one word; see `are_one_word_apart`."""

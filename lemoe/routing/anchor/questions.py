@@ -17,6 +17,7 @@ _ASKED_FOR = {
     **dict.fromkeys("when year date day month many much".split(), "amount"),
     **dict.fromkeys("where city town country place state continent who whom whose".split(), "name"),
 }  # by a question word, or by the word behind `what`, `which` or `how`
+KINDS = ("", *sorted(set(_ASKED_FOR.values())))  # of answers; see `Question`
 _FIRST_WORDS = 3  # of a question, among which is the word that asks: `tell me when`
 _AUXILIARIES = frozenset("is s are was were be been has have had do does did".split())  # none asks for something else
 
