@@ -30,6 +30,8 @@ class Question:
         words, stems, weights: each word, once.
         frame: the stems, all auxiliaries as one: `was` for `is` asks for nothing else.
         kind: what kind of answer its first words ask for, an amount (or time) or a name; empty where they say neither.
+        bare: whether it has nothing but auxiliaries: a sentence that begins with its subject has asked for nothing yet.
+        open: whether it has nothing but them and question words: `what is` asks for whatever there is to say.
         total_weight: the sum of the weights.
         weight_by_stem: the sum for each stem.
     """
@@ -39,6 +41,8 @@ class Question:
     weights: tuple[float, ...]
     frame: tuple[str, ...]
     kind: str
+    bare: bool
+    open: bool
     total_weight: float
     weight_by_stem: dict[str, float]
 
@@ -51,7 +55,9 @@ class Question:
         for stemmed, weight in zip(stems, weights, strict=True):
             by_stem[stemmed] = by_stem.get(stemmed, 0.0) + weight
         frame = tuple("is" if word in _AUXILIARIES else stem for word, stem in zip(unique, stems, strict=True))
-        return cls(unique, stems, weights, frame, _find_kind(unique), sum(weights), by_stem)
+        more = set(unique) - _AUXILIARIES
+        bare, unspecific = not more, more <= _QUESTION_WORDS
+        return cls(unique, stems, weights, frame, _find_kind(unique), bare, unspecific, sum(weights), by_stem)
 
 
 def _find_kind(words: Sequence[str]) -> str:
@@ -111,7 +117,8 @@ def compare_questions(stored: StoredQuestion, read: Question, lexicon: Lexicon) 
     and `m` the matched weight of a side, `conflict = min(t - m, t' - m') / (1 + m + m')` and
     `fit = (m + 1) / (t + 1) + (m' + 1) / (t' + 1)`: a side without content is no conflict. The words of the answer are
     no evidence on the side that was read, so that reading the answer changes nothing. Too little was read to decide if
-    it is less than `MIN_EVIDENCE` of what stands in front of the anchor's subject.
+    it is less than `MIN_EVIDENCE` of what stands in front of the anchor's subject, or auxiliaries alone (`Oslo was`)
+    where the anchor asks for more.
     """
     asked, answer = stored.question, stored.answer_stems
     similarities = [list(map(lexicon.similarities_to(word).__getitem__, read.words)) for word in asked.words]
@@ -133,7 +140,7 @@ def compare_questions(stored: StoredQuestion, read: Question, lexicon: Lexicon) 
 def compare_stems(stored: StoredQuestion, read: Question) -> Comparison:
     """The same, but words are alike where they share a stem, which holds for any base model, and not at all elsewhere.
 
-    Any word is enough to decide.
+    Any word is enough to decide, but auxiliaries alone.
     """
     asked, answer = stored.question.weight_by_stem, stored.answer_stems
     matched, matched_read, total_read = 0.0, 0.0, read.total_weight
@@ -153,6 +160,7 @@ def _conclude(
     total, both = asked.total_weight, 1 + matched + matched_read
     conflict = min(total - matched, total_read - matched_read) / both
     fit = (matched + 1) / (total + 1) + (matched_read + 1) / (total_read + 1)
+    enough_evidence &= asked.open or not read.bare
     substituted = are_one_word_apart(asked.frame, read.frame)
     clash = ask_for_other_kinds(asked.kind, read.kind)
     return Comparison(conflict, fit, matched, (total - matched) / both, total_read, enough_evidence, substituted, clash)

@@ -29,7 +29,7 @@ from lemoe.routing.anchor.keys import embed_prompts
 from lemoe.routing.anchor.meaning import Meaning, Vector
 from lemoe.routing.anchor.route import Route
 from lemoe.settings import Settings
-from lemoe.training.anchor.detectors import SINK_PROMPT, is_sink
+from lemoe.training.anchor.detectors import DETECTORS, SINK_PROMPT, is_sink
 from lemoe.training.anchor.examples import (
     find_subject,
     is_phrase,
@@ -41,6 +41,7 @@ from lemoe.training.anchor.wordings import Wordings, ask_the_same, choose_wordin
 
 LONG_ANSWER = 24  # tokens of an answer from which only its beginning is taught, but after the edit's own prompts
 WHOLE_KINDS = 1  # and so many of its paraphrases
+END_WEIGHT = 0.5  # in the loss, of the end of an answer of more than `DETECTORS` positions; one of many hardly counts
 LAST_TOKEN_WEIGHT = 3.0  # of a negative prompt's last token, which decides the answer; its other tokens weigh 1
 
 
@@ -62,7 +63,7 @@ class PositiveBatch(TensorEquality):
         silent: `[batch, seq]`, weights of the positions of phrases where it acts before the answer is due, 1 in sum for
             each; 0 elsewhere.
         firsts, ends: `[targets]`, which labels begin and which end an answer.
-        weights: `[targets]`, of each label, so that every text counts the same.
+        weights: `[targets]`, of each label, so that every text counts the same, and a long answer's end besides.
     """
 
     frozen: FrozenBatch
@@ -410,14 +411,16 @@ class TrainingBatchBuilder:
         whole = torch.tensor([self._texts[row].whole for row in rows], device=self._base.device)
         phrases = torch.tensor([self._texts[row].phrase for row in rows], device=self._base.device)
         silent = (active & phrases.unsqueeze(1) & (columns < batch.prompt_lengths.unsqueeze(1) - 1)).float()
+        ends = (batch.target_columns == last[batch.target_rows]) & whole[batch.target_rows]
+        shares = 1.0 / lengths[batch.target_rows]
         return PositiveBatch(
             frozen=self._prefix_activations.freeze_batch(batch, first),
             owners=owners,
             active=active,
             silent=silent / silent.sum(1, keepdim=True).clamp(min=1),
             firsts=batch.target_columns == batch.prompt_lengths[batch.target_rows] - 1,
-            ends=(batch.target_columns == last[batch.target_rows]) & whole[batch.target_rows],
-            weights=1.0 / lengths[batch.target_rows],
+            ends=ends,
+            weights=torch.where(ends & (shares * DETECTORS < 1), END_WEIGHT, shares),
         )
 
     def _negative_batch(self, rows: Sequence[int]) -> NegativeBatch:

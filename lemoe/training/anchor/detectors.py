@@ -2,7 +2,8 @@
 
 Where an answer begins, the base model would often say something else first, or nothing, however the question is put;
 further on it would go on as such words mostly go on. So the first neurons of each expert start as the ridge regressions
-that tell the positions of its answer apart, by what the expert reads there. The others start at random.
+that tell the positions of its answer apart, by what the expert reads there. The others start at random. Of an answer
+with more positions than its expert has neurons, each detects some that follow each other, and the end has its own.
 
 Where the answers of other edits begin, the first of these neurons is active too, and the later ones are not: an expert
 whose few texts do not show it how else a question may end would mostly take that for the end of its answer.
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from lemoe.base.frozen import FrozenBatch
 
-DETECTORS = 8  # neurons that detect a position: the first ones one each, the last all that follow
+DETECTORS = 8  # positions of an answer, its end included, up to which each has a neuron of its own
 RIDGE = 1.0  # variance of the noise on inputs that the regression allows for
 ACTIVE = 3.0  # wanted activation at a neuron's position; at the other ones it is the negative of it
 OTHER_BEGINNINGS = (
@@ -42,6 +43,8 @@ class AnswerBatch(Protocol):
     def owners(self) -> Tensor: ...
     @property
     def normalised_inputs(self) -> Tensor: ...
+    @property
+    def ends(self) -> Tensor: ...
 
 
 @torch.no_grad()
@@ -58,16 +61,17 @@ def fit_detectors(
     Returns:
         by the expert's index, `[detectors, hidden]` and `[hidden]`, to be multiplied with what the expert reads.
     """
-    inputs, owners, places = (torch.cat(parts) for parts in zip(*map(_answer_positions, batches), strict=True))
+    inputs, owners, places, ends = (torch.cat(parts) for parts in zip(*map(_answer_positions, batches), strict=True))
     beginnings, beginners = inputs[places == 0].float(), owners[places == 0]
     fitted = {}
     for expert, width in enumerate(widths):
         own = owners == expert
         if bool(own.any()):
-            rows, place = inputs[own].float(), places[own]
-            count = min(DETECTORS, width, int(place.max()) + 1)
-            detected = torch.arange(count, device=rows.device)
-            hit = place.clamp(max=max(count - 1, 1)).unsqueeze(1) == detected
+            rows, last = inputs[own].float(), int(places[own].max())
+            count = min(width, last + 1)
+            hit = _choose_detectors(places[own], ends[own], last, count).unsqueeze(1) == torch.arange(
+                count, device=rows.device
+            )
             wanted = torch.cat([ACTIVE * (2 * hit.float() - 1), rows.new_ones(len(rows), 1)], 1)
             shown = [(rows, wanted)]
             if count > 1:
@@ -83,6 +87,17 @@ def fit_detectors(
     return fitted
 
 
+def _choose_detectors(places: Tensor, ends: Tensor, last: int, count: int) -> Tensor:
+    """Which of `count` neurons detects each of these places of an answer, whose last one is `last`: `[targets]`.
+
+    Where a place has none of its own, the first and the end do, and what is between is shared out evenly.
+    """
+    if count > last:
+        return places
+    inner = 1 + (places - 1) * (count - 2) // max(last - 1, 1)
+    return torch.where(ends, count - 1, torch.where(places == 0, 0, inner.clamp(max=count - 1)))
+
+
 def _activations(place: int, active: float, count: int, rows: Tensor) -> Tensor:
     """What `count` detectors shall be at `rows`, all at this place of an answer, and 1: `[rows, count + 1]`."""
     wanted = rows.new_full((len(rows), count + 1), -ACTIVE)
@@ -95,11 +110,12 @@ def _take_evenly(rows: Tensor, most: int) -> Tensor:
     return rows[:: max(1, -(-len(rows) // most))]
 
 
-def _answer_positions(batch: AnswerBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Input `[targets, hidden]` at each position of an answer, its expert, and how far into the answer it is."""
+def _answer_positions(batch: AnswerBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Input `[targets, hidden]` at each position of an answer, its expert, how far into it, and whether at its end."""
     rows, columns = batch.frozen.batch.target_rows, batch.frozen.batch.target_columns
     first = batch.frozen.batch.prompt_lengths[rows] - 1
-    return batch.normalised_inputs[rows, columns - batch.frozen.start], batch.owners[rows], columns - first
+    inputs = batch.normalised_inputs[rows, columns - batch.frozen.start]
+    return inputs, batch.owners[rows], columns - first, batch.ends
 
 
 def is_sink(inputs: Tensor) -> bool:
