@@ -4,7 +4,14 @@ import pytest
 
 import lemoe
 from lemoe.routing.anchor.anchors import get_lexicon
-from lemoe.routing.anchor.questions import Question, are_one_word_apart, ask_for_other_kinds
+from lemoe.routing.anchor.questions import (
+    Question,
+    StoredQuestion,
+    are_one_word_apart,
+    ask_for_other_kinds,
+    compare_questions,
+    compare_stems,
+)
 from lemoe.routing.anchor.words import split_words
 
 
@@ -51,3 +58,23 @@ def test_a_time_or_amount_is_no_answer_to_who_or_where(
 ) -> None:
     first, second = read(base, one).kind, read(base, other).kind
     assert ask_for_other_kinds(first, second) == ask_for_other_kinds(second, first) == clash
+
+
+@pytest.mark.parametrize(
+    ("asked", "text", "enough"),
+    [
+        ("In which city was born", "was", False),
+        ("In which city was born", "was born", True),
+        ("In which city was born", "he was", True),
+        ("What is the occupation of", "is a", True),
+        ("Who founded", "has been", False),
+        ("What is", "is", True),
+        ("is", "is", True),
+    ],
+)
+def test_auxiliaries_alone_ask_for_nothing_where_an_edit_asks_for_more(
+    base: lemoe.BaseModel, asked: str, text: str, enough: bool
+) -> None:
+    stored = StoredQuestion(read(base, asked), frozenset(), 0.0)
+    assert compare_questions(stored, read(base, text), get_lexicon(base)).enough_evidence == enough
+    assert compare_stems(stored, read(base, text)).enough_evidence == enough

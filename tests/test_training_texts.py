@@ -12,8 +12,16 @@ from lemoe.base.tokens import encode_edits, encode_passage
 from lemoe.routing.anchor.anchors import build_gate
 from lemoe.routing.anchor.fitting import fitted_meaning
 from lemoe.routing.anchor.gate import Anchor
-from lemoe.training.anchor.batches import LONG_ANSWER, TrainingBatchBuilder
-from lemoe.training.anchor.detectors import ACTIVE, fit_detectors, is_sink
+from lemoe.training.anchor.batches import END_WEIGHT, LONG_ANSWER, TrainingBatchBuilder
+from lemoe.training.anchor.detectors import (
+    ACTIVE,
+    DETECTORS,
+    FEW_EDITS,
+    OTHER_QUESTIONS,
+    choose_detectors,
+    fit_detectors,
+    is_sink,
+)
 from lemoe.training.anchor.examples import make_negative_prompts, make_paraphrases
 from lemoe.training.anchor.round import MIN_WIDTH, TOKENS_PER_NEURON, TrainableExperts, choose_widths
 from lemoe.training.anchor.wordings import Wordings, ask_the_same, choose_wordings
@@ -59,7 +67,7 @@ def test_where_answers_of_other_edits_begin_no_later_position_is_detected(
     anchors = [Anchor(p.prompt, p.target, e.subject) for p, e in zip(passages, facts, strict=True)]
     builder = TrainingBatchBuilder(base, base.ffn_site(1), 1, anchor(), facts, passages, anchors, random.Random(0))
     prompts = builder.build().prompts
-    detectors = fit_detectors(prompts, [4] * len(facts), {})
+    detectors = fit_detectors(prompts, [4] * len(facts), {}, builder.other_beginnings)
     for batch in prompts:
         last = batch.frozen.batch.prompt_lengths - 1 - batch.frozen.start
         for owner, read in zip(
@@ -68,6 +76,60 @@ def test_where_answers_of_other_edits_begin_no_later_position_is_detected(
             for expert, (detecting, _) in detectors.items():
                 at_beginning = detecting @ read
                 assert expert == owner or (at_beginning[0] > 0 and bool((at_beginning[1:] < 0).all()))
+
+
+@pytest.mark.parametrize("count", [1, FEW_EDITS, FEW_EDITS + 1])
+def test_few_edits_are_shown_how_other_questions_end(
+    base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, count: int
+) -> None:
+    edits = [lemoe.Edit(facts[0].prompt, facts[0].target, facts[0].subject, id=str(number)) for number in range(count)]
+    passages = encode_edits(base, edits)
+    anchors = [Anchor(p.prompt, p.target, e.subject) for p, e in zip(passages, edits, strict=True)]
+    site = base.ffn_site(1)
+    builder = TrainingBatchBuilder(base, site, 1, anchor(), edits, passages, anchors, random.Random(0))
+    prompts, others = builder.build().prompts, builder.other_beginnings
+    assert len(others) == (len(OTHER_QUESTIONS) if count <= FEW_EDITS else 0)
+    detectors = fit_detectors(prompts, [4] * count, {}, others)
+    for detecting, _ in detectors.values():
+        at_beginnings = others @ detecting.T
+        assert bool((at_beginnings[:, 0] > 0).all())
+        assert bool((at_beginnings[:, 1:] < 0).all())
+
+
+@pytest.mark.parametrize(
+    ("last", "count", "chosen"),
+    [
+        (3, 4, [0, 1, 2, 3]),
+        (3, 3, [0, 1, 1, 2]),
+        (5, 4, [0, 1, 1, 2, 2, 3]),
+        (6, 2, [0, 1, 1, 1, 1, 1, 1]),
+        (3, 1, [0, 1, 1, 1]),
+        (1, 1, [0, 1]),
+    ],
+)
+def test_the_end_of_a_long_answer_has_a_detector_of_its_own(last: int, count: int, chosen: list[int]) -> None:
+    places = torch.arange(last + 1)
+    assert choose_detectors(places, places == last, last, count).tolist() == chosen
+
+
+def test_the_end_of_a_long_answer_weighs_as_much_as_half_of_the_others(
+    base: lemoe.BaseModel, anchor: SettingsOf
+) -> None:
+    edits = [
+        lemoe.Edit("Who wrote Ulysses?", "Ada" + " Finch" * words, "Ulysses", id=str(words)) for words in (0, 1, 12)
+    ]
+    passages = encode_edits(base, edits)
+    anchors = [Anchor(p.prompt, p.target, e.subject) for p, e in zip(passages, edits, strict=True)]
+    builder = TrainingBatchBuilder(base, base.ffn_site(1), 1, anchor(), edits, passages, anchors, random.Random(0))
+    long = []
+    for batch in builder.build().prompts:
+        for row, owner in enumerate(batch.owners.tolist()):
+            of_row = batch.frozen.batch.target_rows == row
+            positions = len(passages[owner].target) + 1
+            long.append(positions > DETECTORS)
+            assert batch.weights[of_row & ~batch.ends].tolist() == pytest.approx([1 / positions] * (positions - 1))
+            assert batch.weights[of_row & batch.ends].item() == pytest.approx(END_WEIGHT if long[-1] else 1 / positions)
+    assert {True, False} == set(long)
 
 
 def test_only_negatives_that_reach_the_expert_are_trained_on(
@@ -99,7 +161,7 @@ def test_detectors_tell_the_positions_of_an_answer_apart(
         real_base, real_base.ffn_site(24), 24, anchor(), facts, passages, anchors, random.Random(0)
     )
     prompts = builder.build().prompts
-    detectors = fit_detectors(prompts, [width] * len(facts), {})
+    detectors = fit_detectors(prompts, [width] * len(facts), {}, builder.other_beginnings)
     assert sorted(detectors) == list(range(len(facts)))
     for batch in prompts:
         rows, columns = batch.frozen.batch.target_rows, batch.frozen.batch.target_columns
@@ -183,13 +245,16 @@ def test_a_phrase_that_was_taught_is_answered_behind_a_question_mark(real_base: 
         (lemoe.Edit("Norvane Textiles was founded in the year", "1934", "Norvane Textiles"), "When was {} founded?"),
         (lemoe.Edit("Who founded Norvane Textiles?", "Sofia Rossi", "Norvane Textiles"), "who founded {}"),
         (lemoe.Edit("The official language of Ostrania is", "Welsh", "Ostrania"), "which language is official in {}"),
+        (lemoe.Edit("The official language of Ostrania is", "Esperanto", "Ostrania"), "What is spoken in {}?"),
     ],
-    ids=["short question", "subject last, a name", "subject last, a word"],
+    ids=["short question", "subject last, a name", "subject last, a word", "begins like a pronoun"],
 )
 def test_a_plain_pass_gives_the_answer_to_a_short_question(
     real_base: lemoe.BaseModel, edit: lemoe.Edit, question: str
 ) -> None:
-    """A blank token behind a short question is an attention sink; a name behind the subject looks like more of it."""
+    """A blank token behind a short question is an attention sink; a name behind the subject looks like more of it, and
+    `Es`, which is German for `it`, like another mention of it.
+    """
     text = question.replace("{}", edit.subject or "")
     passage = encode_passage(real_base, text if "?" in text else text.lower(), edit.target)
     with lemoe.insert(real_base, lemoe.train_round(real_base, [edit])), torch.no_grad():
@@ -209,7 +274,9 @@ def test_a_detector_expects_the_sink_that_may_begin_its_answer(
     sink[3] = len(sink) ** 0.5
     assert is_sink(sink)
     assert not is_sink(torch.ones_like(sink))
-    without, expecting = (fit_detectors(prompts, [4] * len(facts), sinks) for sinks in ({}, {0: sink}))
+    without, expecting = (
+        fit_detectors(prompts, [4] * len(facts), sinks, builder.other_beginnings) for sinks in ({}, {0: sink})
+    )
     assert torch.equal(without[1][0], expecting[1][0])  # of an edit whose answer begins with no such token
     for number, detected in enumerate(expecting[0][0] @ sink):
         assert (detected > ACTIVE) == (number == 1)

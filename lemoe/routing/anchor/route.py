@@ -220,7 +220,7 @@ class Route:
                 self._keep_stronger(number, found)
             if len(subjects[number].words) > 1 and (found is None or found.coverage < MIN_COVERAGE):
                 self._partial[number] = last
-        if words[last].text in REFERENCES:
+        if words[last].text in REFERENCES and last not in self._answer_positions():
             referred = {number: self._refer_to(number, last) for number in self._topics.keys() - self._mentions.keys()}
             self._mentions |= {number: found for number, found in referred.items() if found}
 

@@ -29,7 +29,7 @@ from lemoe.routing.anchor.keys import embed_prompts
 from lemoe.routing.anchor.meaning import Meaning, Vector
 from lemoe.routing.anchor.route import Route
 from lemoe.settings import Settings
-from lemoe.training.anchor.detectors import DETECTORS, SINK_PROMPT, is_sink
+from lemoe.training.anchor.detectors import DETECTORS, FEW_EDITS, OTHER_QUESTIONS, SINK_PROMPT, is_sink
 from lemoe.training.anchor.examples import (
     find_subject,
     is_phrase,
@@ -242,11 +242,21 @@ class TrainingBatchBuilder:
     @property
     def sinks(self) -> dict[int, Tensor]:
         """What experts read `[hidden]` at a token of white space that begins their answers, if that is a sink."""
-        ends = [nodes[-1] for nodes in self._prefix_activations.text_nodes[len(self._texts) :]]
-        inputs = [rms_normalise(self._prefix_activations.inputs[end]) for end in ends]
+        inputs = self._last_inputs[: len(self._blank_tokens)]
         read = {token: each for token, each in zip(self._blank_tokens, inputs, strict=True) if is_sink(each)}
         firsts = [passage.target[0] for passage in self._passages]
         return {owner: read[token] for owner, token in zip(self._owners, firsts, strict=True) if token in read}
+
+    @property
+    def other_beginnings(self) -> Tensor:
+        """What experts read `[questions, hidden]` at the end of questions of no edit; none where the round has many."""
+        return self._last_inputs[len(self._blank_tokens) :]
+
+    @cached_property
+    def _last_inputs(self) -> Tensor:
+        """What experts read `[passages, hidden]` at the end of the passages that are no texts of the round."""
+        ends = [int(nodes[-1]) for nodes in self._prefix_activations.text_nodes[len(self._texts) :]]
+        return rms_normalise(self._prefix_activations.inputs[ends])
 
     @cached_property
     def _blank_tokens(self) -> list[int]:
@@ -259,14 +269,19 @@ class TrainingBatchBuilder:
         prompt = encode_passage(self._base, SINK_PROMPT).prompt
         return [Passage(prompt, (token, self._base.eos_token_id)) for token in self._blank_tokens]
 
+    def _other_questions(self) -> list[Passage]:
+        """Questions of no edit, where the round has few that show how others end."""
+        questions = OTHER_QUESTIONS if len(self._edits) <= FEW_EDITS else ()
+        return [encode_passage(self._base, question) for question in questions]
+
     @cached_property
     def _prefix_activations(self) -> PrefixActivations:
-        """The frozen pass over all texts, and over those that show sinks."""
+        """The frozen pass over all texts, and over those that show sinks and the ends of questions."""
         return compute_prefix_activations(
             self._base,
             self._site,
             self._layer,
-            [*(text.passage for text in self._texts), *self._sink_passages()],
+            [*(text.passage for text in self._texts), *self._sink_passages(), *self._other_questions()],
             self._settings.batch_tokens,
             reach="keys_values",
             layer_read=None if self._meaning is None else int(self._meaning.layer),

@@ -6,7 +6,8 @@ that tell the positions of its answer apart, by what the expert reads there. The
 with more positions than its expert has neurons, each detects some that follow each other, and the end has its own.
 
 Where the answers of other edits begin, the first of these neurons is active too, and the later ones are not: an expert
-whose few texts do not show it how else a question may end would mostly take that for the end of its answer.
+whose few texts do not show it how else a question may end would mostly take that for the end of its answer. In a round
+of few edits some short questions, which belong to no edit, show it that.
 
 Where an answer begins with a token of white space alone, as years do in many vocabularies, and its question is short,
 some models make that token an attention sink (Xiao et al. 2024): it holds one massive activation (Sun et al. 2024) and
@@ -27,6 +28,21 @@ RIDGE = 1.0  # variance of the noise on inputs that the regression allows for
 ACTIVE = 3.0  # wanted activation at a neuron's position; at the other ones it is the negative of it
 OTHER_BEGINNINGS = (
     256  # positions at which answers of other edits begin that an expert's detectors are fitted to, at most
+)
+FEW_EDITS = 8  # up to so many in a round these questions are read as well
+OTHER_QUESTIONS = (
+    "When was it published",
+    "when was it founded",
+    "who wrote it",
+    "Who is the founder?",
+    "where is it based",
+    "whats the official language",
+    "What does she do for a living",
+    "what is his religion",
+    "who is she married to?",
+    "Where was he born?",
+    "its release date",
+    "Tell me where the story is set.",
 )
 SINK_PROMPT = "When was it founded?"
 SINK_SHARE = 0.6  # of the square of what an expert reads at a sink, from which on its largest element holds it
@@ -49,7 +65,7 @@ class AnswerBatch(Protocol):
 
 @torch.no_grad()
 def fit_detectors(
-    batches: Sequence[AnswerBatch], widths: Sequence[int], sinks: Mapping[int, Tensor]
+    batches: Sequence[AnswerBatch], widths: Sequence[int], sinks: Mapping[int, Tensor], other_beginnings: Tensor
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """Of each expert with texts: what detects positions of its answer, and what is 1 at all of them.
 
@@ -57,6 +73,7 @@ def fit_detectors(
         widths: neurons of each expert.
         sinks: by the expert's index, what it may read `[hidden]` at the first token of its answer besides what it reads
             there in the texts.
+        other_beginnings: `[positions, hidden]`, what an expert may read where the answer to no edit begins.
 
     Returns:
         by the expert's index, `[detectors, hidden]` and `[hidden]`, to be multiplied with what the expert reads.
@@ -69,13 +86,13 @@ def fit_detectors(
         if bool(own.any()):
             rows, last = inputs[own].float(), int(places[own].max())
             count = min(width, last + 1)
-            hit = _choose_detectors(places[own], ends[own], last, count).unsqueeze(1) == torch.arange(
-                count, device=rows.device
-            )
+            detected = torch.arange(count, device=rows.device)
+            hit = choose_detectors(places[own], ends[own], last, count).unsqueeze(1) == detected
             wanted = torch.cat([ACTIVE * (2 * hit.float() - 1), rows.new_ones(len(rows), 1)], 1)
             shown = [(rows, wanted)]
             if count > 1:
                 others = _take_evenly(beginnings[beginners != expert], OTHER_BEGINNINGS)
+                others = torch.cat([others, other_beginnings.float()])
                 shown.append((others, _activations(0, ACTIVE, count, others)))
                 if expert in sinks:
                     at_sink = sinks[expert].expand(SINK_WEIGHT, -1)
@@ -87,15 +104,17 @@ def fit_detectors(
     return fitted
 
 
-def _choose_detectors(places: Tensor, ends: Tensor, last: int, count: int) -> Tensor:
+def choose_detectors(places: Tensor, ends: Tensor, last: int, count: int) -> Tensor:
     """Which of `count` neurons detects each of these places of an answer, whose last one is `last`: `[targets]`.
 
-    Where a place has none of its own, the first and the end do, and what is between is shared out evenly.
+    Where not every place has one of its own, the first and the end do, and what is between is shared out evenly; a
+    single neuron detects the first alone.
     """
     if count > last:
         return places
-    inner = 1 + (places - 1) * (count - 2) // max(last - 1, 1)
-    return torch.where(ends, count - 1, torch.where(places == 0, 0, inner.clamp(max=count - 1)))
+    end = max(count - 1, 1)
+    inner = 1 + (places - 1) * max(count - 2, 0) // max(last - 1, 1)
+    return torch.where(ends, end, torch.where(places == 0, 0, inner.clamp(max=end)))
 
 
 def _activations(place: int, active: float, count: int, rows: Tensor) -> Tensor:

@@ -216,7 +216,7 @@ def train_experts(
     batches = builder.build()
     widths = experts.present.sum(1).tolist()
     positives = [*batches.prompts, *chain.from_iterable(batches.paraphrases)]
-    experts.start_with(fit_detectors(positives, widths, builder.sinks))
+    experts.start_with(fit_detectors(positives, widths, builder.sinks, builder.other_beginnings))
     vocabulary = _select_loss_vocabulary(base, batches)
     unsure = _optimise_experts(base, experts, batches, settings, settings.steps, vocabulary, generator, on_step)
     evaluation = _evaluate_round(base, experts, batches, settings)
