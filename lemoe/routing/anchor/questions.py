@@ -20,6 +20,7 @@ _ASKED_FOR = {
 KINDS = ("", *sorted(set(_ASKED_FOR.values())))  # of answers; see `Question`
 _FIRST_WORDS = 3  # of a question, among which is the word that asks: `tell me when`
 _AUXILIARIES = frozenset("is s are was were be been has have had do does did".split())  # none asks for something else
+_ARTICLES = frozenset(("a", "an", "the"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class Question:
         words, stems, weights: each word, once.
         frame: the stems, all auxiliaries as one: `was` for `is` asks for nothing else.
         kind: what kind of answer its first words ask for, an amount (or time) or a name; empty where they say neither.
-        bare: whether it has nothing but auxiliaries: a sentence that begins with its subject has asked for nothing yet.
+        bare: whether it has nothing but auxiliaries and articles: a sentence that has asked for nothing yet.
         open: whether it has nothing but them and question words: `what is` asks for whatever there is to say.
         total_weight: the sum of the weights.
         weight_by_stem: the sum for each stem.
@@ -55,7 +56,7 @@ class Question:
         for stemmed, weight in zip(stems, weights, strict=True):
             by_stem[stemmed] = by_stem.get(stemmed, 0.0) + weight
         frame = tuple("is" if word in _AUXILIARIES else stem for word, stem in zip(unique, stems, strict=True))
-        more = set(unique) - _AUXILIARIES
+        more = set(unique) - _AUXILIARIES - _ARTICLES
         bare, unspecific = not more, more <= _QUESTION_WORDS
         return cls(unique, stems, weights, frame, _find_kind(unique), bare, unspecific, sum(weights), by_stem)
 
@@ -117,8 +118,8 @@ def compare_questions(stored: StoredQuestion, read: Question, lexicon: Lexicon) 
     and `m` the matched weight of a side, `conflict = min(t - m, t' - m') / (1 + m + m')` and
     `fit = (m + 1) / (t + 1) + (m' + 1) / (t' + 1)`: a side without content is no conflict. The words of the answer are
     no evidence on the side that was read, so that reading the answer changes nothing. Too little was read to decide if
-    it is less than `MIN_EVIDENCE` of what stands in front of the anchor's subject, or auxiliaries alone (`Oslo was`)
-    where the anchor asks for more.
+    it is less than `MIN_EVIDENCE` of what stands in front of the anchor's subject, or auxiliaries and articles
+    alone (`Oslo was the`) where the anchor asks for more.
     """
     asked, answer = stored.question, stored.answer_stems
     similarities = [list(map(lexicon.similarities_to(word).__getitem__, read.words)) for word in asked.words]
@@ -140,7 +141,7 @@ def compare_questions(stored: StoredQuestion, read: Question, lexicon: Lexicon) 
 def compare_stems(stored: StoredQuestion, read: Question) -> Comparison:
     """The same, but words are alike where they share a stem, which holds for any base model, and not at all elsewhere.
 
-    Any word is enough to decide, but auxiliaries alone.
+    Any word is enough to decide, but for auxiliaries and articles.
     """
     asked, answer = stored.question.weight_by_stem, stored.answer_stems
     matched, matched_read, total_read = 0.0, 0.0, read.total_weight
