@@ -302,6 +302,33 @@ def test_a_prompt_in_which_no_subject_can_be_found_still_reaches_its_edit(real_b
     assert state_at_end(real_base, gate, "the opposite of tall is").edit == -1
 
 
+PASSAGE = ("Elva Marsh", "Elva Marsh was a painter. She lived alone.", "Later she moved to a lighthouse near Bergen.")
+LONGER = ("Elva Marsh", f"{PASSAGE[1]} Later she moved to a house by the sea.", "There she met Ada Finch.")
+
+
+@real
+@pytest.mark.parametrize(
+    ("more", "reached"),
+    [
+        ("", 0),
+        (" Later she moved to a lighthouse", 0),
+        (" Later she moved to a house", -1),
+        (LONGER[1].removeprefix(PASSAGE[1]), 1),
+        (f"{LONGER[1].removeprefix(PASSAGE[1])} {LONGER[2]}", 1),
+        (" In 1931 she met Ada", 0),
+        ("<|im_end|>\n<|im_start|>assistant\n", 0),
+    ],
+)
+def test_a_text_that_goes_on_as_a_longer_prompt_does_is_none_of_the_shorter_one(
+    real_base: lemoe.BaseModel, more: str, reached: int
+) -> None:
+    gate = make_gate(real_base, [PASSAGE, LONGER], lemoe.resolve_settings("anchor", None, {}))
+    prompt = encode_passage(real_base, PASSAGE[1]).prompt
+    states = read_states(gate, [*prompt, *real_base.tokenizer(more).input_ids])
+    assert states[len(prompt) - 1].edit == 0
+    assert states[-1].edit == reached
+
+
 @real
 def test_a_subject_with_a_fraction_is_recognised(real_base: lemoe.BaseModel) -> None:
     gate = make_gate(real_base, [GUN], lemoe.resolve_settings("anchor", None, {}))

@@ -258,11 +258,20 @@ class Gate:
             default=-1,
         )
 
+    def longer_prompts(self, number: int) -> list[tuple[int, ...]]:
+        """What the prompts of the same subject that begin with an anchor's whole prompt go on with."""
+        prompt = self.anchors[number].prompt
+        others = (self.anchors[other].prompt for other in self._anchors_by_subject[self.subjects[number]])
+        return [other[len(prompt) :] for other in others if len(other) > len(prompt) and self._begins(other, prompt)]
+
+    def _begins(self, ids: Sequence[int], prompt: tuple[int, ...]) -> bool:
+        """Whether tokens begin with those of a prompt; the first is compared without its leading space."""
+        same = tuple(ids[1 : len(prompt)]) == prompt[1:]
+        return same and self.lexicon.token_bytes(ids[0]).strip() == self.lexicon.token_bytes(prompt[0]).strip()
+
     def _ends_with(self, ids: Sequence[int], prompt: tuple[int, ...]) -> bool:
         start = len(ids) - len(prompt)
-        if start < 0 or tuple(ids[start + 1 :]) != prompt[1:]:
-            return False
-        if self.lexicon.token_bytes(ids[start]).strip() != self.lexicon.token_bytes(prompt[0]).strip():
+        if start < 0 or not self._begins(ids[start:], prompt):
             return False
         return self._begins_line(ids, start) or any(words for words, _ in self._read_sentences(prompt))
 

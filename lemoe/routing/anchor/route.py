@@ -13,7 +13,8 @@
    is later, or if the current sentence does not mention the active one's subject.
 6. *Locked*. The tokens end in the whole prompt of an edit. From any state, that edit becomes active, and for the length
    of its target nothing is read but a longer prompt that starts no later. The count of `gate_slack` tokens follows,
-   as in 3; the target's words count as read, and are no new evidence for 3 to 5.
+   as in 3; the target's words count as read, and are no new evidence for 3 to 5. Where the tokens go
+   on as a longer prompt does that begins with this one, and not as the target, the gate shuts (1).
 
 From 3 to 6 the gate shuts again (1) when its count is over, so that a subject mentioned far from a question has no
 effect on it, and at once if it opened on a word that grew into another one. A sentence break does not shut it.
@@ -74,8 +75,9 @@ class Candidate:
     fresh: bool
 
 
-# Upper bounds of a route's memory: in all, and for each word, mention and partial mention; see `test_route_cache.py`.
-ROUTE_BYTES, WORD_BYTES, MENTION_BYTES, PARTIAL_BYTES = 3072, 160, 640, 160
+# Upper bounds of a route's memory: in all, for each word, mention and partial mention, and for each longer prompt beside
+# its tokens; see `test_route_cache.py`.
+ROUTE_BYTES, WORD_BYTES, MENTION_BYTES, PARTIAL_BYTES, LONGER_BYTES = 3072, 160, 640, 160, 64
 
 CONJUNCTIONS = frozenset("and und et y".split())  # at the start of a sentence: the question goes on about its subject
 REFERENCES = CONJUNCTIONS | frozenset(
@@ -98,6 +100,7 @@ class Route:
         self._open_until = -1  # index of the last token for which the gate is open
         self._locked_until = -1  # index of the last token of an own prompt's target
         self._lock_start = 0  # index of that prompt's first token
+        self._longer: list[tuple[int, ...]] = []  # what longer prompts that begin with that prompt go on with
         self._discard_evidence = False  # what was read last is a target, no new evidence
         self._opened_at = -1  # index of the token on which the gate opened or switched
         self._word_started_at = -1  # index of the first token of the last word
@@ -133,6 +136,7 @@ class Route:
         rank = self._gate.meaning.rank if self._gate.meaning else 0
         stored = (WORD_BYTES + 4 * rank) * len(self._reader.words)
         stored += MENTION_BYTES * (len(self._mentions) + sum(map(len, arrays)) + len(self._topics))
+        stored += sum(LONGER_BYTES + 8 * len(rest) for rest in self._longer)
         return ROUTE_BYTES + stored + 4 * len(self._ids) + PARTIAL_BYTES * len(self._partial) + 16 * values
 
     def push(self, token: int, projected: Vector | None = None) -> GateState:
@@ -145,6 +149,7 @@ class Route:
         self._read_token(token, projected)
         if self._state.edit >= 0 and time > self._open_until:
             self._shut_gate()
+        self._follow_longer_prompts(time)
         if not self._match_own_prompt(time) and time > self._locked_until and self._has_new_letters(time):
             mentions = dict(self._mentions)
             self._update_mentions(time)
@@ -190,10 +195,22 @@ class Route:
         self._state = GateState(number, "in", number, 1.0, 0.0, 2.0)
         self._locked_until = time + len(anchor.target)
         self._lock_start = start
+        self._longer = self._gate.longer_prompts(number)
         self._open_until = self._locked_until + self._gate.slack
         self._opened_word = len(self._reader.words)
         self._discard_evidence = True
         return True
+
+    def _follow_longer_prompts(self, time: int) -> None:
+        """Shut a locked gate (6) where the tokens go on as a longer prompt does, and not as the target."""
+        if not self._longer or time > self._locked_until:
+            return
+        target, token = self._gate.anchors[self._state.edit].target, self._ids[-1]
+        read = time - self._locked_until + len(target) - 1
+        self._longer = [rest for rest in self._longer if rest[read : read + 1] == (token,)]
+        if self._longer and target[read] != token:
+            self._longer, self._locked_until = [], time - 1
+            self._shut_gate()
 
     def _has_new_letters(self, time: int) -> bool:
         """Whether the last token added a word to the sentence or letters to its last word."""
