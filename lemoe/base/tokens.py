@@ -101,10 +101,13 @@ def encode_passages(base: "BaseModel", texts: Iterable[tuple[str, str, str | Non
             except ValueError as problem:
                 problems.append(f"{label}: {problem}")
     if problems:
-        raise InputError.from_problems(
-            f"{format_count(len(problems), 'text')} cannot be used with this model", problems
-        )
+        raise refuse_texts("text", problems)
     return passages
+
+
+def refuse_texts(noun: str, problems: list[str]) -> InputError:
+    """One error for all texts, called `noun`, that a model cannot take, by the problem of each."""
+    return InputError.from_problems(f"{format_count(len(problems), noun)} cannot be used with this model", problems)
 
 
 def encode_edits(base: "BaseModel", edits: Sequence[Edit]) -> list[Passage]:

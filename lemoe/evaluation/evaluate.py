@@ -15,7 +15,7 @@ from lemoe.adaptor.checkpoint import AdaptorFile
 from lemoe.adaptor.state import AdaptorState
 from lemoe.base.loading import BaseLike, BaseModel, resolve_base
 from lemoe.base.matmul import use_onednn
-from lemoe.base.tokens import Passage, encode_passages
+from lemoe.base.tokens import Passage, encode_passages, refuse_texts
 from lemoe.data.counting import format_count
 from lemoe.data.edits import Edit, Edits, Probe, resolve_edits
 from lemoe.errors import InputError
@@ -329,9 +329,7 @@ def _encode_texts(base: BaseModel, texts: Iterable[str]) -> list[Passage]:
                 f"text {number}: {text[:60]!r} has {format_count(len(tokens), 'token')}; at least 2 are needed"
             )
     if problems:
-        raise InputError.from_problems(
-            f"{format_count(len(problems), 'text')} cannot be used with this model", problems
-        )
+        raise refuse_texts("text", problems)
     return passages
 
 

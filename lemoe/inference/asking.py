@@ -11,9 +11,8 @@ from lemoe.adaptor.state import AdaptorState
 from lemoe.base.chat import encode_chat_turn, encode_conversation
 from lemoe.base.loading import BaseLike, BaseModel, resolve_base
 from lemoe.base.matmul import use_onednn
-from lemoe.base.tokens import Passage, check_context_length, encode_passage, length_buckets
+from lemoe.base.tokens import Passage, check_context_length, encode_passage, length_buckets, refuse_texts
 from lemoe.data.conversation import Conversation
-from lemoe.data.counting import format_count
 from lemoe.errors import AdaptorError, InputError
 from lemoe.inference.generation import Tokens, generate_batch
 from lemoe.inference.insertion import InsertedAdaptor, insert, inserted_adaptor
@@ -238,9 +237,7 @@ def _encode_prompts(base: BaseModel, prompts: Sequence[Prompt], chat: bool, answ
             text = prompt if isinstance(prompt, str) else prompt.prompt
             problems.append(f"{text[:60]!r}: {problem}")
     if problems:
-        raise InputError.from_problems(
-            f"{format_count(len(problems), 'prompt')} cannot be used with this model", problems
-        )
+        raise refuse_texts("prompt", problems)
     return passages
 
 

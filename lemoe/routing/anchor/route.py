@@ -75,8 +75,8 @@ class Candidate:
     fresh: bool
 
 
-# Upper bounds of a route's memory: in all, for each word, mention and partial mention, and for each longer prompt beside
-# its tokens; see `test_route_cache.py`.
+# Upper bounds of a route's memory: in all, for each word, mention, partial mention, and, beside its tokens, each longer
+# prompt; see `test_route_cache.py`.
 ROUTE_BYTES, WORD_BYTES, MENTION_BYTES, PARTIAL_BYTES, LONGER_BYTES = 3072, 160, 640, 160, 64
 
 CONJUNCTIONS = frozenset("and und et y".split())  # at the start of a sentence: the question goes on about its subject
