@@ -41,7 +41,7 @@ CONFUSABLE_TOKENS = 16  # likeliest tokens of each target position that take par
 WINNING_TOKENS = 8  # the same while experts are trained, by what they make of it then,
 CONFUSABLE_SHARE = 0.4  # after this share of the steps
 FIRST_TOKEN_WEIGHT = 1.0  # of an answer's first token in the loss, besides its share of the mean over the answer
-LAST_RETRIES = 3  # further retries by the own prompt alone
+LAST_RETRIES = 6  # further retries by the own prompt alone
 LABEL_MARGIN = 2.0  # nats by which a label's logit is lowered in the loss
 
 
