@@ -112,11 +112,9 @@ def test_the_end_of_a_long_answer_has_a_detector_of_its_own(last: int, count: in
     assert choose_detectors(places, places == last, last, count).tolist() == chosen
 
 
-def test_the_end_of_a_long_answer_weighs_as_much_as_half_of_the_others(
-    base: lemoe.BaseModel, anchor: SettingsOf
-) -> None:
+def test_the_end_of_a_long_answer_weighs_as_much_as_some_others(base: lemoe.BaseModel, anchor: SettingsOf) -> None:
     edits = [
-        lemoe.Edit("Who wrote Ulysses?", "Ada" + " Finch" * words, "Ulysses", id=str(words)) for words in (0, 1, 12)
+        lemoe.Edit("Who wrote Ulysses?", "Ada" + " Finch" * words, "Ulysses", id=str(words)) for words in (0, 1, 2, 12)
     ]
     passages = encode_edits(base, edits)
     anchors = [Anchor(p.prompt, p.target, e.subject) for p, e in zip(passages, edits, strict=True)]
@@ -128,7 +126,8 @@ def test_the_end_of_a_long_answer_weighs_as_much_as_half_of_the_others(
             positions = len(passages[owner].target) + 1
             long.append(positions > DETECTORS)
             assert batch.weights[of_row & ~batch.ends].tolist() == pytest.approx([1 / positions] * (positions - 1))
-            assert batch.weights[of_row & batch.ends].item() == pytest.approx(END_WEIGHT if long[-1] else 1 / positions)
+            end = min(END_WEIGHT, DETECTORS / positions) if long[-1] else 1 / positions
+            assert batch.weights[of_row & batch.ends].item() == pytest.approx(end)
     assert {True, False} == set(long)
 
 

@@ -41,7 +41,7 @@ from lemoe.training.anchor.wordings import Wordings, ask_the_same, choose_wordin
 
 LONG_ANSWER = 24  # tokens of an answer from which only its beginning is taught, but after the edit's own prompts
 WHOLE_KINDS = 1  # and so many of its paraphrases
-END_WEIGHT = 0.5  # in the loss, of the end of an answer of more than `DETECTORS` positions; one of many hardly counts
+END_WEIGHT = 0.5  # in the loss, at most, of the end of an answer of more than `DETECTORS` positions, as which it counts
 LAST_TOKEN_WEIGHT = 3.0  # of a negative prompt's last token, which decides the answer; its other tokens weigh 1
 
 
@@ -435,7 +435,7 @@ class TrainingBatchBuilder:
             silent=silent / silent.sum(1, keepdim=True).clamp(min=1),
             firsts=batch.target_columns == batch.prompt_lengths[batch.target_rows] - 1,
             ends=ends,
-            weights=torch.where(ends & (shares * DETECTORS < 1), END_WEIGHT, shares),
+            weights=torch.where(ends & (shares * DETECTORS < 1), (shares * DETECTORS).clamp(max=END_WEIGHT), shares),
         )
 
     def _negative_batch(self, rows: Sequence[int]) -> NegativeBatch:

@@ -3,7 +3,7 @@
 Where an answer begins, the base model would often say something else first, or nothing, however the question is put;
 further on it would go on as such words mostly go on. So the first neurons of each expert start as the ridge regressions
 that tell the positions of its answer apart, by what the expert reads there. The others start at random. Of an answer
-with more positions than its expert has neurons, each detects some that follow each other, and the end has its own.
+with more positions than these neurons, each detects some that follow each other, and the end has its own.
 
 Where the answers of other edits begin, the first of these neurons is active too, and the later ones are not: an expert
 whose few texts do not show it how else a question may end would mostly take that for the end of its answer. In a round
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lemoe.base.frozen import FrozenBatch
 
-DETECTORS = 8  # positions of an answer, its end included, up to which each has a neuron of its own
+DETECTORS = 8  # neurons of an expert that detect positions of its answer, and of its end, at most
 RIDGE = 1.0  # variance of the noise on inputs that the regression allows for
 ACTIVE = 3.0  # wanted activation at a neuron's position; at the other ones it is the negative of it
 OTHER_BEGINNINGS = (
@@ -85,7 +85,7 @@ def fit_detectors(
         own = owners == expert
         if bool(own.any()):
             rows, last = inputs[own].float(), int(places[own].max())
-            count = min(width, last + 1)
+            count = min(DETECTORS, width, last + 1)
             detected = torch.arange(count, device=rows.device)
             hit = choose_detectors(places[own], ends[own], last, count).unsqueeze(1) == detected
             wanted = torch.cat([ACTIVE * (2 * hit.float() - 1), rows.new_ones(len(rows), 1)], 1)
