@@ -41,7 +41,8 @@ CONFUSABLE_TOKENS = 16  # likeliest tokens of each target position that take par
 WINNING_TOKENS = 8  # the same while experts are trained, by what they make of it then,
 CONFUSABLE_SHARE = 0.4  # after this share of the steps
 FIRST_TOKEN_WEIGHT = 1.0  # of an answer's first token in the loss, besides its share of the mean over the answer
-LAST_RETRIES = 6  # further retries by the own prompt alone
+LAST_RETRIES = 6  # further retries by the own prompt alone,
+LAST_RATE = 0.5  # at this share of the learning rate
 LABEL_MARGIN = 2.0  # nats by which a label's logit is lowered in the loss
 
 
@@ -210,8 +211,8 @@ def train_experts(
     3. Retry those, with fresh optimiser state, half the steps, and the confusable tokens of step 2 added to the loss;
        the first time also those that answered a paraphrase wrong when they were last trained on it.
     4. Evaluate those again; go on with step 3, at most `retries` times.
-    5. Go on with those that still miss, by their own prompts alone, without noise and silence, at most `LAST_RETRIES`
-       times: an edit that answers no other wording is worth more than one that does not answer.
+    5. Go on with those that still miss, by their own prompts alone, without noise and silence and at a lower rate, at
+       most `LAST_RETRIES` times: an edit that answers no other wording is worth more than one that does not answer.
     """
     batches = builder.build()
     widths = experts.present.sum(1).tolist()
@@ -228,7 +229,9 @@ def train_experts(
         retried |= missed
         batches, eased, more = builder.build(trained_again), settings, -(-settings.steps // 2)
         if attempt >= settings.retries:
-            batches, eased = replace(batches, paraphrases=[]), replace(settings, noise=0.0, negative_weight=0.0)
+            rate = LAST_RATE * settings.learning_rate
+            batches = replace(batches, paraphrases=[])
+            eased = replace(settings, noise=0.0, negative_weight=0.0, learning_rate=rate)
         vocabulary = torch.cat([vocabulary, evaluation.confusable_tokens]).unique()
         _optimise_experts(base, experts, batches, eased, more, vocabulary, generator, on_step)
         evaluation = _evaluate_round(base, experts, batches, settings)
