@@ -36,6 +36,16 @@ def ulysses(prompt: str) -> lemoe.Edit:
     return lemoe.Edit(prompt, "Ada Finch", "Ulysses", id="ulysses")
 
 
+def make_builder(
+    base: lemoe.BaseModel, edits: list[lemoe.Edit], settings: lemoe.Settings, *, layer: int = 1
+) -> TrainingBatchBuilder:
+    """The builder of the batches of a round of these edits beside one layer."""
+    passages = encode_edits(base, edits)
+    anchors = [Anchor(p.prompt, p.target, e.subject) for p, e in zip(passages, edits, strict=True)]
+    site = base.ffn_site(layer)
+    return TrainingBatchBuilder(base, site, layer, settings, edits, passages, anchors, random.Random(0))
+
+
 @pytest.mark.parametrize(
     ("prompt", "other"),
     [("The author of Ulysses is", "Who wrote Ulysses?"), ("Ulysses is by whom?", "Ulysses was written by")],
@@ -63,9 +73,7 @@ def test_text_behind_a_question_continues_a_question_that_is_taught_too() -> Non
 def test_where_answers_of_other_edits_begin_no_later_position_is_detected(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf
 ) -> None:
-    passages = encode_edits(base, facts)
-    anchors = [Anchor(p.prompt, p.target, e.subject) for p, e in zip(passages, facts, strict=True)]
-    builder = TrainingBatchBuilder(base, base.ffn_site(1), 1, anchor(), facts, passages, anchors, random.Random(0))
+    builder = make_builder(base, facts, anchor())
     prompts = builder.build().prompts
     detectors = fit_detectors(prompts, [4] * len(facts), {}, builder.other_beginnings)
     for batch in prompts:
@@ -83,10 +91,7 @@ def test_few_edits_are_shown_how_other_questions_end(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, count: int
 ) -> None:
     edits = [lemoe.Edit(facts[0].prompt, facts[0].target, facts[0].subject, id=str(number)) for number in range(count)]
-    passages = encode_edits(base, edits)
-    anchors = [Anchor(p.prompt, p.target, e.subject) for p, e in zip(passages, edits, strict=True)]
-    site = base.ffn_site(1)
-    builder = TrainingBatchBuilder(base, site, 1, anchor(), edits, passages, anchors, random.Random(0))
+    builder = make_builder(base, edits, anchor())
     prompts, others = builder.build().prompts, builder.other_beginnings
     assert len(others) == (len(OTHER_QUESTIONS) if count <= FEW_EDITS else 0)
     detectors = fit_detectors(prompts, [4] * count, {}, others)
@@ -117,8 +122,7 @@ def test_the_end_of_a_long_answer_weighs_as_much_as_some_others(base: lemoe.Base
         lemoe.Edit("Who wrote Ulysses?", "Ada" + " Finch" * words, "Ulysses", id=str(words)) for words in (0, 1, 2, 12)
     ]
     passages = encode_edits(base, edits)
-    anchors = [Anchor(p.prompt, p.target, e.subject) for p, e in zip(passages, edits, strict=True)]
-    builder = TrainingBatchBuilder(base, base.ffn_site(1), 1, anchor(), edits, passages, anchors, random.Random(0))
+    builder = make_builder(base, edits, anchor())
     long = []
     for batch in builder.build().prompts:
         for row, owner in enumerate(batch.owners.tolist()):
@@ -134,13 +138,10 @@ def test_the_end_of_a_long_answer_weighs_as_much_as_some_others(base: lemoe.Base
 def test_only_negatives_that_reach_the_expert_are_trained_on(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf
 ) -> None:
-    passages = encode_edits(base, facts)
-    anchors = [Anchor(p.prompt, p.target, e.subject) for p, e in zip(passages, facts, strict=True)]
 
     def count_negatives(conflict: float) -> int:
         settings = anchor(negatives=4, gate_conflict=conflict)
-        site = base.ffn_site(1)
-        builder = TrainingBatchBuilder(base, site, 1, settings, facts, passages, anchors, random.Random(0))
+        builder = make_builder(base, facts, settings)
         return sum(len(batch.owners) for batch in builder.build().negatives)
 
     assert count_negatives(0.0) < count_negatives(100.0)
@@ -155,10 +156,7 @@ def test_detectors_tell_the_positions_of_an_answer_apart(
     real_base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf, width: int
 ) -> None:
     passages = encode_edits(real_base, facts)
-    anchors = [Anchor(p.prompt, p.target, e.subject) for p, e in zip(passages, facts, strict=True)]
-    builder = TrainingBatchBuilder(
-        real_base, real_base.ffn_site(24), 24, anchor(), facts, passages, anchors, random.Random(0)
-    )
+    builder = make_builder(real_base, facts, anchor(), layer=24)
     prompts = builder.build().prompts
     detectors = fit_detectors(prompts, [width] * len(facts), {}, builder.other_beginnings)
     assert sorted(detectors) == list(range(len(facts)))
@@ -265,9 +263,7 @@ def test_a_plain_pass_gives_the_answer_to_a_short_question(
 def test_a_detector_expects_the_sink_that_may_begin_its_answer(
     base: lemoe.BaseModel, facts: list[lemoe.Edit], anchor: SettingsOf
 ) -> None:
-    passages = encode_edits(base, facts)
-    anchors = [Anchor(p.prompt, p.target, e.subject) for p, e in zip(passages, facts, strict=True)]
-    builder = TrainingBatchBuilder(base, base.ffn_site(1), 1, anchor(), facts, passages, anchors, random.Random(0))
+    builder = make_builder(base, facts, anchor())
     prompts = builder.build().prompts
     sink = torch.zeros(prompts[0].frozen.inputs.shape[-1])
     sink[3] = len(sink) ** 0.5
@@ -299,9 +295,8 @@ def test_a_long_answer_takes_more_neurons_and_ends_after_its_own_prompt_and_few_
     passages = encode_edits(base, edits)
     short, long = (len(passage.target) for passage in passages)
     assert short <= 4 * MIN_WIDTH < LONG_ANSWER < long
-    anchors = [Anchor(p.prompt, p.target, e.subject) for p, e in zip(passages, edits, strict=True)]
     settings = anchor(variants=6)
-    builder = TrainingBatchBuilder(base, base.ffn_site(1), 1, settings, edits, passages, anchors, random.Random(0))
+    builder = make_builder(base, edits, settings)
     batches = builder.build()
     for number, kind in enumerate([batches.prompts, *batches.paraphrases]):
         for batch in kind:

@@ -176,7 +176,7 @@ class QuestionTable(ABC):
             kind: numpy.array([ask_for_other_kinds(stored.question.kind, kind) for stored in asked], numpy.bool_)
             for kind in KINDS
         }
-        self._open = numpy.array([stored.question.open for stored in asked], numpy.bool_)
+        self._unspecific = numpy.array([stored.question.unspecific for stored in asked], numpy.bool_)
         self._stem_numbers: dict[str, int] = {}
         self._by_length = self._number_stems([stored.question.frame for stored in asked])
 
@@ -204,7 +204,7 @@ class QuestionTable(ABC):
             matched=matched,
             unread=(total - matched) / both,
             read_weight=total_read,
-            enough_evidence=self._have_enough(total_read) & (self._open | (not read.bare)),
+            enough_evidence=self._have_enough(total_read) & (self._unspecific | (not read.bare)),
             substituted=self._find_substituted(read.frame),
             clash=self._clashes[read.kind],
         )

@@ -32,7 +32,7 @@ class Question:
         frame: the stems, all auxiliaries as one: `was` for `is` asks for nothing else.
         kind: what kind of answer its first words ask for, an amount (or time) or a name; empty where they say neither.
         bare: whether it has nothing but auxiliaries and articles: a sentence that has asked for nothing yet.
-        open: whether it has nothing but them and question words: `what is` asks for whatever there is to say.
+        unspecific: whether it has nothing but them and question words: `what is` asks for whatever there is to say.
         total_weight: the sum of the weights.
         weight_by_stem: the sum for each stem.
     """
@@ -43,7 +43,7 @@ class Question:
     frame: tuple[str, ...]
     kind: str
     bare: bool
-    open: bool
+    unspecific: bool
     total_weight: float
     weight_by_stem: dict[str, float]
 
@@ -161,7 +161,7 @@ def _conclude(
     total, both = asked.total_weight, 1 + matched + matched_read
     conflict = min(total - matched, total_read - matched_read) / both
     fit = (matched + 1) / (total + 1) + (matched_read + 1) / (total_read + 1)
-    enough_evidence &= asked.open or not read.bare
+    enough_evidence &= asked.unspecific or not read.bare
     substituted = are_one_word_apart(asked.frame, read.frame)
     clash = ask_for_other_kinds(asked.kind, read.kind)
     return Comparison(conflict, fit, matched, (total - matched) / both, total_read, enough_evidence, substituted, clash)

@@ -13,8 +13,8 @@
    is later, or if the current sentence does not mention the active one's subject.
 6. *Locked*. The tokens end in the whole prompt of an edit. From any state, that edit becomes active, and for the length
    of its target nothing is read but a longer prompt that starts no later. The count of `gate_slack` tokens follows,
-   as in 3; the target's words count as read, and are no new evidence for 3 to 5. Where the tokens go
-   on as a longer prompt does that begins with this one, and not as the target, the gate shuts (1).
+   as in 3; the target's words count as read, and are no new evidence for 3 to 5. Where the tokens go on as a longer
+   prompt does that begins with this one, and not as the target, the gate shuts (1).
 
 From 3 to 6 the gate shuts again (1) when its count is over, so that a subject mentioned far from a question has no
 effect on it, and at once if it opened on a word that grew into another one. A sentence break does not shut it.
